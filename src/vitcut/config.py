@@ -1,0 +1,47 @@
+"""Settings as values: checks that several stages share, and a hash that names a configuration."""
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vitcut.errors import ConfigError
+from vitcut.files import sha256_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def require_positive(name: str, value: float) -> None:
+    """Refuse zero, negative numbers, NaN and infinity."""
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name} must be a finite number > 0, got {value}")
+
+
+def require_at_least(name: str, value: float, least: float) -> None:
+    """Refuse numbers below ``least``, and NaN."""
+    if not value >= least:
+        raise ConfigError(f"{name} must be >= {least}, got {value}")
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Refuse numbers outside 0 to 1, and NaN."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+
+
+def as_plain(settings: "DataclassInstance") -> dict[str, Any]:
+    """A dataclass as JSON values; tuples become lists."""
+    return {key: _plain(value) for key, value in asdict(settings).items()}
+
+
+def config_hash(*parts: Any) -> str:
+    """A short name for a configuration: equal settings, equal hash."""
+    return sha256_json([_plain(part) for part in parts])[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,89 @@
+"""Atomic, hashed and versioned files; what is in them is left to their owners. Never pickle."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vitcut.errors import ArtefactError
+
+
+def cache_dir() -> Path:
+    """The folder for prepared data: ``$VITCUT_CACHE``, else ``~/.cache/vitcut``."""
+    chosen = os.environ.get("VITCUT_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "vitcut"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Generator[Path]:
+    """Yield a temporary file beside ``path`` that takes its name when the block succeeds.
+
+    Whoever reads ``path`` sees the old content or the whole new one, after a kill too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically, keys in the given order, NaN refused."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, kind: str, newest_version: int) -> dict[str, Any]:
+    """Read a versioned JSON file that vitcut wrote.
+
+    Args:
+        path: The file.
+        kind: What it holds, for messages: "circuit", "results", ...
+        newest_version: The highest ``format_version`` that the caller understands.
+
+    Raises:
+        ArtefactError: The file is missing, damaged, or of a newer version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"no {kind} file at {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtefactError(f"{path} is not a readable {kind} file: {error}") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise ArtefactError(f"{path} is not a vitcut {kind} file: it has no format_version")
+    if version > newest_version:
+        raise ArtefactError(
+            f"{path} has format_version {version}, this vitcut reads up to {newest_version}: "
+            "upgrade vitcut"
+        )
+    return content
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(content: Any) -> str:
+    """The SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,18 @@
+"""Closed sets of words that several floors share."""
+
+from typing import Literal
+
+Ablation = Literal["zero", "mean", "resample"]
+"""What stands in for a cut part."""
+
+Criterion = Literal["increment", "total"]
+"""What ACDC compares with tau: the rise of the KL divergence, or the KL divergence itself."""
+
+PairMode = Literal["each_other_group", "one_random"]
+"""Corrupted images per clean image: one from each other group, or one from a random other group."""
+
+RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino", "executorch", "pt2"]
+"""What executes a model; every measured latency names its own."""
+
+Split = Literal["train", "tuning", "validation"]
+"""Disjoint image sets: fitting and calibration, choosing, and reporting."""

@@ -1,0 +1,87 @@
+"""Progress for anything that takes over two seconds: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+_FIRST_LINE_AFTER_S = 2.0
+_LINE_EVERY_S = 15.0
+
+
+def say(text: str) -> None:
+    """Tell the user one line, on standard error, so that standard output stays for results."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
+
+
+class Meter:
+    """Counts steps of one named job; use it as a context manager."""
+
+    def __init__(self, label: str, total: int, *, unit: str = "steps") -> None:
+        self._label = label
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._note = ""
+        self._start = time.monotonic()
+        self._next_line = self._start + _FIRST_LINE_AFTER_S
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "Meter":
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self._label, total=self._total, rate="", note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, steps: int = 1, *, note: str | None = None) -> None:
+        """Count ``steps`` more; ``note`` replaces the text at the end of the line."""
+        self._done += steps
+        self._note = self._note if note is None else note
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=self._done, rate=self._rate(now), note=self._note
+            )
+        elif now >= self._next_line:
+            self._next_line = now + _LINE_EVERY_S
+            left = (now - self._start) * (self._total - self._done) / max(self._done, 1)
+            say(
+                f"{self._label}: {self._done}/{self._total}, {self._rate(now)}, {left:.0f} s left"
+                + (f", {self._note}" if self._note else "")
+            )
+
+    def _rate(self, now: float) -> str:
+        return f"{self._done / max(now - self._start, 1e-9):.3g} {self._unit}/s"
+
+
+def track(items: Iterable[T], label: str, total: int, *, unit: str = "steps") -> Iterator[T]:
+    """Yield ``items`` and show how far along they are."""
+    with Meter(label, total, unit=unit) as meter:
+        for item in items:
+            yield item
+            meter.advance()

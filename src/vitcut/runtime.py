@@ -1,0 +1,77 @@
+"""The machine underneath: device, seeds, threads and a description for measured numbers."""
+
+import os
+import platform
+import random
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitcut.errors import ConfigError
+
+_REPORTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "asimd")
+_REPORTED_PACKAGES = ("vitcut", "torch", "timm", "onnxruntime", "onnx", "openvino", "numpy")
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but torch sees no CUDA device: use cpu")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy's global generator (timm's Mixup draws from it) and torch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch to ``threads`` CPU threads; None leaves torch's own choice."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"threads must be >= 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a measured number depends on: CPU, flags, cores, load, memory, GPU, versions."""
+    cpu = _cpu_info()
+    flags = set(cpu.get("flags", cpu.get("Features", "")).split())
+    return {
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
+        "cpu_flags": [flag for flag in _REPORTED_FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _REPORTED_PACKAGES},
+    }
+
+
+def _cpu_info() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text().split("\n\n")[0]
+    rows = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in rows}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
