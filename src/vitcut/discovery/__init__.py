@@ -1,0 +1,1 @@
+"""Finding circuits: one algorithm a file, none imports another."""

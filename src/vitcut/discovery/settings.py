@@ -1,0 +1,50 @@
+"""Settings of circuit discovery; no torch, so that ``--help`` stays fast."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vitcut.config import require_at_least, require_positive
+from vitcut.errors import ConfigError
+from vitcut.names import Ablation, Criterion, PairMode
+
+Method = Literal["acdc"]
+"""Discovery methods that give a circuit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscoverConfig:
+    """How a circuit is looked for."""
+
+    method: Method = "acdc"
+    """The algorithm."""
+    tau: float = 0.01
+    """ACDC cuts an edge when the mean KL divergence rises by less than this, in nats."""
+    ablation: Ablation = "resample"
+    """What stands in for a cut edge while searching."""
+    criterion: Criterion = "increment"
+    """Whether the rise of the KL divergence, or its total, is compared with tau."""
+    images: int = 128
+    """Calibration images, drawn from the training images, as many of each class."""
+    pairs: PairMode = "one_random"
+    """Corrupted images per clean image."""
+    seed: int = 0
+    """Seed of the choice of images and pairs."""
+    memory_gib: float = 8.0
+    """Most memory that cached activations may take, in GiB."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Of the fast path. Decisions near tau are made in float64 in any case."""
+
+    def __post_init__(self) -> None:
+        require_positive("tau", self.tau)
+        require_positive("memory-gib", self.memory_gib)
+        require_at_least("images", self.images, 2)
+        for name, value, allowed in (
+            ("method", self.method, Method),
+            ("ablation", self.ablation, Ablation),
+            ("criterion", self.criterion, Criterion),
+            ("pairs", self.pairs, PairMode),
+        ):
+            if value not in get_args(allowed):
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}"
+                )

@@ -1,0 +1,128 @@
+"""The reference measurement: mean KL of a circuit, in float64, by full masked forwards.
+
+Every decision of a faster method must equal the one that these numbers give.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vitcut.errors import CircuitError
+from vitcut.intervention.ablation import fixed_table
+from vitcut.intervention.masking import full_run, masked_logits
+from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.names import Ablation
+from vitcut.shapes import Float, Int, Tensor
+from vitcut.vits.weights import ViTWeights
+
+_CHUNK = 16
+"""Pairs per masked forward: what a cache holds. Fixed, so that every run sums alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What a discovery method measures on: images, their pairing and the task's groups."""
+
+    pixels: Float[Tensor, "images channels height width"]
+    """Normalised calibration images."""
+    clean: NDArray[np.int64]
+    """Number of the clean image of each pair, shape [pairs]."""
+    corrupted: NDArray[np.int64]
+    """Number of the corrupted image of each pair, shape [pairs]; read by ``resample`` alone."""
+    group_of_class: Int[Tensor, "classes"]
+    """The group number of each class of the model."""
+
+    @property
+    def num_groups(self) -> int:
+        """Coarse groups of the task."""
+        return int(self.group_of_class.max()) + 1
+
+    def for_ablation(self, ablation: Ablation) -> "Examples":
+        """The same examples, each image once where the ablation does not read the pairing."""
+        if ablation == "resample":
+            return self
+        images = np.arange(len(self.pixels))
+        return Examples(
+            pixels=self.pixels,
+            clean=images,
+            corrupted=images,
+            group_of_class=self.group_of_class,
+        )
+
+
+class Oracle:
+    """Mean KL(full || circuit) on the task distribution over all pairs."""
+
+    def __init__(self, weights: ViTWeights, examples: Examples, ablation: Ablation) -> None:
+        """Measure the full model once.
+
+        Args:
+            weights: The model, in any precision.
+            examples: Images, pairs and groups.
+            ablation: What stands in for cut edges.
+
+        Raises:
+            CircuitError: There are no pairs.
+        """
+        self._weights = weights.to(torch.float64)
+        self._examples = examples.for_ablation(ablation)
+        if len(self._examples.clean) == 0:
+            raise CircuitError("there are no pairs of clean and corrupted images to measure on")
+        self._pixels = examples.pixels.to(self._weights.device, torch.float64)
+        self._table = None
+        if ablation != "resample":
+            chunks = self._pixels.split(_CHUNK)
+            self._table = fixed_table(ablation, self._weights, chunks)
+        self.calls = 0
+        self.full_log_probs = self._full_log_probs()
+
+    @property
+    def examples(self) -> Examples:
+        """The pairs that are averaged over."""
+        return self._examples
+
+    @property
+    def table(self) -> Float[Tensor, "sources tokens width"] | None:
+        """The ablated values, float64; None under ``resample``."""
+        return self._table
+
+    @torch.no_grad()
+    def kl_per_pair(self, kept: NDArray[np.bool_]) -> Float[Tensor, "pairs"]:
+        """KL(full || circuit) of every pair, in nats.
+
+        Args:
+            kept: True where an edge is kept, shape [sources, targets].
+        """
+        self.calls += 1
+        found: list[Tensor] = []
+        for pairs in torch.arange(len(self._examples.clean)).split(_CHUNK):
+            clean, corrupted = self._pair_pixels(pairs)
+            table = self._table
+            if table is None:
+                table = torch.stack(full_run(self._weights, corrupted).sources)
+            logits = masked_logits(self._weights, clean, kept, table)
+            full = self.full_log_probs[torch.from_numpy(self._examples.clean)[pairs]]
+            found.append(kl_divergence(full, self._log_probs(logits)))
+        return torch.cat(found)
+
+    def kl(self, kept: NDArray[np.bool_]) -> float:
+        """Mean KL(full || circuit) in nats, summed exactly in the order of the pairs."""
+        values = self.kl_per_pair(kept).tolist()
+        return math.fsum(values) / len(values)
+
+    @torch.no_grad()
+    def _full_log_probs(self) -> Float[Tensor, "images groups"]:
+        chunks = self._pixels.split(_CHUNK)
+        return torch.cat([self._log_probs(full_run(self._weights, x).logits) for x in chunks])
+
+    def _log_probs(self, logits: Float[Tensor, "images classes"]) -> Tensor:
+        examples = self._examples
+        return coarse_log_probs(logits, examples.group_of_class, examples.num_groups)
+
+    def _pair_pixels(self, pairs: Int[Tensor, "chunk"]) -> tuple[Tensor, Tensor]:
+        clean = torch.from_numpy(self._examples.clean)[pairs]
+        corrupted = torch.from_numpy(self._examples.corrupted)[pairs]
+        return self._pixels[clean], self._pixels[corrupted]

@@ -1,0 +1,66 @@
+"""From a user's module to checked weights: they must reproduce the module's logits."""
+
+import torch
+from torch import nn
+
+from vitcut.errors import ModelError, UnsupportedModelError
+from vitcut.intervention.masking import full_run
+from vitcut.shapes import Float, Tensor
+from vitcut.vits.timm_models import read_timm
+from vitcut.vits.weights import ViTWeights, map_tensors
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference of logits, relative to max(1, largest logit)."""
+_CHECK_IMAGES = 2
+
+
+def read_model(model: nn.Module) -> ViTWeights:
+    """Read a model's weights, in its own precision, and check them. The model is not changed.
+
+    Raises:
+        UnsupportedModelError: The model has a feature that is not understood.
+        ModelError: A weight is NaN or infinite.
+    """
+    weights = read_timm(model)
+    _require_finite(weights)
+    _require_same_logits(model, weights)
+    return weights
+
+
+def tolerance(dtype: torch.dtype, logits: Float[Tensor, "..."]) -> float:
+    """How far two computations of the same logits may be apart."""
+    return _TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
+
+
+def _require_finite(weights: ViTWeights) -> None:
+    bad = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal bad
+        bad += int((~torch.isfinite(tensor)).sum())
+        return tensor
+
+    map_tensors(weights, count)
+    if bad:
+        raise ModelError(f"the model has {bad} NaN or infinite weights: load a sound checkpoint")
+
+
+def _require_same_logits(model: nn.Module, weights: ViTWeights) -> None:
+    generator = torch.Generator().manual_seed(0)
+    side = weights.image_size
+    pixels = torch.randn(_CHECK_IMAGES, weights.channels, side, side, generator=generator)
+    pixels = pixels.to(weights.device, weights.dtype)
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            expected = model.eval()(pixels)
+            got = full_run(weights, pixels).logits
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+    difference = float((got - expected).abs().max())
+    if not difference <= tolerance(weights.dtype, expected):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does something that was not understood: its traced logits "
+            f"differ by {difference:.2g}; expected at most {tolerance(weights.dtype, expected):.2g}"
+        )

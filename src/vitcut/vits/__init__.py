@@ -1,0 +1,1 @@
+"""Models that users bring: adapters name their parts, read their weights, refuse the unknown."""

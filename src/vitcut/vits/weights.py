@@ -1,0 +1,161 @@
+"""A pre-norm ViT as plain tensors, one entry per head: what every adapter reads a model into.
+
+LayerScale is folded into the output projections, so heads and MLPs here write what they really add
+to the residual stream. Computing with these tensors is left to the intervention floor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from vitcut.graph import Graph
+from vitcut.shapes import Float, Tensor
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+
+W = TypeVar("W")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormWeights:
+    """A LayerNorm."""
+
+    weight: Float[Tensor, "width"]
+    bias: Float[Tensor, "width"]
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """Multi-head attention; a missing bias is stored as zeros."""
+
+    q_weight: Float[Tensor, "heads head_dim width"]
+    q_bias: Float[Tensor, "heads head_dim"]
+    k_weight: Float[Tensor, "heads head_dim width"]
+    k_bias: Float[Tensor, "heads head_dim"]
+    v_weight: Float[Tensor, "heads head_dim width"]
+    v_bias: Float[Tensor, "heads head_dim"]
+    out_weight: Float[Tensor, "heads width head_dim"]
+    out_bias: Float[Tensor, "width"]
+    """Belongs to no head: always kept."""
+    scale: float
+    """What q . k is multiplied by before the softmax."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpWeights:
+    """Two linear layers around an activation."""
+
+    in_weight: Float[Tensor, "hidden width"]
+    in_bias: Float[Tensor, "hidden"]
+    out_weight: Float[Tensor, "width hidden"]
+    out_bias: Float[Tensor, "width"]
+    """Belongs to no neuron: always kept."""
+    activation: Activation
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWeights:
+    """One block: attention and MLP, each behind its LayerNorm."""
+
+    attn_norm: NormWeights
+    attn: AttentionWeights
+    mlp_norm: NormWeights
+    mlp: MlpWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTWeights:
+    """A whole class-token ViT."""
+
+    patch_weight: Float[Tensor, "width channels patch patch"]
+    patch_bias: Float[Tensor, "width"]
+    prefix: Float[Tensor, "prefix_tokens width"]
+    """Class token, its position embedding included."""
+    positions: Float[Tensor, "patches width"]
+    """Position embeddings of the patch tokens."""
+    blocks: tuple[BlockWeights, ...]
+    norm: NormWeights
+    """The LayerNorm before the classifier."""
+    head_weight: Float[Tensor, "classes width"]
+    head_bias: Float[Tensor, "classes"]
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The sources, targets and edges of this model."""
+        return Graph(num_layers=len(self.blocks), num_heads=self.num_heads)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads per block."""
+        return self.blocks[0].attn.q_weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.patch_weight.shape[0]
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches; the classifier reads the first."""
+        return self.prefix.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of an image."""
+        return self.num_prefix + self.positions.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier."""
+        return self.head_weight.shape[0]
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_weight.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of an image."""
+        return self.patch_weight.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels."""
+        return round(self.positions.shape[0] ** 0.5) * self.patch_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of every tensor."""
+        return self.patch_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where every tensor lies."""
+        return self.patch_weight.device
+
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> "ViTWeights":
+        """The same weights in another type or place."""
+        return map_tensors(self, lambda tensor: tensor.to(device=device, dtype=dtype))
+
+
+def map_tensors(value: W, change: Callable[[Tensor], Tensor]) -> W:
+    """``value`` with ``change`` applied to every tensor in its dataclasses and tuples."""
+    return _mapped(value, change)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, change) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {item.name: _mapped(getattr(value, item.name), change) for item in fields(value)}
+        return replace(value, **parts)
+    return value
