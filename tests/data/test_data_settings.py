@@ -1,0 +1,30 @@
+"""Settings of the data stage."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vitcut.data.settings import DataConfig
+from vitcut.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"source": " "},
+        {"image_size": 4},
+        {"seed": -1},
+        {"tuning_fraction": 0.0},
+        {"tuning_fraction": 1.0},
+        {"tuning_fraction": float("nan")},
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        DataConfig(**wrong)
+
+
+def test_settings_load_neither_torch_nor_numpy() -> None:
+    code = "import vitcut.data.settings, sys; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
