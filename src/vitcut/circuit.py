@@ -138,6 +138,10 @@ class Circuit:
 
     def save(self, path: Path) -> None:
         """Write ``circuit.json``, atomically."""
+        write_json(path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``circuit.json``."""
         origin = {
             "method": self.method,
             "task": self.task,
@@ -145,7 +149,7 @@ class Circuit:
             "provenance": dict(self.provenance),
             "fingerprint": self.fingerprint,
         }
-        write_json(path, {"format_version": FORMAT_VERSION, **origin, **self._content()})
+        return {"format_version": FORMAT_VERSION, **origin, **self._content()}
 
     @classmethod
     def load(cls, path: Path) -> "Circuit":

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcut.circuit import Circuit
 from vitcut.discovery.propagation import Cache, Propagation
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ExactnessError
@@ -322,18 +321,3 @@ def _read_decisions(path: Path) -> Iterator[Decision]:
         except (json.JSONDecodeError, TypeError) as error:
             raise ArtefactError(f"{path} is not a decision log: {error}; delete it") from None
         yield decision
-
-
-def circuit_of(
-    search: Search, graph: Graph, config: DiscoverConfig, *, task: str, provenance: dict[str, Any]
-) -> Circuit:
-    """The circuit that a search found, with its settings."""
-    return Circuit(
-        graph=graph,
-        kept=search.kept,
-        ablation=config.ablation,
-        method="acdc",
-        task=task,
-        tau=config.tau,
-        provenance={**provenance, "criterion": config.criterion, "kl": search.kl},
-    )

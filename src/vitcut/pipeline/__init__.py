@@ -1,0 +1,1 @@
+"""Walking the stages: the verbs of the command line and of the Python API."""

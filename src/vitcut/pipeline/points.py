@@ -1,0 +1,77 @@
+"""The points of a run: a circuit and the model cut from it, found once and then read again."""
+
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+
+from vitcut.circuit import Circuit
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.settings import CutConfig
+from vitcut.discovery.settings import DiscoverConfig
+from vitcut.pipeline.folder import RunFolder
+from vitcut.pipeline.stages import Discovery, ablation_table, cut_circuit, cut_point
+from vitcut.pipeline.subject import Subject
+from vitcut.results import Point, Results
+from vitcut.runtime import describe_machine
+from vitcut.shapes import Float, Tensor
+
+CIRCUIT_FILE = "circuit.json"
+MODEL_FOLDER = "model"
+_DECISIONS_FILE = "decisions.jsonl"
+_RECORD_FILE = "cut.json"
+"""What is known of a cut before it is measured; its presence says that the model is whole."""
+
+
+class PointMaker:
+    """Finds and cuts the circuits of one run directory."""
+
+    def __init__(
+        self, subject: Subject, folder: RunFolder, discover: DiscoverConfig, cut: CutConfig
+    ) -> None:
+        self._subject = subject
+        self._folder = folder
+        self._discover = discover
+        self._cut = cut
+
+    def find(self, tau: float) -> tuple[str, Circuit]:
+        """The name and circuit of the point at one tau."""
+        name = f"{self._discover.method}-{tau:g}"
+        path = self._folder.point(name) / CIRCUIT_FILE
+        if not path.exists():
+            log = self._folder.point(name) / _DECISIONS_FILE
+            self._discovery.find(tau, log=log).circuit.save(path)
+        return name, Circuit.load(path)
+
+    def cut(
+        self, name: str, circuit: Circuit, *, into: Path | None = None
+    ) -> tuple[Point, CompactViT]:
+        """Compile a circuit into ``into`` (its point's folder if None) and check it."""
+        into = self._folder.point(name) if into is None else into
+        record, model_folder = into / _RECORD_FILE, into / MODEL_FOLDER
+        if record.exists():
+            return Results.load(record).points[0], CompactViT.from_pretrained(model_folder)
+        start = time.perf_counter()
+        cut = cut_circuit(self._subject, circuit, self._cut, table=self._table)
+        cut.model.save_pretrained(model_folder, circuit=json.dumps(cut.circuit.to_dict(), indent=1))
+        point = cut_point(
+            name,
+            cut,
+            seconds=round(time.perf_counter() - start, 2),
+            circuit=self._relative(model_folder / CIRCUIT_FILE),
+            model=self._relative(model_folder),
+        )
+        task, machine = self._subject.task.name, describe_machine()
+        Results(task=task, machine=machine, points=(point,)).save(record)
+        return point, cut.model
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._folder.path).as_posix()
+
+    @cached_property
+    def _discovery(self) -> Discovery:
+        return Discovery(self._subject, self._discover)
+
+    @cached_property
+    def _table(self) -> Float[Tensor, "sources tokens width"]:
+        return ablation_table(self._subject, self._cut.ablation, self._cut)

@@ -1,0 +1,81 @@
+"""One whole run: train, discover at each tau, cut, measure. A finished stage is never redone."""
+
+from pathlib import Path
+
+from vitcut.circuit import Circuit
+from vitcut.config import as_plain
+from vitcut.data.images import TaskImages, load_images
+from vitcut.files import write_text
+from vitcut.pipeline.cards import compact_card, dense_card
+from vitcut.pipeline.folder import RunFolder
+from vitcut.pipeline.points import PointMaker
+from vitcut.pipeline.settings import RunConfig
+from vitcut.pipeline.stages import CLASS_ONLY, measure
+from vitcut.pipeline.subject import Origin, Subject
+from vitcut.progress import say
+from vitcut.results import Results
+from vitcut.task import load_task
+from vitcut.training.loop import train
+from vitcut.training.settings import TrainConfig
+from vitcut.vits.loading import DenseCard, load_model, save_dense
+from vitcut.vits.reference import build_reference
+from vitcut.vits.settings import VitConfig
+
+
+def run(config: RunConfig, out: Path) -> Results:
+    """Train a dense model, find and cut its circuits at every tau, and measure all of them.
+
+    Args:
+        config: The settings of every stage.
+        out: The run directory; an interrupted run of the same settings goes on where it was.
+
+    Raises:
+        VitcutError: Any stage's own error; the directory can be continued once it is mended.
+    """
+    task = load_task(config.task)
+    folder = RunFolder(out)
+    folder.open(as_plain(config))
+    if folder.results.exists():
+        say(f"{out} is complete: nothing to do")
+        return Results.load(folder.results)
+    images = load_images(config.data, task)
+    Origin(model=str(out), task=task, data=config.data).save(out)
+    train_dense(images, config.vit, config.train, folder)
+    subject = Subject.of(load_model(str(folder.dense)), images)
+    maker = PointMaker(subject, folder, config.discover, config.cut)
+    circuits = {CLASS_ONLY: Circuit.full(subject.weights.graph, ablation=config.cut.ablation)}
+    circuits |= dict(maker.find(tau) for tau in config.taus)
+    points = {name: maker.cut(name, circuit) for name, circuit in circuits.items()}
+    results = measure(subject, points, config.bench)
+    save_results(results, folder.path)
+    return results
+
+
+def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder: RunFolder) -> None:
+    """Train a ViT on a task and save it into the run directory, unless it is there."""
+    if folder.dense.exists():
+        return
+    task = images.task
+    model = build_reference(
+        vit, num_classes=len(task.classes), image_size=images.image_size, seed=config.seed
+    )
+    result = train(model, images, config, folder.path)
+    card = DenseCard(
+        task_name=task.name,
+        class_ids=task.class_ids,
+        class_names=task.class_names,
+        group_names=task.groups,
+        image_size=images.image_size,
+        mean=config.mean,
+        std=config.std,
+        text=dense_card(task, result, config),
+    )
+    save_dense(model, folder.dense, card=card)
+
+
+def save_results(results: Results, folder: Path) -> None:
+    """Write every point's model card, then ``results.json``, whose presence says: complete."""
+    for point in results.points:
+        if point.model is not None:
+            write_text(folder / point.model / "README.md", compact_card(results, point))
+    results.save(folder / "results.json")

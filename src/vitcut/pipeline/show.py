@@ -1,0 +1,103 @@
+"""Circuits, plans and results as text for a terminal."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vitcut.benchmark.tables import point_table, print_table
+from vitcut.circuit import Circuit
+from vitcut.compact.macs import count_macs, dense_macs, describe
+from vitcut.compact.model import CompactViT
+from vitcut.compact.plan import Plan
+from vitcut.errors import ArtefactError
+from vitcut.graph import LETTERS
+from vitcut.results import Results
+
+
+def show(path: Path) -> None:
+    """Print what a run directory, a model directory or a circuit.json holds.
+
+    Raises:
+        ArtefactError: It holds none of these.
+    """
+    results, model = path / "results.json", _model_folder(path)
+    circuits = [path] if path.is_file() else sorted(path.glob("points/*/circuit.json"))
+    if model is not None:
+        circuits = [model / "circuit.json"] if (model / "circuit.json").exists() else []
+    for item in circuits:
+        print_circuit(Circuit.load(item))
+    if model is not None:
+        print_plan(CompactViT.from_pretrained(model).plan)
+    if results.exists():
+        print_table(point_table(Results.load(results)))
+    if not (circuits or model or results.exists()):
+        raise ArtefactError(
+            f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
+        )
+
+
+def print_circuit(circuit: Circuit) -> None:
+    """A circuit: a summary, and per block how many edges each kind of target keeps."""
+    console = Console(soft_wrap=True, highlight=False)
+    for line in circuit_lines(circuit):
+        console.print(line)
+    table = Table("block", "heads kept", *LETTERS, "mlp", title="kept edges by target")
+    on_path = circuit.live_sources & circuit.reached_sources
+    for layer in range(circuit.graph.num_layers):
+        first, end = circuit.graph.head_source(layer, 0), circuit.graph.mlp_source(layer)
+        mlp = _kept_of(
+            circuit, range(circuit.graph.mlp_target(layer), circuit.graph.mlp_target(layer) + 1)
+        )
+        letters = [_kept_of(circuit, circuit.graph.letter_targets(layer, x)) for x in LETTERS]
+        heads = f"{int(on_path[first:end].sum())} / {circuit.graph.num_heads}"
+        table.add_row(str(layer), heads, *letters, mlp)
+    last = circuit.graph.classifier
+    table.add_row("classifier", "", "", "", "", _kept_of(circuit, range(last, last + 1)))
+    console.print(table)
+
+
+def circuit_lines(circuit: Circuit) -> Iterator[str]:
+    """A circuit in a few lines."""
+    graph = circuit.graph
+    tau = "" if circuit.tau is None else f", tau {circuit.tau:g}"
+    yield f"circuit by {circuit.method}{tau}, {circuit.ablation} ablation, task {circuit.task}"
+    cut = 1 - circuit.num_kept / graph.num_edges
+    heads = graph.num_layers * graph.num_heads
+    yield (
+        f"edges kept {circuit.num_kept} of {graph.num_edges} ({cut:.1%} cut), heads kept "
+        f"{circuit.num_heads_kept} of {heads}"
+    )
+    found = circuit.provenance
+    if "kl" in found:
+        yield (
+            f"KL {found['kl']:.4f} nats on {found['pairs']} pairs; {found['node_evaluations']} "
+            f"node evaluations, {found['oracle_calls']} oracle calls, {found['seconds']} s"
+        )
+
+
+def print_plan(plan: Plan) -> None:
+    """What a compact model computes, block by block."""
+    table = Table(
+        "part", "streams", "heads", "query rows", "neurons", "MLP rows", "MACs", title="plan"
+    )
+    for row in describe(plan):
+        cells = (row.streams, row.heads, row.query_rows, row.neurons, row.mlp_rows)
+        table.add_row(row.part, *(str(cell) for cell in cells), f"{row.macs:,}")
+    total, dense = count_macs(plan), dense_macs(plan.shape)
+    table.add_section()
+    table.add_row("all", *[""] * 5, f"{total:,} ({total / dense:.1%} of dense)")
+    Console().print(table)
+
+
+def _kept_of(circuit: Circuit, targets: range) -> str:
+    columns = list(targets)
+    return f"{int(circuit.kept[:, columns].sum())} / {int(circuit.graph.edges[:, columns].sum())}"
+
+
+def _model_folder(path: Path) -> Path | None:
+    for folder in (path / "model", path):
+        if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
+            return folder
+    return None

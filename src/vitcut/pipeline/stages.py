@@ -1,0 +1,304 @@
+"""The stages on one model and task: find circuits, cut them, measure what came of it.
+
+Each takes and gives values; run directories and resuming are left to ``run`` and ``commands``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitcut.benchmark.evaluation import Evaluation, evaluate
+from vitcut.benchmark.latency import measure_latency
+from vitcut.benchmark.settings import BenchConfig
+from vitcut.circuit import Circuit
+from vitcut.compact.artefact import ModelInfo
+from vitcut.compact.macs import count_macs, dense_macs
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.planning import shape_of
+from vitcut.compiler.settings import CutConfig
+from vitcut.compiler.verify import Exactness, verify
+from vitcut.config import as_plain
+from vitcut.data.images import ImageSet
+from vitcut.data.pairs import make_pairs
+from vitcut.discovery.acdc import Search, acdc, build_cache
+from vitcut.discovery.settings import DiscoverConfig
+from vitcut.intervention.ablation import fixed_table
+from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.names import Ablation
+from vitcut.pipeline.subject import Subject
+from vitcut.results import Point, Results
+from vitcut.runtime import describe_machine
+from vitcut.shapes import Float, Tensor
+
+_TABLE_BATCH = 32
+DENSE = "dense"
+CLASS_ONLY = "class-only"
+"""The uncut circuit, compiled: exact, and the fairer baseline (its last block is class-only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A circuit and how long it was looked for."""
+
+    circuit: Circuit
+    search: Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A compact model and the proof that it computes the masked model."""
+
+    model: CompactViT
+    circuit: Circuit
+    """Under the ablation that it was cut with."""
+    exactness: Exactness
+    faithfulness: dict[str, Any]
+    """KL on the calibration images under the ablations of discovery and of the cut."""
+
+
+class Discovery:
+    """One model, one set of pairs; a circuit for any tau, all from the same cached activations."""
+
+    def __init__(self, subject: Subject, config: DiscoverConfig) -> None:
+        """Draw the pairs and trace their images.
+
+        Raises:
+            ConfigError: Fewer training images than asked for, or too little memory allowed.
+        """
+        self._subject = subject
+        self._config = config
+        self._oracle = Oracle(subject.weights, examples_of(subject, config), config.ablation)
+        self._cache = build_cache(subject.weights, self._oracle, config)
+
+    def find(self, tau: float, *, log: Path | None = None) -> Found:
+        """Search the circuit for one tau; ``log`` is appended to, or continued after a kill."""
+        config = replace(self._config, tau=tau)
+        weights = self._subject.weights
+        search = acdc(weights, self._oracle, config, cache=self._cache, log=log)
+        provenance: dict[str, Any] = {
+            "model": self._subject.model.name,
+            "weight_hash": self._subject.model.weight_hash,
+            "images_fingerprint": self._subject.images.fingerprint,
+            "settings": as_plain(config),
+            "kl": search.kl,
+            "pairs": len(self._oracle.examples.clean),
+            "node_evaluations": search.node_evaluations,
+            "oracle_calls": search.oracle_calls,
+            "seconds": round(search.seconds, 2),
+        }
+        circuit = Circuit(
+            graph=weights.graph,
+            kept=search.kept,
+            ablation=config.ablation,
+            method=config.method,
+            task=self._subject.task.name,
+            tau=tau,
+            provenance=provenance,
+        )
+        return Found(circuit=circuit, search=search)
+
+
+def examples_of(subject: Subject, config: DiscoverConfig) -> Examples:
+    """The calibration images and their pairing."""
+    images = subject.images.calibration(config.images, seed=config.seed)
+    groups = subject.task.group_of_class[images.labels]
+    pairs = make_pairs(groups, config.pairs, seed=config.seed)
+    return Examples(
+        pixels=subject.normalise(images.all()),
+        clean=pairs.clean,
+        corrupted=pairs.corrupted,
+        group_of_class=subject.group_of_class,
+    )
+
+
+def ablation_table(
+    subject: Subject, ablation: Ablation, config: CutConfig
+) -> Float[Tensor, "sources tokens width"]:
+    """What cut edges carry in a compact model, in float64."""
+    images = subject.calibration(config.images, seed=config.seed)
+    starts = range(0, len(images), _TABLE_BATCH)
+    batches = (
+        subject.normalise(images.read(range(i, min(i + _TABLE_BATCH, len(images))))).double()
+        for i in starts
+    )
+    return fixed_table(ablation, subject.weights.to(torch.float64), batches)
+
+
+def cut_circuit(
+    subject: Subject,
+    circuit: Circuit,
+    config: CutConfig,
+    *,
+    table: Float[Tensor, "sources tokens width"] | None = None,
+) -> Cut:
+    """Compile a circuit, check the result, and measure it again under the cut's ablation.
+
+    Args:
+        subject: The model and images that the circuit was found on.
+        circuit: Under any ablation.
+        config: The ablation of the cut, and on what it is checked.
+        table: From `ablation_table`, to share it between circuits.
+
+    Raises:
+        CircuitError: The circuit is of another model.
+        ExactnessError: The compact model does not compute the masked one.
+    """
+    if table is None:
+        table = ablation_table(subject, config.ablation, config)
+    final = circuit.with_ablation(config.ablation)
+    model = compile_circuit(subject.weights, final, table)
+    model.info = _model_info(subject)
+    pixels = subject.normalise(subject.images.tuning.read(_first(subject, config.verify_images)))
+    exactness = verify(model, subject.weights, final, table, pixels)
+    return Cut(
+        model=model,
+        circuit=final,
+        exactness=exactness,
+        faithfulness=_faithfulness(subject, circuit, final, model),
+    )
+
+
+def measure(
+    subject: Subject,
+    points: Mapping[str, tuple[Point, nn.Module]],
+    config: BenchConfig,
+) -> Results:
+    """Accuracy on the validation images and interleaved latency, of the dense model and points.
+
+    Args:
+        subject: The dense model and the images.
+        points: By name: what is known of a point so far, and its model.
+        config: Runtimes, batch sizes and times.
+    """
+    dense_model = subject.model.model
+    dense = _evaluated(subject, dense_model, subject.images.validation)
+    results = Results(task=subject.task.name, machine=describe_machine())
+    measured = {DENSE: _with_accuracy(dense_point(subject), dense)}
+    models: dict[str, nn.Module] = {DENSE: dense_model}
+    for name, (point, model) in points.items():
+        found = _evaluated(subject, model, subject.images.validation, dense)
+        measured[name], models[name] = _with_accuracy(point, found), model
+    pixels = subject.normalise(subject.images.validation.read(range(max(config.batches))))
+    report = measure_latency(models, pixels, config, baseline=DENSE)
+    timed = {
+        name: replace(point, latency=report.latencies[name]) for name, point in measured.items()
+    }
+    others = tuple(point for name, point in timed.items() if name != DENSE)
+    return replace(results, dense=timed[DENSE], points=others, comparisons=report.comparisons)
+
+
+def dense_point(subject: Subject) -> Point:
+    """What is known of the dense model before it is measured."""
+    graph = subject.weights.graph
+    return Point(
+        name=DENSE,
+        edges_total=graph.num_edges,
+        edges_kept=graph.num_edges,
+        heads_total=graph.num_layers * graph.num_heads,
+        heads_kept=graph.num_layers * graph.num_heads,
+        neurons_kept_fraction=1.0,
+        macs=dense_macs(shape_of(subject.weights)),
+        params=_num_params(subject.model.model),
+        bytes=_num_bytes(subject.model.model),
+    )
+
+
+def cut_point(name: str, cut: Cut, *, seconds: float, circuit: str, model: str) -> Point:
+    """What is known of a cut model before it is measured.
+
+    Args:
+        name: Of the point.
+        cut: The compact model and its circuit.
+        seconds: That cutting it took.
+        circuit: Path of the circuit, relative to the results file.
+        model: Path of the model directory, relative to the results file.
+    """
+    found = cut.circuit
+    return Point(
+        name=name,
+        method=found.method,
+        granularity="edge",
+        ablation=found.ablation,
+        tau=found.tau,
+        edges_total=found.graph.num_edges,
+        edges_kept=found.num_kept,
+        heads_total=found.graph.num_layers * found.graph.num_heads,
+        heads_kept=found.num_heads_kept,
+        macs=count_macs(cut.model.plan),
+        max_abs_diff=cut.exactness.max_abs_diff,
+        seconds=seconds,
+        faithfulness=cut.faithfulness,
+        circuit=circuit,
+        model=model,
+        params=_num_params(cut.model),
+        bytes=_num_bytes(cut.model),
+    )
+
+
+def _num_params(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in model.parameters())
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def _with_accuracy(point: Point, found: Evaluation) -> Point:
+    return replace(
+        point,
+        accuracy_fine=found.accuracy_fine,
+        accuracy_coarse=found.accuracy_coarse,
+        kl=found.kl,
+        images=found.images,
+        confusion=found.confusion,
+    )
+
+
+def _evaluated(
+    subject: Subject, model: nn.Module, images: ImageSet, dense: Evaluation | None = None
+) -> Evaluation:
+    return evaluate(
+        model,
+        images,
+        group_of_class=subject.task.group_of_class,
+        preprocess=subject.normalise,
+        reference_log_probs=None if dense is None else dense.log_probs,
+    )
+
+
+def _faithfulness(
+    subject: Subject, found: Circuit, final: Circuit, model: CompactViT
+) -> dict[str, Any]:
+    """KL on the images of discovery, then and now; None for a circuit that was not searched."""
+    settings = found.provenance.get("settings")
+    if settings is None:
+        return {"discovery": None, "cut": None}
+    images = subject.images.calibration(settings["images"], seed=settings["seed"])
+    dense = _evaluated(subject, subject.model.model, images)
+    kl = _evaluated(subject, model, images, dense).kl
+    return {
+        "discovery": {"ablation": found.ablation, "kl": found.provenance["kl"]},
+        "cut": {"ablation": final.ablation, "kl": kl},
+    }
+
+
+def _first(subject: Subject, count: int) -> range:
+    return range(min(count, len(subject.images.tuning)))
+
+
+def _model_info(subject: Subject) -> ModelInfo:
+    task = subject.task
+    return ModelInfo(
+        mean=subject.model.mean,
+        std=subject.model.std,
+        class_names=task.class_names,
+        group_names=task.groups,
+        group_of_class=tuple(task.group_of_class.tolist()),
+        source_model=subject.model.name,
+        source_sha256=subject.model.weight_hash,
+    )

@@ -1,0 +1,120 @@
+"""What every stage works on: a dense model, its weights, and the images of a task."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vitcut.config import as_plain
+from vitcut.data.images import ImageSet, TaskImages, load_images, to_float
+from vitcut.data.settings import DataConfig
+from vitcut.errors import ArtefactError, TaskError
+from vitcut.files import read_json, write_json
+from vitcut.intervention.tracing import read_model
+from vitcut.shapes import Float, Int, Tensor
+from vitcut.task import Task, parse_task
+from vitcut.vits.loading import LoadedModel, load_model
+from vitcut.vits.weights import ViTWeights
+
+_ORIGIN_VERSION = 1
+ORIGIN_FILE = "origin.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a run's model and images come from; ``origin.json`` of a run directory."""
+
+    model: str
+    """As `load_model` takes it."""
+    task: Task
+    data: DataConfig
+
+    def save(self, folder: Path) -> None:
+        """Write ``origin.json`` into a run directory."""
+        content = {"model": self.model, "task": self.task.to_dict(), "data": as_plain(self.data)}
+        write_json(folder / ORIGIN_FILE, {"format_version": _ORIGIN_VERSION, **content})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Origin":
+        """Read ``origin.json`` of a run directory.
+
+        Raises:
+            ArtefactError: The folder is no run directory, or the file is damaged.
+        """
+        path = folder / ORIGIN_FILE
+        content = read_json(path, kind="run", newest_version=_ORIGIN_VERSION)
+        try:
+            task = parse_task(json.dumps(content["task"]), origin=str(path))
+            return cls(model=content["model"], task=task, data=DataConfig(**content["data"]))
+        except (KeyError, TypeError) as error:
+            raise ArtefactError(f"{path} is damaged: {error!r}") from None
+
+    def load_subject(self) -> "Subject":
+        """Load the model, then the images at the size that it takes.
+
+        Raises:
+            DataError: The source cannot be used.
+            TaskError: The task does not fit the data or the model.
+            ModelError: The model cannot be loaded.
+        """
+        model = load_model(self.model)
+        data = replace(self.data, image_size=model.image_size)
+        return Subject.of(model, load_images(data, self.task))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A dense model together with the images of the task that it is cut for."""
+
+    model: LoadedModel
+    weights: ViTWeights
+    """Of the model, checked against it."""
+    images: TaskImages
+
+    @classmethod
+    def of(cls, model: LoadedModel, images: TaskImages) -> "Subject":
+        """Read a loaded model for the images of a task.
+
+        Raises:
+            UnsupportedModelError: The model has a feature that is not understood.
+            TaskError: The model's classes are not the task's.
+        """
+        weights = read_model(model.model)
+        _check_classes(model, weights.num_classes, images.task)
+        return cls(model=model, weights=weights, images=images)
+
+    @property
+    def task(self) -> Task:
+        """The task of the images."""
+        return self.images.task
+
+    @property
+    def group_of_class(self) -> Int[Tensor, "classes"]:
+        """The group number of each class of the model."""
+        return torch.from_numpy(self.task.group_of_class)
+
+    def normalise(self, images: NDArray[np.uint8]) -> Float[Tensor, "images channels height width"]:
+        """uint8 images as the model takes them, in float32."""
+        return to_float(images, mean=self.model.mean, std=self.model.std)
+
+    def calibration(self, count: int, *, seed: int) -> ImageSet:
+        """Training images, as many of each class; all of them where there are fewer."""
+        return self.images.calibration(min(count, len(self.images.train)), seed=seed)
+
+
+def _check_classes(model: LoadedModel, num_classes: int, task: Task) -> None:
+    if num_classes != len(task.classes):
+        raise TaskError(
+            f"model {model.name!r} has {num_classes} classes, task {task.name!r} has "
+            f"{len(task.classes)}: use the label file that the model was trained on"
+        )
+    if model.class_ids is not None and model.class_ids != task.class_ids:
+        known = set(model.class_ids)
+        unknown = [class_id for class_id in task.class_ids if class_id not in known]
+        raise TaskError(
+            f"task {task.name!r} names classes that model {model.name!r} does not know: "
+            f"{', '.join(unknown[:5])}: use the label file that the model was trained on"
+        )
