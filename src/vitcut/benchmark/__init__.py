@@ -1,0 +1,1 @@
+"""The benchmark stage: latency protocol, evaluation and tables."""

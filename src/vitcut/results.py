@@ -1,0 +1,210 @@
+"""What stages report: measured points, latencies and comparisons, and the file that holds them.
+
+Measuring is left to the stages, showing to `benchmark.tables` and the report.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vitcut.config import as_plain, require_fraction
+from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut.files import read_json, write_json
+from vitcut.names import RuntimeName
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """How long one model took for one batch, in one runtime."""
+
+    runtime: RuntimeName
+    device: str
+    dtype: str
+    batch: int
+    threads: int
+    median_ms: float
+    """Per batch, as `p10_ms` and `p90_ms`."""
+    p10_ms: float
+    p90_ms: float
+    images_per_s: float
+    """At the median."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How much faster a point is than another one that was timed in turn with it."""
+
+    point: str
+    against: str
+    runtime: RuntimeName
+    batch: int
+    threads: int
+    ratio: float
+    """Time of `against` / time of `point`: median of the paired ratios; above 1 is faster."""
+    low: float
+    """Lower end of the 95 % bootstrap interval of `ratio`."""
+    high: float
+    """Upper end of the same interval."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval excludes 1: only then may a speed-up or slow-down be claimed."""
+        return self.low > 1 or self.high < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model of a run: how it was made, how good, how large and how fast it is.
+
+    None where a value does not apply. Accuracies are fractions of 1.
+
+    Raises:
+        ConfigError: A fraction is outside 0 to 1.
+        ModelError: A number is NaN or infinite.
+    """
+
+    name: str
+    method: str | None = None
+    granularity: str | None = None
+    ablation: str | None = None
+    tau: float | None = None
+    budget: dict[str, Any] | None = None
+    """What was asked for: {"macs": 0.2}, or {"latency": 0.25, "runtime": ..., "batch": ...}."""
+    edges_total: int | None = None
+    edges_kept: int | None = None
+    heads_total: int | None = None
+    heads_kept: int | None = None
+    neurons_kept_fraction: float | None = None
+    accuracy_fine: float | None = None
+    accuracy_coarse: float | None = None
+    kl: float | None = None
+    """Mean KL(dense || this model) on the task distribution, in nats."""
+    macs: int | None = None
+    """Per image."""
+    params: int | None = None
+    bytes: int | None = None
+    """Of the weights' file."""
+    max_abs_diff: float | None = None
+    """Between the logits of the compact and the masked model."""
+    seconds: float | None = None
+    """That making this point took."""
+    images: int | None = None
+    """That the accuracies were measured on."""
+    latency: tuple[Latency, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    """Images by true group (rows) and predicted group (columns)."""
+    faithfulness: dict[str, Any] | None = None
+    circuit: str | None = None
+    """Path of the circuit, relative to the results file."""
+    model: str | None = None
+    """Path of the model directory, relative to the results file."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ModelError(
+                    f"point {self.name!r}: {item.name} is {value}, expected a finite number: "
+                    "check the model's weights for NaN and overflow"
+                )
+        for name in ("neurons_kept_fraction", "accuracy_fine", "accuracy_coarse"):
+            if getattr(self, name) is not None:
+                require_fraction(f"{name} of point {self.name!r}", getattr(self, name))
+
+    def find_latency(self, *, runtime: RuntimeName, batch: int) -> Latency | None:
+        """The latency in this runtime at this batch size, None where it was not measured."""
+        found = (item for item in self.latency if (item.runtime, item.batch) == (runtime, batch))
+        return next(found, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The content of ``results.json``: a dense model, and the points that were made of it."""
+
+    task: str
+    machine: dict[str, Any]
+    """As `runtime.describe_machine` gives it."""
+    dense: Point | None = None
+    """None where there is no dense model to compare with."""
+    points: tuple[Point, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [point.name for point in self.all_points()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"two points are named {twice[0]!r}: a point's name must be its own")
+
+    def all_points(self) -> tuple[Point, ...]:
+        """The dense model's point first, if there is one."""
+        return self.points if self.dense is None else (self.dense, *self.points)
+
+    def with_point(self, point: Point, *, comparisons: tuple[Comparison, ...] = ()) -> "Results":
+        """These results with one more point, which takes the place of one of the same name.
+
+        Args:
+            point: To be added, or to replace.
+            comparisons: Measured together with it. Older ones that name the point are dropped:
+                they belong to the point that was replaced.
+        """
+        older = (c for c in self.comparisons if point.name not in {c.point, c.against})
+        changed = replace(self, comparisons=(*older, *comparisons))
+        if self.dense is not None and point.name == self.dense.name:
+            return replace(changed, dense=point)
+        if all(point.name != other.name for other in self.points):
+            return replace(changed, points=(*self.points, point))
+        points = tuple(point if point.name == other.name else other for other in self.points)
+        return replace(changed, points=points)
+
+    def find_comparison(
+        self, point: str, *, runtime: RuntimeName, batch: int, against: str = "dense"
+    ) -> Comparison | None:
+        """The paired comparison of two points by name, None where it was not measured."""
+        wanted = (point, against, runtime, batch)
+        found = (c for c in self.comparisons if (c.point, c.against, c.runtime, c.batch) == wanted)
+        return next(found, None)
+
+    def save(self, path: Path) -> None:
+        """Write ``results.json`` atomically."""
+        write_json(path, {"format_version": FORMAT_VERSION, **as_plain(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: The file is missing, damaged, or of a newer version.
+        """
+        content = read_json(path, kind="results", newest_version=FORMAT_VERSION)
+        try:
+            return _results_from(content)
+        except (TypeError, KeyError, ValueError, AttributeError, ConfigError, ModelError) as error:
+            raise ArtefactError(
+                f"{path} is not a results file of format_version {FORMAT_VERSION}: {error!r}; "
+                "restore it, or measure again"
+            ) from None
+
+
+def _results_from(content: dict[str, Any]) -> Results:
+    dense = content["dense"]
+    return Results(
+        task=content["task"],
+        machine=content["machine"],
+        dense=None if dense is None else _point_from(dense),
+        points=tuple(_point_from(item) for item in content["points"]),
+        comparisons=tuple(Comparison(**item) for item in content["comparisons"]),
+    )
+
+
+def _point_from(content: dict[str, Any]) -> Point:
+    missing = [item.name for item in fields(Point) if item.name not in content]
+    if missing:
+        raise KeyError(missing[0])
+    values = dict(content)
+    values["latency"] = tuple(Latency(**item) for item in content["latency"])
+    if content["confusion"] is not None:
+        values["confusion"] = tuple(tuple(row) for row in content["confusion"])
+    return Point(**values)

@@ -1,0 +1,1 @@
+"""Runtimes that execute a model: each converts it, checks parity, and runs it."""

@@ -1,0 +1,103 @@
+"""ONNX Runtime on the CPU, and the ONNX file that it runs."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import nn
+from torch.export import Dim
+
+from vitcut.files import atomic_path
+from vitcut.runtimes.session import Session, frozen_copy, require_parity
+from vitcut.shapes import Float, Tensor
+
+INPUT_NAME = "images"
+OUTPUT_NAME = "logits"
+
+_OPSET = 23
+"""The first with an Attention operation; a fixed batch size was no faster with it."""
+_ERRORS_ONLY = 3
+
+
+def export_onnx(
+    module: nn.Module, path: Path, *, example: Float[Tensor, "batch channels height width"]
+) -> None:
+    """Write a model as one ONNX file that takes any batch size, atomically.
+
+    The file is written only if ONNX Runtime computes the same logits from it as torch. Input
+    "images": normalised float32; output "logits".
+
+    Args:
+        module: Normalised images to logits; not changed.
+        path: The file to write.
+        example: Images of the size that the model takes; the parity check runs on them.
+
+    Raises:
+        ExactnessError: ONNX Runtime's logits differ from torch's.
+    """
+    model = frozen_copy(module)
+    with atomic_path(path) as temporary:
+        _write(model, temporary, example)
+        session = _open(temporary, threads=1)
+        with torch.inference_mode():
+            require_parity(_run(session, example), model(example), runtime="onnxruntime")
+
+
+def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> tuple[Session, ...]:
+    """Export a model once, and load it in ONNX Runtime for each example.
+
+    The parity check runs on the largest example.
+
+    Raises:
+        ExactnessError: ONNX Runtime's logits differ from torch's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(module, path, example=max(examples, key=len))
+        return tuple(
+            load_session(path, batch=len(example), threads=threads) for example in examples
+        )
+
+
+def load_session(path: Path, *, batch: int, threads: int) -> Session:
+    """Load an ONNX file that `export_onnx` wrote."""
+    session = _open(path, threads=threads)
+    return Session(
+        runtime="onnxruntime",
+        batch=batch,
+        threads=threads,
+        run=lambda images: _run(session, images),
+    )
+
+
+def _write(model: nn.Module, path: Path, example: Tensor) -> None:
+    # torch.export takes a size of 0 or 1 for a constant: trace with two images.
+    two = example[:1].repeat(2, 1, 1, 1)
+    torch.onnx.export(
+        model,
+        (two,),
+        path,
+        dynamo=True,
+        dynamic_shapes=({0: Dim("batch")},),
+        input_names=[INPUT_NAME],
+        output_names=[OUTPUT_NAME],
+        opset_version=_OPSET,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def _open(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _ERRORS_ONLY
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
+    (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})
+    return torch.from_numpy(logits)

@@ -1,0 +1,114 @@
+"""A session: a model made ready in one runtime. How each runtime does it is left to its file."""
+
+import copy
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import nn
+
+from vitcut.errors import ConfigError, ExactnessError
+from vitcut.names import RuntimeName
+from vitcut.runtimes.table import RUNTIME_MODULES, require_runtime
+from vitcut.shapes import Float, Tensor
+
+_TOLERANCE = 1e-4
+"""In float32, relative to max(1, max |logit|)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Runs one model at one batch size.
+
+    Torch's thread count belongs to the process: call `run` inside `torch_threads(threads)`.
+    """
+
+    runtime: RuntimeName
+    batch: int
+    """Images per call."""
+    threads: int
+    run: Callable[[Tensor], Tensor]
+    """Normalised images, float32, shape [batch, channels, height, width], to logits, shape
+    [batch, classes]."""
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+def prepare_sessions(
+    name: RuntimeName, module: nn.Module, examples: Sequence[Tensor], *, threads: int
+) -> tuple[Session, ...]:
+    """Make a model ready in a runtime, once for each batch size.
+
+    The module itself is neither changed nor kept.
+
+    Args:
+        name: The runtime.
+        module: Normalised images to logits.
+        examples: Normalised images, each of shape [batch, channels, height, width] with the batch
+            size that will be run; real images make the parity check real.
+        threads: CPU threads.
+
+    Returns:
+        One session per example.
+
+    Raises:
+        ConfigError: The runtime is unknown, its package is not installed, threads < 1, or there is
+            no example.
+        ExactnessError: The runtime's logits differ from torch's.
+    """
+    require_runtime(name)
+    if threads < 1:
+        raise ConfigError(f"threads must be >= 1, got {threads}")
+    if not examples:
+        raise ConfigError(f"runtime {name!r} needs at least one example batch, got none")
+    try:
+        runtime = import_module(RUNTIME_MODULES[name])
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"runtime {name!r} needs the package {error.name!r}, which is not installed: "
+            f"pip install {error.name}"
+        ) from None
+    return runtime.prepare(module, examples, threads=threads)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Generator[None]:
+    """Hold torch's thread count for a while, then give the old one back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that later training of the module cannot reach."""
+    return copy.deepcopy(module).eval().requires_grad_(requires_grad=False)
+
+
+def require_parity(
+    got: Float[Tensor, "batch classes"],
+    expected: Float[Tensor, "batch classes"],
+    *,
+    runtime: RuntimeName,
+) -> None:
+    """Refuse logits that are not torch's, to float32 rounding; NaN is never equal.
+
+    Raises:
+        ExactnessError: The greatest difference exceeds 1e-4 x max(1, max |logit|).
+    """
+    if got.shape != expected.shape:
+        raise ExactnessError(
+            f"{runtime} gave logits of shape {list(got.shape)}, torch {list(expected.shape)}: "
+            "the conversion is wrong, use runtime torch"
+        )
+    difference = (got - expected).abs().max().item()
+    allowed = _TOLERANCE * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:
+        raise ExactnessError(
+            f"{runtime} differs from torch by {difference:.2g} in a logit, expected at most "
+            f"{allowed:.2g}: check the weights for NaN, or use runtime torch"
+        )

@@ -1,0 +1,34 @@
+import pytest
+
+from vitcut.benchmark.settings import BenchConfig
+from vitcut.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runtimes": ("openvino",)}, "runtime must be one of torch, .*'openvino'"),
+        ({"runtimes": ()}, "runtimes .* got none"),
+        ({"batches": (1, 1)}, "batches .* got 1, 1"),
+        ({"batches": (0,)}, "batch must be >= 1, got 0"),
+        ({"threads": 0}, "threads"),
+        ({"seconds": 0.0}, "seconds"),
+        ({"seconds": float("nan")}, "seconds"),
+        ({"min_rounds": 2}, "min_rounds"),
+        ({"min_sample_ms": 0.0}, "min_sample_ms"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(change, message):
+    with pytest.raises(ConfigError, match=message):
+        BenchConfig(**change)
+
+
+def test_unless_told_otherwise_torch_and_onnxruntime_run_one_and_64_images_on_one_thread():
+    config = BenchConfig()
+    assert config.runtimes == ("torch", "onnxruntime")
+    assert (config.batches, config.threads) == ((1, 64), 1)
+
+
+def test_the_quick_settings_cost_less_time():
+    assert BenchConfig.quick().seconds < BenchConfig().seconds / 5
