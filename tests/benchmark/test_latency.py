@@ -146,7 +146,7 @@ def test_torch_runs_on_the_threads_of_the_settings_and_gets_its_own_back(clock):
 
 def test_every_model_is_compared_with_the_baseline_in_time_of_baseline_over_time_of_model():
     models = {"dense": Model(4), "small": Model(1)}
-    report = measure_latency(models, IMAGES, QUICK, baseline="dense")
+    report = measure_latency(models, IMAGES, QUICK, baselines=("dense",))
     assert [(c.point, c.against, c.runtime, c.batch, c.threads) for c in report.comparisons] == [
         ("small", "dense", "torch", 1, 1),
         ("small", "dense", "torch", 3, 1),
@@ -176,7 +176,7 @@ def test_load_that_comes_and_goes_between_rounds_leaves_the_ratio(clock):
 
 
 def test_every_model_gets_a_latency_for_every_runtime_and_batch_size():
-    report = measure_latency({"dense": Model(5)}, IMAGES, QUICK, baseline="dense")
+    report = measure_latency({"dense": Model(5)}, IMAGES, QUICK, baselines=("dense",))
     (one, three) = report.latencies["dense"]
     assert (one.runtime, one.batch, three.batch, one.threads) == ("torch", 1, 3, 1)
     assert (one.device, one.dtype) == ("cpu", "float32")
@@ -193,22 +193,22 @@ def test_images_are_repeated_where_a_batch_needs_more():
             shapes.add(tuple(images.shape))
             return super().forward(images)
 
-    measure_latency({"dense": Recorder(1)}, IMAGES, QUICK, baseline="dense")
+    measure_latency({"dense": Recorder(1)}, IMAGES, QUICK, baselines=("dense",))
     assert shapes == {(1, 3, 4, 4), (3, 3, 4, 4)}
 
 
 def test_a_baseline_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="one of small, got 'dense'"):
-        measure_latency({"small": Model(1)}, IMAGES, QUICK, baseline="dense")
+        measure_latency({"small": Model(1)}, IMAGES, QUICK, baselines=("dense",))
 
 
 def test_timing_without_images_is_refused():
     with pytest.raises(ConfigError, match="at least one image"):
-        measure_latency({"a": Model(1)}, IMAGES[:0], QUICK, baseline="a")
+        measure_latency({"a": Model(1)}, IMAGES[:0], QUICK, baselines=("a",))
 
 
 def test_a_busy_machine_is_reported(monkeypatch, capsys):
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
-    report = measure_latency({"a": Model(1)}, IMAGES, QUICK, baseline="a")
+    report = measure_latency({"a": Model(1)}, IMAGES, QUICK, baselines=("a",))
     assert report.load_before == 99.0
     assert "machine is busy (load 99.0" in capsys.readouterr().err

@@ -38,17 +38,17 @@ class LatencyReport:
     latencies: dict[str, tuple[Latency, ...]]
     """By model, one for each runtime and batch size."""
     comparisons: tuple[Comparison, ...]
-    """Of every model but the baseline with the baseline."""
+    """Of every model with every other that is a baseline."""
     load_before: float | None
     """One-minute load average before the first call; None where the system has none."""
 
 
 def measure_latency(
     models: Mapping[str, nn.Module],
-    images: Float[Tensor, "images channels height width"],
+    images: Float[Tensor, "images channels y x"],
     config: BenchConfig,
     *,
-    baseline: str,
+    baselines: tuple[str, ...],
 ) -> LatencyReport:
     """Time models in turn in every runtime and at every batch size of the settings.
 
@@ -56,14 +56,15 @@ def measure_latency(
         models: By name; each takes the same images.
         images: Normalised; repeated where a batch needs more.
         config: Runtimes, batch sizes, threads and time.
-        baseline: The model that the others are compared with.
+        baselines: The models that all others are compared with.
 
     Raises:
-        ConfigError: The baseline is not among the models, or there are no images.
+        ConfigError: A baseline is not among the models, or there are no images.
         ExactnessError: A runtime computes something else than torch.
     """
-    if baseline not in models:
-        raise ConfigError(f"baseline must be one of {', '.join(models)}, got {baseline!r}")
+    unknown = [name for name in baselines if name not in models]
+    if unknown:
+        raise ConfigError(f"baselines must be among {', '.join(models)}, got {unknown[0]!r}")
     if not len(images):
         raise ConfigError("timing needs at least one image, got none")
     load_before = _load()
@@ -77,8 +78,11 @@ def measure_latency(
             samples = time_sessions(sessions, example, config)
             for name, session in sessions.items():
                 latencies[name].append(_latency(session, samples[name]))
-                if name != baseline:
-                    comparisons.append(_compare(name, baseline, session, samples, config.seed))
+                comparisons += [
+                    _compare(name, baseline, session, samples, config.seed)
+                    for baseline in baselines
+                    if name != baseline
+                ]
     return LatencyReport(
         latencies={name: tuple(items) for name, items in latencies.items()},
         comparisons=tuple(comparisons),
@@ -88,7 +92,7 @@ def measure_latency(
 
 def time_sessions(
     sessions: Mapping[str, Session],
-    example: Float[Tensor, "batch channels height width"],
+    example: Float[Tensor, "batch channels y x"],
     config: BenchConfig,
 ) -> dict[str, NDArray[np.float64]]:
     """Time sessions of one runtime and batch size in turn.

@@ -121,7 +121,7 @@ def to_float(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Float[Tensor, "images channels height width"]:
+) -> Float[Tensor, "images channels y x"]:
     """Bring uint8 images to a model's range: (pixel / 255 - mean) / std.
 
     Args:

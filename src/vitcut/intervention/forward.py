@@ -20,7 +20,7 @@ _ACTIVATIONS = {
 
 
 def embed(
-    weights: ViTWeights, pixels: Float[Tensor, "images channels height width"]
+    weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]
 ) -> Float[Tensor, "images tokens stream"]:
     """Everything that enters block 0: class token, patches and positions."""
     patches = F.conv2d(pixels, weights.patch_weight, weights.patch_bias, stride=weights.patch_size)

@@ -40,7 +40,7 @@ class Run:
     logits: Float[Tensor, "images classes"]
 
 
-def full_run(weights: ViTWeights, pixels: Float[Tensor, "images channels height width"]) -> Run:
+def full_run(weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]) -> Run:
     """The uncut model, and what each of its sources writes."""
 
     def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
@@ -52,7 +52,7 @@ def full_run(weights: ViTWeights, pixels: Float[Tensor, "images channels height 
 
 def masked_logits(
     weights: ViTWeights,
-    pixels: Float[Tensor, "images channels height width"],
+    pixels: Float[Tensor, "images channels y x"],
     kept: NDArray[np.bool_],
     ablated: Float[Tensor, "sources *images tokens width"],
 ) -> Float[Tensor, "images classes"]:

@@ -26,7 +26,7 @@ _CHUNK = 16
 class Examples:
     """What a discovery method measures on: images, their pairing and the task's groups."""
 
-    pixels: Float[Tensor, "images channels height width"]
+    pixels: Float[Tensor, "images channels y x"]
     """Normalised calibration images."""
     clean: NDArray[np.int64]
     """Number of the clean image of each pair, shape [pairs]."""

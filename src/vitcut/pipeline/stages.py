@@ -184,7 +184,8 @@ def measure(
         found = _evaluated(subject, model, subject.images.validation, dense)
         measured[name], models[name] = _with_accuracy(point, found), model
     pixels = subject.normalise(subject.images.validation.read(range(max(config.batches))))
-    report = measure_latency(models, pixels, config, baseline=DENSE)
+    baselines = tuple(name for name in (DENSE, CLASS_ONLY) if name in models)
+    report = measure_latency(models, pixels, config, baselines=baselines)
     timed = {
         name: replace(point, latency=report.latencies[name]) for name, point in measured.items()
     }

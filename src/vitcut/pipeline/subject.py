@@ -96,7 +96,7 @@ class Subject:
         """The group number of each class of the model."""
         return torch.from_numpy(self.task.group_of_class)
 
-    def normalise(self, images: NDArray[np.uint8]) -> Float[Tensor, "images channels height width"]:
+    def normalise(self, images: NDArray[np.uint8]) -> Float[Tensor, "images channels y x"]:
         """uint8 images as the model takes them, in float32."""
         return to_float(images, mean=self.model.mean, std=self.model.std)
 

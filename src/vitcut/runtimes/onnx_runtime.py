@@ -22,7 +22,7 @@ _ERRORS_ONLY = 3
 
 
 def export_onnx(
-    module: nn.Module, path: Path, *, example: Float[Tensor, "batch channels height width"]
+    module: nn.Module, path: Path, *, example: Float[Tensor, "batch channels y x"]
 ) -> None:
     """Write a model as one ONNX file that takes any batch size, atomically.
 

@@ -20,7 +20,7 @@ def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> t
 
 
 def _compile(
-    model: nn.Module, example: Float[Tensor, "batch channels height width"], threads: int
+    model: nn.Module, example: Float[Tensor, "batch channels y x"], threads: int
 ) -> Session:
     compiled = torch.compile(model, dynamic=False)
 
