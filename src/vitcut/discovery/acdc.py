@@ -269,26 +269,28 @@ class _Log:
         self._graph = graph
         self._earlier: list[Decision] = []
         self._taken = 0
+        self._read_up = False
         if path is not None and path.exists():
             self._earlier = list(_read_decisions(path))
 
     def take(self, stage: tuple[int, ...]) -> list[Decision] | None:
         """The logged decisions of a stage, or None from the first incomplete one on."""
+        if self._path is None or self._read_up:
+            return None
         edges = [
             (self._graph.sources[source].name, self._graph.targets[target].name)
             for target in stage
             for source in reversed(range(self._graph.num_readable(target)))
         ]
         found = self._earlier[self._taken : self._taken + len(edges)]
-        if any(
-            (item.source, item.target) != edge for item, edge in zip(found, edges, strict=False)
-        ):
+        if [(item.source, item.target) for item in found] != edges[: len(found)]:
             raise ArtefactError(
                 f"{self._path} logs another search: expected {edges[0][0]} -> {edges[0][1]} after "
                 f"{self._taken} decisions; choose another --out"
             )
         if len(found) < len(edges):
-            self._forget_rest()
+            self._read_up = True
+            _keep_lines(self._path, self._taken)
             return None
         self._taken += len(edges)
         return found
@@ -301,13 +303,13 @@ class _Log:
         with self._path.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(vars(item)) + "\n" for item in decisions)
 
-    def _forget_rest(self) -> None:
-        if self._path is None or not self._path.exists():
-            return
-        lines = self._path.read_bytes().splitlines(keepends=True)[: self._taken]
-        with self._path.open("r+b") as stream:
+
+def _keep_lines(path: Path, count: int) -> None:
+    """Cut a file off after its first lines."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)[:count]
+        with path.open("r+b") as stream:
             stream.truncate(sum(len(line) for line in lines))
-        self._earlier = self._earlier[: self._taken]
 
 
 def _read_decisions(path: Path) -> Iterator[Decision]:

@@ -1,0 +1,123 @@
+"""Hypothesis strategies: tiny ViTs, and circuits of every density and structure."""
+
+import functools
+import random as global_random
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tiny import random_vit
+
+from vitcut.circuit import Circuit
+from vitcut.graph import Graph
+from vitcut.vits.weights import ViTWeights
+
+DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+def undisturbed(draw_value):
+    """Restore the global generator: beartype draws from it, and Hypothesis refuses that."""
+
+    @functools.wraps(draw_value)
+    def wrapped(*args, **kwargs):
+        state = global_random.getstate()
+        value = draw_value(*args, **kwargs)
+        global_random.setstate(state)
+        return value
+
+    return wrapped
+
+
+@st.composite
+@undisturbed
+def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights:
+    return random_vit(
+        draw(st.integers(0, 10**6)),
+        num_layers=draw(st.integers(1, max_layers)),
+        num_heads=draw(st.integers(1, max_heads)),
+        width=draw(st.integers(4, 12)),
+        head_dim=draw(st.integers(1, 4)),
+        hidden=draw(st.integers(1, 9)),
+        patches_per_side=draw(st.integers(1, 2)),
+        num_prefix=draw(st.integers(1, 2)),
+        activation=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])),
+    )
+
+
+@st.composite
+@undisturbed
+def circuits(draw: st.DrawFn, graph: Graph) -> Circuit:
+    """Random edges at some density, then whole targets and sources cut or restored."""
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    density = draw(st.sampled_from(DENSITIES))
+    kept = graph.edges & (random.random(graph.edges.shape) < density)
+    for change in draw(st.lists(st.sampled_from(sorted(_CHANGES)), max_size=2)):
+        _CHANGES[change](kept, graph, random)
+    if draw(st.integers(0, 3)):
+        _connect(kept, graph, random)
+    ablation = draw(st.sampled_from(["zero", "mean"]))
+    return Circuit(graph=graph, kept=kept & graph.edges, ablation=ablation)
+
+
+def _cut_letter(letter: str):
+    def cut(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
+        kept[:, [target.kind == letter for target in graph.targets]] = False
+
+    return cut
+
+
+def _cut_some_targets(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
+    kept[:, random.random(len(graph.targets)) < 0.4] = False
+
+
+def _cut_some_sources(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
+    kept[random.random(len(graph.sources)) < 0.4] = False
+
+
+def _read_alike(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
+    kept[:] = kept[:, random.integers(len(graph.targets))][:, None]
+
+
+def _keep_embed_for_keys_and_values(
+    kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator
+) -> None:
+    kept[0] = [target.kind in {"k", "v"} for target in graph.targets]
+
+
+def _cut_embed(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
+    kept[0, random.random(len(graph.targets)) < 0.8] = False
+
+
+def _keep_one_path(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
+    kept[:] = False
+    source, target = 0, graph.classifier
+    while random.random() < 0.8:
+        readers = [t for t in np.flatnonzero(graph.edges[source]) if t != graph.classifier]
+        if not readers:
+            break
+        target = int(random.choice(readers))
+        kept[source, target] = True
+        source = graph.source_of(target)
+    kept[source, graph.classifier] = True
+
+
+def _connect(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
+    """Most random cuts leave nothing that depends on the image; these let embed through."""
+    for _ in range(2):
+        layer, head = int(random.integers(graph.num_layers)), int(random.integers(graph.num_heads))
+        kept[0, graph.head_target(layer, head, "v" if random.random() < 0.5 else "k")] = True
+        kept[graph.head_source(layer, head), graph.classifier] = True
+
+
+_CHANGES = {
+    "cut_q": _cut_letter("q"),
+    "cut_k": _cut_letter("k"),
+    "cut_v": _cut_letter("v"),
+    "cut_mlp": _cut_letter("mlp"),
+    "cut_some_targets": _cut_some_targets,
+    "cut_some_sources": _cut_some_sources,
+    "cut_embed": _cut_embed,
+    "read_alike": _read_alike,
+    "embed_for_kv": _keep_embed_for_keys_and_values,
+    "one_path": _keep_one_path,
+}

@@ -1,0 +1,85 @@
+"""Tiny random ViTs in float64, with weights large enough that every part matters."""
+
+import torch
+
+from vitcut.shapes import Float, Tensor
+from vitcut.vits.weights import (
+    Activation,
+    AttentionWeights,
+    BlockWeights,
+    MlpWeights,
+    NormWeights,
+    ViTWeights,
+)
+
+
+def random_vit(
+    seed: int = 0,
+    *,
+    num_layers: int = 2,
+    num_heads: int = 2,
+    width: int = 6,
+    head_dim: int = 3,
+    hidden: int = 5,
+    patches_per_side: int = 2,
+    patch_size: int = 2,
+    num_prefix: int = 1,
+    num_classes: int = 4,
+    activation: Activation = "gelu",
+) -> ViTWeights:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64) * std
+
+    def norm() -> NormWeights:
+        return NormWeights(weight=1 + normal(width, std=0.3), bias=normal(width, std=0.3), eps=1e-6)
+
+    def block() -> BlockWeights:
+        projections = {
+            f"{letter}_{part}": normal(num_heads, head_dim, *shape, std=std)
+            for letter in "qkv"
+            for part, shape, std in (("weight", (width,), 1.5 * width**-0.5), ("bias", (), 0.5))
+        }
+        return BlockWeights(
+            attn_norm=norm(),
+            attn=AttentionWeights(
+                **projections,
+                out_weight=normal(num_heads, width, head_dim, std=head_dim**-0.5),
+                out_bias=normal(width, std=0.5),
+                scale=head_dim**-0.5,
+            ),
+            mlp_norm=norm(),
+            mlp=MlpWeights(
+                in_weight=normal(hidden, width, std=1.5 * width**-0.5),
+                in_bias=normal(hidden, std=0.5),
+                out_weight=normal(width, hidden, std=hidden**-0.5),
+                out_bias=normal(width, std=0.5),
+                activation=activation,
+            ),
+        )
+
+    return ViTWeights(
+        patch_weight=normal(width, 3, patch_size, patch_size, std=0.5 / patch_size),
+        patch_bias=normal(width, std=0.5),
+        prefix=normal(num_prefix, width),
+        positions=normal(patches_per_side**2, width, std=0.5),
+        blocks=tuple(block() for _ in range(num_layers)),
+        norm=norm(),
+        head_weight=normal(num_classes, width),
+        head_bias=normal(num_classes),
+    )
+
+
+def random_pixels(
+    weights: ViTWeights, images: int = 3, seed: int = 1
+) -> Float[Tensor, "images channels y x"]:
+    draw = torch.Generator().manual_seed(seed)
+    side = weights.image_size
+    return torch.randn(images, weights.channels, side, side, generator=draw, dtype=weights.dtype)
+
+
+def random_table(weights: ViTWeights, seed: int = 2) -> Float[Tensor, "sources tokens width"]:
+    draw = torch.Generator().manual_seed(seed)
+    shape = (len(weights.graph.sources), weights.num_tokens, weights.width)
+    return torch.randn(shape, generator=draw, dtype=weights.dtype)
