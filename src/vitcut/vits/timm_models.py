@@ -6,7 +6,6 @@ logits is left to ``intervention.tracing``.
 
 from typing import Any, NoReturn
 
-import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed, QuickGELU
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
@@ -55,13 +54,17 @@ def _read_trunk(model: Any) -> ViTWeights:
         prefix=prefix,
         positions=patches,
         blocks=tuple(_read_block(block) for block in model.blocks),
-        norm=_read_norm(model.norm),
+        norm=_read_norm(model.norm, like=class_token),
         head_weight=_detached(model.head.weight),
         head_bias=_bias(model.head),
     )
 
 
 def _check_trunk(model: Any) -> None:
+    if model.attn_pool is not None:
+        _refuse("attention pooling")
+    if model.global_pool != "token":
+        _refuse(f"global_pool={model.global_pool!r} (only 'token' is)")
     _require_plain(model.patch_embed, PatchEmbed, "patch embedding")
     _require_plain(model.head, nn.Linear, "classifier")
     identities = {
@@ -73,10 +76,6 @@ def _check_trunk(model: Any) -> None:
     for name, module in identities.items():
         if not isinstance(module, nn.Identity):
             _refuse(f"{name} ({type(module).__name__})")
-    if model.global_pool != "token":
-        _refuse(f"global_pool={model.global_pool!r} (only 'token' is)")
-    if model.attn_pool is not None:
-        _refuse("attention pooling")
     if model.cls_token is None:
         _refuse("a ViT without class token")
     if model.num_prefix_tokens != 1:
@@ -97,9 +96,9 @@ def _read_block(block: Any) -> BlockWeights:
     attn_scale = _layer_scale(block.ls1)
     mlp_scale = _layer_scale(block.ls2)
     return BlockWeights(
-        attn_norm=_read_norm(block.norm1),
+        attn_norm=_read_norm(block.norm1, like=block.attn.qkv.weight),
         attn=_read_attention(block.attn, attn_scale),
-        mlp_norm=_read_norm(block.norm2),
+        mlp_norm=_read_norm(block.norm2, like=block.attn.qkv.weight),
         mlp=_read_mlp(block.mlp, mlp_scale),
     )
 
@@ -144,13 +143,14 @@ def _read_mlp(mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
     )
 
 
-def _read_norm(norm: Any) -> NormWeights:
+def _read_norm(norm: Any, *, like: Tensor) -> NormWeights:
+    """A norm without weights takes type and device of ``like``."""
     if type(norm) not in {nn.LayerNorm, LayerNorm}:
         _refuse(f"norm {type(norm).__name__} (only LayerNorm is)")
     width = norm.normalized_shape[0]
     return NormWeights(
-        weight=torch.ones(width) if norm.weight is None else _detached(norm.weight),
-        bias=torch.zeros(width) if norm.bias is None else _detached(norm.bias),
+        weight=like.new_ones(width) if norm.weight is None else _detached(norm.weight),
+        bias=like.new_zeros(width) if norm.bias is None else _detached(norm.bias),
         eps=norm.eps,
     )
 
@@ -175,7 +175,7 @@ def _detached(tensor: Tensor) -> Tensor:
 
 def _bias(linear: Any) -> Tensor:
     if linear.bias is None:
-        return torch.zeros(linear.weight.shape[0], dtype=linear.weight.dtype)
+        return _detached(linear.weight).new_zeros(linear.weight.shape[0])
     return _detached(linear.bias)
 
 

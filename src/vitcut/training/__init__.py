@@ -1,0 +1,1 @@
+"""Training: recipes, augmentation and the one loop that trains, fine-tunes and retrains."""

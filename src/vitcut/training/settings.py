@@ -1,0 +1,103 @@
+"""Settings of the training stage; loads no torch. The loop that obeys them is left to `loop`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitcut.config import require_at_least, require_fraction, require_positive
+from vitcut.errors import ConfigError
+
+Augmentation = Literal["light", "reference", "none"]
+"""How training images are varied: batch-wise and cheap, as the reference does, or not at all."""
+
+Precision = Literal["float32", "bfloat16"]
+"""What the training forward pass computes in; weights and evaluation stay in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training; the defaults are the light recipe."""
+
+    epochs: int = 24
+    """Passes over the training images, warm-up included."""
+    batch_size: int = 256
+    """Images per step; what does not fill the last batch of an epoch is left out of it."""
+    learning_rate: float = 1.2e-3
+    """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero."""
+    weight_decay: float = 0.05
+    """On weight matrices; biases, norms and embeddings have none."""
+    warmup_epochs: int = 3
+    """Epochs of linear warm-up."""
+    patience: int | None = None
+    """Stop after this many epochs without a better tuning accuracy; None: never."""
+    seed: int = 0
+    """Of the data order, augmentation and dropout."""
+    augmentation: Augmentation = "light"
+    """The kind; see `augment`."""
+    label_smoothing: float = 0.05
+    """Part of each target that is spread over all classes."""
+    cutmix_fraction: float = 0.4
+    """Part of the batches with CutMix (light only)."""
+    max_shift_px: int = 6
+    """Largest shift along each axis, in pixels (light only)."""
+    ema_decay: float | None = None
+    """Average the weights with this decay, evaluate and keep the average; None: no averaging."""
+    compile: bool = True
+    """Use torch.compile for the training steps."""
+    precision: Precision = "bfloat16"
+    """Of the training forward pass."""
+    device: str = "auto"
+    """auto, cpu, or cuda."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's own choice."""
+    workers: int = 0
+    """Processes that augment images (reference only); the result does not depend on it."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted per channel, on the scale 0 to 1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divided by per channel, on the scale 0 to 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("weight_decay", "warmup_epochs", "max_shift_px", "workers", "seed"):
+            require_at_least(name, getattr(self, name), 0)
+        for name in ("label_smoothing", "cutmix_fraction"):
+            require_fraction(name, getattr(self, name))
+        require_positive("learning_rate", self.learning_rate)
+        for value in self.std:
+            require_positive("std", value)
+        _check_optional(self)
+        _check_together(self)
+
+
+def reference_recipe() -> TrainConfig:
+    """The published recipe; it goes with ``VitConfig(dropout=0.2)``."""
+    return TrainConfig(
+        epochs=300,
+        learning_rate=3e-4,
+        warmup_epochs=20,
+        patience=50,
+        augmentation="reference",
+        label_smoothing=0.1,
+    )
+
+
+def _check_optional(config: TrainConfig) -> None:
+    if config.patience is not None:
+        require_at_least("patience", config.patience, 1)
+    if config.threads is not None:
+        require_at_least("threads", config.threads, 1)
+    if config.ema_decay is not None and not 0 < config.ema_decay < 1:
+        raise ConfigError(f"ema_decay must be between 0 and 1, got {config.ema_decay}")
+
+
+def _check_together(config: TrainConfig) -> None:
+    if config.warmup_epochs >= config.epochs:
+        raise ConfigError(
+            f"warmup_epochs must be below epochs ({config.epochs}), got {config.warmup_epochs}"
+        )
+    if config.augmentation == "reference" and config.batch_size % 2:
+        raise ConfigError(
+            f"batch_size must be even with augmentation 'reference' (Mixup pairs images), "
+            f"got {config.batch_size}"
+        )

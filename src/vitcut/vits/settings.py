@@ -1,0 +1,35 @@
+"""Settings of the models that vitcut builds; loads no torch."""
+
+from dataclasses import dataclass
+
+from vitcut.config import require_at_least, require_positive
+from vitcut.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """A plain class-token ViT; the defaults are the reference model's."""
+
+    patch_size: int = 8
+    """Side of a patch, in pixels."""
+    width: int = 64
+    """Width of the residual stream."""
+    depth: int = 6
+    """Blocks."""
+    num_heads: int = 8
+    """Heads per block; they share the width evenly."""
+    mlp_ratio: float = 4.0
+    """Hidden units of an MLP over width."""
+    dropout: float = 0.0
+    """Part of embeddings, attention and MLP outputs that is dropped while training."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "width", "depth", "num_heads"):
+            require_at_least(name, getattr(self, name), 1)
+        require_positive("mlp_ratio", self.mlp_ratio)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.width % self.num_heads:
+            raise ConfigError(
+                f"width must be a multiple of num_heads ({self.num_heads}), got {self.width}"
+            )

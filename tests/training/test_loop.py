@@ -1,0 +1,217 @@
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_training import CONFIG, tiny_images, tiny_model
+
+from vitcut.errors import ArtefactError, ModelError
+from vitcut.training import checkpoint, loop
+from vitcut.training.loop import train
+from vitcut.training.losses import SoftCrossEntropy
+from vitcut.training.settings import TrainConfig
+from vitcut.training.tuning import TuningSet
+from vitcut.vits.loading import weight_hash
+from vitcut.vits.reference import build_reference
+from vitcut.vits.settings import VitConfig
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+class DyingLoss(SoftCrossEntropy):
+    """The usual loss until its last step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps_left = steps
+
+    def __call__(self, batch, logits):
+        if self.steps_left == 0:
+            raise Killed
+        self.steps_left -= 1
+        return super().__call__(batch, logits)
+
+
+def _train(out: Path, config: TrainConfig = CONFIG, **options) -> tuple[str, loop.TrainResult]:
+    model = tiny_model()
+    result = train(model, tiny_images(), config, out, **options)
+    return weight_hash(model), result
+
+
+def _rows(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    times = {"seconds", "train_seconds"}
+    return [{key: row[key] for key in row if key not in times} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Weights and metrics of trainings that nobody killed, by their EMA."""
+    found = {}
+    for decay in (None, 0.5):
+        out = tmp_path_factory.mktemp("undisturbed")
+        found[decay] = (_train(out, replace(CONFIG, ema_decay=decay))[0], _rows(out))
+    return found
+
+
+@settings(max_examples=12, deadline=None)
+@given(step=st.integers(0, 11), second_step=st.integers(0, 11), decay=st.sampled_from([None, 0.5]))
+def test_a_killed_training_ends_with_the_same_bits(undisturbed, step, second_step, decay):
+    config = replace(CONFIG, ema_decay=decay)
+    with TemporaryDirectory() as name:
+        out = Path(name)
+        with pytest.raises(Killed):
+            _train(out, config, loss=DyingLoss(step))
+        torch.manual_seed(99)
+        try:
+            _train(out, config, loss=DyingLoss(second_step))
+        except Killed:
+            torch.manual_seed(98)
+        assert _train(out, config)[0] == undisturbed[decay][0]
+        assert _rows(out) == undisturbed[decay][1]
+
+
+@pytest.mark.parametrize("write", range(5))
+def test_a_kill_between_the_files_of_a_checkpoint_repeats_the_epoch(
+    tmp_path, monkeypatch, undisturbed, write
+):
+    """Also leaves what a kill in the middle of a file leaves."""
+    writes = iter(range(100))
+
+    def dying(path, tensors, facts):
+        if next(writes) == write:
+            (path.parent / f".{path.name}.abc.part").write_bytes(b"half a file")
+            raise Killed
+        checkpoint.write_tensors(path, tensors, facts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_tensors", dying)
+        (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(Killed):
+            _train(tmp_path)
+    assert _train(tmp_path)[0] == undisturbed[None][0]
+    assert _rows(tmp_path) == undisturbed[None][1]
+
+
+def test_a_finished_training_is_not_redone(tmp_path):
+    weights, result = _train(tmp_path)
+    assert _train(tmp_path, loss=DyingLoss(0)) == (weights, result)
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_ready(tmp_path):
+    model = tiny_model()
+    config = replace(CONFIG, epochs=15, learning_rate=1e-2, augmentation="none")
+    result = train(model, tiny_images(), config, tmp_path)
+    rows = _rows(tmp_path)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert result.accuracy_fine > 0.5
+    assert result.epochs_run == 15
+    assert not model.training
+
+
+def _script_accuracies(monkeypatch, fine_and_coarse) -> list[str]:
+    """Make the tuning split say these accuracies; the weights seen are appended to the list."""
+    seen = []
+
+    def accuracies(self, model):
+        seen.append(weight_hash(model))
+        return fine_and_coarse[len(seen) - 1]
+
+    monkeypatch.setattr(TuningSet, "accuracies", accuracies)
+    return seen
+
+
+def test_early_stopping_keeps_the_best_epoch(tmp_path, monkeypatch):
+    coarse = [0.1, 0.5, 0.4, 0.5, 0.3, 0.9]
+    seen = _script_accuracies(monkeypatch, [(0.2, value) for value in coarse])
+    weights, result = _train(tmp_path, replace(CONFIG, epochs=6, patience=3))
+    assert (result.best_epoch, result.accuracy_coarse, result.epochs_run) == (2, 0.5, 5)
+    assert weights == seen[1]
+
+
+def test_fine_accuracy_decides_between_equal_coarse_ones(tmp_path, monkeypatch):
+    seen = _script_accuracies(monkeypatch, [(0.1, 0.5), (0.3, 0.5), (0.2, 0.5)])
+    weights, result = _train(tmp_path)
+    assert (result.best_epoch, weights) == (2, seen[1])
+
+
+def test_averaged_weights_are_evaluated_and_kept(tmp_path, undisturbed):
+    assert undisturbed[0.5][0] != undisturbed[None][0]
+
+
+class Leaning(torch.nn.Module):
+    """Gives 0.4 to the first class, of group a, and 0.3 to each class of group b."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor([0.4, 1e-9, 0.3, 0.3]).log())
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+def test_the_tuning_split_is_measured_by_summed_probabilities(tmp_path):
+    images = tiny_images()
+    labels = images.tuning.labels
+    unbalanced = images.tuning.take(np.flatnonzero(labels != 1))
+    config = replace(CONFIG, epochs=1, warmup_epochs=0, learning_rate=1e-12)
+    result = train(Leaning(), replace(images, tuning=unbalanced), config, tmp_path)
+    assert result.accuracy_fine == pytest.approx(1 / 3)
+    assert result.accuracy_coarse == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 1.0}])
+def test_a_folder_of_another_config_is_refused(tmp_path, change):
+    _train(tmp_path)
+    with pytest.raises(ArtefactError, match="other settings"):
+        _train(tmp_path, replace(CONFIG, **change))
+
+
+def test_a_folder_of_another_starting_model_is_refused(tmp_path):
+    model = tiny_model()
+    train(model, tiny_images(), CONFIG, tmp_path)
+    with pytest.raises(ArtefactError, match="starting weights"):
+        train(model, tiny_images(), CONFIG, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    class Broken(SoftCrossEntropy):
+        identity = "broken"
+
+        def __call__(self, batch, logits):
+            return logits.sum() * float("nan")
+
+    with pytest.raises(ModelError, match=r"nan at epoch 1, step 4.*lower learning_rate"):
+        _train(tmp_path, loss=Broken())
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="gives 7 classes, task 'tiny' has 4"):
+        train(tiny_model(7), tiny_images(), CONFIG, tmp_path)
+
+
+def test_a_model_of_another_image_size_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="does not take images of 4 x 4 pixels and 3 channels"):
+        train(tiny_model(), tiny_images(side=4), CONFIG, tmp_path)
+
+
+@pytest.mark.graph
+def test_compiling_leaves_no_trace_in_the_model(tmp_path, monkeypatch):
+    # The default backend would spend its time in a C++ compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    vit = VitConfig(patch_size=4, width=8, depth=1, num_heads=2)
+    model = build_reference(vit, num_classes=4, image_size=8)
+    names = list(model.state_dict())
+    config = replace(CONFIG, epochs=1, warmup_epochs=0, compile=True, precision="bfloat16")
+    train(model, tiny_images(), config, tmp_path)
+    saved, _ = checkpoint.read_tensors(tmp_path / "checkpoints" / "best.safetensors")
+    assert list(model.state_dict()) == names
+    assert sorted(saved) == sorted(names)
+    assert model.blocks[0].attn.fused_attn

@@ -1,0 +1,155 @@
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from vitcut.errors import ModelError
+from vitcut.vits.loading import DenseCard, load_model, save_dense, weight_hash
+from vitcut.vits.reference import build_reference
+from vitcut.vits.settings import VitConfig
+
+CARD = DenseCard(
+    task_name="tiny",
+    class_ids=("n1", "n2", "n3"),
+    class_names=("cat", "dog", "owl"),
+    group_names=("mammals", "birds"),
+    image_size=16,
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
+    text="# A tiny model\n",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = VitConfig(width=8, depth=1, num_heads=2, dropout=0.2)
+    return build_reference(config, num_classes=3, image_size=16).eval()
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    save_dense(model, tmp_path / "dense", card=CARD)
+    return tmp_path / "dense"
+
+
+def _refused(spec, match):
+    with pytest.raises(ModelError, match=match) as caught:
+        load_model(str(spec))
+    assert "\n" not in str(caught.value)
+
+
+def _edit(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("form", ["{0}", "local-dir:{0}", "{0.parent}"])
+def test_a_saved_model_comes_back_equal_with_its_labels(model, folder, form):
+    loaded = load_model(form.format(folder))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.model(images), model(images))
+    assert loaded.weight_hash == weight_hash(model)
+    assert (loaded.class_ids, loaded.class_names) == (CARD.class_ids, CARD.class_names)
+    assert (loaded.mean, loaded.std, loaded.image_size) == (CARD.mean, CARD.std, 16)
+    assert not loaded.model.training
+
+
+def test_timm_itself_reads_a_saved_model(model, folder):
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(images), model(images))
+
+
+def test_a_saved_model_claims_nothing_of_the_weights_timm_knows(folder):
+    pretrained = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert not {"tag", "license", "hf_hub_id", "url"} & pretrained.keys()
+
+
+def test_saving_again_replaces_the_folder_whole(model, folder):
+    (folder / "stale").write_text("")
+    save_dense(model, folder, card=CARD)
+    assert sorted(item.name for item in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert [item.name for item in folder.parent.iterdir()] == ["dense"]
+
+
+def test_a_save_that_fails_leaves_the_old_folder(model, folder, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("vitcut.vits.loading.write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_dense(model, folder, card=CARD)
+    assert [item.name for item in folder.parent.iterdir()] == ["dense"]
+    load_model(str(folder))
+
+
+def test_a_missing_path_is_refused(tmp_path):
+    _refused(tmp_path / "nothing", "no model at .*nothing")
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a model")
+    _refused(tmp_path / "notes.txt", "is a file: expected a model folder")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_lacks_a_file_is_refused(folder, name):
+    (folder / name).unlink()
+    _refused(folder, f"holds no {name}")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_config_that_names_no_architecture_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    _refused(folder, "config.json")
+
+
+def test_an_architecture_that_timm_lacks_is_refused(folder):
+    _edit(folder, lambda config: config.update(architecture="vit_of_tomorrow"))
+    _refused(folder, "vit_of_tomorrow")
+
+
+def test_a_newer_version_is_refused(folder):
+    _edit(folder, lambda config: config["vitcut"].update(format_version=99))
+    _refused(folder, "format_version 99.*upgrade vitcut")
+
+
+def test_changed_weights_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["head.bias"] += 1
+    save_file(weights, folder / "model.safetensors")
+    _refused(folder, "is not the file that was saved")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    weights = load_file(folder / "model.safetensors")
+    weights["blocks.0.mlp.fc1.weight"][0, 0] = value
+    save_file(weights, folder / "model.safetensors")
+    _edit(folder, lambda config: config.pop("vitcut"))
+    _refused(folder, r"not finite, in blocks\.0\.mlp\.fc1\.weight")
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "head.bias": torch.zeros(5)}, folder / "model.safetensors")
+    _edit(folder, lambda config: config.pop("vitcut"))
+    _refused(folder, "cannot load the model")
+
+
+def test_a_file_that_is_not_safetensors_is_refused(folder):
+    (folder / "model.safetensors").write_bytes(b"something else")
+    _edit(folder, lambda config: config.pop("vitcut"))
+    _refused(folder, "cannot load the model")
+
+
+def test_an_unknown_timm_name_is_refused():
+    _refused("timm:vit_of_tomorrow", "vit_of_tomorrow")

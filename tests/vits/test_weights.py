@@ -1,0 +1,46 @@
+import torch
+from tiny import random_vit
+
+from vitcut.vits.weights import map_tensors
+
+
+def _tensors(weights):
+    found = []
+    map_tensors(weights, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def test_every_tensor_is_changed_and_nothing_else():
+    weights = random_vit(num_layers=2)
+    zeros = map_tensors(weights, torch.zeros_like)
+    assert len(_tensors(zeros)) == len(_tensors(weights)) == 8 + 2 * 16
+    assert not any(tensor.any() for tensor in _tensors(zeros))
+    assert zeros.blocks[0].mlp.activation == weights.blocks[0].mlp.activation
+    assert zeros.blocks[0].attn.scale == weights.blocks[0].attn.scale
+    assert zeros.norm.eps == weights.norm.eps
+
+
+def test_another_type_leaves_the_original_alone():
+    weights = random_vit()
+    single = weights.to(torch.float32)
+    assert {tensor.dtype for tensor in _tensors(single)} == {torch.float32}
+    assert {tensor.dtype for tensor in _tensors(weights)} == {torch.float64}
+    assert (single.dtype, weights.dtype) == (torch.float32, torch.float64)
+
+
+def test_nothing_to_change_copies_nothing():
+    weights = random_vit()
+    same = weights.to(device="cpu")
+    pairs = zip(_tensors(weights), _tensors(same), strict=True)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
+
+
+def test_sizes_follow_from_the_tensors():
+    weights = random_vit(
+        num_layers=3, num_heads=2, width=6, patches_per_side=4, patch_size=2, num_prefix=2
+    )
+    assert (weights.graph.num_layers, weights.graph.num_heads) == (3, 2)
+    assert (weights.width, weights.num_heads, weights.num_classes) == (6, 2, 4)
+    assert (weights.patch_size, weights.channels, weights.image_size) == (2, 3, 8)
+    assert (weights.num_prefix, weights.num_tokens) == (2, 18)
+    assert weights.device == torch.device("cpu")
