@@ -1,0 +1,238 @@
+"""The Python interface: models and images in, circuits and compact models out.
+
+Thin on purpose: the work is done by ``stages``; files and resuming are left to ``run`` and
+``commands``.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from vitcut.benchmark import evaluation
+from vitcut.benchmark.evaluation import Evaluation
+from vitcut.circuit import Circuit
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.settings import CutConfig
+from vitcut.config import require_positive
+from vitcut.data import images as task_images
+from vitcut.data.images import TaskImages, to_float
+from vitcut.data.settings import DataConfig
+from vitcut.discovery.settings import DiscoverConfig
+from vitcut.errors import ConfigError, TaskError
+from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.stages import Cut, Discovery, cut_circuit
+from vitcut.pipeline.subject import Subject
+from vitcut.shapes import Float, Tensor
+from vitcut.task import Task, load_task
+from vitcut.vits import loading
+from vitcut.vits.loading import LoadedModel, weight_hash
+
+T = TypeVar("T")
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> LoadedModel:
+    """Load a dense model, or wrap one that was loaded already.
+
+    Args:
+        model: "animals", a model or run directory, "timm:NAME", "hf-hub:REPOSITORY"; or a timm
+            ``VisionTransformer``, which is copied, not changed.
+        mean: Per channel, on the scale 0 to 1: what the module's pixels are shifted by. Needed
+            with a module, and refused without one.
+        std: Per channel: what they are divided by afterwards. Likewise.
+
+    Raises:
+        ModelError: There is no such model, it is damaged, or its weights are not finite.
+        UnsupportedModelError: The module has a feature that is not understood.
+        ConfigError: ``mean`` and ``std`` are missing, or not wanted.
+    """
+    if isinstance(model, nn.Module):
+        return _wrap(model, mean, std)
+    if mean is not None or std is not None:
+        raise ConfigError(
+            f"mean and std belong to a module, got them with {str(model)!r}: leave them out, the "
+            "model brings its own"
+        )
+    return loading.load_model(str(model))
+
+
+def load_images(
+    source: str | Path | None,
+    *,
+    task: str | Path | Task,
+    image_size: int = 64,
+    seed: int = 0,
+    tuning_fraction: float = 0.1,
+    skip_bad_images: bool = False,
+) -> TaskImages:
+    """Prepare the images of a task; they are decoded once and kept in the cache.
+
+    Args:
+        source: A Tiny ImageNet .zip or folder, a folder of class folders, a .parquet file, a
+            Hugging Face dataset id, or "drawn"; None downloads Tiny ImageNet.
+        task: A shipped task's name ("animals", "drawn"), a label file, or a `Task`.
+        image_size: Height and width, in pixels: what the model takes.
+        seed: Of the splits that the data lacks, and of drawn pictures.
+        tuning_fraction: Part of each class's training images that is set aside for choosing.
+        skip_bad_images: Leave out images that do not decode, instead of stopping.
+
+    Raises:
+        DataError: The source cannot be used.
+        TaskError: There is no such task, or it does not fit the data.
+        ConfigError: A setting is out of range.
+    """
+    config = DataConfig(
+        source=None if source is None else str(source),
+        image_size=image_size,
+        seed=seed,
+        tuning_fraction=tuning_fraction,
+        skip_bad_images=skip_bad_images,
+    )
+    return task_images.load_images(config, task if isinstance(task, Task) else load_task(task))
+
+
+def discover(
+    model: LoadedModel, images: TaskImages, /, *, log: Path | None = None, **settings: Any
+) -> Circuit:
+    """Find the circuit of a task in a model.
+
+    Args:
+        model: From `load_model`.
+        images: From `load_images`; calibration images are drawn from the training images.
+        log: Decisions are appended to this file; after a kill the same call continues it.
+        **settings: Those of `DiscoverConfig`, such as ``tau`` and ``images`` (how many).
+
+    Raises:
+        ConfigError: A setting is unknown or out of range, or the images have another size.
+        TaskError: The model's classes are not the task's.
+        UnsupportedModelError: The model has a feature that is not understood.
+        ArtefactError: ``log`` belongs to another search.
+    """
+    config = _configured(DiscoverConfig, settings)
+    return Discovery(_subject(model, images), config).find(config.tau, log=log).circuit
+
+
+def cut(model: LoadedModel, images: TaskImages, circuit: Circuit, /, **settings: Any) -> Cut:
+    """Compile a circuit into a compact model, and check that it computes the masked model.
+
+    Args:
+        model: The one that the circuit was found in.
+        images: Of the task; mean ablation averages over training images.
+        circuit: Under any ablation; the compact model's is a setting.
+        **settings: Those of `CutConfig`, such as ``ablation`` and ``images`` (how many).
+
+    Returns:
+        The compact model, its circuit, and by how much its logits differ from the masked model's.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range, or the images have another size.
+        CircuitError: The circuit is of another model.
+        ExactnessError: The compact model does not compute the masked one.
+    """
+    config = _configured(CutConfig, settings)
+    return cut_circuit(_subject(model, images), circuit, config)
+
+
+def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
+    """Measure a dense or compact model on the validation images.
+
+    Args:
+        model: From `load_model`, `cut` or ``CompactViT.from_pretrained``.
+        images: Of the task that the model was made for.
+
+    Raises:
+        TaskError: The model's classes are not the task's.
+        ConfigError: The images have another size than the model takes.
+        ModelError: A logit is NaN or infinite.
+    """
+    compact = isinstance(model, CompactViT)
+    module, known = (model, model.info) if compact else (model.model, model)
+    size = model.plan.shape.image_size if compact else model.image_size
+    _require_size(size, images)
+    _require_names(known.class_names, images.task)
+    parameter = next(module.parameters())
+
+    def preprocess(pixels: NDArray[np.uint8]) -> Float[Tensor, "images channels y x"]:
+        return to_float(
+            pixels,
+            mean=known.mean,
+            std=known.std,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+
+    groups = images.task.group_of_class
+    return evaluation.evaluate(
+        module, images.validation, group_of_class=groups, preprocess=preprocess
+    )
+
+
+def _wrap(
+    module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> LoadedModel:
+    if mean is None or std is None:
+        raise ConfigError(
+            "a module needs mean and std, per channel on the scale 0 to 1: give those that it was "
+            "trained with"
+        )
+    for value in std:
+        require_positive("std", value)
+    own = deepcopy(module).cpu().eval()
+    weights = read_model(own)
+    if not len(mean) == len(std) == weights.channels:
+        raise ConfigError(
+            f"mean and std need {weights.channels} numbers each, one per channel, got {len(mean)} "
+            f"and {len(std)}"
+        )
+    return LoadedModel(
+        model=own,
+        name=type(module).__name__,
+        class_ids=None,
+        class_names=None,
+        mean=tuple(mean),
+        std=tuple(std),
+        image_size=weights.image_size,
+        weight_hash=weight_hash(own),
+    )
+
+
+def _subject(model: LoadedModel, images: TaskImages) -> Subject:
+    _require_size(model.image_size, images)
+    return Subject.of(model, images)
+
+
+def _configured(kind: type[T], given: dict[str, Any]) -> T:
+    known = [item.name for item in fields(kind)]  # pyright: ignore[reportArgumentType]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+            raise ConfigError(f"no setting {name!r}: {hint}")
+    return kind(**given)
+
+
+def _require_size(image_size: int, images: TaskImages) -> None:
+    if image_size != images.image_size:
+        raise ConfigError(
+            f"the model takes images of {image_size} pixels, got {images.image_size}: give "
+            f"load_images image_size={image_size}"
+        )
+
+
+def _require_names(class_names: tuple[str, ...] | None, task: Task) -> None:
+    if class_names and class_names != task.class_names:
+        raise TaskError(
+            f"the model's classes are not those of task {task.name!r}: use the label file that it "
+            "was made for"
+        )

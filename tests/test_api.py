@@ -1,0 +1,183 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import vitcut
+from vitcut.errors import ConfigError, ModelError, TaskError
+from vitcut.vits.loading import DenseCard, LoadedModel, save_dense
+from vitcut.vits.reference import build_reference
+from vitcut.vits.settings import VitConfig
+
+MEAN = STD = (0.5, 0.5, 0.5)
+SIDE = 16
+
+
+def build_module(num_classes: int = 12, *, std: float = 0.3) -> torch.nn.Module:
+    """A tiny ViT whose weights are large enough that some of its edges matter."""
+    model = build_reference(
+        VitConfig(width=16, depth=2, num_heads=2, mlp_ratio=2.0),
+        num_classes=num_classes,
+        image_size=SIDE,
+    )
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape, generator=draw) * std
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return vitcut.load_images("drawn", task="drawn", image_size=SIDE)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return vitcut.load_model(build_module(), mean=MEAN, std=STD)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    task = vitcut.load_task("drawn")
+    folder = tmp_path_factory.mktemp("api") / "dense"
+    card = DenseCard(
+        task_name=task.name,
+        class_ids=task.class_ids,
+        class_names=task.class_names,
+        group_names=task.groups,
+        image_size=SIDE,
+        mean=MEAN,
+        std=STD,
+        text="A model card.",
+    )
+    save_dense(build_module(), folder, card=card)
+    return folder
+
+
+def test_the_public_names_are_these():
+    assert vitcut.__all__ == [
+        "Circuit",
+        "CompactViT",
+        "Task",
+        "VitcutError",
+        "__version__",
+        "cut",
+        "discover",
+        "evaluate",
+        "load_images",
+        "load_model",
+        "load_task",
+    ]
+    assert dir(vitcut) == sorted(vitcut.__all__)
+
+
+def test_every_public_name_is_there():
+    for name in vitcut.__all__:
+        assert getattr(vitcut, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'discovr'"):
+        vitcut.discovr  # noqa: B018
+
+
+def test_importing_vitcut_loads_no_torch():
+    code = "import sys, vitcut; vitcut.Task; vitcut.__version__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_way_from_a_model_to_a_saved_cut(model_folder, images, tmp_path):
+    model = vitcut.load_model(str(model_folder))
+    circuit = vitcut.discover(model, images, tau=0.01, images=24)
+    assert 0 < circuit.num_kept < circuit.graph.num_edges
+
+    cut = vitcut.cut(model, images, circuit, images=48)
+    assert cut.exactness.max_abs_diff <= cut.exactness.tolerance
+    assert cut.circuit.ablation == "mean"
+
+    cut.model.save_pretrained(tmp_path / "cut")
+    loaded = vitcut.CompactViT.from_pretrained(tmp_path / "cut")
+    found, again = vitcut.evaluate(cut.model, images), vitcut.evaluate(loaded, images)
+    assert 0 <= found.accuracy_coarse <= 1
+    torch.testing.assert_close(again.log_probs, found.log_probs)
+
+
+def test_the_uncut_circuit_evaluates_like_the_dense_model(model, images):
+    graph = vitcut.discover(model, images, tau=9.0, images=12).graph
+    cut = vitcut.cut(model, images, vitcut.Circuit.full(graph), images=12)
+    dense, compact = vitcut.evaluate(model, images), vitcut.evaluate(cut.model, images)
+    np.testing.assert_array_equal(compact.correct_coarse, dense.correct_coarse)
+    torch.testing.assert_close(compact.log_probs, dense.log_probs, atol=1e-4, rtol=0)
+
+
+def test_a_module_is_copied_and_left_as_it_was():
+    module = build_module().train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    loaded = vitcut.load_model(module, mean=MEAN, std=STD)
+    loaded.model.get_parameter("head.weight").data.zero_()
+    assert module.training
+    assert not loaded.model.training
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (build_module(), {}, "needs mean and std"),
+        (build_module(), {"mean": MEAN, "std": (1.0, 0.0, 1.0)}, "std must be .* got 0"),
+        (build_module(), {"mean": (0.5,), "std": STD}, "need 3 numbers each.* got 1 and 3"),
+        ("animals", {"mean": MEAN, "std": STD}, "belong to a module"),
+    ],
+)
+def test_mean_and_std_belong_to_a_module_and_fit_it(model, given, message):
+    with pytest.raises(ConfigError, match=message):
+        vitcut.load_model(model, **given)
+
+
+def test_a_module_that_is_not_understood_is_refused_by_name():
+    mixer = timm.create_model("resnet10t", num_classes=12)
+    with pytest.raises(ModelError, match="ResNet"):
+        vitcut.load_model(mixer, mean=MEAN, std=STD)
+
+
+def test_a_misspelt_setting_is_refused_with_a_hint(model, images):
+    with pytest.raises(ConfigError, match="no setting 'tua': did you mean tau"):
+        vitcut.discover(model, images, tua=0.1)
+    with pytest.raises(ConfigError, match="no setting 'frobnicate': expected one of ablation"):
+        vitcut.cut(model, images, None, frobnicate=1)
+
+
+def test_images_of_another_size_are_refused(model):
+    small = vitcut.load_images("drawn", task="drawn", image_size=8)
+    for use in (vitcut.discover, vitcut.evaluate):
+        with pytest.raises(ConfigError, match="16 pixels, got 8: give load_images image_size=16"):
+            use(model, small)
+
+
+def test_a_model_of_another_task_is_refused(model_folder, images):
+    other = vitcut.load_model(build_module(num_classes=5), mean=MEAN, std=STD)
+    with pytest.raises(TaskError, match="5 classes"):
+        vitcut.evaluate(other, images)
+    named = vitcut.load_model(model_folder)
+    renamed = LoadedModel(**{**vars(named), "class_names": ("cat",) * 12})
+    with pytest.raises(TaskError, match="not those of task 'drawn'"):
+        vitcut.evaluate(renamed, images)
+
+
+def test_the_example_runs(model_folder, tmp_path, capsys):
+    path = Path(__file__).parents[1] / "examples" / "cut_animals.py"
+    spec = importlib.util.spec_from_file_location("cut_animals", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    out = tmp_path / "cut"
+    where = ["--model", str(model_folder), "--source", "drawn", "--task", "drawn"]
+    example.main([*where, "--tau", "0.1", "--images", "12", "--out", str(out)])
+    assert f"saved: {out}" in capsys.readouterr().out
+    assert (out / "model.safetensors").is_file()
