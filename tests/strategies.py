@@ -15,6 +15,15 @@ from vitcut.vits.weights import ViTWeights
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
+def skipping_a_head(graph: Graph) -> Circuit:
+    """The full circuit in which no MLP and no classifier reads the middle head of a block."""
+    kept = graph.edges.copy()
+    readers = [target.kind in {"mlp", "classifier"} for target in graph.targets]
+    middle = [source.kind == "head" and source.head == 1 for source in graph.sources]
+    kept[np.outer(middle, readers)] = False
+    return Circuit(graph=graph, kept=kept, ablation="mean")
+
+
 def undisturbed(draw_value):
     """Restore the global generator: beartype draws from it, and Hypothesis refuses that."""
 

@@ -29,7 +29,7 @@ Painter: TypeAlias = Callable[[Plane, Plane, np.random.Generator], Plane]
 
 def drawn_images(
     *, images_per_class: int, seed: int, image_size: int = 64
-) -> tuple[NDArray[np.uint8], NDArray[np.str_]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.character]]:
     """Draw the same number of pictures of every class.
 
     Args:

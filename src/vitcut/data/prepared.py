@@ -30,11 +30,11 @@ class PreparedData:
 
     images: NDArray[np.uint8]
     """Shape [images, image_size, image_size, 3]; mapped read-only from disk."""
-    class_ids: NDArray[np.str_]
+    class_ids: NDArray[np.character]
     """Shape [images]."""
-    splits: NDArray[np.str_]
+    splits: NDArray[np.character]
     """Shape [images]; "train" or "validation", or "" throughout where the data has one part."""
-    paths: NDArray[np.str_]
+    paths: NDArray[np.character]
     """Unique names inside the source, shape [images]."""
     class_names: dict[str, str]
     """What a person calls each class id."""

@@ -1,0 +1,1 @@
+"""The compact model: a small ViT built from a plan, deployable without the stages or timm."""

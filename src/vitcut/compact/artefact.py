@@ -1,0 +1,212 @@
+"""The model directory: config.json, model.safetensors, circuit.json, README.md. Never pickle.
+
+Building the module that the tensors belong to is left to ``model.py``.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vitcut.compact.plan import Plan
+from vitcut.errors import ArtefactError
+from vitcut.files import read_json, sha256_file, sha256_json, write_json, write_text
+from vitcut.shapes import Tensor
+
+FORMAT_VERSION = 1
+CONFIG, TENSORS, CIRCUIT, CARD = "config.json", "model.safetensors", "circuit.json", "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a user of a model needs to know besides its tensors."""
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Per channel: subtracted from pixels between 0 and 1."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Per channel: divided by afterwards."""
+    class_names: tuple[str, ...] = ()
+    """One per logit; empty if unknown."""
+    group_names: tuple[str, ...] = ()
+    group_of_class: tuple[int, ...] = ()
+    """The group number of each class."""
+    source_model: str | None = None
+    """What the model was cut from."""
+    source_sha256: str | None = None
+    """Hash of the weights it was cut from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """What a model directory holds."""
+
+    plan: Plan
+    info: ModelInfo
+    tensors: Mapping[str, Tensor]
+
+
+def save_folder(
+    folder: Path, model: StoredModel, *, circuit: Path | str | None, card: str | None
+) -> None:
+    """Write a model directory; it appears as a whole or not at all.
+
+    Raises:
+        ArtefactError: ``folder`` exists and is no model directory, or the circuit is missing.
+    """
+    if folder.exists() and not (folder / CONFIG).is_file() and any(_children(folder)):
+        raise ArtefactError(f"{folder} exists and is no model directory: choose another --out")
+    circuit_text = _read_circuit(circuit)
+    with _atomic_folder(folder) as temporary:
+        plan = model.plan.to_dict()
+        tensors = {name: tensor.detach().contiguous() for name, tensor in model.tensors.items()}
+        metadata = {"format": "pt", "plan_sha256": sha256_json(plan)}
+        save_file(tensors, temporary / TENSORS, metadata=metadata)
+        write_json(
+            temporary / CONFIG,
+            {
+                "format_version": FORMAT_VERSION,
+                **asdict(model.info),
+                "model_sha256": sha256_file(temporary / TENSORS),
+                "plan": plan,
+            },
+        )
+        if circuit_text is not None:
+            write_text(temporary / CIRCUIT, circuit_text)
+        if card is not None:
+            write_text(temporary / CARD, card)
+
+
+def load_folder(folder: Path) -> StoredModel:
+    """Read a model directory.
+
+    Raises:
+        ArtefactError: A file is missing, damaged, altered or of a newer version.
+    """
+    config = read_json(folder / CONFIG, kind="compact model", newest_version=FORMAT_VERSION)
+    path = folder / TENSORS
+    if not path.is_file():
+        raise ArtefactError(f"{folder} lacks {TENSORS}: copy the whole model directory")
+    if sha256_file(path) != config.get("model_sha256"):
+        raise ArtefactError(f"{path} was altered: its hash is not the one in {CONFIG}")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(f"{path} is not readable: {error}") from None
+    if sha256_json(config.get("plan")) != metadata.get("plan_sha256"):
+        raise ArtefactError(f"{folder / CONFIG} was altered: its plan is not that of {TENSORS}")
+    return StoredModel(
+        plan=Plan.from_dict(config["plan"]), info=_read_info(config), tensors=tensors
+    )
+
+
+def require_shapes(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, origin: Path
+) -> None:
+    """Refuse tensors that are not the ones a plan needs.
+
+    Raises:
+        ArtefactError: A tensor is missing, too many, or has another shape.
+    """
+    for name in sorted(set(expected) ^ set(tensors)):
+        verb = "lacks" if name in expected else "has an unknown"
+        raise ArtefactError(f"{origin / TENSORS} {verb} tensor {name}: save the model again")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ArtefactError(
+                f"{origin / TENSORS}: {name} has shape {list(tensor.shape)}, the plan needs "
+                f"{list(expected[name].shape)}: save the model again"
+            )
+
+
+def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Path:
+    """A local model directory, downloaded from the Hugging Face hub if need be.
+
+    Raises:
+        ArtefactError: There is none.
+    """
+    folder = Path(folder_or_hub_id)
+    if folder.exists():
+        return folder
+    name = str(folder_or_hub_id)
+    if isinstance(folder_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
+        raise ArtefactError(f"no model directory at {name}: expected one that vitcut wrote")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    files = [CONFIG, TENSORS, CIRCUIT, CARD]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtefactError(f"no model directory at {name}, nor a hub model: {reason}") from None
+
+
+def upload_folder(folder: Path, hub_id: str, *, private: bool) -> str:
+    """Upload a model directory to the Hugging Face hub and return its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(hub_id, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=hub_id, folder_path=folder)
+    return str(commit.commit_url)
+
+
+def _read_circuit(circuit: Path | str | None) -> str | None:
+    if not isinstance(circuit, Path):
+        return circuit
+    try:
+        return circuit.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"cannot read the circuit {circuit}: {error}") from None
+
+
+def _read_info(config: dict[str, Any]) -> ModelInfo:
+    values: dict[str, Any] = {}
+    for item in fields(ModelInfo):
+        if item.name not in config:
+            raise ArtefactError(f"{CONFIG} lacks {item.name}: save the model again")
+        value = config[item.name]
+        values[item.name] = tuple(value) if isinstance(value, list) else value
+    return ModelInfo(**values)
+
+
+def _children(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
+    return list(folder.iterdir())
+
+
+@contextmanager
+def _atomic_folder(folder: Path) -> Generator[Path]:
+    """Yield a temporary sibling that takes the name of ``folder`` when the block succeeds.
+
+    A directory cannot be replaced in one step: after a kill between the two renames the earlier
+    one lies beside its place, under a name that ends in ``.old``.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    earlier = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            folder.replace(earlier)
+        temporary.replace(folder)
+    except BaseException:
+        if earlier.exists() and not folder.exists():
+            earlier.replace(folder)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)

@@ -1,0 +1,198 @@
+"""The plan of a compact model: which streams, products and rows there are. Knows no tensors.
+
+Making a plan is left to the compiler, building a model from it to ``model.py``, counting its cost
+to ``macs.py``.
+"""
+
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from vitcut.errors import ArtefactError
+
+Rows = Literal["all", "readout"]
+"""Which tokens are computed: every one, or only the class token that the classifier reads."""
+
+Letter = Literal["q", "k", "v"]
+LETTERS: tuple[Letter, ...] = ("q", "k", "v")
+
+EMBED = "embed"
+"""What the patch embedding is called among the terms of a stream."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTShape:
+    """The sizes of the original model."""
+
+    image_size: int
+    """Side of an image in pixels."""
+    channels: int
+    patch_size: int
+    """Side of a patch in pixels."""
+    num_prefix: int
+    """Tokens before the patches; the classifier reads the first."""
+    width: int
+    """Width of the residual stream."""
+    num_layers: int
+    num_heads: int
+    """Heads per block."""
+    head_dim: int
+    hidden: int
+    """Neurons per MLP."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+    eps: float
+    """What every LayerNorm adds to the variance."""
+    num_classes: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of an image."""
+        return self.num_prefix + self.num_patches
+
+    def num_rows(self, rows: Rows) -> int:
+        """How many tokens ``rows`` stands for."""
+        return self.num_tokens if rows == "all" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan:
+    """One sum of terms and its LayerNorm, for the targets that read the same."""
+
+    name: str
+    """What later streams call it when they build on it."""
+    rows: Rows
+    terms: tuple[str, ...]
+    """Names of what is added: an earlier stream, the embedding, outputs of attentions and MLPs."""
+    table_rows: int
+    """Rows of the constant that is added: 0 for none, 1 for the same vector at every token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionPlan:
+    """One product from a normalised stream to queries, keys and values of heads."""
+
+    stream: int
+    """Number of the stream within the attention."""
+    rows: Rows
+    q: tuple[int, ...]
+    """Heads whose queries it computes; columns are ordered q, k, v, heads as listed."""
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+
+    @property
+    def num_columns(self) -> int:
+        """How many head inputs it computes."""
+        return len(self.q) + len(self.k) + len(self.v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGroupPlan:
+    """Heads of a block that go through one attention call."""
+
+    heads: tuple[int, ...]
+    rows: Rows
+    """Of the queries; keys and values always cover all tokens."""
+    constant: tuple[Letter, ...]
+    """Inputs that are tables. Where q and k both are, the attention pattern is the table."""
+
+    @property
+    def fixed_pattern(self) -> bool:
+        """Whether the attention pattern is the same for every image."""
+        return "q" in self.constant and "k" in self.constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputPlan:
+    """One product from some heads of a group back to the width of the stream."""
+
+    name: str
+    group: int
+    """Number of the head group within the attention."""
+    heads: tuple[int, ...]
+    rows: Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """What is left of a block's attention."""
+
+    streams: tuple[StreamPlan, ...]
+    projections: tuple[ProjectionPlan, ...]
+    groups: tuple[HeadGroupPlan, ...]
+    outputs: tuple[OutputPlan, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpPlan:
+    """What is left of a block's MLP."""
+
+    name: str
+    stream: StreamPlan
+    hidden: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """What is left of a block."""
+
+    attention: AttentionPlan | None
+    mlp: MlpPlan | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A compact model in integers and names."""
+
+    shape: ViTShape
+    embeds: bool
+    """Whether the patch embedding is computed."""
+    blocks: tuple[BlockPlan, ...]
+    classifier: StreamPlan | None
+    """What the classifier reads; None where the logits do not depend on the image."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Plan":
+        """Rebuild a plan from ``to_dict``, also after a trip through JSON.
+
+        Raises:
+            ArtefactError: ``content`` is no plan.
+        """
+        return _decode(cls, content, "plan")
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """``value``, made of JSON's types, as an instance of the annotated ``kind``."""
+    origin = get_origin(kind)
+    if is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        member = get_args(kind)[0]
+        return tuple(_decode(member, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is UnionType and value is None:
+        return None
+    if origin is UnionType:
+        (kind,) = (member for member in get_args(kind) if member is not NoneType)
+        return _decode(kind, value, where)
+    if value in get_args(kind) if origin is Literal else type(value) is kind:
+        return value
+    raise ArtefactError(f"{where} must be {kind}, got {value!r}: save the model again")
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    names = {item.name for item in fields(kind)}
+    if not isinstance(value, dict) or set(value) != names:
+        got = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
+        raise ArtefactError(f"{where} must have the keys {', '.join(sorted(names))}, got {got}")
+    hints = get_type_hints(kind)
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})

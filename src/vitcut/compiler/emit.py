@@ -1,0 +1,41 @@
+"""The compiler's front door: a circuit and a model's weights in, a compact model out.
+
+That it computes the same as the masked model is checked by ``verify.py``.
+"""
+
+import torch
+
+from vitcut.circuit import Circuit
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.folding import fold
+from vitcut.compiler.planning import draft_circuit, shape_of
+from vitcut.shapes import Float, Tensor
+from vitcut.vits.weights import ViTWeights
+
+
+@torch.no_grad()
+def compile_circuit(
+    weights: ViTWeights,
+    circuit: Circuit,
+    ablated: Float[Tensor, "sources tokens width"],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> CompactViT:
+    """Compile a circuit into the small model that computes the same.
+
+    Args:
+        weights: The model that the circuit is of; folded in float64 whatever its precision.
+        circuit: The circuit, under ``zero`` or ``mean`` ablation.
+        ablated: What each source writes along cut edges; zeros under ``zero``.
+        dtype: The precision of the compact model.
+
+    Returns:
+        The compact model, on the CPU and in eval mode.
+
+    Raises:
+        CircuitError: The circuit does not fit the model, or its cut edges carry no constants.
+    """
+    draft = draft_circuit(shape_of(weights), circuit)
+    model = CompactViT(draft.plan).to(dtype)
+    model.load_state_dict(fold(draft, weights, circuit, ablated))
+    return model.eval()

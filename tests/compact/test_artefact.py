@@ -1,0 +1,164 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from strategies import circuits, skipping_a_head
+from tiny import random_pixels, random_table, random_vit
+
+from vitcut.circuit import Circuit
+from vitcut.compact.artefact import CONFIG, TENSORS, ModelInfo
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.emit import compile_circuit
+from vitcut.errors import ArtefactError
+
+WEIGHTS = random_vit(num_heads=3)
+INFO = ModelInfo(
+    mean=(0.1, 0.2, 0.3),
+    std=(1.0, 1.0, 0.5),
+    class_names=("newt", "wasp", "owl", "seal"),
+    group_names=("small", "large"),
+    group_of_class=(0, 0, 1, 1),
+    source_model="timm:vit_tiny",
+    source_sha256="ab",
+)
+
+
+def compiled(circuit):
+    model = compile_circuit(WEIGHTS, circuit, random_table(WEIGHTS), dtype=torch.float64)
+    model.info = INFO
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    compiled(Circuit.full(WEIGHTS.graph)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+@given(circuits(WEIGHTS.graph))
+@example(skipping_a_head(WEIGHTS.graph))
+@settings(max_examples=10, deadline=None)
+def test_load_after_save_is_the_identity(tmp_path_factory, circuit):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    before = compiled(circuit.with_ablation("mean"))
+    before.save_pretrained(folder)
+    after = CompactViT.from_pretrained(folder)
+    pixels = random_pixels(WEIGHTS)
+    assert torch.equal(before(pixels), after(pixels))
+    assert (after.plan, after.info) == (before.plan, INFO)
+    assert all(parameter.requires_grad for parameter in after.parameters())
+
+
+def test_the_directory_holds_circuit_and_card(tmp_path):
+    circuit = Circuit.full(WEIGHTS.graph)
+    circuit.save(tmp_path / "circuit.json")
+    folder = tmp_path / "deep" / "model"
+    compiled(circuit).save_pretrained(folder, circuit=tmp_path / "circuit.json", card="# Owls\n")
+    assert Circuit.load(folder / "circuit.json") == circuit
+    assert (folder / "README.md").read_text() == "# Owls\n"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
+
+
+def test_saving_again_replaces_the_directory(folder):
+    model = CompactViT.from_pretrained(folder)
+    model.save_pretrained(folder, card="new")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
+    assert (folder / "README.md").read_text() == "new"
+
+
+def test_a_failed_save_leaves_the_earlier_directory(folder, monkeypatch):
+    model = CompactViT.from_pretrained(folder)
+
+    def full_disk(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("vitcut.compact.artefact.write_json", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    CompactViT.from_pretrained(folder)
+
+
+def test_a_directory_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(ArtefactError, match="is no model directory"):
+        compiled(Circuit.full(WEIGHTS.graph)).save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+def test_a_newer_format_is_refused(folder):
+    change_config(folder, format_version=99)
+    with pytest.raises(ArtefactError, match="format_version 99"):
+        CompactViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ArtefactError, match=name):
+        CompactViT.from_pretrained(folder)
+
+
+def test_altered_tensors_are_refused(folder):
+    content = bytearray((folder / TENSORS).read_bytes())
+    content[-1] ^= 1
+    (folder / TENSORS).write_bytes(content)
+    with pytest.raises(ArtefactError, match="was altered"):
+        CompactViT.from_pretrained(folder)
+
+
+def test_an_altered_plan_is_refused(folder):
+    plan = json.loads((folder / CONFIG).read_text())["plan"]
+    plan["shape"]["eps"] = 0.1
+    change_config(folder, plan=plan)
+    with pytest.raises(ArtefactError, match="its plan is not that of"):
+        CompactViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"classifier.bias": torch.zeros(9)}), r"\[9\], the plan needs \[4\]"),
+        (lambda t: t.pop("classifier.bias"), r"lacks tensor classifier\.bias"),
+        (lambda t: t.update(spare=torch.zeros(1)), "unknown tensor spare"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_plan_are_refused(folder, monkeypatch, change, message):
+    model = CompactViT.from_pretrained(folder)
+    tensors = dict(model.state_dict())
+    change(tensors)
+    monkeypatch.setattr(model, "state_dict", lambda: tensors)
+    model.save_pretrained(folder)
+    with pytest.raises(ArtefactError, match=message):
+        CompactViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("place", ["no such place", Path("owner/name")])
+def test_what_is_neither_directory_nor_hub_id_is_refused(place):
+    with pytest.raises(ArtefactError, match="no model directory at"):
+        CompactViT.from_pretrained(place)
+
+
+def test_the_hub_gets_the_whole_directory(monkeypatch):
+    seen = {}
+
+    class Api:
+        def create_repo(self, name, **options):
+            seen["repo"] = (name, options)
+
+        def upload_folder(self, *, repo_id, folder_path):
+            seen["files"] = sorted(path.name for path in folder_path.iterdir())
+            return type("Commit", (), {"commit_url": f"https://hub/{repo_id}"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model = compiled(Circuit.full(WEIGHTS.graph))
+    assert model.push_to_hub("me/owls", private=True, card="x") == "https://hub/me/owls"
+    assert seen["repo"] == ("me/owls", {"private": True, "exist_ok": True})
+    assert seen["files"] == ["README.md", CONFIG, TENSORS]

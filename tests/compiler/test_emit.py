@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import circuits, skipping_a_head, vits
+from tiny import random_pixels, random_table, random_vit
+
+from vitcut.circuit import Circuit
+from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.verify import verify
+from vitcut.errors import CircuitError
+from vitcut.intervention.ablation import zero_table
+from vitcut.intervention.masking import full_run
+
+
+def table_for(weights, circuit):
+    return zero_table(weights) if circuit.ablation == "zero" else random_table(weights)
+
+
+@st.composite
+def cases(draw):
+    weights = draw(vits())
+    return weights, draw(circuits(weights.graph))
+
+
+@given(cases())
+@settings(max_examples=100, deadline=None)
+def test_compact_equals_masked(case):
+    weights, circuit = case
+    table = table_for(weights, circuit)
+    compact = compile_circuit(weights, circuit, table, dtype=torch.float64)
+    verify(compact, weights, circuit, table, random_pixels(weights))
+
+
+@given(vits())
+@settings(max_examples=15, deadline=None)
+def test_the_full_circuit_is_the_original(weights):
+    circuit = Circuit.full(weights.graph)
+    compact = compile_circuit(weights, circuit, random_table(weights), dtype=torch.float64)
+    pixels = random_pixels(weights)
+    torch.testing.assert_close(
+        compact(pixels), full_run(weights, pixels).logits, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_heads_that_are_no_neighbours_share_a_product():
+    weights = random_vit(num_heads=3)
+    circuit, table = skipping_a_head(weights.graph), random_table(weights)
+    compact = compile_circuit(weights, circuit, table, dtype=torch.float64)
+    assert compact.plan.blocks[1].attention.outputs[0].heads == (0, 2)
+    verify(compact, weights, circuit, table, random_pixels(weights))
+
+
+def test_float32_weights_are_folded_in_float64():
+    weights = random_vit().to(torch.float32)
+    circuit = Circuit.full(weights.graph)
+    single = compile_circuit(weights, circuit, random_table(weights))
+    double = compile_circuit(weights.to(torch.float64), circuit, random_table(weights).double())
+    for name, tensor in single.state_dict().items():
+        assert torch.equal(tensor, double.state_dict()[name])
+
+
+def test_an_empty_circuit_has_constant_logits():
+    weights = random_vit()
+    circuit = Circuit(graph=weights.graph, kept=np.zeros_like(weights.graph.edges), ablation="mean")
+    compact = compile_circuit(weights, circuit, random_table(weights), dtype=torch.float64)
+    assert [name for name, _ in compact.named_parameters()] == ["logits"]
+    assert len(compact(random_pixels(weights, 5))) == 5
+
+
+def test_every_parameter_of_a_cut_model_is_trained():
+    weights = random_vit(num_layers=3, num_heads=3)
+    random = np.random.default_rng(0)
+    kept = weights.graph.edges & (random.random(weights.graph.edges.shape) < 0.4)
+    circuit = Circuit(graph=weights.graph, kept=kept, ablation="mean")
+    compact = compile_circuit(weights, circuit, random_table(weights), dtype=torch.float64)
+    compact(random_pixels(weights)).square().sum().backward()
+    untouched = [name for name, p in compact.named_parameters() if p.grad is None]
+    assert untouched == []
+
+
+def test_resample_circuits_are_refused_with_the_remedy():
+    weights = random_vit()
+    circuit = Circuit.full(weights.graph, ablation="resample")
+    with pytest.raises(CircuitError, match=r"circuit\.with_ablation\('mean'\)"):
+        compile_circuit(weights, circuit, random_table(weights))
+
+
+def test_a_circuit_of_another_model_is_refused():
+    circuit = Circuit.full(random_vit(num_heads=3).graph)
+    weights = random_vit(num_heads=2)
+    with pytest.raises(CircuitError, match="2 blocks of 3 heads, this one has 2 of 2"):
+        compile_circuit(weights, circuit, random_table(weights))
+
+
+def test_zero_ablation_takes_no_means():
+    weights = random_vit()
+    circuit = Circuit.full(weights.graph, ablation="zero")
+    with pytest.raises(CircuitError, match="not all zero"):
+        compile_circuit(weights, circuit, random_table(weights))
+
+
+def test_a_table_of_another_shape_is_refused():
+    weights = random_vit()
+    with pytest.raises(CircuitError, match="must have shape"):
+        compile_circuit(weights, Circuit.full(weights.graph), random_table(weights)[1:])

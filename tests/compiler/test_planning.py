@@ -1,0 +1,130 @@
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import circuits
+from tiny import random_vit
+
+from vitcut.circuit import Circuit
+from vitcut.compact.macs import count_macs, dense_macs, describe
+from vitcut.compact.plan import Plan, ViTShape
+from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.errors import UnsupportedModelError
+from vitcut.graph import Graph
+
+REFERENCE = ViTShape(
+    image_size=64,
+    channels=3,
+    patch_size=8,
+    num_prefix=1,
+    width=64,
+    num_layers=6,
+    num_heads=8,
+    head_dim=8,
+    hidden=256,
+    activation="gelu",
+    eps=1e-6,
+    num_classes=58,
+)
+GRAPH = Graph(num_layers=6, num_heads=8)
+
+
+def streams_of(plan):
+    for block in plan.blocks:
+        yield from block.attention.streams if block.attention else ()
+        yield from [block.mlp.stream] if block.mlp else ()
+    yield from [plan.classifier] if plan.classifier else ()
+
+
+def without_heads(heads):
+    kept = GRAPH.edges.copy()
+    kept[[GRAPH.head_source(*head) for head in heads]] = False
+    return Circuit(graph=GRAPH, kept=kept, ablation="mean")
+
+
+def test_the_full_circuit_costs_the_dense_model_with_a_class_only_last_block():
+    plan = plan_circuit(REFERENCE, Circuit.full(GRAPH))
+    assert count_macs(plan) == dense_macs(REFERENCE, class_only_last_block=True)
+
+
+def test_the_full_circuit_is_the_plain_residual():
+    plan = plan_circuit(REFERENCE, Circuit.full(GRAPH))
+    for layer, block in enumerate(plan.blocks):
+        assert len(block.attention.streams) == len(block.attention.groups) == 1
+        assert len(block.attention.projections) == (2 if layer == 5 else 1)
+        assert len(block.attention.outputs) == 1
+    first, *others = streams_of(plan)
+    assert (first.terms, first.table_rows) == (("embed",), 65)
+    assert all(len(stream.terms) == 2 and stream.table_rows == 0 for stream in others)
+
+
+def test_targets_that_read_alike_share_a_stream_and_others_build_on_it():
+    graph = Graph(num_layers=2, num_heads=2)
+    kept = graph.edges.copy()
+    kept[graph.mlp_source(0), graph.head_target(1, 0, "k")] = False
+    plan = plan_circuit(shape_of(random_vit()), Circuit(graph=graph, kept=kept, ablation="mean"))
+    smaller, larger = plan.blocks[1].attention.streams
+    assert larger.terms == (smaller.name, "mlp.0")
+    assert [item.k for item in plan.blocks[1].attention.projections] == [(0,), (1,), ()]
+
+
+def test_equal_head_subsets_are_one_product():
+    kept = GRAPH.edges.copy()
+    chosen = [GRAPH.head_source(0, head) for head in (1, 4)]
+    for layer in (2, 3, 4):
+        kept[:, GRAPH.mlp_target(layer)] = False
+        kept[chosen, GRAPH.mlp_target(layer)] = True
+    plan = plan_circuit(REFERENCE, Circuit(graph=GRAPH, kept=kept, ablation="zero"))
+    assert [item.heads for item in plan.blocks[0].attention.outputs] == [tuple(range(8)), (1, 4)]
+
+
+def test_the_class_token_row_of_the_patch_embedding_is_not_added():
+    kept = np.zeros_like(GRAPH.edges)
+    kept[0, [GRAPH.head_target(0, 0, "v"), GRAPH.classifier]] = True
+    kept[GRAPH.head_source(0, 0), GRAPH.classifier] = True
+    plan = plan_circuit(REFERENCE, Circuit(graph=GRAPH, kept=kept, ablation="mean"))
+    assert plan.classifier.terms == ("out.0.0",)
+
+
+@given(st.permutations([(layer, head) for layer in range(6) for head in range(8)]))
+@settings(max_examples=5, deadline=None)
+def test_macs_fall_with_every_whole_head(heads):
+    costs = [
+        count_macs(plan_circuit(REFERENCE, without_heads(heads[:count])))
+        for count in range(0, 49, 6)
+    ]
+    assert all(after < before for before, after in itertools.pairwise(costs))
+
+
+@given(circuits(Graph(num_layers=3, num_heads=3)))
+@settings(max_examples=30, deadline=None)
+def test_a_plan_survives_json(circuit):
+    shape = dataclasses.replace(REFERENCE, num_layers=3, num_heads=3)
+    plan = plan_circuit(shape, circuit)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_the_table_of_a_plan_counts_what_is_left():
+    embed, first, *_, last, classifier = describe(plan_circuit(REFERENCE, without_heads([(0, 3)])))
+    assert (embed.part, embed.macs) == ("embed", 64 * 192 * 64)
+    assert (first.heads, first.query_rows, first.neurons, first.mlp_rows) == (7, 65, 256, 65)
+    assert (last.heads, last.query_rows, last.mlp_rows) == (8, 1, 1)
+    assert (classifier.streams, classifier.macs) == (1, 64 * 58)
+
+
+def test_blocks_that_differ_are_refused():
+    weights = random_vit()
+    other = dataclasses.replace(weights.blocks[1].mlp, activation="relu")
+    block = dataclasses.replace(weights.blocks[1], mlp=other)
+    mixed = dataclasses.replace(weights, blocks=(weights.blocks[0], block))
+    with pytest.raises(UnsupportedModelError, match="same activation, got gelu, relu"):
+        shape_of(mixed)
+
+
+def test_nothing_is_planned_for_an_empty_circuit():
+    circuit = Circuit(graph=GRAPH, kept=np.zeros_like(GRAPH.edges), ablation="mean")
+    assert count_macs(plan_circuit(REFERENCE, circuit)) == 0
