@@ -21,6 +21,7 @@ START, END = "<!-- table: animals-quick -->\n", "<!-- end -->\n"
 
 
 def main() -> None:
+    """Run the recipe and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", required=True, help="The Tiny ImageNet archive or folder.")
     parser.add_argument("--out", type=Path, default=Path("runs/animals"), help="Run directory.")
@@ -133,9 +134,7 @@ def search_table(results: Results, circuits: dict[str, Circuit]) -> str:
         "| point | pairs | node evaluations | oracle calls | seconds | KL, search | KL, cut |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for point in results.points:
-        if point.name in circuits:
-            lines.append(search_row(point, circuits[point.name]))
+    lines += [search_row(p, circuits[p.name]) for p in results.points if p.name in circuits]
     return "\n".join(lines) + "\n"
 
 

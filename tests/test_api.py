@@ -10,6 +10,7 @@ import torch
 
 import vitcut
 from vitcut.errors import ConfigError, ModelError, TaskError
+from vitcut.intervention.tracing import read_model
 from vitcut.vits.loading import DenseCard, LoadedModel, save_dense
 from vitcut.vits.reference import build_reference
 from vitcut.vits.settings import VitConfig
@@ -148,10 +149,11 @@ def test_a_module_that_is_not_understood_is_refused_by_name():
 
 
 def test_a_misspelt_setting_is_refused_with_a_hint(model, images):
+    circuit = vitcut.Circuit.full(read_model(model.model).graph)
     with pytest.raises(ConfigError, match="no setting 'tua': did you mean tau"):
         vitcut.discover(model, images, tua=0.1)
     with pytest.raises(ConfigError, match="no setting 'frobnicate': expected one of ablation"):
-        vitcut.cut(model, images, None, frobnicate=1)
+        vitcut.cut(model, images, circuit, frobnicate=1)
 
 
 def test_images_of_another_size_are_refused(model):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,7 @@ class Circuit:
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     @classmethod
-    def full(cls, graph: Graph, *, ablation: Ablation = "mean") -> Self:
+    def full(cls, graph: Graph, *, ablation: Ablation = "mean") -> "Circuit":
         """The circuit that keeps every edge: the model itself."""
         return cls(graph=graph, kept=graph.edges, ablation=ablation)
 
@@ -79,11 +79,11 @@ class Circuit:
 
     def __and__(self, other: "Circuit") -> "Circuit":
         """Edges that both keep."""
-        return self._combine(other, self.kept & other.kept, "and")
+        return self._combine(other, np.logical_and, "and")
 
     def __or__(self, other: "Circuit") -> "Circuit":
         """Edges that either keeps."""
-        return self._combine(other, self.kept | other.kept, "or")
+        return self._combine(other, np.logical_or, "or")
 
     def __invert__(self) -> "Circuit":
         """The complement: exactly the edges that this circuit cuts."""
@@ -95,7 +95,7 @@ class Circuit:
         """The same edges under another ablation; the provenance names the one of discovery."""
         if ablation == self.ablation:
             return self
-        provenance = {**self.provenance, "discovered_under": self.ablation}
+        provenance = {"discovered_under": self.ablation, **self.provenance}
         return replace(self, ablation=ablation, provenance=provenance)
 
     @cached_property
@@ -189,9 +189,15 @@ class Circuit:
         }
         return {"graph": graph, "ablation": self.ablation, "kept": kept}
 
-    def _combine(self, other: "Circuit", kept: NDArray[np.bool_], how: str) -> "Circuit":
-        if self.graph != other.graph or self.ablation != other.ablation:
-            raise CircuitError("only circuits of the same graph and ablation can be combined")
+    def _combine(self, other: "Circuit", operation: np.ufunc, how: str) -> "Circuit":
+        for name in ("graph", "ablation"):
+            own, others = getattr(self, name), getattr(other, name)
+            if own != others:
+                raise CircuitError(
+                    f"only circuits of the same graph and ablation can be combined, got {name} "
+                    f"{own!r} and {others!r}"
+                )
+        kept = operation(self.kept, other.kept)
         provenance = {how: [self.fingerprint, other.fingerprint]}
         return replace(self, kept=kept, method=how, tau=None, provenance=provenance)
 

@@ -47,19 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = [_underscored(word) for word in typed if word != "--debug"]
     try:
         return _dispatch(typed)
-    except (VitcutError, ArgumentError) as error:
+    except (VitcutError, OSError) as error:
         if debug:
             raise
-        _print_error(error)
+        sys.stderr.write(f"vitcut: error: {' '.join(str(error).split())}\n")
         return EXIT_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on where it was\n")
         return 130
-    except OSError as error:
-        if debug:
-            raise
-        _print_error(error)
-        return EXIT_ERROR
 
 
 def entry() -> None:
@@ -84,9 +79,13 @@ def _dispatch(typed: list[str]) -> int:
     parser = _Parser(prog=f"vitcut {name}", description=verb.help, exit_on_error=False)
     verb.add_flags(parser)
     try:
-        verb.run(parser, parser.parse_args(verb.arrange(rest)))
+        namespace = parser.parse_args(verb.arrange(rest))
     except SystemExit as stop:
         return int(stop.code or 0)
+    except (ArgumentError, UnicodeDecodeError) as error:
+        remedy = f"vitcut {name} --help lists the flags"
+        raise ConfigError(f"{_readable(error)}; {remedy}") from error
+    verb.run(parser, namespace)
     return 0
 
 
@@ -94,8 +93,7 @@ class _Parser(ArgumentParser):
     """jsonargparse spells flags with underscores; people read and type dashes."""
 
     def format_help(self, formatter: Any = None) -> str:
-        text = super().format_help(formatter)
-        return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), text)
+        return _dashed(super().format_help(formatter))
 
 
 def _underscored(word: str) -> str:
@@ -106,27 +104,27 @@ def _underscored(word: str) -> str:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10} {verb.help}" for name, verb in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: vitcut COMMAND [--flag value ...]",
-            "",
-            "Cut a Vision Transformer down to the circuit that a task needs.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "vitcut COMMAND --help shows the flags of a command; --version the version; --debug",
-            "shows the traceback of an error.",
-            "",
-        ]
-    )
+    lines = "\n".join(f"  {name:10} {verb.help}" for name, verb in VERBS.items())
+    return f"""usage: vitcut COMMAND [--flag value ...]
+
+Cut a Vision Transformer down to the circuit that a task needs.
+
+commands:
+{lines}
+
+vitcut COMMAND --help shows the flags of a command; --version the version; --debug
+shows the traceback of an error.
+"""
 
 
-def _print_error(error: Exception) -> None:
-    text = " ".join(str(error).split())
-    text = re.sub(r"^Parser key \"([\w.]+)\":", lambda found: f"--{found[1]}:", text)
-    sys.stderr.write(f"vitcut: error: {text}\n")
+def _dashed(text: str) -> str:
+    return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), text)
+
+
+def _readable(error: Exception) -> str:
+    """What jsonargparse says of an argument, in the words that a person typed."""
+    text = re.sub(r"^Parser key \"([\w.]+)\":", r"--\1:", " ".join(str(error).split()))
+    return _dashed(re.sub(r"<class '([\w.]+)'>|typing\.(?=Literal)", r"\1", text)).rstrip(".")
 
 
 def _take(namespace: Namespace, settings: type[T], **given: Any) -> T:
@@ -217,12 +215,7 @@ def _arrange_run(rest: list[str]) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"no recipe file at {path}")
     flags = [re.sub(r"^--source(?==|$)", "--data.source", word) for word in flags]
-    out = (
-        []
-        if any(word.split("=")[0] == "--out" for word in flags)
-        else ["--out", f"runs/{path.stem}"]
-    )
-    return ["--config", str(path), *out, *flags]
+    return ["--config", str(path), "--out", f"runs/{path.stem}", *flags]
 
 
 def _recipes() -> list[str]:
@@ -239,11 +232,12 @@ def _add_run(parser: ArgumentParser) -> None:
 
 
 def _run(parser: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.pipeline.run import run
     from vitcut.pipeline.settings import RunConfig
 
     config = _take(parser.instantiate(namespace), RunConfig)
     config = replace(config, data=_at_home(config.data))
+    from vitcut.pipeline.run import run
+
     results = run(config, namespace.out)
     _report(results, namespace.out, f"vitcut show {namespace.out}")
 
@@ -281,12 +275,13 @@ def _add_train(parser: ArgumentParser) -> None:
 
 
 def _train(parser: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.pipeline.commands import train_command
     from vitcut.training.settings import TrainConfig
 
     data = _data(namespace, image_size=namespace.image_size)
     vit = parser.instantiate(namespace).vit
     config = _take(namespace, TrainConfig)
+    from vitcut.pipeline.commands import train_command
+
     folder = train_command(namespace.task, data, vit, config, namespace.out)
     _say_next(folder, f"vitcut discover --model {namespace.out} --tau 0.01")
 
@@ -332,14 +327,16 @@ def _cut(parser: ArgumentParser, namespace: Namespace) -> None:
 
     config, bench = _take(namespace, CutConfig), BenchConfig(threads=namespace.threads)
     data = _data(namespace)
+    from vitcut.circuit import Circuit
     from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
 
     path = find_circuit(namespace.circuit, namespace.point)
+    circuit = Circuit.load(path)
     origin = find_origin(path)
     asked = data.source is not None or namespace.task is not None
     if origin is None or asked or namespace.model != parser.get_default("model"):
         origin = resolve_origin(namespace.model, namespace.task, data)
-    results = cut_command(path, origin, config, bench, namespace.out)
+    results = cut_command(circuit, origin, config, bench, namespace.out)
     _report(results, namespace.out, f"vitcut show {namespace.out}")
 
 

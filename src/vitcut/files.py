@@ -64,10 +64,10 @@ def read_json(path: Path, *, kind: str, newest_version: int) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"no {kind} file at {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is not a readable {kind} file: {error}") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise ArtefactError(f"{path} is not a vitcut {kind} file: it has no format_version")
     if version > newest_version:
         raise ArtefactError(

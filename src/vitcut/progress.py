@@ -22,7 +22,8 @@ _LINE_EVERY_S = 15.0
 
 def say(text: str) -> None:
     """Tell the user one line, on standard error, so that standard output stays for results."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(text)
 
 
 class Meter:

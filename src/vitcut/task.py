@@ -1,6 +1,7 @@
 """A task: fine classes and the coarse groups they belong to. Knows no images and no model."""
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -98,12 +99,14 @@ def parse_task(text: str, *, origin: str) -> Task:
         for group, members in groups.items()
         for class_id, name in members.items()
     ]
-    excluded = {str(key): str(value) for key, value in (content.get("excluded") or {}).items()}
+    excluded = content.get("excluded") or {}
+    if not isinstance(excluded, dict):
+        raise TaskError(f"{origin} is no label file: expected 'excluded: {{id: reason}}'")
     return Task(
         name=str(content.get("name", Path(origin).stem)),
         classes=tuple(sorted(classes, key=lambda item: item.id)),
         groups=tuple(str(group) for group in groups),
-        excluded=excluded,
+        excluded={str(key): str(reason) for key, reason in excluded.items()},
     )
 
 
@@ -147,7 +150,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key, count in Counter(keys).items() if count > 1]
+        counts = Counter(key for key in keys if isinstance(key, Hashable))
+        twice = [key for key, count in counts.items() if count > 1]
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{twice[0]!r} is listed twice", node.start_mark

@@ -51,7 +51,10 @@ def test_load_after_save_is_the_identity(tmp_path_factory, circuit):
     before.save_pretrained(folder)
     after = CompactViT.from_pretrained(folder)
     pixels = random_pixels(WEIGHTS)
-    assert torch.equal(before(pixels), after(pixels))
+    # Bits of the outputs may differ: matrix products depend on how memory is aligned.
+    torch.testing.assert_close(before(pixels), after(pixels), rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, before.state_dict().values(), after.state_dict().values()))
+    assert list(before.state_dict()) == list(after.state_dict())
     assert (after.plan, after.info) == (before.plan, INFO)
     assert all(parameter.requires_grad for parameter in after.parameters())
 
@@ -73,7 +76,7 @@ def test_saving_again_replaces_the_directory(folder):
     assert (folder / "README.md").read_text() == "new"
 
 
-def test_a_failed_save_leaves_the_earlier_directory(folder, monkeypatch):
+def test_a_failed_write_leaves_the_earlier_directory(folder, monkeypatch):
     model = CompactViT.from_pretrained(folder)
 
     def full_disk(*_, **__):
@@ -81,6 +84,22 @@ def test_a_failed_save_leaves_the_earlier_directory(folder, monkeypatch):
 
     monkeypatch.setattr("vitcut.compact.artefact.write_json", full_disk)
     with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    CompactViT.from_pretrained(folder)
+
+
+def test_a_failed_rename_brings_the_earlier_directory_back(folder, monkeypatch):
+    model = CompactViT.from_pretrained(folder)
+    rename = Path.replace
+
+    def fail_for_the_new_one(path, target):
+        if path.suffix == ".part" and path.is_dir():
+            raise OSError("interrupted")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_for_the_new_one)
+    with pytest.raises(OSError, match="interrupted"):
         model.save_pretrained(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     CompactViT.from_pretrained(folder)

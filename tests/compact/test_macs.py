@@ -1,7 +1,16 @@
-from test_plan import PLAN
+from dataclasses import replace
+
+from test_plan import PLAN, STREAM
 
 from vitcut.compact.macs import count_macs, dense_macs
-from vitcut.compact.plan import ViTShape
+from vitcut.compact.plan import (
+    AttentionPlan,
+    BlockPlan,
+    HeadGroupPlan,
+    OutputPlan,
+    ProjectionPlan,
+    ViTShape,
+)
 
 REFERENCE = ViTShape(
     image_size=64,
@@ -30,3 +39,18 @@ def test_a_class_only_last_block_leaves_20_0_million():
 def test_a_small_plan_is_counted_by_hand():
     patches, mlp, classifier = 4 * 6 * 12, 2 * 5 * 6 * 7, 6 * 4
     assert count_macs(PLAN) == patches + mlp + classifier
+
+
+def test_a_fixed_pattern_is_one_product_and_a_readout_one_query():
+    attention = AttentionPlan(
+        streams=(STREAM,),
+        projections=(ProjectionPlan(stream=0, rows="all", q=(), k=(), v=(0, 1)),),
+        groups=(
+            HeadGroupPlan(heads=(0,), rows="all", constant=("q", "k")),
+            HeadGroupPlan(heads=(1,), rows="readout", constant=("k",)),
+        ),
+        outputs=(OutputPlan(name="out.0.0", group=0, heads=(0,), rows="readout"),),
+    )
+    plan = replace(PLAN, blocks=(BlockPlan(attention=attention, mlp=None),), embeds=False)
+    values, fixed, attended, output = 5 * 6 * 2 * 3, 5 * 5 * 3, 2 * 5 * 3, 3 * 6
+    assert count_macs(plan) == values + fixed + attended + output + 6 * 4

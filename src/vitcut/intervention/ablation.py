@@ -19,7 +19,7 @@ def zero_table(weights: ViTWeights) -> Float[Tensor, "sources tokens width"]:
 
 @torch.no_grad()
 def mean_table(
-    weights: ViTWeights, batches: Iterable[Float[Tensor, "images channels y x"]]
+    weights: ViTWeights, batches: Iterable[Float[Tensor, "_images channels y x"]]
 ) -> Float[Tensor, "sources tokens width"]:
     """What each source writes at each token, averaged over images.
 
@@ -48,7 +48,7 @@ def mean_table(
 def fixed_table(
     ablation: Ablation,
     weights: ViTWeights,
-    batches: Iterable[Float[Tensor, "images channels y x"]],
+    batches: Iterable[Float[Tensor, "_images channels y x"]],
 ) -> Float[Tensor, "sources tokens width"]:
     """The table that an ablation puts in the place of every source, the same for all images.
 

@@ -16,10 +16,10 @@ from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker
-from vitcut.pipeline.run import save_results, train_dense
+from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, point_name
+from vitcut.pipeline.run import require_whole_patches, save_results, train_dense
 from vitcut.pipeline.stages import measure
-from vitcut.pipeline.subject import ORIGIN_FILE, Origin
+from vitcut.pipeline.subject import ORIGIN_FILE, OWN_MODEL, Origin
 from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.task import load_task
@@ -39,10 +39,11 @@ def resolve_origin(model: str, task: str | None, data: DataConfig) -> Origin:
     if earlier is None:
         if task is None:
             raise ConfigError(f"model {model!r} brings no task along: give --task")
-        return Origin(model=model, task=load_task(task), data=data)
+        where = str(folder.resolve()) if folder.exists() else model
+        return Origin(model=where, task=load_task(task), data=data)
     chosen = earlier.task if task is None else load_task(task)
     source = earlier.data.source if data.source is None else data.source
-    return Origin(model=model, task=chosen, data=replace(earlier.data, source=source))
+    return replace(earlier, task=chosen, data=replace(earlier.data, source=source))
 
 
 def train_command(
@@ -50,27 +51,32 @@ def train_command(
 ) -> Path:
     """Train a dense model into ``out``; returns its folder."""
     loaded = load_task(task)
-    folder = RunFolder(out)
-    folder.open(
-        {"task": task, "data": as_plain(data), "vit": as_plain(vit), "train": as_plain(config)}
+    folder = RunFolder(
+        out,
+        {"task": task, "data": as_plain(data), "vit": as_plain(vit), "train": as_plain(config)},
     )
-    Origin(model=str(out), task=loaded, data=data).save(out)
-    train_dense(load_images(data, loaded), vit, config, folder)
+    require_whole_patches(vit, data.image_size)
+    images = load_images(data, loaded)
+    folder.claim()
+    Origin(model=OWN_MODEL, task=loaded, data=data).save(out)
+    train_dense(images, vit, config, folder)
     return folder.dense
 
 
 def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circuit:
     """Find one circuit into ``out/points/NAME``."""
-    folder = RunFolder(out)
-    folder.open({**_plain_origin(origin), "discover": as_plain(config)})
-    origin.save(out)
-    name = f"{config.method}-{config.tau:g}"
+    folder = RunFolder(out, {**_plain_origin(origin), "discover": as_plain(config)})
+    name = point_name(config.method, config.ablation, config.tau)
     path = folder.point(name) / CIRCUIT_FILE
     if path.exists():
         say(f"{path} is there: nothing to do")
         return Circuit.load(path)
-    maker = PointMaker(origin.load_subject(), folder, config, CutConfig())
-    return maker.find(config.tau)[1]
+    subject = origin.load_subject()
+    subject.images.calibration(config.images, seed=config.seed)
+    folder.claim()
+    origin.save(out)
+    [(_, circuit)] = PointMaker(subject, folder, CutConfig()).find(config, [config.tau])
+    return circuit
 
 
 def find_circuit(path: Path, point: str | None) -> Path:
@@ -103,20 +109,19 @@ def find_origin(path: Path) -> Origin | None:
 
 
 def cut_command(
-    path: Path, origin: Origin, config: CutConfig, bench: BenchConfig, out: Path
+    circuit: Circuit, origin: Origin, config: CutConfig, bench: BenchConfig, out: Path
 ) -> Results:
     """Compile one circuit into ``out/model`` and measure it beside the dense model."""
-    circuit = Circuit.load(path)
-    folder = RunFolder(out)
     settings = {"circuit": circuit.fingerprint, "cut": as_plain(config), "bench": as_plain(bench)}
-    folder.open({**_plain_origin(origin), **settings})
+    folder = RunFolder(out, {**_plain_origin(origin), **settings})
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
-    origin.save(out)
     subject = origin.load_subject()
-    maker = PointMaker(subject, folder, DiscoverConfig(), config)
-    name = circuit.method if circuit.tau is None else f"{circuit.method}-{circuit.tau:g}"
+    folder.claim()
+    origin.save(out)
+    maker = PointMaker(subject, folder, config)
+    name = point_name(circuit.method, circuit.ablation, circuit.tau)
     points = {name: maker.cut(name, circuit, into=out)}
     results = measure(subject, points, bench)
     save_results(results, out)
@@ -131,14 +136,15 @@ def bench_command(path: Path, config: BenchConfig, out: Path) -> Results:
     """
     origin = Origin.load(path)
     earlier = Results.load(path / "results.json")
-    folder = RunFolder(out)
-    folder.open({"run": str(path), "bench": as_plain(config)})
+    folder = RunFolder(out, {"run": str(path.resolve()), "bench": as_plain(config)})
     points: dict[str, tuple[Point, nn.Module]] = {
         point.name: (point, CompactViT.from_pretrained(path / point.model))
         for point in earlier.points
         if point.model is not None
     }
-    results = measure(origin.load_subject(), points, config)
+    subject = origin.load_subject()
+    folder.claim()
+    results = measure(subject, points, config)
     results.save(folder.results)
     return results
 

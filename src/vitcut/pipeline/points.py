@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.discovery.settings import DiscoverConfig
+from vitcut.names import Ablation
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.stages import Discovery, ablation_table, cut_circuit, cut_point
 from vitcut.pipeline.subject import Subject
@@ -23,25 +25,30 @@ _RECORD_FILE = "cut.json"
 """What is known of a cut before it is measured; its presence says that the model is whole."""
 
 
+def point_name(method: str, ablation: Ablation, tau: float | None) -> str:
+    """What a circuit's point is called: how it was searched."""
+    return f"{method}-{ablation}" + ("" if tau is None else f"-{tau:g}")
+
+
 class PointMaker:
     """Finds and cuts the circuits of one run directory."""
 
-    def __init__(
-        self, subject: Subject, folder: RunFolder, discover: DiscoverConfig, cut: CutConfig
-    ) -> None:
+    def __init__(self, subject: Subject, folder: RunFolder, cut: CutConfig) -> None:
         self._subject = subject
         self._folder = folder
-        self._discover = discover
         self._cut = cut
 
-    def find(self, tau: float) -> tuple[str, Circuit]:
-        """The name and circuit of the point at one tau."""
-        name = f"{self._discover.method}-{tau:g}"
-        path = self._folder.point(name) / CIRCUIT_FILE
-        if not path.exists():
-            log = self._folder.point(name) / _DECISIONS_FILE
-            self._discovery.find(tau, log=log).circuit.save(path)
-        return name, Circuit.load(path)
+    def find(self, config: DiscoverConfig, taus: Sequence[float]) -> Iterator[tuple[str, Circuit]]:
+        """The name and circuit of the point at each tau, all from the same cached activations."""
+        discovery: Discovery | None = None
+        for tau in taus:
+            name = point_name(config.method, config.ablation, tau)
+            path = self._folder.point(name) / CIRCUIT_FILE
+            if not path.exists():
+                discovery = discovery or Discovery(self._subject, config)
+                log = self._folder.point(name) / _DECISIONS_FILE
+                discovery.find(tau, log=log).circuit.save(path)
+            yield name, Circuit.load(path)
 
     def cut(
         self, name: str, circuit: Circuit, *, into: Path | None = None
@@ -67,10 +74,6 @@ class PointMaker:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._folder.path).as_posix()
-
-    @cached_property
-    def _discovery(self) -> Discovery:
-        return Discovery(self._subject, self._discover)
 
     @cached_property
     def _table(self) -> Float[Tensor, "sources tokens width"]:

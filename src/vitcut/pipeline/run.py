@@ -1,17 +1,19 @@
 """One whole run: train, discover at each tau, cut, measure. A finished stage is never redone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from vitcut.circuit import Circuit
 from vitcut.config import as_plain
 from vitcut.data.images import TaskImages, load_images
+from vitcut.errors import ConfigError
 from vitcut.files import write_text
 from vitcut.pipeline.cards import compact_card, dense_card
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import PointMaker
 from vitcut.pipeline.settings import RunConfig
 from vitcut.pipeline.stages import CLASS_ONLY, measure
-from vitcut.pipeline.subject import Origin, Subject
+from vitcut.pipeline.subject import OWN_MODEL, Origin, Subject
 from vitcut.progress import say
 from vitcut.results import Results
 from vitcut.task import load_task
@@ -33,22 +35,38 @@ def run(config: RunConfig, out: Path) -> Results:
         VitcutError: Any stage's own error; the directory can be continued once it is mended.
     """
     task = load_task(config.task)
-    folder = RunFolder(out)
-    folder.open(as_plain(config))
+    folder = RunFolder(out, as_plain(config))
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
+    require_whole_patches(config.vit, config.data.image_size)
     images = load_images(config.data, task)
-    Origin(model=str(out), task=task, data=config.data).save(out)
+    # What does not fit the images is refused before the folder is claimed and a model trained.
+    images.calibration(config.discover.images, seed=config.discover.seed)
+    folder.claim()
+    Origin(model=OWN_MODEL, task=task, data=config.data).save(out)
     train_dense(images, config.vit, config.train, folder)
     subject = Subject.of(load_model(str(folder.dense)), images)
-    maker = PointMaker(subject, folder, config.discover, config.cut)
+    maker = PointMaker(subject, folder, config.cut)
     circuits = {CLASS_ONLY: Circuit.full(subject.weights.graph, ablation=config.cut.ablation)}
-    circuits |= dict(maker.find(tau) for tau in config.taus)
+    for ablation in config.ablations:
+        circuits |= maker.find(replace(config.discover, ablation=ablation), config.taus)
     points = {name: maker.cut(name, circuit) for name, circuit in circuits.items()}
     results = measure(subject, points, config.bench)
     save_results(results, folder.path)
     return results
+
+
+def require_whole_patches(vit: VitConfig, image_size: int) -> None:
+    """Refuse images that cannot be cut into whole patches, before any is decoded.
+
+    Raises:
+        ConfigError: The image size is no multiple of the patch size.
+    """
+    if image_size % vit.patch_size:
+        raise ConfigError(
+            f"image_size must be a multiple of patch_size ({vit.patch_size}), got {image_size}"
+        )
 
 
 def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder: RunFolder) -> None:

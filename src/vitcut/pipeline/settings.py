@@ -8,6 +8,7 @@ from vitcut.config import require_positive
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
+from vitcut.names import Ablation
 from vitcut.training.settings import TrainConfig
 from vitcut.vits.settings import VitConfig
 
@@ -25,9 +26,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Its training."""
     discover: DiscoverConfig = field(default_factory=DiscoverConfig)
-    """The search; its tau is replaced by each of ``taus``."""
+    """The search; its tau and ablation are replaced by each of ``taus`` and ``ablations``."""
     taus: tuple[float, ...] = (0.01,)
     """ACDC's thresholds in nats; one point each."""
+    ablations: tuple[Ablation, ...] = ("resample",)
+    """What stands in for cut edges while searching; each at every tau."""
     cut: CutConfig = field(default_factory=CutConfig)
     """The compilation."""
     bench: BenchConfig = field(default_factory=BenchConfig)
@@ -36,5 +39,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for tau in self.taus:
             require_positive("taus", tau)
-        if not self.taus or len(set(self.taus)) < len(self.taus):
-            raise ConfigError(f"taus must be one or more different numbers, got {self.taus}")
+        for name, values in (("taus", self.taus), ("ablations", self.ablations)):
+            if not values or len(set(values)) < len(values):
+                listed = ", ".join(map(str, values)) or "none"
+                raise ConfigError(f"{name} must be one or more different ones, got {listed}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -183,7 +184,9 @@ def measure(
     for name, (point, model) in points.items():
         found = _evaluated(subject, model, subject.images.validation, dense)
         measured[name], models[name] = _with_accuracy(point, found), model
-    pixels = subject.normalise(subject.images.validation.read(range(max(config.batches))))
+    # Few images are repeated to fill the largest batch.
+    positions = np.resize(np.arange(len(subject.images.validation)), max(config.batches))
+    pixels = subject.normalise(subject.images.validation.read(positions))
     baselines = tuple(name for name in (DENSE, CLASS_ONLY) if name in models)
     report = measure_latency(models, pixels, config, baselines=baselines)
     timed = {

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vitcut.config import as_plain
 from vitcut.data.images import ImageSet, TaskImages, load_images, to_float
 from vitcut.data.settings import DataConfig
-from vitcut.errors import ArtefactError, TaskError
+from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.files import read_json, write_json
 from vitcut.intervention.tracing import read_model
 from vitcut.shapes import Float, Int, Tensor
@@ -21,6 +21,8 @@ from vitcut.vits.weights import ViTWeights
 
 _ORIGIN_VERSION = 1
 ORIGIN_FILE = "origin.json"
+OWN_MODEL = "."
+"""An origin's model that lies in the run directory itself, wherever that is moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Origin:
     """Where a run's model and images come from; ``origin.json`` of a run directory."""
 
     model: str
-    """As `load_model` takes it."""
+    """As `load_model` takes it, or `OWN_MODEL`; paths are absolute."""
     task: Task
     data: DataConfig
 
@@ -48,8 +50,10 @@ class Origin:
         content = read_json(path, kind="run", newest_version=_ORIGIN_VERSION)
         try:
             task = parse_task(json.dumps(content["task"]), origin=str(path))
-            return cls(model=content["model"], task=task, data=DataConfig(**content["data"]))
-        except (KeyError, TypeError) as error:
+            own = content["model"] == OWN_MODEL
+            model = str(folder.resolve()) if own else content["model"]
+            return cls(model=model, task=task, data=DataConfig(**content["data"]))
+        except (KeyError, TypeError, TaskError, ConfigError) as error:
             raise ArtefactError(f"{path} is damaged: {error!r}") from None
 
     def load_subject(self) -> "Subject":

@@ -1,0 +1,160 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitcut.benchmark.settings import BenchConfig
+from vitcut.circuit import Circuit
+from vitcut.cli import main
+from vitcut.compiler.settings import CutConfig
+from vitcut.data.settings import DataConfig
+from vitcut.discovery.settings import DiscoverConfig
+from vitcut.errors import ArtefactError, ConfigError
+from vitcut.pipeline.commands import (
+    bench_command,
+    cut_command,
+    discover_command,
+    find_circuit,
+    find_origin,
+    resolve_origin,
+)
+from vitcut.pipeline.subject import Origin
+from vitcut.results import Results
+
+DATA = DataConfig()
+FOUND = DiscoverConfig(tau=0.03, images=8)
+CUT = CutConfig(images=32, verify_images=8)
+BENCH = BenchConfig(
+    runtimes=("torch",), batches=(1, 256), seconds=0.05, min_rounds=3, min_sample_ms=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def found(finished, tmp_path_factory):
+    """What ``discover --model RUN`` writes."""
+    out = tmp_path_factory.mktemp("verbs") / "found"
+    flags = ["--tau", "0.03", "--images", "8", "--out", str(out)]
+    assert main(["discover", "--model", str(finished), *flags]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def cut(found, tmp_path_factory):
+    """What ``cut`` makes of it, with a timing that is shorter than the command line's."""
+    out = tmp_path_factory.mktemp("verbs") / "cut"
+    path = find_circuit(found, None)
+    cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, out)
+    return out
+
+
+def test_discovery_by_itself_finds_the_circuit_of_the_run(finished, found):
+    ours, runs = (
+        Circuit.load(find_circuit(path, "acdc-resample-0.03")) for path in (found, finished)
+    )
+    assert ours == runs
+    assert (ours.method, ours.task, ours.tau) == ("acdc", "shapes", 0.03)
+
+
+def test_a_circuit_that_is_there_is_not_searched_again(finished, found, capsys):
+    path = find_circuit(found, None)
+    before = path.stat().st_mtime_ns
+    discover_command(resolve_origin(str(finished), None, DATA), FOUND, found)
+    assert path.stat().st_mtime_ns == before
+    assert "is there: nothing to do" in capsys.readouterr().err
+
+
+def test_a_cut_by_itself_gives_the_model_of_the_run(finished, cut):
+    ours = load_file(cut / "model" / "model.safetensors")
+    runs = load_file(finished / "points" / "acdc-resample-0.03" / "model" / "model.safetensors")
+    assert all(torch.equal(ours[key], runs[key]) for key in runs)
+    point = Results.load(cut / "results.json").points[0]
+    run_point = Results.load(finished / "results.json").points[1]
+    assert (point.name, point.circuit, point.model) == (
+        "acdc-resample-0.03",
+        "model/circuit.json",
+        "model",
+    )
+    assert point.accuracy_coarse == run_point.accuracy_coarse
+    assert point.kl == run_point.kl
+    assert point.faithfulness == run_point.faithfulness
+
+
+def test_a_batch_larger_than_the_validation_images_is_timed(cut):
+    rows = Results.load(cut / "results.json").dense.latency
+    assert [row.batch for row in rows] == [1, 256]
+
+
+def test_a_finished_cut_is_not_redone(found, cut, capsys):
+    path = find_circuit(found, None)
+    before = {item: item.stat().st_mtime_ns for item in cut.rglob("*")}
+    cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, cut)
+    assert {item: item.stat().st_mtime_ns for item in cut.rglob("*")} == before
+    assert "is complete: nothing to do" in capsys.readouterr().err
+
+
+def test_a_run_is_measured_again_with_its_own_models(finished, tmp_path):
+    before = (finished / "results.json").read_bytes()
+    results = bench_command(finished, BENCH, tmp_path / "bench")
+    assert (finished / "results.json").read_bytes() == before
+    earlier = Results.load(finished / "results.json")
+    for new, old in zip(results.all_points(), earlier.all_points(), strict=True):
+        assert (new.name, new.accuracy_fine, new.kl) == (old.name, old.accuracy_fine, old.kl)
+    assert Results.load(tmp_path / "bench" / "results.json") == results
+
+
+def test_a_run_directory_can_be_moved(finished, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    assert Origin.load(moved).model == str(moved)
+    assert find_origin(moved / "points" / "acdc-resample-0.03" / "circuit.json") == Origin.load(
+        moved
+    )
+
+
+def test_a_relative_model_is_found_from_everywhere(finished, monkeypatch):
+    monkeypatch.chdir(finished.parent)
+    task = json.dumps(Origin.load(finished).task.to_dict())
+    (finished.parent / "task.yaml").write_text(task)
+    for model, given in (("finished", None), ("finished/dense", "task.yaml")):
+        origin = resolve_origin(model, given, DATA)
+        assert origin.model == str(finished.parent / model)
+
+
+def test_what_is_given_replaces_what_the_run_brings(finished):
+    origin = resolve_origin(str(finished), "drawn", DataConfig(source="elsewhere"))
+    assert origin.task.name == "drawn"
+    assert origin.data.source == "elsewhere"
+    assert origin.data.image_size == 16
+
+
+def test_a_model_without_a_task_asks_for_one(tmp_path):
+    with pytest.raises(ConfigError, match="brings no task along: give --task"):
+        resolve_origin(str(tmp_path), None, DATA)
+
+
+def test_one_of_several_points_has_to_be_chosen(finished, tmp_path):
+    with pytest.raises(
+        ArtefactError, match=r"2 points: choose --point acdc-resample-0.001, acdc-resample-0.03"
+    ):
+        find_circuit(finished, None)
+    with pytest.raises(
+        ArtefactError,
+        match=r"has no point 'acdc-1': it has acdc-resample-0.001, acdc-resample-0.03",
+    ):
+        find_circuit(finished, "acdc-1")
+    with pytest.raises(ArtefactError, match=r"no circuit at .*expected a circuit\.json"):
+        find_circuit(tmp_path, None)
+
+
+@pytest.mark.parametrize("change", [{"task": None}, {"data": {"bogus": 1}}, {"data": None}])
+def test_a_damaged_origin_is_refused(finished, tmp_path, change):
+    content = json.loads((finished / "origin.json").read_text())
+    (tmp_path / "origin.json").write_text(json.dumps(content | change))
+    with pytest.raises(ArtefactError, match=r"origin\.json is damaged"):
+        Origin.load(tmp_path)
+
+
+def test_a_path_outside_every_run_has_no_origin(tmp_path):
+    assert find_origin(tmp_path / "circuit.json") is None

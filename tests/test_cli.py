@@ -1,0 +1,252 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vitcut.cli import VERBS, main
+from vitcut.errors import ConfigError
+
+LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
+DRAWN = ["--source", "drawn", "--task", "drawn"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """Names that commands may use, and a cache of their own."""
+    monkeypatch.setenv("VITCUT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "truncated.zip").write_bytes(b"PK\x03\x04 and then nothing")
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "labels.yaml").write_text(LABELS)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("task: animals\ndata: {source: null}\n")
+    (tmp_path / "bogus.yaml").write_text("task: drawn\nbogus: 3\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("task: [\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "tau.yaml").write_text("task: drawn\ndata: {source: drawn}\ntaus: [-1.0]\n")
+    (tmp_path / "patches.yaml").write_text("task: drawn\ndata: {source: drawn, image_size: 20}\n")
+    return tmp_path
+
+
+def _files(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def _error(arguments, capsys):
+    """The one line of an error; nothing else may be printed or written."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("vitcut: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    return err.removeprefix("vitcut: error: ").rstrip("\n")
+
+
+ERRORS = {
+    "a truncated archive": (
+        ["train", "--source", "truncated.zip", "--task", "drawn"],
+        "truncated.zip is not a whole .zip archive",
+    ),
+    "an empty folder": (["train", "--source", "empty"], "empty holds no images"),
+    "a source that does not exist": (
+        ["train", "--source", "nowhere"],
+        "source 'nowhere' does not exist",
+    ),
+    "a label file with an unknown id": (
+        ["train", "--source", "drawn", "--image-size", "8", "--task", "labels.yaml"],
+        "names 1 classes that the data lacks: dodo",
+    ),
+    "a label file that is none": (
+        ["train", "--source", "drawn", "--task", "bogus.yaml"],
+        "is no label file",
+    ),
+    "an unknown task": (["train", "--task", "nope", "--source", "drawn"], "no task named 'nope'"),
+    "a negative tau": (["discover", "--tau", "-1"], "tau must be a finite number > 0, got -1.0"),
+    "a tau of zero": (["discover", "--tau=0"], "tau must be a finite number > 0, got 0.0"),
+    "a tau that is nan": (["discover", "--tau", "nan"], "--tau: Expected a float. Got value: nan"),
+    "a tau that is .nan": (["discover", "--tau", ".nan"], "tau must be a finite number > 0"),
+    "a text file as model": (
+        ["discover", "--model", "text.txt", *DRAWN],
+        "text.txt is a file: expected a model folder",
+    ),
+    "an empty folder as model": (
+        ["discover", "--model", "empty", *DRAWN],
+        "empty holds no config.json",
+    ),
+    "a model that does not exist": (
+        ["discover", "--model", "nowhere", *DRAWN],
+        "no model at nowhere",
+    ),
+    "an unknown timm model": (
+        ["discover", "--model", "timm:resnet9999", *DRAWN],
+        "cannot load the model 'timm:resnet9999': Unknown model",
+    ),
+    "a model without a task": (["discover", "--model", "empty"], "give --task"),
+    "a text file as circuit": (["cut", "text.txt"], "text.txt is not a readable circuit file"),
+    "no circuit": (["cut", "empty"], "no circuit at empty"),
+    "no run": (["bench", "empty"], "no run file at empty/origin.json"),
+    "an unknown flag": (["discover", "--tua", "1"], "unrecognized arguments: --tua 1"),
+    "a flag without its value": (["discover", "--tau"], "--tau: expected one argument"),
+    "a value of another kind": (
+        ["discover", "--memory-gib", "much"],
+        "--memory-gib: Expected a float. Got value: much",
+    ),
+    "a word too many": (["discover", "extra"], "unrecognized arguments: extra"),
+    "a word too few": (["cut"], "the following arguments are required: circuit"),
+    "a missing recipe file": (["run", "nope.yaml"], "no recipe file at nope.yaml"),
+    "an unknown recipe": (["run", "nope"], "expected one of animals, animals-quick, demo"),
+    "a recipe with an unknown key": (["run", "bogus.yaml"], "'bogus' is not accepted"),
+    "a recipe that is a list": (["run", "list.yaml"], "Unexpected config"),
+    "a recipe that is no YAML": (["run", "broken.yaml"], "Problems parsing config"),
+    "a recipe that is no text": (["run", "binary.yaml"], "can't decode byte"),
+    "a recipe with a bad tau": (["run", "tau.yaml"], "taus must be a finite number > 0, got -1"),
+    "images of half patches": (
+        ["run", "patches.yaml"],
+        "image_size must be a multiple of patch_size (8), got 20",
+    ),
+    "settings that do not fit": (
+        ["train", "--epochs", "2", "--warmup-epochs", "2", *DRAWN],
+        "warmup_epochs must be below epochs (2), got 2",
+    ),
+    "heads that do not share the width": (
+        ["train", "--vit.num-heads", "3", *DRAWN],
+        "width must be a multiple of num_heads (3), got 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line_and_leaves_nothing(case, place, capsys):
+    arguments, message = ERRORS[case]
+    before = _files(place)
+    assert message in _error([*arguments, "--out", "out"], capsys)
+    assert _files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no command 'trian': did you mean train?"),
+        (["zzz"], "no command 'zzz': expected one of demo, run, prepare"),
+        (["--tau"], "no command '--tau': expected one of"),
+        (["run"], "run needs a recipe: animals, animals-quick, demo, or a .yaml file"),
+        (["run", "--out", "x"], "run needs a recipe"),
+        (["show", "text.txt"], "text.txt is not a readable circuit file"),
+        (["show", "nowhere"], "nothing to show at nowhere"),
+        (["prepare", "--source", "nowhere"], "source 'nowhere' does not exist"),
+        (["prepare", "--source", ""], "source is empty"),
+        (["prepare", "--image-size", "3"], "image_size must be >= 8, got 3"),
+    ],
+)
+def test_errors_of_what_has_no_out_are_one_line_too(arguments, message, place, capsys):
+    before = _files(place)
+    assert message in _error(arguments, capsys)
+    assert _files(place) == before
+
+
+@pytest.mark.parametrize("verb", [["run", "demo"], ["train", *DRAWN]])
+def test_a_folder_of_something_else_is_left_alone(verb, place, capsys):
+    before = _files(place)
+    line = _error([*verb, "--out", "foreign"], capsys)
+    assert line == "foreign is not empty and no run of vitcut: choose another --out"
+    assert _files(place) == before
+
+
+def test_a_run_of_other_settings_is_refused_by_the_key_that_differs(place, capsys):
+    before = _files(place)
+    line = _error(["run", "demo", "--out", "other"], capsys)
+    assert "other holds a run of other settings: task was 'animals', now 'drawn'" in line
+    assert _files(place) == before
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ConfigError, match="tau must be"):
+        main(["discover", "--tau", "-1", "--debug"])
+
+
+def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitcut.pipeline.show.show", interrupt)
+    assert main(["show", "empty"]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on where it was\n"
+
+
+def test_a_full_disk_is_told_in_one_line(monkeypatch, capsys):
+    def fill(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vitcut.pipeline.show.show", fill)
+    assert "No space left on device" in _error(["show", "empty"], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--memory-gib", "--memory_gib", "--memory-gib=-1"])
+def test_dashes_and_underscores_are_both_taken(flag, capsys):
+    arguments = [flag] if "=" in flag else [flag, "-1"]
+    line = _error(["discover", *arguments], capsys)
+    assert line == "memory-gib must be a finite number > 0, got -1.0"
+
+
+@pytest.mark.parametrize("flag", ["--vit.patch-size", "--vit.patch_size"])
+def test_nested_flags_take_both_too(flag, capsys):
+    line = _error(["train", flag, "0"], capsys)
+    assert "patch_size must be >= 1, got 0" in line
+
+
+def test_a_dash_in_a_value_stays(capsys):
+    assert "no-where" in _error(["prepare", "--source=no-where"], capsys)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_verb(arguments, capsys):
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for name, verb in VERBS.items():
+        assert f"  {name} " in out
+        assert verb.help in out
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_has_a_help_that_shows_dashes(name, capsys):
+    assert main([name, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"usage: vitcut {name} ")
+    flags = [word for word in out.split() if word.startswith("--")]
+    assert not [flag for flag in flags if "_" in flag]
+    assert name == "show" or len(flags) > 3
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vitcut 0.")
+
+
+def test_pictures_are_prepared_and_the_next_step_named(capsys):
+    assert main(["prepare", "--source", "drawn", "--image-size", "8"]) == 0
+    out, _ = capsys.readouterr()
+    assert "2400 images of 12 classes, 0 skipped" in out
+    assert "next: vitcut train" in out
+
+
+def test_help_loads_no_torch():
+    code = """
+import sys
+from vitcut.cli import VERBS, main
+for words in [["--help"], *([name, "--help"] for name in VERBS)]:
+    assert main(words) == 0
+heavy = {"torch", "timm", "accelerate", "onnxruntime", "pyarrow"} & set(sys.modules)
+sys.exit(f"loaded {heavy}" if heavy else 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,76 @@
+from dataclasses import dataclass, field
+from math import inf, nan
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitcut.config import (
+    as_plain,
+    config_hash,
+    require_at_least,
+    require_fraction,
+    require_positive,
+)
+from vitcut.errors import ConfigError
+
+CHECKS = {
+    "positive": lambda value: require_positive("x", value),
+    "at least 1": lambda value: require_at_least("x", value, 1),
+    "fraction": lambda value: require_fraction("x", value),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str = "x"
+    inner: Inner = field(default_factory=Inner)
+    pairs: tuple[tuple[float, ...], ...] = ((0.5,),)
+
+
+@pytest.mark.parametrize(
+    ("check", "value"),
+    [
+        ("positive", 1e-300),
+        ("positive", 3),
+        ("at least 1", 1),
+        ("at least 1", inf),
+        ("fraction", 0.0),
+        ("fraction", 1.0),
+    ],
+)
+def test_what_is_in_range_passes(check, value):
+    CHECKS[check](value)
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "expected"),
+    [("positive", value, "a finite number > 0") for value in (0.0, -1.0, nan, inf, -inf)]
+    + [("at least 1", value, ">= 1") for value in (0, -1, 0.999, nan, -inf)]
+    + [("fraction", value, "between 0 and 1") for value in (-1e-9, 1.001, nan, inf)],
+)
+def test_what_is_out_of_range_is_refused_with_its_name_and_value(check, value, expected):
+    with pytest.raises(ConfigError, match=f"^x must be {expected}, got {value}$"):
+        CHECKS[check](value)
+
+
+def test_settings_become_json_values():
+    plain = {"name": "x", "inner": {"sizes": [1, 2]}, "pairs": [[0.5]]}
+    assert as_plain(Outer()) == plain
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.tuples(st.integers(), st.text())))
+def test_equal_settings_have_equal_hashes(content):
+    as_lists = {k: list(v) if isinstance(v, tuple) else v for k, v in content.items()}
+    assert config_hash(content) == config_hash(dict(reversed(as_lists.items())))
+
+
+@given(st.lists(st.integers(), max_size=3), st.lists(st.integers(), max_size=3))
+def test_different_settings_have_different_hashes(one, other):
+    assert (config_hash(*one) == config_hash(*other)) == (one == other)
+    assert len(config_hash(*one)) == 16

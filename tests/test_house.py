@@ -1,0 +1,52 @@
+"""The house rules that no linter checks."""
+
+import ast
+from pathlib import Path
+
+import vitcut
+
+SRC = Path(vitcut.__file__).parent
+FILES = sorted(SRC.rglob("*.py"))
+MOST_LINES = 400
+MOST_FUNCTION_LINES = 60
+
+
+def _name(path):
+    return path.relative_to(SRC).as_posix()
+
+
+def _trees():
+    return {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {_name(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_no_function_is_longer_than_60_lines():
+    found = {
+        f"{name}:{node.name}": node.end_lineno - node.lineno + 1
+        for name, tree in _trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in found.items() if lines > MOST_FUNCTION_LINES} == {}
+
+
+def test_every_file_says_what_it_is_in_one_line():
+    for name, tree in _trees().items():
+        first = (ast.get_docstring(tree) or "").splitlines()[:1]
+        assert first, f"{name} has no docstring"
+        assert first[0].endswith("."), f"{name}: {first[0]}"
+
+
+def test_packages_hold_no_code():
+    for name, tree in _trees().items():
+        if name.endswith("/__init__.py"):
+            assert len(tree.body) == 1, f"{name} holds more than its docstring"
+
+
+def test_annotations_are_never_postponed():
+    for path in FILES:
+        assert "from __future__ import annotations" not in path.read_text(), _name(path)
