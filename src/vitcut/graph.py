@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcut.errors import CircuitError
-
-Letter = Literal["q", "k", "v"]
-LETTERS: tuple[Letter, ...] = ("q", "k", "v")
+from vitcut.names import LETTERS, Letter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,3 +16,8 @@ RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino", "exec
 
 Split = Literal["train", "tuning", "validation"]
 """Disjoint image sets: fitting and calibration, choosing, and reporting."""
+
+Letter = Literal["q", "k", "v"]
+"""What a head computes of its input: queries, keys, values."""
+
+LETTERS: tuple[Letter, ...] = ("q", "k", "v")

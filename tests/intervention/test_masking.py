@@ -9,10 +9,10 @@ from tiny import random_pixels, random_table, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
-from vitcut.graph import LETTERS
 from vitcut.intervention.ablation import fixed_table, mean_table, zero_table
 from vitcut.intervention.forward import attend, classify, normalise, project_head, run_mlp
 from vitcut.intervention.masking import full_run, masked_logits
+from vitcut.names import LETTERS
 from vitcut.vits.weights import ViTWeights
 
 

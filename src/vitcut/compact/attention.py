@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitcut.compact.plan import (
-    LETTERS,
     AttentionPlan,
     HeadGroupPlan,
     OutputPlan,
@@ -17,6 +16,7 @@ from vitcut.compact.plan import (
     StreamPlan,
     ViTShape,
 )
+from vitcut.names import LETTERS
 from vitcut.shapes import Float, Tensor
 
 Written = dict[str, Tensor]
@@ -34,13 +34,13 @@ class Stream(nn.Module):
 
     def forward(self, written: Written) -> Float[Tensor, "images rows width"]:
         """Add up, remember the sum under this stream's name, and normalise it."""
-        first, *others = (take_rows(written[term], self.plan.rows) for term in self.plan.terms)
+        total, *others = (take_rows(written[term], self.plan.rows) for term in self.plan.terms)
         for other in others:
-            first = first + other
+            total = total + other
         if self.table is not None:
-            first = first + self.table
-        written[self.plan.name] = first
-        return F.layer_norm(first, (first.shape[-1],), eps=self.eps)
+            total = total + self.table
+        written[self.plan.name] = total
+        return F.layer_norm(total, (total.shape[-1],), eps=self.eps)
 
 
 class HeadGroup(nn.Module):

@@ -9,12 +9,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitcut.errors import ArtefactError
+from vitcut.names import Letter
 
 Rows = Literal["all", "readout"]
 """Which tokens are computed: every one, or only the class token that the classifier reads."""
-
-Letter = Literal["q", "k", "v"]
-LETTERS: tuple[Letter, ...] = ("q", "k", "v")
 
 EMBED = "embed"
 """What the patch embedding is called among the terms of a stream."""

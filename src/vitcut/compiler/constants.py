@@ -12,7 +12,6 @@ import torch
 from vitcut.circuit import Circuit
 from vitcut.compiler.liveness import Liveness
 from vitcut.compiler.streams import EMBED_SOURCE, Item, input_items
-from vitcut.graph import Letter
 from vitcut.intervention.forward import (
     attend,
     embed,
@@ -21,6 +20,7 @@ from vitcut.intervention.forward import (
     run_mlp,
     write_head,
 )
+from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
 

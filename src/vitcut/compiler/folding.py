@@ -9,7 +9,6 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import (
-    LETTERS,
     AttentionPlan,
     HeadGroupPlan,
     MlpPlan,
@@ -21,6 +20,7 @@ from vitcut.compiler.constants import Constants
 from vitcut.compiler.liveness import find_liveness
 from vitcut.compiler.planning import Draft
 from vitcut.errors import CircuitError
+from vitcut.names import LETTERS
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import AttentionWeights, NormWeights, ViTWeights
 

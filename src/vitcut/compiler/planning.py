@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import (
-    LETTERS,
     AttentionPlan,
     BlockPlan,
     HeadGroupPlan,
@@ -30,6 +29,7 @@ from vitcut.compiler.streams import (
     stream_plan,
 )
 from vitcut.errors import CircuitError, UnsupportedModelError
+from vitcut.names import LETTERS
 from vitcut.vits.weights import ViTWeights
 
 T = TypeVar("T")

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.errors import ConfigError
-from vitcut.graph import LETTERS
 from vitcut.intervention.forward import (
     attend,
     classify,
@@ -25,6 +24,7 @@ from vitcut.intervention.forward import (
 from vitcut.intervention.masking import full_run
 from vitcut.intervention.oracle import Oracle
 from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.names import LETTERS
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
 

@@ -6,7 +6,7 @@ Every function takes rows of tokens, so that a caller may compute the readout ro
 import torch
 import torch.nn.functional as F
 
-from vitcut.graph import Letter
+from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import AttentionWeights, MlpWeights, NormWeights, ViTWeights
 

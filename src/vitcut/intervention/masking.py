@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.errors import CircuitError
-from vitcut.graph import LETTERS
 from vitcut.intervention.forward import (
     attend,
     classify,
@@ -22,6 +21,7 @@ from vitcut.intervention.forward import (
     run_mlp,
     write,
 )
+from vitcut.names import LETTERS
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
 

@@ -12,7 +12,7 @@ from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
-from vitcut.graph import LETTERS
+from vitcut.names import LETTERS
 from vitcut.results import Results
 
 
