@@ -10,6 +10,7 @@ from vitcut.config import (
     config_hash,
     require_at_least,
     require_fraction,
+    require_one_of,
     require_positive,
 )
 from vitcut.errors import ConfigError
@@ -74,3 +75,9 @@ def test_equal_settings_have_equal_hashes(content):
 def test_different_settings_have_different_hashes(one, other):
     assert (config_hash(*one) == config_hash(*other)) == (one == other)
     assert len(config_hash(*one)) == 16
+
+
+def test_a_word_outside_a_closed_set_is_refused_with_the_set():
+    require_one_of("precision", "float32", ("float32", "float64"))
+    with pytest.raises(ConfigError, match="precision must be one of float32, float64, got 'half'"):
+        require_one_of("precision", "half", ("float32", "float64"))

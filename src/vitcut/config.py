@@ -29,6 +29,12 @@ def require_fraction(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be between 0 and 1, got {value}")
 
 
+def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Refuse what is not in a closed set of words."""
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
 def as_plain(settings: "DataclassInstance") -> dict[str, Any]:
     """A dataclass as JSON values; tuples become lists."""
     return {key: _plain(value) for key, value in asdict(settings).items()}

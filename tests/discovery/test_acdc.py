@@ -10,6 +10,7 @@ from strategies import vits
 from tiny import random_pixels, random_vit
 
 from vitcut.discovery.acdc import acdc, acdc_reference, build_cache, guard, stages
+from vitcut.discovery.propagation import Propagation
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.graph import Graph
@@ -130,54 +131,168 @@ def test_the_model_is_untouched():
     assert len(same) == 8 + 2 * 16
 
 
-def without_output_biases(block: BlockWeights) -> BlockWeights:
-    attn = replace(block.attn, out_bias=torch.zeros_like(block.attn.out_bias))
-    mlp = replace(block.mlp, out_bias=torch.zeros_like(block.mlp.out_bias))
-    return replace(block, attn=attn, mlp=mlp)
-
-
 def iter_tensors(weights: ViTWeights) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(weights, lambda tensor: found.append(tensor) or tensor)
     return found
 
 
-@pytest.mark.parametrize("cut_at", [0.0, 0.3, 0.7, 0.999])
-def test_a_search_killed_while_logging_goes_on_to_the_same_result(tmp_path, cut_at):
-    weights, config = random_vit(num_layers=2), DiscoverConfig(tau=0.01, images=4)
+def without_output_biases(block: BlockWeights) -> BlockWeights:
+    attn = replace(block.attn, out_bias=torch.zeros_like(block.attn.out_bias))
+    mlp = replace(block.mlp, out_bias=torch.zeros_like(block.mlp.out_bias))
+    return replace(block, attn=attn, mlp=mlp)
+
+
+def drifting_vit() -> ViTWeights:
+    """A target that reads zeros alone: LayerNorm then amplifies what rounding left of its input."""
+    weights = random_vit(num_layers=2, width=8)
+    return replace(weights, blocks=tuple(map(without_output_biases, weights.blocks)))
+
+
+PLAIN = (random_vit(num_layers=2), DiscoverConfig(tau=0.01, images=4))
+DRIFTING = (drifting_vit(), DiscoverConfig(tau=0.1, ablation="zero", images=4))
+
+
+@pytest.mark.parametrize(("weights", "config"), [PLAIN, DRIFTING], ids=["plain", "drifting"])
+@pytest.mark.parametrize("cut_at", [0.0, 0.01, 0.3, 0.7, 0.95, 0.999])
+def test_a_search_killed_while_logging_goes_on_to_the_same_result(
+    tmp_path, weights, config, cut_at
+):
     whole_log, log = tmp_path / "whole.jsonl", tmp_path / "decisions.jsonl"
-    whole = acdc(weights, make_oracle(weights), config, log=whole_log)
+    whole = acdc(weights, make_oracle(weights, config.ablation), config, log=whole_log)
     content = whole_log.read_bytes()
     log.write_bytes(content[: int(len(content) * cut_at)])
-    resumed = acdc(weights, make_oracle(weights), config, log=log)
-    assert resumed.decisions == whole.decisions
+    resumed = acdc(weights, make_oracle(weights, config.ablation), config, log=log)
     assert log.read_bytes() == content
+    for name in ("decisions", "kl", "precision", "node_evaluations", "oracle_calls"):
+        assert getattr(resumed, name) == getattr(whole, name), name
+    assert np.array_equal(resumed.kept, whole.kept)
 
 
-def test_the_log_has_one_line_per_edge(tmp_path):
+def test_the_log_has_one_line_per_edge_between_header_and_stage_ends(tmp_path):
     weights = random_vit()
     log = tmp_path / "deep" / "decisions.jsonl"
     search = acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert lines == [vars(item) for item in search.decisions]
-    assert len(lines) == weights.graph.num_edges
+    header, *lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert set(header) == {"format_version", "search"}
+    decided = [line for line in lines if "stage_ends" not in line]
+    assert decided == [vars(item) for item in search.decisions]
+    assert len(decided) == weights.graph.num_edges
+    assert len(lines) - len(decided) == len(list(stages(weights.graph)))
 
 
-def test_a_log_of_another_graph_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tau": 0.5},
+        {"criterion": "total"},
+        {"ablation": "mean"},
+        {"weights": random_vit(seed=9)},
+        {"weights": random_vit(num_layers=3)},
+        {"images": 3},
+    ],
+    ids=["tau", "criterion", "ablation", "weights", "graph", "images"],
+)
+def test_a_log_of_another_search_is_refused(tmp_path, change):
     log = tmp_path / "decisions.jsonl"
-    other = random_vit(num_layers=3)
-    acdc(other, make_oracle(other), DiscoverConfig(images=4), log=log)
     weights = random_vit(num_layers=2)
+    acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+    other = change.get("weights", weights)
+    oracle = make_oracle(other, change.get("ablation", "resample"), change.get("images", 4))
+    settings = {key: value for key, value in change.items() if key != "weights"}
     with pytest.raises(ArtefactError, match="logs another search"):
-        acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+        acdc(other, oracle, DiscoverConfig(**{"images": 4, **settings}), log=log)
 
 
-def test_a_file_that_is_no_log_is_refused(tmp_path):
+def test_memory_and_precision_may_change_when_a_search_goes_on(tmp_path):
     log = tmp_path / "decisions.jsonl"
-    log.write_text("no json\n")
+    weights = random_vit()
+    first = acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+    changed = DiscoverConfig(images=4, memory_gib=1.0, precision="float64")
+    again = acdc(weights, make_oracle(weights), changed, log=log)
+    assert again.decisions == first.decisions
+    assert again.seconds is None
+
+
+@pytest.mark.parametrize("content", ["no json\n", "[]\n", '{"source": "embed"}\n'])
+def test_a_file_that_is_no_log_is_refused(tmp_path, content):
+    log = tmp_path / "decisions.jsonl"
+    log.write_text(content)
     weights = random_vit()
     with pytest.raises(ArtefactError, match="not a decision log"):
         acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+
+
+def test_a_newer_log_is_refused(tmp_path):
+    log = tmp_path / "decisions.jsonl"
+    log.write_text('{"format_version": 99, "search": ""}\n')
+    weights = random_vit()
+    with pytest.raises(ArtefactError, match="upgrade vitcut"):
+        acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+
+
+@pytest.mark.parametrize("criterion", ["increment", "total"])
+@pytest.mark.parametrize("offset", [-1e-9, 1e-9])
+def test_near_tau_the_oracle_decides(criterion, offset):
+    weights = random_vit(num_layers=2)
+    oracle = make_oracle(weights)
+    naive = acdc_reference(oracle, weights.graph, tau=0.02, criterion=criterion)
+    position = next(
+        i for i, item in enumerate(naive) if item.increment is not None and item.increment > 1e-3
+    )
+    aimed = naive[position].increment
+    if criterion == "total":
+        aimed += naive[position - 1].kl if position else 0.0
+    # The decisions before the one aimed at must stay as they are under the new tau.
+    tau = aimed + offset
+    naive = acdc_reference(oracle, weights.graph, tau=tau, criterion=criterion)
+    config = DiscoverConfig(tau=tau, criterion=criterion, images=4)
+    search = acdc(weights, oracle, config)
+    assert outcome(search.decisions) == outcome(naive)
+    assert any(item.decided_by == "oracle" for item in search.decisions)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_an_error_within_the_guard_changes_no_decision(monkeypatch, sign):
+    weights = random_vit(num_layers=2)
+    oracle = make_oracle(weights)
+    naive = acdc_reference(oracle, weights.graph, tau=0.01)
+    # A tau just beyond an increment: a fast path that is off would decide otherwise.
+    increments = sorted(item.increment for item in naive)
+    tau = min(increments, key=lambda value: abs(value - 0.01)) - sign * 0.4 * guard(0.01)
+    naive = acdc_reference(oracle, weights.graph, tau=tau)
+    exact = Propagation.try_cut
+
+    def disturbed(self, source, target):
+        trial = exact(self, source, target)
+        return replace(trial, kl=trial.kl + (0.0 if trial.kl < 1e-12 else -sign * 0.9 * guard(tau)))
+
+    monkeypatch.setattr(Propagation, "try_cut", disturbed)
+    monkeypatch.setattr("vitcut.discovery.acdc._allowed_drift", lambda config: np.inf)
+    search = acdc(weights, oracle, DiscoverConfig(tau=tau, images=4, precision="float64"))
+    first = next(i for i, item in enumerate(naive) if abs(item.increment - tau) < guard(tau))
+    assert outcome(search.decisions)[: first + 1] == outcome(naive)[: first + 1]
+    assert search.decisions[first].decided_by == "oracle"
+
+
+def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkeypatch, tmp_path):
+    weights = random_vit()
+    said: list[str] = []
+    monkeypatch.setattr("vitcut.discovery.acdc.say", said.append)
+    exact = Propagation._kl
+
+    def spoiled(self, readout):
+        return exact(self, readout) + (1e-3 if readout.dtype == torch.float32 else 0.0)
+
+    monkeypatch.setattr(Propagation, "_kl", spoiled)
+    log = tmp_path / "decisions.jsonl"
+    search = acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+    assert search.precision == "float64"
+    assert any("searching in float64" in line for line in said)
+    monkeypatch.undo()
+    naive = acdc_reference(make_oracle(weights), weights.graph, tau=0.01)
+    assert outcome(search.decisions) == outcome(naive)
+    assert log.read_text().count('"precision": "float64"') == len(list(stages(weights.graph)))
 
 
 def test_too_little_memory_is_refused_with_the_need():
@@ -188,17 +303,14 @@ def test_too_little_memory_is_refused_with_the_need():
 
 
 def test_float32_that_drifts_is_replaced_by_float64(monkeypatch):
-    """A target that reads zeros alone: LayerNorm then amplifies what rounding left of its input."""
-    weights = random_vit(num_layers=2, width=8)
-    blocks = tuple(without_output_biases(block) for block in weights.blocks)
-    weights = replace(weights, blocks=blocks)
+    weights, config = DRIFTING
     oracle = make_oracle(weights, "zero")
-    config = DiscoverConfig(tau=0.1, ablation="zero", images=4)
     said: list[str] = []
     monkeypatch.setattr("vitcut.discovery.acdc.say", said.append)
     search = acdc(weights, oracle, config)
     naive = acdc_reference(oracle, weights.graph, tau=config.tau)
     assert outcome(search.decisions) == outcome(naive)
+    assert search.precision == "float64"
     assert any("float64" in line for line in said)
 
 
@@ -211,3 +323,8 @@ def test_stages_cover_every_target_once():
 def test_tau_must_be_a_positive_number(tau):
     with pytest.raises(ConfigError, match="tau must be a finite number > 0"):
         DiscoverConfig(tau=tau)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match="seed must be >= 0"):
+        DiscoverConfig(seed=-1)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vitcut.config import require_at_least
-from vitcut.errors import ConfigError
+from vitcut.config import require_at_least, require_one_of
 
 CutAblation = Literal["mean", "zero"]
 """Ablations that fold into constants."""
@@ -25,10 +24,7 @@ class CutConfig:
     """Seed of the choice of images."""
 
     def __post_init__(self) -> None:
-        if self.ablation not in get_args(CutAblation):
-            raise ConfigError(
-                f"ablation must be one of {', '.join(get_args(CutAblation))} to cut, got "
-                f"{self.ablation!r}"
-            )
+        require_one_of("ablation of a cut", self.ablation, get_args(CutAblation))
         require_at_least("images", self.images, 1)
         require_at_least("verify_images", self.verify_images, 1)
+        require_at_least("seed", self.seed, 0)

@@ -6,41 +6,28 @@ oracle decides, so the circuit is the one that the naive algorithm (``acdc_refer
 Propagating one change is left to ``propagation``, measuring by definition to the oracle.
 """
 
-import json
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vitcut.config import config_hash
+from vitcut.discovery.decision_log import Decision, DecisionLog, Stage
 from vitcut.discovery.propagation import Cache, Propagation
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.errors import ArtefactError, ExactnessError
+from vitcut.errors import ExactnessError
 from vitcut.graph import Graph
 from vitcut.intervention.oracle import Oracle
-from vitcut.names import Criterion
+from vitcut.names import LETTERS, Criterion
 from vitcut.progress import Meter, say
-from vitcut.vits.weights import ViTWeights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What became of one edge; one line of ``decisions.jsonl``."""
-
-    source: str
-    target: str
-    cut: bool
-    increment: float | None
-    """Rise of the mean KL in nats; None for an untested edge into a dead target."""
-    kl: float
-    """Mean KL of the circuit after this decision, in nats."""
-    decided_by: str
-    """``fast``, ``oracle`` or ``dead``."""
+from vitcut.shapes import Tensor
+from vitcut.vits.weights import ViTWeights, map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +39,14 @@ class Search:
     decisions: tuple[Decision, ...]
     kl: float
     """Mean KL(full || circuit) in nats, measured by the oracle."""
+    precision: str
+    """Of the fast path at the end: float32, or float64 if that was asked for or needed."""
     node_evaluations: int
-    """Sources recomputed by this process; naive ACDC takes edges x sources."""
+    """Sources recomputed; naive ACDC takes edges x sources."""
     oracle_calls: int
-    seconds: float
-    """Of this process; a resumed run counts what it did itself."""
+    """Full masked forwards over all pairs; naive ACDC takes one per edge."""
+    seconds: float | None
+    """None for a search that was resumed."""
 
 
 def guard(tau: float) -> float:
@@ -87,25 +77,25 @@ def acdc(
         ExactnessError: The fast path lost more precision than the guard allows for.
     """
     start = time.perf_counter()
-    cache = build_cache(weights, oracle, config) if cache is None else cache
-    calls = oracle.calls
-    decision_log = _Log(log, weights.graph)
-    search = _Search(weights, oracle, config, cache)
-    with Meter(f"ACDC tau {config.tau:g}", weights.graph.num_edges, unit="edges") as meter:
-        for stage in stages(weights.graph):
-            decisions = decision_log.take(stage)
-            if decisions is None:
-                decisions = search.decide(stage)
-                decision_log.append(decisions)
-            search.take(decisions)
-            meter.advance(len(decisions), note=f"KL {search.kl:.4g}")
+    decision_log = DecisionLog(log, _identity(weights, oracle, config))
+    resumed = bool(decision_log.stages)
+    search = _Search(weights, oracle, config, cache, decision_log)
+    kl = search.run()
+    if not abs(kl - search.kl) <= _allowed_drift(config) and search.precision == "float32":
+        say(f"float32 is {abs(kl - search.kl):.1g} nats off at the end: searching in float64")
+        decision_log.restart()
+        search = _Search(weights, oracle, replace(config, precision="float64"), None, decision_log)
+        kl = search.run()
+    if not abs(kl - search.kl) <= _allowed_drift(config):
+        raise _lost_precision(abs(kl - search.kl), config)
     return Search(
         kept=search.kept,
-        decisions=tuple(search.decisions),
-        kl=oracle.kl(search.kept),
-        node_evaluations=search.node_evaluations,
-        oracle_calls=oracle.calls - calls,
-        seconds=time.perf_counter() - start,
+        decisions=tuple(item for stage in decision_log.stages for item in stage.decisions),
+        kl=kl,
+        precision=search.precision,
+        node_evaluations=sum(stage.node_evaluations for stage in decision_log.stages),
+        oracle_calls=sum(stage.oracle_calls for stage in decision_log.stages) + 1,
+        seconds=None if resumed else time.perf_counter() - start,
     )
 
 
@@ -150,48 +140,72 @@ class _Search:
     """The circuit decided so far, and how the next stage is decided."""
 
     def __init__(
-        self, weights: ViTWeights, oracle: Oracle, config: DiscoverConfig, cache: Cache
+        self,
+        weights: ViTWeights,
+        oracle: Oracle,
+        config: DiscoverConfig,
+        cache: Cache | None,
+        log: DecisionLog,
     ) -> None:
         self._weights = weights
         self._oracle = oracle
         self._config = config
-        self._state = Propagation(weights, cache, oracle)
+        self._cache = cache
+        self._log = log
+        self.precision = log.stages[-1].precision if log.stages else config.precision
         self.kept = weights.graph.edges.copy()
         self.kl = 0.0
-        self.decisions: list[Decision] = []
-        self.node_evaluations = 0
 
-    def take(self, decisions: list[Decision]) -> None:
-        """Make the decisions of a stage final."""
+    def run(self) -> float:
+        """Decide every stage that is not logged yet; returns the oracle's KL of the circuit."""
+        todo = list(stages(self._weights.graph))
+        for stage in self._log.stages:
+            self._take(stage)
+        done = len(self._log.stages)
+        edges = sum(
+            self._weights.graph.num_readable(target) for run in todo[done:] for target in run
+        )
+        state = self._state() if done < len(todo) else None
+        with Meter(f"ACDC tau {self._config.tau:g}", edges, unit="edges") as meter:
+            for targets in todo[done:]:
+                state = self._decide(state or self._state(), targets, meter)
+        return self._oracle.kl(self.kept)
+
+    def _decide(self, state: Propagation, targets: tuple[int, ...], meter: Meter) -> Propagation:
+        """Decide one stage, again in float64 if float32 drifts; returns the state to go on with."""
+        allowed = _allowed_drift(self._config)
+        attempt = self._attempt(state, targets, meter)
+        if attempt.drift() > allowed and self.precision == "float32":
+            say(f"the KL drifted by {attempt.drift():.1g} in float32: going on in float64")
+            self.precision, self._cache = "float64", None
+            state = self._state()
+            meter.advance(-len(attempt.decisions))
+            attempt = self._attempt(state, targets, meter)
+        if not attempt.drift() <= allowed:
+            raise _lost_precision(attempt.drift(), self._config)
+        stage = attempt.stage(self.precision)
+        self._log.append(stage)
+        self._take(stage)
+        return state
+
+    def _attempt(self, state: Propagation, targets: tuple[int, ...], meter: Meter) -> "_Attempt":
+        attempt = _Attempt(self._weights.graph, state, self._oracle, self._config)
+        attempt.run(targets, self.kept.copy(), meter)
+        return attempt
+
+    def _state(self) -> Propagation:
+        config = replace(self._config, precision=self.precision)
+        fits = self._cache is not None and self._cache.precision == self.precision
+        if self._cache is None or not fits:
+            self._cache = build_cache(self._weights, self._oracle, config)
+        return Propagation(self._weights, self._cache, self._oracle)
+
+    def _take(self, stage: Stage) -> None:
         graph = self._weights.graph
-        for item in decisions:
+        for item in stage.decisions:
             edge = graph.source_numbers[item.source], graph.target_numbers[item.target]
             self.kept[edge] = not item.cut
-        self.kl = decisions[-1].kl
-        self.decisions += decisions
-
-    def decide(self, stage: tuple[int, ...]) -> list[Decision]:
-        """Decide every edge into the targets of one stage; again in float64 if float32 drifts."""
-        allowed = guard(self._config.tau) / 10
-        attempt = self._attempt(stage)
-        if attempt.drift() > allowed and self._state.dtype != torch.float64:
-            say(f"the KL drifted by {attempt.drift():.1g} in float32: going on in float64")
-            precise = replace(self._config, precision="float64")
-            cache = build_cache(self._weights, self._oracle, precise)
-            self._state = Propagation(self._weights, cache, self._oracle)
-            attempt = self._attempt(stage)
-        if not attempt.drift() <= allowed:
-            raise ExactnessError(
-                f"ACDC's running KL drifted by {attempt.drift():.1g} nats, at most {allowed:.1g} "
-                f"is allowed at tau {self._config.tau:g}: choose a larger tau"
-            )
-        return attempt.decisions
-
-    def _attempt(self, stage: tuple[int, ...]) -> "_Attempt":
-        attempt = _Attempt(self._weights.graph, self._state, self._oracle, self._config)
-        attempt.run(stage, self.kept.copy())
-        self.node_evaluations += self._state.take_evaluations()
-        return attempt
+        self.kl = stage.decisions[-1].kl
 
 
 class _Attempt:
@@ -204,22 +218,36 @@ class _Attempt:
         self._state = state
         self._oracle = oracle
         self._config = config
+        self._calls = oracle.calls
         self.decisions: list[Decision] = []
 
-    def run(self, stage: tuple[int, ...], kept: NDArray[np.bool_]) -> None:
-        """Decide every edge into the targets of ``stage``; ``kept`` is changed."""
+    def run(self, targets: tuple[int, ...], kept: NDArray[np.bool_], meter: Meter) -> None:
+        """Decide every edge into ``targets``; ``kept`` is changed."""
         self._kept = kept
-        frontier = self._graph.targets[stage[0]].layer
+        frontier = self._graph.targets[targets[0]].layer
         self._kl = self._state.rebuild(kept, frontier)
-        for target in stage:
+        if self._graph.targets[targets[0]].kind in LETTERS:
+            # The stage before left this state; only a resumed search computes it again.
+            self._state.take_evaluations()
+        for target in targets:
             decide = self._test if self._state.is_live(target) else self._drop
             for source in reversed(range(self._graph.num_readable(target))):
                 self.decisions.append(decide(source, target))
+                meter.advance(note=f"KL {self._kl:.4g}")
         self._fresh_kl = self._state.rebuild(kept, frontier)
 
     def drift(self) -> float:
         """How far the running KL is from the one of a state computed afresh, in nats."""
         return abs(self._kl - self._fresh_kl)
+
+    def stage(self, precision: str) -> Stage:
+        """The outcome, for the log."""
+        return Stage(
+            decisions=tuple(self.decisions),
+            precision=precision,
+            node_evaluations=self._state.take_evaluations(),
+            oracle_calls=self._oracle.calls - self._calls,
+        )
 
     def _drop(self, source: int, target: int) -> Decision:
         self._kept[source, target] = False
@@ -229,14 +257,15 @@ class _Attempt:
         trial = self._state.try_cut(source, target)
         increment = trial.kl - self._kl
         compared = trial.kl if self._config.criterion == "total" else increment
-        near = abs(compared - self._config.tau) <= guard(self._config.tau)
-        if near:
+        # Written so that NaN, too, goes to the oracle.
+        trusted = abs(compared - self._config.tau) > guard(self._config.tau)
+        if not trusted:
             increment, compared = self._ask_oracle(source, target)
         if compared < self._config.tau:
             self._kept[source, target] = False
             self._state.accept(trial)
             self._kl = trial.kl
-        decided_by = "oracle" if near else "fast"
+        decided_by = "fast" if trusted else "oracle"
         return self._decision(source, target, increment=increment, decided_by=decided_by)
 
     def _ask_oracle(self, source: int, target: int) -> tuple[float, float]:
@@ -261,65 +290,30 @@ class _Attempt:
         )
 
 
-class _Log:
-    """``decisions.jsonl``: stages that are complete in it are taken, the rest is cut off."""
-
-    def __init__(self, path: Path | None, graph: Graph) -> None:
-        self._path = path
-        self._graph = graph
-        self._earlier: list[Decision] = []
-        self._taken = 0
-        self._read_up = False
-        if path is not None and path.exists():
-            self._earlier = list(_read_decisions(path))
-
-    def take(self, stage: tuple[int, ...]) -> list[Decision] | None:
-        """The logged decisions of a stage, or None from the first incomplete one on."""
-        if self._path is None or self._read_up:
-            return None
-        edges = [
-            (self._graph.sources[source].name, self._graph.targets[target].name)
-            for target in stage
-            for source in reversed(range(self._graph.num_readable(target)))
-        ]
-        found = self._earlier[self._taken : self._taken + len(edges)]
-        if [(item.source, item.target) for item in found] != edges[: len(found)]:
-            raise ArtefactError(
-                f"{self._path} logs another search: expected {edges[0][0]} -> {edges[0][1]} after "
-                f"{self._taken} decisions; choose another --out"
-            )
-        if len(found) < len(edges):
-            self._read_up = True
-            _keep_lines(self._path, self._taken)
-            return None
-        self._taken += len(edges)
-        return found
-
-    def append(self, decisions: list[Decision]) -> None:
-        """Write one line per decision."""
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(vars(item)) + "\n" for item in decisions)
+def _allowed_drift(config: DiscoverConfig) -> float:
+    return guard(config.tau) / 10
 
 
-def _keep_lines(path: Path, count: int) -> None:
-    """Cut a file off after its first lines."""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)[:count]
-        with path.open("r+b") as stream:
-            stream.truncate(sum(len(line) for line in lines))
+def _lost_precision(drift: float, config: DiscoverConfig) -> ExactnessError:
+    return ExactnessError(
+        f"ACDC's running KL is {drift:.1g} nats off, at most {_allowed_drift(config):.1g} is "
+        f"allowed at tau {config.tau:g}: choose a larger tau"
+    )
 
 
-def _read_decisions(path: Path) -> Iterator[Decision]:
-    """Decisions up to the first line that a kill cut short."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return
-        try:
-            fields: dict[str, Any] = json.loads(line)
-            decision = Decision(**fields)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ArtefactError(f"{path} is not a decision log: {error}; delete it") from None
-        yield decision
+def _identity(weights: ViTWeights, oracle: Oracle, config: DiscoverConfig) -> str:
+    """A hash of everything that a decision depends on."""
+    digest = hashlib.sha256()
+
+    def add(tensor: Tensor) -> Tensor:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return tensor
+
+    map_tensors(weights, add)
+    examples = oracle.examples
+    pairs = torch.from_numpy(np.stack([examples.clean, examples.corrupted]))
+    for tensor in (examples.pixels, examples.group_of_class, pairs):
+        add(tensor)
+    scales = [(block.attn.scale, block.attn_norm.eps) for block in weights.blocks]
+    return config_hash(digest.hexdigest(), scales, oracle.ablation, config.criterion, config.tau)

@@ -48,6 +48,11 @@ class Cache:
     full_log_probs: Float[Tensor, "pairs groups"]
     """Task distribution of the uncut model, float64."""
 
+    @property
+    def precision(self) -> str:
+        """``float32`` or ``float64``."""
+        return str(self.change.dtype).removeprefix("torch.")
+
     @classmethod
     def build(
         cls, weights: ViTWeights, oracle: Oracle, *, memory_gib: float, dtype: torch.dtype
@@ -112,8 +117,7 @@ class Propagation:
 
     def __init__(self, weights: ViTWeights, cache: Cache, oracle: Oracle) -> None:
         """Call ``rebuild`` before the first trial."""
-        self.dtype = cache.change.dtype
-        self._weights = weights.to(self.dtype)
+        self._weights = weights.to(cache.change.dtype)
         self._graph = weights.graph
         self._cache = cache
         self._examples = oracle.examples

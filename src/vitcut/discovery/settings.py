@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vitcut.config import require_at_least, require_positive
-from vitcut.errors import ConfigError
+from vitcut.config import require_at_least, require_one_of, require_positive
 from vitcut.names import Ablation, Criterion, PairMode
 
 Method = Literal["acdc"]
 """Discovery methods that give a circuit."""
+
+Precision = Literal["float32", "float64"]
+"""Of fast, filtering computations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +33,19 @@ class DiscoverConfig:
     """Seed of the choice of images and pairs."""
     memory_gib: float = 8.0
     """Most memory that cached activations may take, in GiB."""
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Precision = "float32"
     """Of the fast path. Decisions near tau are made in float64 in any case."""
 
     def __post_init__(self) -> None:
         require_positive("tau", self.tau)
         require_positive("memory-gib", self.memory_gib)
         require_at_least("images", self.images, 2)
+        require_at_least("seed", self.seed, 0)
         for name, value, allowed in (
             ("method", self.method, Method),
             ("ablation", self.ablation, Ablation),
             ("criterion", self.criterion, Criterion),
             ("pairs", self.pairs, PairMode),
+            ("precision", self.precision, Precision),
         ):
-            if value not in get_args(allowed):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}"
-                )
+            require_one_of(name, value, get_args(allowed))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcut.errors import CircuitError
+from vitcut.errors import CircuitError, ModelError
 from vitcut.intervention.ablation import fixed_table
 from vitcut.intervention.masking import full_run, masked_logits
 from vitcut.metrics import coarse_log_probs, kl_divergence
@@ -67,6 +67,7 @@ class Oracle:
         Raises:
             CircuitError: There are no pairs.
         """
+        self.ablation = ablation
         self._weights = weights.to(torch.float64)
         self._examples = examples.for_ablation(ablation)
         if len(self._examples.clean) == 0:
@@ -77,6 +78,7 @@ class Oracle:
             chunks = self._pixels.split(_CHUNK)
             self._table = fixed_table(ablation, self._weights, chunks)
         self.calls = 0
+        self._last: tuple[bytes, float] | None = None
         self.full_log_probs = self._full_log_probs()
 
     @property
@@ -109,9 +111,22 @@ class Oracle:
         return torch.cat(found)
 
     def kl(self, kept: NDArray[np.bool_]) -> float:
-        """Mean KL(full || circuit) in nats, summed exactly in the order of the pairs."""
-        values = self.kl_per_pair(kept).tolist()
-        return math.fsum(values) / len(values)
+        """Mean KL(full || circuit) in nats, summed exactly in the order of the pairs.
+
+        Raises:
+            ModelError: The model's output under this circuit is not finite.
+        """
+        mask = kept.tobytes()
+        if self._last is None or self._last[0] != mask:
+            values = self.kl_per_pair(kept).tolist()
+            mean = math.fsum(values) / len(values)
+            if not math.isfinite(mean):
+                raise ModelError(
+                    f"the KL divergence of a circuit is {mean}, expected a finite number: the "
+                    "model's weights or activations overflow"
+                )
+            self._last = (mask, mean)
+        return self._last[1]
 
     @torch.no_grad()
     def _full_log_probs(self) -> Float[Tensor, "images groups"]:

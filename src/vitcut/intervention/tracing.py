@@ -18,10 +18,12 @@ def read_model(model: nn.Module) -> ViTWeights:
     """Read a model's weights, in its own precision, and check them. The model is not changed.
 
     Raises:
-        UnsupportedModelError: The model has a feature that is not understood.
+        UnsupportedModelError: The model has a feature that is not understood, or weights that are
+            not all float32 or all float64.
         ModelError: A weight is NaN or infinite.
     """
     weights = read_timm(model)
+    _require_one_dtype(weights)
     _require_finite(weights)
     _require_same_logits(model, weights)
     return weights
@@ -30,6 +32,22 @@ def read_model(model: nn.Module) -> ViTWeights:
 def tolerance(dtype: torch.dtype, logits: Float[Tensor, "..."]) -> float:
     """How far two computations of the same logits may be apart."""
     return _TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
+
+
+def _require_one_dtype(weights: ViTWeights) -> None:
+    dtypes: set[torch.dtype] = set()
+
+    def collect(tensor: Tensor) -> Tensor:
+        dtypes.add(tensor.dtype)
+        return tensor
+
+    map_tensors(weights, collect)
+    if len(dtypes) > 1 or not dtypes <= _TOLERANCE.keys():
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UnsupportedModelError(
+            f"not supported: weights of type {names}; expected all float32 or all float64: "
+            "convert the model with model.float()"
+        )
 
 
 def _require_finite(weights: ViTWeights) -> None:
