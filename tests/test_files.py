@@ -1,5 +1,9 @@
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ from hypothesis import strategies as st
 
 from vitcut.errors import ArtefactError
 from vitcut.files import (
+    atomic_folder,
     atomic_path,
     cache_dir,
     read_json,
@@ -61,6 +66,100 @@ def test_a_written_file_can_be_read_by_everyone_and_makes_its_folders(tmp_path):
     write_text(path, "grün")
     assert path.read_text(encoding="utf-8") == "grün"
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def _write_folder(folder, text, **options):
+    with atomic_folder(folder, **options) as part:
+        assert part.parent == folder.parent
+        (part / "file.txt").write_text(text)
+
+
+def _texts(parent):
+    return {path.name: (path / "file.txt").read_text() for path in parent.iterdir()}
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    _write_folder(tmp_path / "a" / "x", "old")
+    (tmp_path / "a" / "x" / "stale").touch()
+    _write_folder(tmp_path / "a" / "x", "new")
+    assert _texts(tmp_path / "a") == {"x": "new"}
+    assert [path.name for path in (tmp_path / "a" / "x").iterdir()] == ["file.txt"]
+    assert (tmp_path / "a" / "x").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
+    _write_folder(tmp_path / "far" / "x", "old")
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "x").symlink_to(tmp_path / "far" / "x")
+    _write_folder(tmp_path / "near" / "x", "new")
+    assert _texts(tmp_path / "near") == {"x": "new"}
+    assert _texts(tmp_path / "far") == {"x": "old"}
+
+
+def test_a_folder_that_must_not_be_replaced_stays(tmp_path):
+    _write_folder(tmp_path / "x", "first", replace=False)
+    _write_folder(tmp_path / "x", "second", replace=False)
+    assert _texts(tmp_path) == {"x": "first"}
+
+
+def test_a_block_that_raises_leaves_the_old_folder_and_no_temporary(tmp_path):
+    _write_folder(tmp_path / "x", "old")
+
+    def write_half():
+        with atomic_folder(tmp_path / "x") as part:
+            (part / "file.txt").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert _texts(tmp_path) == {"x": "old"}
+
+
+def test_a_new_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    _write_folder(tmp_path / "x", "old")
+    rename = Path.replace
+
+    def refuse_part(path, target):
+        if path.suffix == ".part":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_part)
+    with pytest.raises(OSError, match="no"):
+        _write_folder(tmp_path / "x", "new")
+    assert _texts(tmp_path) == {"x": "old"}
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    _write_folder(tmp_path / "x", "old")
+    code = f"""
+import os, signal
+from pathlib import Path
+from vitcut.files import atomic_folder
+rename = Path.replace
+def rename_and_die(path, target):
+    rename(path, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+with atomic_folder(Path({str(tmp_path / "x")!r})):
+    Path.replace = rename_and_die
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "x").exists()
+    with atomic_folder(tmp_path / "x"):
+        assert (tmp_path / "x" / "file.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize(("age_s", "stays"), [(4000, False), (60, True)])
+def test_a_temporary_folder_of_a_killed_process_is_removed_after_a_while(tmp_path, age_s, stays):
+    part = tmp_path / ".x.abc.part"
+    part.mkdir()
+    (part / "file.txt").write_text("half")
+    changed = part.stat().st_mtime - age_s
+    os.utime(part / "file.txt", (changed, changed))
+    os.utime(part, (changed, changed))
+    _write_folder(tmp_path / "x", "new")
+    assert part.exists() == stays
 
 
 def test_json_comes_back_in_the_order_in_which_it_was_given(tmp_path):

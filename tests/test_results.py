@@ -140,27 +140,6 @@ def test_a_percentage_is_refused_where_a_fraction_belongs(name):
         Point(name="a", **{name: 40.0})
 
 
-def test_a_new_point_is_appended():
-    assert [p.name for p in results("a").with_point(Point(name="b")).points] == ["a", "b"]
-
-
-def test_a_point_takes_the_place_of_its_namesake():
-    changed = results("a", "b").with_point(Point(name="a", tau=0.1))
-    assert [(p.name, p.tau) for p in changed.points] == [("a", 0.1), ("b", None)]
-
-
-def test_the_dense_point_is_replaced_by_name_too():
-    changed = results("a").with_point(Point(name="dense", macs=5))
-    assert changed.dense == Point(name="dense", macs=5)
-    assert len(changed.points) == 1
-
-
-def test_replacing_a_point_drops_its_old_comparisons_and_no_others():
-    old = replace(results("a", "b"), comparisons=(comparison("a"), comparison("b")))
-    changed = old.with_point(Point(name="a"), comparisons=(comparison("a", against="half"),))
-    assert [(c.point, c.against) for c in changed.comparisons] == [("b", "dense"), ("a", "half")]
-
-
 def test_a_comparison_and_a_latency_are_found_by_where_they_were_measured():
     latency = Latency(
         runtime="torch",

@@ -92,3 +92,27 @@ def test_a_label_file_that_cannot_be_read_is_refused(tmp_path, content):
 def test_a_task_built_by_hand_is_checked_too():
     with pytest.raises(TaskError, match="group 'b' is empty"):
         Task(name="x", classes=(TaskClass(id="1", name="cat", group="a"),), groups=("a", "b"))
+
+
+@pytest.mark.parametrize("class_id", ["007", "010", "no", "1_0", "12:30", "null"])
+def test_a_class_id_is_taken_as_it_is_written(class_id):
+    task = parse_task(f"groups: {{a: {{{class_id}: cat}}, b: {{z: owl}}}}", origin="labels.yaml")
+    assert task.class_ids == (class_id, "z")
+
+
+def test_a_class_without_a_name_is_called_by_its_id():
+    task = parse_task("groups: {a: {n1: }, b: {n2: owl}}", origin="labels.yaml")
+    assert task.class_names == ("n1", "owl")
+
+
+@pytest.mark.parametrize(
+    ("members", "match"),
+    [
+        ([("1", "a"), ("2", "c"), ("3", "b")], "class of group 'c', expected one of a, b"),
+        ([("2", "a"), ("1", "b")], "not in the order of their ids"),
+    ],
+)
+def test_classes_built_by_hand_are_sorted_and_of_a_listed_group(members, match):
+    classes = tuple(TaskClass(id=i, name=i, group=group) for i, group in members)
+    with pytest.raises(TaskError, match=match):
+        Task(name="x", classes=classes, groups=("a", "b"))

@@ -19,6 +19,9 @@ from vitcut.graph import Graph
 from vitcut.names import Ablation
 
 FORMAT_VERSION = 1
+_SAME = ("graph", "task", "ablation")
+_ORIGIN = ("model", "weight_hash", "images_fingerprint")
+"""What of the provenance also holds for what is made of a circuit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +90,7 @@ class Circuit:
 
     def __invert__(self) -> "Circuit":
         """The complement: exactly the edges that this circuit cuts."""
-        provenance = {"not": self.fingerprint}
+        provenance = {**self._origin(), "not": self.fingerprint}
         kept = self.graph.edges & ~self.kept
         return replace(self, kept=kept, method="complement", tau=None, provenance=provenance)
 
@@ -97,6 +100,11 @@ class Circuit:
             return self
         provenance = {"discovered_under": self.ablation, **self.provenance}
         return replace(self, ablation=ablation, provenance=provenance)
+
+    @property
+    def discovered_under(self) -> Ablation:
+        """The ablation of the search, whatever the circuit's own is now."""
+        return self.provenance.get("discovered_under", self.ablation)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,7 +149,7 @@ class Circuit:
         write_json(path, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``circuit.json``."""
+        """The content of ``circuit.json``, with a hash of all of it."""
         origin = {
             "method": self.method,
             "task": self.task,
@@ -149,7 +157,8 @@ class Circuit:
             "provenance": dict(self.provenance),
             "fingerprint": self.fingerprint,
         }
-        return {"format_version": FORMAT_VERSION, **origin, **self._content()}
+        content = {"format_version": FORMAT_VERSION, **origin, **self._content()}
+        return {**content, "sha256": sha256_json(content)}
 
     @classmethod
     def load(cls, path: Path) -> "Circuit":
@@ -170,13 +179,13 @@ class Circuit:
                 tau=content["tau"],
                 provenance=content["provenance"],
             )
-            fingerprint = content["fingerprint"]
+            hashed = content.pop("sha256")
         except (KeyError, TypeError, AttributeError, CircuitError) as error:
             raise ArtefactError(f"{path} is not a valid circuit: {error!r}") from None
-        if circuit.fingerprint != fingerprint:
+        if sha256_json(content) != hashed:
             raise ArtefactError(
-                f"{path} was altered: its kept edges hash to {circuit.fingerprint[:12]}, the file "
-                f"says {str(fingerprint)[:12]}; discover the circuit again"
+                f"{path} was altered: its hash is not the one that it was written with; discover "
+                "the circuit again"
             )
         return circuit
 
@@ -189,16 +198,20 @@ class Circuit:
         }
         return {"graph": graph, "ablation": self.ablation, "kept": kept}
 
+    def _origin(self) -> dict[str, Any]:
+        return {key: self.provenance[key] for key in _ORIGIN if key in self.provenance}
+
     def _combine(self, other: "Circuit", operation: np.ufunc, how: str) -> "Circuit":
-        for name in ("graph", "ablation"):
-            own, others = getattr(self, name), getattr(other, name)
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _SAME}
+        hashes = self.provenance.get("weight_hash"), other.provenance.get("weight_hash")
+        for name, (own, others) in {**pairs, "weight_hash": hashes}.items():
             if own != others:
                 raise CircuitError(
-                    f"only circuits of the same graph and ablation can be combined, got {name} "
+                    f"only circuits of one model, task and ablation can be combined, got {name} "
                     f"{own!r} and {others!r}"
                 )
         kept = operation(self.kept, other.kept)
-        provenance = {how: [self.fingerprint, other.fingerprint]}
+        provenance = {**self._origin(), how: [self.fingerprint, other.fingerprint]}
         return replace(self, kept=kept, method=how, tau=None, provenance=provenance)
 
 

@@ -162,9 +162,9 @@ def _add_subject(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
-        type=str,
-        default="animals",
-        help="'animals', a model or run directory, timm:NAME or hf-hub:REPOSITORY.",
+        type=str | None,
+        default=None,
+        help="'animals' (the default), a model or run directory, timm:NAME or hf-hub:REPOSITORY.",
     )
 
 
@@ -183,14 +183,9 @@ def _at_home(data: "DataConfig") -> "DataConfig":
 
 
 def _report(results: "Results", out: Path, then: str) -> None:
-    from vitcut.benchmark.tables import point_table, print_table
+    from vitcut.pipeline.show import report
 
-    print_table(point_table(results))
-    for point in results.points:
-        if point.max_abs_diff is not None:
-            sys.stdout.write(
-                f"{point.name}: compact == masked, largest difference {point.max_abs_diff:.2g}\n"
-            )
+    report(results)
     _say_next(out, then)
 
 
@@ -258,7 +253,8 @@ def _prepare(_: ArgumentParser, namespace: Namespace) -> None:
     prepared = prepare(_data(namespace, image_size=namespace.image_size))
     sys.stdout.write(
         f"{len(prepared.images)} images of {len(prepared.class_names)} classes, "
-        f"{len(prepared.skipped)} skipped\nnext: vitcut train --source ... --task animals\n"
+        f"{len(prepared.skipped)} skipped\n"
+        f"next: vitcut train --source {namespace.source or '...'} --task LABELS.yaml\n"
     )
 
 
@@ -321,7 +317,7 @@ def _add_cut(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the timing.")
 
 
-def _cut(parser: ArgumentParser, namespace: Namespace) -> None:
+def _cut(_: ArgumentParser, namespace: Namespace) -> None:
     from vitcut.benchmark.settings import BenchConfig
     from vitcut.compiler.settings import CutConfig
 
@@ -332,10 +328,7 @@ def _cut(parser: ArgumentParser, namespace: Namespace) -> None:
 
     path = find_circuit(namespace.circuit, namespace.point)
     circuit = Circuit.load(path)
-    origin = find_origin(path)
-    asked = data.source is not None or namespace.task is not None
-    if origin is None or asked or namespace.model != parser.get_default("model"):
-        origin = resolve_origin(namespace.model, namespace.task, data)
+    origin = resolve_origin(namespace.model, namespace.task, data, base=find_origin(path))
     results = cut_command(circuit, origin, config, bench, namespace.out)
     _report(results, namespace.out, f"vitcut show {namespace.out}")
 

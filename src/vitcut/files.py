@@ -1,15 +1,20 @@
 """Atomic, hashed and versioned files; what is in them is left to their owners. Never pickle."""
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vitcut.errors import ArtefactError
+
+_ABANDONED_AFTER_S = 3600
 
 
 def cache_dir() -> Path:
@@ -36,6 +41,34 @@ def atomic_path(path: Path) -> Generator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replace: bool = True) -> Generator[Path]:
+    """Yield a temporary folder beside ``folder`` that takes its name when the block succeeds.
+
+    A folder cannot be replaced in one step: the earlier one is moved aside first, and a process
+    that is killed at this moment leaves it there. The next call puts it back, and removes what
+    killed processes have left.
+
+    Args:
+        folder: What is written.
+        replace: Whether to take the place of an earlier folder; else that one stays, and what was
+            written is dropped.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _settle(folder)
+    _remove_abandoned(folder)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        if replace and folder.exists():
+            folder.replace(_aside(folder))
+        _take_name(part, folder, replace=replace)
+    finally:
+        _settle(folder)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,3 +120,42 @@ def sha256_json(content: Any) -> str:
     """The SHA-256 of a JSON value, whatever the order of its keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _take_name(part: Path, folder: Path, *, replace: bool) -> None:
+    try:
+        part.replace(folder)
+    except OSError:
+        if replace or not folder.is_dir():
+            raise
+
+
+def _aside(folder: Path) -> Path:
+    """Where an earlier folder lies while a new one takes its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _settle(folder: Path) -> None:
+    """Put back an earlier folder that nothing has replaced, remove one that has been replaced."""
+    aside = _aside(folder)
+    if not folder.exists():
+        if aside.exists():
+            aside.replace(folder)
+    elif aside.is_symlink():
+        aside.unlink()
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left; a folder that still changes belongs to a living one."""
+    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        if part.is_dir() and time.time() - _last_change(part) > _ABANDONED_AFTER_S:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _last_change(part: Path) -> float:
+    try:
+        return max(item.stat().st_mtime for item in (part, *part.iterdir()))
+    except FileNotFoundError:
+        return time.time()

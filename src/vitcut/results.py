@@ -4,7 +4,7 @@ Measuring is left to the stages, showing to `benchmark.tables` and the report.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -141,23 +141,6 @@ class Results:
     def all_points(self) -> tuple[Point, ...]:
         """The dense model's point first, if there is one."""
         return self.points if self.dense is None else (self.dense, *self.points)
-
-    def with_point(self, point: Point, *, comparisons: tuple[Comparison, ...] = ()) -> "Results":
-        """These results with one more point, which takes the place of one of the same name.
-
-        Args:
-            point: To be added, or to replace.
-            comparisons: Measured together with it. Older ones that name the point are dropped:
-                they belong to the point that was replaced.
-        """
-        older = (c for c in self.comparisons if point.name not in {c.point, c.against})
-        changed = replace(self, comparisons=(*older, *comparisons))
-        if self.dense is not None and point.name == self.dense.name:
-            return replace(changed, dense=point)
-        if all(point.name != other.name for other in self.points):
-            return replace(changed, points=(*self.points, point))
-        points = tuple(point if point.name == other.name else other for other in self.points)
-        return replace(changed, points=points)
 
     def find_comparison(
         self, point: str, *, runtime: RuntimeName, batch: int, against: str = "dense"

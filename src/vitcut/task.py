@@ -84,6 +84,9 @@ def load_task(name_or_path: str | Path) -> Task:
 def parse_task(text: str, *, origin: str) -> Task:
     """Parse a label file; ``origin`` is named in errors.
 
+    Ids are taken as they are written: ``007`` and ``no`` are no numbers and no truth values. A
+    class without a name is called by its id.
+
     Raises:
         TaskError: The text is not a label file.
     """
@@ -95,7 +98,7 @@ def parse_task(text: str, *, origin: str) -> Task:
     if not isinstance(groups, dict) or not all(isinstance(m, dict) for m in groups.values()):
         raise TaskError(f"{origin} is no label file: expected 'groups: {{group: {{id: name}}}}'")
     classes = [
-        TaskClass(id=str(class_id), name=str(name), group=str(group))
+        TaskClass(id=str(class_id), name=str(name) or str(class_id), group=str(group))
         for group, members in groups.items()
         for class_id, name in members.items()
     ]
@@ -103,7 +106,7 @@ def parse_task(text: str, *, origin: str) -> Task:
     if not isinstance(excluded, dict):
         raise TaskError(f"{origin} is no label file: expected 'excluded: {{id: reason}}'")
     return Task(
-        name=str(content.get("name", Path(origin).stem)),
+        name=str(content.get("name") or Path(origin).stem),
         classes=tuple(sorted(classes, key=lambda item: item.id)),
         groups=tuple(str(group) for group in groups),
         excluded={str(key): str(reason) for key, reason in excluded.items()},
@@ -133,7 +136,16 @@ def _check(task: Task) -> None:
         if count > 1:
             where = ", ".join(item.group for item in task.classes if item.id == class_id)
             raise TaskError(f"task {task.name!r}: class {class_id} is in {count} groups: {where}")
+    if list(task.class_ids) != sorted(task.class_ids):
+        raise TaskError(
+            f"task {task.name!r}: the classes are not in the order of their ids: sort them by id"
+        )
     members = Counter(item.group for item in task.classes)
+    for group in sorted(members.keys() - set(task.groups)):
+        raise TaskError(
+            f"task {task.name!r} has a class of group {group!r}, expected one of "
+            f"{', '.join(task.groups)}: list the group, or mend the class"
+        )
     for group in task.groups:
         if members[group] == 0:
             raise TaskError(
@@ -145,8 +157,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later duplicate key win without a word; a label file must not."""
+class _UniqueKeyLoader(yaml.BaseLoader):
+    """YAML lets a later duplicate key win without a word; a label file must not.
+
+    Every scalar stays text: YAML 1.1 would read the class id 010 as 8, and no as False.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

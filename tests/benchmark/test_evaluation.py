@@ -17,7 +17,9 @@ TO_FLOAT = partial(to_float, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 def image_set(labels: list[int], seed: int = 0) -> ImageSet:
     array = np.random.default_rng(seed).integers(0, 256, (len(labels), 4, 4, 3), dtype=np.uint8)
-    return ImageSet(array=array, rows=np.arange(len(labels)), labels=np.array(labels))
+    return ImageSet(
+        array=array, rows=np.arange(len(labels)), labels=np.array(labels, dtype=np.int64)
+    )
 
 
 def answers(*rows: list[float]):

@@ -1,4 +1,5 @@
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import nn
 
 from vitcut.benchmark import latency
 from vitcut.benchmark.latency import measure_latency, time_sessions
+from vitcut.benchmark.load import CpuTimes
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.errors import ConfigError
 from vitcut.runtimes.session import Session
@@ -198,7 +200,7 @@ def test_images_are_repeated_where_a_batch_needs_more():
 
 
 def test_a_baseline_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="one of small, got 'dense'"):
+    with pytest.raises(ConfigError, match="among small, got 'dense'"):
         measure_latency({"small": Model(1)}, IMAGES, QUICK, baselines=("dense",))
 
 
@@ -207,8 +209,21 @@ def test_timing_without_images_is_refused():
         measure_latency({"a": Model(1)}, IMAGES[:0], QUICK, baselines=("a",))
 
 
-def test_a_busy_machine_is_reported(monkeypatch, capsys):
-    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
-    report = measure_latency({"a": Model(1)}, IMAGES, QUICK, baselines=("a",))
-    assert report.load_before == 99.0
-    assert "machine is busy (load 99.0" in capsys.readouterr().err
+def cpu_times(own_s: float, foreign_s: float) -> list[CpuTimes]:
+    """Readings before and after ten seconds."""
+    after = CpuTimes(machine_s=own_s + foreign_s, own_s=own_s, wall_s=10.0)
+    return [CpuTimes(machine_s=0.0, own_s=0.0, wall_s=0.0), after]
+
+
+@pytest.mark.parametrize(("own_s", "foreign_s", "is_said"), [(5, 15, True), (15, 5, False)])
+def test_a_machine_is_busy_through_other_processes_and_never_through_this_one(
+    monkeypatch, capsys, own_s, foreign_s, is_said
+):
+    readings = iter(cpu_times(own_s, foreign_s))
+    monkeypatch.setattr(latency, "read_cpu_times", lambda: next(readings))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    config = replace(QUICK, batches=(1,))
+    measure_latency({"a": Model(1)}, IMAGES, config, baselines=("a",))
+    said = capsys.readouterr().err
+    assert ("other processes" in said) is is_said
+    assert ("kept 1.5 of 2 cores busy" in said) is is_said

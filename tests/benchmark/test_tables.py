@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from vitcut.benchmark.tables import point_table, print_table, to_markdown
 from vitcut.results import Comparison, Latency, Point, Results
 
@@ -51,13 +53,13 @@ def test_a_row_says_what_was_cut_kept_and_gained():
     table = point_table(results())
     assert table.rows[1] == (
         "tau-0.01", "0.01", "94.5 %", "7 of 48", "72.9 %", "0.820", "4.20 M",
-        "-", "-", "20.00", "4.00x (3.75-4.25)",
+        "20.00", "4.00x (3.75-4.25)",
     )  # fmt: skip
     assert len(table.headers) == len(table.rows[1])
 
 
 def test_the_dense_model_comes_first_with_dashes_where_nothing_was_cut():
-    dense = point_table(results(), batches=(64,)).rows[0]
+    dense = point_table(results()).rows[0]
     assert dense == ("dense", "-", "-", "-", "73.7 %", "-", "23.20 M", "1061.00", "-")
 
 
@@ -65,20 +67,64 @@ def test_a_speedup_that_is_not_shown_stands_in_brackets():
     assert point_table(results(low=0.9)).rows[1][-1] == "[4.00x (0.90-4.25)]"
 
 
-def test_latency_of_another_runtime_is_not_shown():
-    row = point_table(results(), runtime="torch").rows[1]
-    assert row[-4:] == ("-", "-", "-", "-")
+def measured(*places: tuple[str, int], compared: tuple[str, ...] = ()) -> Results:
+    """A cut model timed in these runtimes at these batch sizes."""
+    times = tuple(replace(latency(2.0), runtime=name, batch=batch) for name, batch in places)
+    return Results(
+        task="animals",
+        machine={},
+        points=(Point(name="tau-0.01", latency=times),),
+        comparisons=tuple(
+            replace(comparison(1.5), against=against, runtime=name, batch=batch)
+            for against in compared
+            for name, batch in places
+        ),
+    )
+
+
+def latency_headers(results: Results, **options) -> list[str]:
+    return [header for header in point_table(results, **options).headers if "batch" in header]
+
+
+def test_every_batch_size_that_was_measured_has_columns_in_order():
+    assert latency_headers(measured(("torch", 8), ("torch", 2))) == [
+        "torch ms, batch 2", "speed-up, batch 2", "torch ms, batch 8", "speed-up, batch 8",
+    ]  # fmt: skip
+
+
+def test_onnxruntime_is_preferred_and_another_runtime_shown_where_it_is_asked_for():
+    both = measured(("torch", 1), ("onnxruntime", 4))
+    assert latency_headers(both)[0] == "onnxruntime ms, batch 4"
+    assert latency_headers(both, runtime="torch")[0] == "torch ms, batch 1"
+
+
+def test_nothing_is_said_of_a_runtime_that_was_not_measured():
+    assert latency_headers(measured(("torch", 1)), runtime="onnxruntime") == []
+    assert latency_headers(measured()) == []
+
+
+def test_the_largest_batch_is_also_compared_with_the_class_only_model():
+    table = point_table(measured(("torch", 2), ("torch", 8), compared=("dense", "class-only")))
+    assert [header for header in table.headers if "against" in header] == [
+        "against class-only, batch 8"
+    ]
+    assert table.rows[0][-1] == "4.00x (1.50-4.25)"
+
+
+def test_a_divergence_that_rounds_to_nothing_has_no_sign():
+    row = point_table(Results(task="", machine={}, points=(Point(name="a", kl=-1e-9),))).rows[0]
+    assert row[5] == "0.000"
 
 
 def test_markdown_has_a_line_per_point_and_equal_columns():
     lines = to_markdown(point_table(results())).splitlines()
     assert len(lines) == 4
-    assert {line.count("|") for line in lines} == {12}
+    assert {line.count("|") for line in lines} == {10}
     assert lines[1].startswith("| --- | ---: |")
 
 
 def test_a_bar_in_a_name_does_not_break_markdown():
-    named = results().with_point(Point(name="a|b"))
+    named = replace(results(), points=(Point(name="a|b"),))
     assert r"| a\|b |" in to_markdown(point_table(named))
 
 
@@ -91,5 +137,5 @@ def test_a_table_goes_to_standard_output_in_whole_cells(capsys):
 
 
 def test_brackets_in_a_name_are_shown_and_not_taken_for_a_style(capsys):
-    print_table(point_table(results().with_point(Point(name="[bold]cut"))))
+    print_table(point_table(replace(results(), points=(Point(name="[bold]cut"),))))
     assert "[bold]cut" in capsys.readouterr().out

@@ -1,9 +1,11 @@
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
+from safetensors import SafetensorError
 from strategies import circuits, skipping_a_head
 from tiny import random_pixels, random_table, random_vit
 
@@ -137,8 +139,49 @@ def test_an_altered_plan_is_refused(folder):
     plan = json.loads((folder / CONFIG).read_text())["plan"]
     plan["shape"]["eps"] = 0.1
     change_config(folder, plan=plan)
-    with pytest.raises(ArtefactError, match="its plan is not that of"):
+    with pytest.raises(ArtefactError, match=f"was altered: it is not the one that {TENSORS}"):
         CompactViT.from_pretrained(folder)
+
+
+ALTERED = {
+    "mean": [9, 9, 9],
+    "std": [1.0, 1.0, float("nan")],
+    "class_names": ["wasp", "newt", "owl", "seal"],
+    "group_names": ["large", "small"],
+    "group_of_class": [0, 0, 0, 0],
+    "source_model": None,
+    "source_sha256": "cd",
+}
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(ModelInfo)])
+def test_altered_information_is_refused(folder, name):
+    change_config(folder, **{name: ALTERED[name]})
+    with pytest.raises(ArtefactError, match=f"was altered: it is not the one that {TENSORS}"):
+        CompactViT.from_pretrained(folder)
+
+
+def test_saving_twice_gives_the_same_bytes_that_everyone_may_read(folder):
+    seen: set[bytes] = set()
+    for _ in range(8):
+        CompactViT.from_pretrained(folder).save_pretrained(folder)
+        seen.add((folder / TENSORS).read_bytes())
+    assert len(seen) == 1
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_earlier_directory(folder, monkeypatch):
+    model = CompactViT.from_pretrained(folder)
+
+    def full_disk(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("vitcut.compact.artefact.save_file", full_disk)
+    with pytest.raises(ArtefactError, match=r"cannot write model.*No space left") as caught:
+        model.save_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    CompactViT.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

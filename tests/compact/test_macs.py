@@ -32,10 +32,6 @@ def test_the_reference_model_has_23_2_million_macs():
     assert dense_macs(REFERENCE) == 23_204_224
 
 
-def test_a_class_only_last_block_leaves_20_0_million():
-    assert dense_macs(REFERENCE, class_only_last_block=True) == 20_050_304
-
-
 def test_a_small_plan_is_counted_by_hand():
     patches, mlp, classifier = 4 * 6 * 12, 2 * 5 * 6 * 7, 6 * 4
     assert count_macs(PLAN) == patches + mlp + classifier

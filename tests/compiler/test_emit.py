@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import circuits, skipping_a_head, vits
 from tiny import random_pixels, random_table, random_vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitcut.circuit import Circuit
+from vitcut.compact.macs import count_macs
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.verify import verify
 from vitcut.errors import CircuitError
@@ -59,6 +62,39 @@ def test_float32_weights_are_folded_in_float64():
     double = compile_circuit(weights.to(torch.float64), circuit, random_table(weights).double())
     for name, tensor in single.state_dict().items():
         assert torch.equal(tensor, double.state_dict()[name])
+
+
+def test_compiling_draws_no_random_numbers():
+    weights = random_vit()
+    table, before = random_table(weights), torch.get_rng_state()
+    compile_circuit(weights, Circuit.full(weights.graph), table)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_a_compact_model_leaves_the_original_alone():
+    weights = random_vit()
+    circuit, table, pixels = (
+        Circuit.full(weights.graph), random_table(weights), random_pixels(weights)
+    )  # fmt: skip
+    before = full_run(weights, pixels).logits
+    compact = compile_circuit(weights, circuit, table, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in compact.parameters():
+            parameter.zero_()
+    assert torch.equal(full_run(weights, pixels).logits, before)
+    assert torch.equal(table, random_table(weights))
+    assert all(parameter.requires_grad for parameter in compact.parameters())
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_the_plan_counts_the_products_that_torch_runs(case):
+    weights, circuit = case
+    compact = compile_circuit(weights, circuit, table_for(weights, circuit), dtype=torch.float64)
+    # Fused attention is one operation, which the counter does not know on the CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        compact(random_pixels(weights, 3))
+    assert counter.get_total_flops() == 2 * 3 * count_macs(compact.plan)
 
 
 def test_an_empty_circuit_has_constant_logits():

@@ -46,9 +46,10 @@ def without_heads(heads):
     return Circuit(graph=GRAPH, kept=kept, ablation="mean")
 
 
-def test_the_full_circuit_costs_the_dense_model_with_a_class_only_last_block():
+def test_the_full_circuit_costs_the_dense_model_less_what_the_class_token_does_not_need():
     plan = plan_circuit(REFERENCE, Circuit.full(GRAPH))
-    assert count_macs(plan) == dense_macs(REFERENCE, class_only_last_block=True)
+    queries_and_output, attention, mlp = 2 * 64 * 64, 2 * 65 * 64, 2 * 64 * 256
+    assert count_macs(plan) == dense_macs(REFERENCE) - 64 * (queries_and_output + attention + mlp)
 
 
 def test_the_full_circuit_is_the_plain_residual():

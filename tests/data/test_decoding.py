@@ -59,6 +59,23 @@ def test_what_is_no_whole_image_is_refused(content: bytes) -> None:
         decode(content, 8)
 
 
+def test_a_format_that_needs_another_program_is_not_tried() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "EPS")
+    with pytest.raises(DataError, match="not an image of a known format"):
+        decode(stream.getvalue(), 8)
+
+
+@pytest.mark.parametrize("name", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF"])
+def test_every_format_of_an_accepted_suffix_decodes(name: str) -> None:
+    stream = io.BytesIO()
+    picture = Image.new("RGB", (8, 8), (200, 200, 200))
+    picture.save(
+        stream, name, **({"save_all": True, "append_images": [picture]} if name == "MPO" else {})
+    )
+    assert (abs(decode(stream.getvalue(), 8).astype(int) - 200) <= 3).all()
+
+
 def test_more_than_eight_bits_per_channel_are_refused() -> None:
     with pytest.raises(DataError, match="expected 8 bits"):
         decode(_png(np.full((8, 8), 40_000, dtype=np.uint16)), 8)

@@ -15,9 +15,10 @@ def _counts(path: Path) -> dict:
         return dict(Counter((record.split, record.class_id) for record in source.records))
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
-def test_train_and_validation_folders_are_the_splits(tmp_path: Path, name: str) -> None:
-    files = [f"{split}/{c}/deep/1.png" for split in ("train", name) for c in ("cat", "dog")]
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "testing", "VAL"])
+@pytest.mark.parametrize("train", ["train", "training", "Train"])
+def test_train_and_validation_folders_are_the_splits(tmp_path: Path, train: str, name: str) -> None:
+    files = [f"{split}/{c}/deep/1.png" for split in (train, name) for c in ("cat", "dog")]
     write_folder(tmp_path / "a", dict.fromkeys([*files, "read.me"], b""))
     expected = {(split, c): 1 for split in ("train", "validation") for c in ("cat", "dog")}
     assert _counts(tmp_path / "a") == expected
@@ -52,3 +53,38 @@ def test_a_folder_without_classes_says_what_was_expected(
     write_folder(tmp_path / "a", dict.fromkeys(names, b""))
     with pytest.raises(DataError, match=message):
         _counts(tmp_path / "a")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    files = dict.fromkeys([f"{c}/1.png" for c in ("bus", "car", "train")], b"")
+    counts = _counts(write_folder(tmp_path / "a", files))
+    assert counts == {(None, "bus"): 1, (None, "car"): 1, (None, "train"): 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dog/1.png"],
+            None,
+        ),
+        (
+            ["train/cat/1.png", "train/dog/1.png", "extra/cat/3.png", "train/loose.png"],
+            "left out 2 of 4 images, which lie outside train/CLASS, first 'extra/cat/3.png'",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "val/a/1.png", "test/a/1.png"],
+            "left out 1 of 4 images, which lie outside train/CLASS and val/CLASS, first 'test/",
+        ),
+        (
+            ["cat/1.png", "dog/1.png", "cover.png"],
+            "left out 1 of 3 images, which lie outside class folders, first 'cover.png'",
+        ),
+    ],
+)
+def test_images_that_are_left_out_are_counted(
+    tmp_path: Path, names: list[str], message: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _counts(write_folder(tmp_path / "a", dict.fromkeys(names, b"")))
+    said = capsys.readouterr().err
+    assert message in said if message else "left out" not in said

@@ -32,6 +32,7 @@ def test_labels_without_names_are_their_own_ids(tmp_path: Path, labels: list) ->
     [
         ([0, -1, 1], None, "1 of 3 rows have no known label"),
         ([0, None, 1], None, "1 of 3 rows have no known label"),
+        ([0, -2, 1], ["cat", "dog"], "1 of 3 rows have no known label"),
         ([0, 5, 1], ["cat", "dog"], "1 of 3 rows have no known label"),
         ([0.5, 1.5], None, "which of the columns image, label is the label"),
     ],
@@ -78,6 +79,39 @@ def test_a_dataset_id_is_downloaded_and_split_by_file_name(
     with open_source("org/name") as source:
         splits = Counter(record.split for record in source.records)
     assert splits == {"train": 2, "validation": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "configurations"),
+    [
+        (
+            ["full/train/0000", "full/test/0000", "small/train/0000"],
+            "2 configurations, full, small",
+        ),
+        (["2023/train-0", "2024/train-0"], "2 configurations, 2023, 2024"),
+        (["data/full/train-0", "data/train-0"], "2 configurations, data, data/full"),
+        (["default/partial-train/0000", "default/test/0000"], None),
+        (["train/0000", "validation/0000"], None),
+    ],
+)
+def test_a_dataset_of_several_configurations_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    configurations: str | None,
+) -> None:
+    for name in names:
+        write_parquet(tmp_path / f"{name}.parquet", [0, 1])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    if configurations is None:
+        with open_source("org/name") as source:
+            assert len(source.records) == 2 * len(names)
+        return
+    with (
+        pytest.raises(DataError, match=f"^org/name holds files of {configurations}: expected one"),
+        open_source("org/name"),
+    ):
+        pass
 
 
 def test_no_network_says_that_the_source_is_neither_here_nor_there(

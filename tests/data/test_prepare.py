@@ -109,7 +109,7 @@ def test_what_killed_runs_left_is_removed_after_a_while(
     assert abandoned.exists()
     shutil.rmtree(folder)
     now = time.time()
-    monkeypatch.setattr(prepare_module.time, "time", lambda: now + 4000)
+    monkeypatch.setattr(time, "time", lambda: now + 4000)
     prepare(_config(path))
     assert not abandoned.exists()
 

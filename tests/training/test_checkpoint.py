@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from vitcut.errors import ArtefactError
 from vitcut.training.checkpoint import TrainingFolder, read_tensors, write_tensors
@@ -26,6 +27,20 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(ArtefactError, match="not a readable checkpoint") as caught:
         read_tensors(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.safetensors"
+    write_tensors(path, {}, {"epochs": 1})
+
+    def full_disk(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("vitcut.training.checkpoint.save_file", full_disk)
+    with pytest.raises(ArtefactError, match=r"cannot write .*No space left"):
+        write_tensors(path, {}, {"epochs": 2})
+    assert read_tensors(path) == ({}, {"epochs": 1})
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):

@@ -122,6 +122,27 @@ def test_a_newer_version_is_refused(folder):
     _refused(folder, "format_version 99.*upgrade vitcut")
 
 
+@pytest.mark.parametrize("own", [None, [], 3, {}, {"format_version": "2"}])
+def test_an_altered_entry_of_its_own_is_refused(folder, own):
+    _edit(folder, lambda config: config.update(vitcut=own))
+    _refused(folder, "is damaged: its entry 'vitcut' has no format_version")
+
+
+@pytest.mark.parametrize(
+    "entry", ["architecture", "pretrained_cfg", "model_args", "label_descriptions"]
+)
+def test_a_foreign_config_with_an_entry_of_another_type_is_refused(folder, entry):
+    _edit(folder, lambda config: (config.pop("vitcut"), config.update({entry: 3})))
+    _refused(folder, "cannot load the model|label_descriptions are a int")
+
+
+def test_a_shipped_name_goes_before_a_folder_of_that_name(folder, monkeypatch):
+    folder.rename(folder.with_name("animals"))
+    monkeypatch.chdir(folder.parent)
+    assert len(load_model("animals").class_ids) == 58
+    assert load_model("./animals").class_ids == CARD.class_ids
+
+
 def test_changed_weights_are_refused(folder):
     weights = load_file(folder / "model.safetensors")
     weights["head.bias"] += 1

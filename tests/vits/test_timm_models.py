@@ -112,6 +112,8 @@ def test_sizes_are_those_of_the_model():
         ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "global_pool='avg'"),
         ({"pos_embed": "none"}, "without position embedding"),
         ({"img_size": (16, 24)}, "image size 16 x 24"),
+        ({"patch_size": (8, 4)}, "patch size 8 x 4"),
+        ({"img_size": 20}, "image size 20, which is no multiple of the patch size 8"),
         ({"num_classes": 0}, "classifier Identity"),
         ({"act_layer": "tanh"}, "activation Tanh"),
         ({"norm_layer": "rmsnorm"}, "norm RmsNorm"),
@@ -128,6 +130,27 @@ def test_sizes_are_those_of_the_model():
 )
 def test_what_is_not_understood_is_refused_by_name(variant, feature):
     _refused(_vit(**variant), f"^not supported: .*({feature})")
+
+
+def _half(model: nn.Module) -> nn.Module:
+    return model.half()
+
+
+def _bfloat16(model: nn.Module) -> nn.Module:
+    return model.bfloat16()
+
+
+def _float_head(model: nn.Module) -> nn.Module:
+    model.head.float()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "types"),
+    [(_half, "float16"), (_bfloat16, "bfloat16"), (_float_head, "float32, float64")],
+)
+def test_other_and_mixed_types_are_refused_by_name(change, types):
+    _refused(change(_vit()), rf"^not supported: weights of type {types}; .*model\.float\(\)")
 
 
 @pytest.mark.parametrize(

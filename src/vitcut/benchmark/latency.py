@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vitcut.benchmark.bootstrap import median_interval
+from vitcut.benchmark.load import foreign_cores, read_cpu_times
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName
@@ -28,7 +29,8 @@ from vitcut.shapes import Float, Tensor
 _WARM_UP_CALLS = 3
 _WARM_UP_MS = 50.0
 _MAX_ROUNDS = 300
-_BUSY_LOAD_PER_CORE = 0.5
+_BUSY_FRACTION = 0.25
+"""Of all cores: what other processes may use before samples are said to spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,6 @@ class LatencyReport:
     """By model, one for each runtime and batch size."""
     comparisons: tuple[Comparison, ...]
     """Of every model with every other that is a baseline."""
-    load_before: float | None
-    """One-minute load average before the first call; None where the system has none."""
 
 
 def measure_latency(
@@ -67,7 +67,6 @@ def measure_latency(
         raise ConfigError(f"baselines must be among {', '.join(models)}, got {unknown[0]!r}")
     if not len(images):
         raise ConfigError("timing needs at least one image, got none")
-    load_before = _load()
     examples = [_first(images, batch) for batch in config.batches]
     latencies: dict[str, list[Latency]] = {name: [] for name in models}
     comparisons: list[Comparison] = []
@@ -75,7 +74,9 @@ def measure_latency(
         prepared = _prepare(models, examples, runtime, config.threads)
         for position, example in enumerate(examples):
             sessions = {name: several[position] for name, several in prepared.items()}
+            before = read_cpu_times()
             samples = time_sessions(sessions, example, config)
+            _say_if_busy(foreign_cores(before, read_cpu_times()))
             for name, session in sessions.items():
                 latencies[name].append(_latency(session, samples[name]))
                 comparisons += [
@@ -86,7 +87,6 @@ def measure_latency(
     return LatencyReport(
         latencies={name: tuple(items) for name, items in latencies.items()},
         comparisons=tuple(comparisons),
-        load_before=load_before,
     )
 
 
@@ -214,12 +214,10 @@ def _without_garbage_collection() -> Generator[None]:
             gc.enable()
 
 
-def _load() -> float | None:
-    """The load average, said aloud where it will spread the samples."""
-    if not hasattr(os, "getloadavg"):
-        return None
-    load = os.getloadavg()[0]
+def _say_if_busy(foreign: float | None) -> None:
     cores = os.cpu_count() or 1
-    if load > _BUSY_LOAD_PER_CORE * cores:
-        say(f"this machine is busy (load {load:.1f} on {cores} cores): latencies will spread")
-    return round(load, 2)
+    if foreign is not None and foreign > _BUSY_FRACTION * cores:
+        say(
+            f"other processes kept {foreign:.1f} of {cores} cores busy meanwhile: these latencies "
+            "spread"
+        )

@@ -42,8 +42,3 @@ class BenchConfig:
         require_at_least("min_rounds", self.min_rounds, 3)
         require_positive("min_sample_ms", self.min_sample_ms)
         require_at_least("seed", self.seed, 0)
-
-    @classmethod
-    def quick(cls) -> "BenchConfig":
-        """For a demonstration: a sixth of the time, and wider intervals."""
-        return cls(seconds=0.4, min_rounds=7, min_sample_ms=2.0)

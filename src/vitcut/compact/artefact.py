@@ -3,12 +3,8 @@
 Building the module that the tensors belong to is left to ``model.py``.
 """
 
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,21 @@ from safetensors.torch import save_file
 
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
-from vitcut.files import read_json, sha256_file, sha256_json, write_json, write_text
+from vitcut.files import (
+    atomic_folder,
+    atomic_path,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from vitcut.shapes import Tensor
 
 FORMAT_VERSION = 1
 CONFIG, TENSORS, CIRCUIT, CARD = "config.json", "model.safetensors", "circuit.json", "README.md"
+_HASH = "config_sha256"
+_UNHASHED = {"format_version", "model_sha256"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -60,23 +66,21 @@ def save_folder(
     """Write a model directory; it appears as a whole or not at all.
 
     Raises:
-        ArtefactError: ``folder`` exists and is no model directory, or the circuit is missing.
+        ArtefactError: ``folder`` exists and is no model directory, the circuit is missing, or the
+            tensors cannot be written.
     """
     if folder.exists() and not (folder / CONFIG).is_file() and any(_children(folder)):
         raise ArtefactError(f"{folder} exists and is no model directory: choose another --out")
     circuit_text = _read_circuit(circuit)
-    with _atomic_folder(folder) as temporary:
-        plan = model.plan.to_dict()
-        tensors = {name: tensor.detach().contiguous() for name, tensor in model.tensors.items()}
-        metadata = {"format": "pt", "plan_sha256": sha256_json(plan)}
-        save_file(tensors, temporary / TENSORS, metadata=metadata)
+    with atomic_folder(folder) as temporary:
+        described = {**asdict(model.info), "plan": model.plan.to_dict()}
+        _write_tensors(temporary / TENSORS, model.tensors, config_sha256=sha256_json(described))
         write_json(
             temporary / CONFIG,
             {
                 "format_version": FORMAT_VERSION,
-                **asdict(model.info),
                 "model_sha256": sha256_file(temporary / TENSORS),
-                "plan": plan,
+                **described,
             },
         )
         if circuit_text is not None:
@@ -103,8 +107,10 @@ def load_folder(folder: Path) -> StoredModel:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"{path} is not readable: {error}") from None
-    if sha256_json(config.get("plan")) != metadata.get("plan_sha256"):
-        raise ArtefactError(f"{folder / CONFIG} was altered: its plan is not that of {TENSORS}")
+    if _hash_of(config) != metadata.get(_HASH):
+        raise ArtefactError(
+            f"{folder / CONFIG} was altered: it is not the one that {TENSORS} was saved with"
+        )
     return StoredModel(
         plan=Plan.from_dict(config["plan"]), info=_read_info(config), tensors=tensors
     )
@@ -171,6 +177,27 @@ def _read_circuit(circuit: Path | str | None) -> str | None:
         raise ArtefactError(f"cannot read the circuit {circuit}: {error}") from None
 
 
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], *, config_sha256: str) -> None:
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        # One key of metadata: safetensors writes several in random order.
+        with atomic_path(path) as temporary:
+            save_file(plain, temporary, metadata={_HASH: config_sha256})
+    except SafetensorError as error:
+        raise ArtefactError(
+            f"cannot write {path.name} into {path.parent.parent}: {error}; is the disk full?"
+        ) from None
+
+
+def _hash_of(config: dict[str, Any]) -> str | None:
+    """The hash of plan and info; None where they hold what JSON has no word for, such as NaN."""
+    described = {key: config[key] for key in config.keys() - _UNHASHED}
+    try:
+        return sha256_json(described)
+    except ValueError:
+        return None
+
+
 def _read_info(config: dict[str, Any]) -> ModelInfo:
     values: dict[str, Any] = {}
     for item in fields(ModelInfo):
@@ -185,28 +212,3 @@ def _children(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
     return list(folder.iterdir())
-
-
-@contextmanager
-def _atomic_folder(folder: Path) -> Generator[Path]:
-    """Yield a temporary sibling that takes the name of ``folder`` when the block succeeds.
-
-    A directory cannot be replaced in one step: after a kill between the two renames the earlier
-    one lies beside its place, under a name that ends in ``.old``.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    earlier = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            folder.replace(earlier)
-        temporary.replace(folder)
-    except BaseException:
-        if earlier.exists() and not folder.exists():
-            earlier.replace(folder)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)

@@ -41,18 +41,9 @@ def describe(plan: Plan) -> tuple[PlanRow, ...]:
     return (*rows, _row("classifier", macs=shape.width * shape.num_classes, streams=1))
 
 
-def dense_macs(shape: ViTShape, *, class_only_last_block: bool = False) -> int:
-    """Multiply-accumulates per image of the untouched model.
-
-    Args:
-        shape: The sizes of the model.
-        class_only_last_block: Whether the last block computes only the rows that the classifier
-            reads, which is exact and free.
-    """
-    query_rows = [shape.num_tokens] * shape.num_layers
-    if class_only_last_block:
-        query_rows[-1] = 1
-    blocks = sum(_dense_block_macs(shape, rows) for rows in query_rows)
+def dense_macs(shape: ViTShape) -> int:
+    """Multiply-accumulates per image of the untouched model."""
+    blocks = shape.num_layers * _dense_block_macs(shape)
     return _embed_macs(shape) + blocks + shape.width * shape.num_classes
 
 
@@ -100,10 +91,9 @@ def _mlp_macs(shape: ViTShape, plan: MlpPlan) -> int:
     return 2 * shape.num_rows(plan.stream.rows) * shape.width * plan.hidden
 
 
-def _dense_block_macs(shape: ViTShape, query_rows: int) -> int:
+def _dense_block_macs(shape: ViTShape) -> int:
     heads_width = shape.num_heads * shape.head_dim
-    keys_and_values = 2 * shape.num_tokens * shape.width * heads_width
-    queries_and_output = 2 * query_rows * shape.width * heads_width
-    attention = 2 * query_rows * shape.num_tokens * heads_width
-    mlp = 2 * query_rows * shape.width * shape.hidden
-    return keys_and_values + queries_and_output + attention + mlp
+    projections = 4 * shape.width * heads_width
+    attention = 2 * shape.num_tokens * heads_width
+    mlp = 2 * shape.width * shape.hidden
+    return shape.num_tokens * (projections + attention + mlp)

@@ -36,6 +36,13 @@ def compile_circuit(
         CircuitError: The circuit does not fit the model, or its cut edges carry no constants.
     """
     draft = draft_circuit(shape_of(weights), circuit)
-    model = CompactViT(draft.plan).to(dtype)
-    model.load_state_dict(fold(draft, weights, circuit, ablated))
+    with torch.device("meta"):
+        model = CompactViT(draft.plan)
+    tensors = fold(draft, weights, circuit, ablated)
+    model.load_state_dict({name: _own(t, dtype) for name, t in tensors.items()}, assign=True)
     return model.eval()
+
+
+def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy, which training the compact model may change."""
+    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)

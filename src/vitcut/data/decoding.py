@@ -13,6 +13,9 @@ from vitcut.errors import DataError
 _MAX_PIXELS = 89_478_485
 """Pillow warns from here on, and refuses at twice as many; here a warning is an error."""
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+"""Pillow's plugins that may run; left alone, it starts Ghostscript for an x.jpg that is EPS."""
+
 _PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
@@ -29,10 +32,11 @@ def decode(content: bytes, image_size: int) -> NDArray[np.uint8]:
         uint8, shape [image_size, image_size, 3].
 
     Raises:
-        DataError: The bytes are no image that Pillow reads, or not one of 8 bits per channel.
+        DataError: The bytes are no JPEG, PNG, WebP, BMP, GIF, PPM, PGM or TIFF that Pillow reads,
+            or not one of 8 bits per channel.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, a decompression bomb")
             return np.asarray(_fit(_rgb(image), image_size))

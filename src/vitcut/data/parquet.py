@@ -20,6 +20,8 @@ from vitcut.files import sha256_file, sha256_json
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class")
 _VALIDATION_WORDS = {"val", "valid", "validation"}
+_SPLIT_WORDS = _VALIDATION_WORDS | {"train", "test", "partial"}
+"""What folders are called that tell splits apart, not configurations."""
 _EXPECTED = "rows with an image (struct of bytes and path) and a label, of two classes or more"
 
 
@@ -35,8 +37,10 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> Source:
         location: The source, for messages.
 
     Raises:
-        DataError: A file is damaged, or has no image or label column.
+        DataError: A file is damaged, has no image or label column, or the files belong to several
+            configurations of a dataset, which may hold the same images.
     """
+    _require_one_configuration(files, root=root, location=location)
     tables = [_Table(path, path.relative_to(root).as_posix()) for path in _wanted(files, root)]
     rows: dict[str, tuple[_Table, int]] = {}
     records: list[Record] = []
@@ -82,10 +86,7 @@ class _Table:
         with _reading(self.path), pq.ParquetFile(self.path) as file:
             labels = file.read(columns=[self._label]).column(0).to_pylist()
         names = self._label_names
-        bad = sum(
-            label is None or label == -1 or (names is not None and label >= len(names))
-            for label in labels
-        )
+        bad = sum(not _is_known(label, names) for label in labels)
         if bad:
             raise DataError(
                 f"{self.path}: {bad} of {len(labels)} rows have no known label in column "
@@ -115,6 +116,25 @@ def _reading(path: Path) -> Generator[None]:
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not a whole parquet file: {reason}") from None
+
+
+def _require_one_configuration(files: list[Path], *, root: Path, location: str) -> None:
+    """Configurations differ in their folders, once those that are called after a split are gone."""
+    names = {_configuration(path.relative_to(root).parent) for path in files}
+    if len(names) > 1:
+        raise DataError(
+            f"{location} holds files of {len(names)} configurations, {', '.join(sorted(names))}: "
+            "expected one; download a .parquet file of the one you mean and give its path"
+        )
+
+
+def _configuration(folder: Path) -> str:
+    return Path(*(part for part in folder.parts if not _names_split(part))).as_posix()
+
+
+def _names_split(part: str) -> bool:
+    words = _words(part) - {""}
+    return bool(words) and words <= _SPLIT_WORDS
 
 
 def _wanted(files: list[Path], root: Path) -> list[Path]:
@@ -153,6 +173,12 @@ def _image_column(schema: pa.Schema, path: Path) -> str:
         f"{path} has no image column among {', '.join(schema.names)}: expected a struct with "
         "field 'bytes'"
     )
+
+
+def _is_known(label: Any, names: list[str] | None) -> bool:
+    if names is None:
+        return label is not None and label != -1
+    return isinstance(label, int) and 0 <= label < len(names)
 
 
 def _label_column(schema: pa.Schema, path: Path) -> str:

@@ -6,11 +6,8 @@ Which images a task needs is left to `images`.
 
 import os
 import shutil
-import tempfile
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -33,12 +30,11 @@ from vitcut.data.records import Source
 from vitcut.data.settings import DataConfig
 from vitcut.data.sources import open_source
 from vitcut.errors import DataError
-from vitcut.files import cache_dir
+from vitcut.files import atomic_folder, cache_dir
 from vitcut.progress import Meter, say
 
 _BLOCK_IMAGES = 512
 _MAX_THREADS = 8
-_ABANDONED_AFTER_S = 3600
 
 
 def prepare(config: DataConfig) -> PreparedData:
@@ -68,14 +64,21 @@ def prepare(config: DataConfig) -> PreparedData:
 
 def _build(source: Source, folder: Path, config: DataConfig) -> None:
     size = config.image_size
-    needed = len(source.records) * size * size * 3
-    with _temporary_sibling(folder, needed_bytes=needed) as part:
-        with (part / IMAGES_FILE).open("wb") as stream:
-            bad = _write_images(stream, source, size)
-        skipped = {source.records[row].path: reason for row, reason in bad.items()}
-        kept = [record for row, record in enumerate(source.records) if row not in bad]
-        _refuse_bad_images(skipped, len(kept), config)
-        write_index(part, source, kept=kept, image_size=size, skipped=skipped)
+    try:
+        # Equal keys hold equal content: where another process was faster, its folder stays.
+        with atomic_folder(folder, replace=False) as part:
+            _require_space(folder.parent, len(source.records) * size * size * 3)
+            with (part / IMAGES_FILE).open("wb") as stream:
+                bad = _write_images(stream, source, size)
+            skipped = {source.records[row].path: reason for row, reason in bad.items()}
+            kept = [record for row, record in enumerate(source.records) if row not in bad]
+            _refuse_bad_images(skipped, len(kept), config)
+            write_index(part, source, kept=kept, image_size=size, skipped=skipped)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the decoded images into {folder.parent} ({error}): free some space, or "
+            "set VITCUT_CACHE to a folder that can be written"
+        ) from None
 
 
 def _write_images(stream: BinaryIO, source: Source, size: int) -> dict[int, str]:
@@ -127,27 +130,6 @@ def _bad_images(bad: dict[str, str], good: int) -> str:
     return f"{len(bad)} of {good + len(bad)} images do not decode: {listed}"
 
 
-@contextmanager
-def _temporary_sibling(folder: Path, *, needed_bytes: int) -> Generator[Path]:
-    """Yield a new folder that takes the name ``folder`` when the block succeeds."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
-        _require_space(folder.parent, needed_bytes)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-        try:
-            yield part
-            part.chmod(0o755)
-            _take_name(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the decoded images into {folder.parent} ({error}): free some space, or "
-            "set VITCUT_CACHE to a folder that can be written"
-        ) from None
-
-
 def _require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -155,21 +137,3 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
             f"{folder} has {free / 2**30:.2f} GiB left, expected {needed_bytes / 2**30:.2f} GiB "
             "for the decoded images: free some, or set VITCUT_CACHE"
         )
-
-
-def _take_name(part: Path, folder: Path) -> None:
-    try:
-        part.rename(folder)
-    except OSError:
-        # Another process was faster; equal keys hold equal content.
-        if not folder.is_dir():
-            raise
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed runs left; a folder that still grows belongs to a living one."""
-    for part in folder.parent.glob(f".{folder.name}.*.part"):
-        images = part / IMAGES_FILE
-        touched = (images if images.exists() else part).stat().st_mtime
-        if time.time() - touched > _ABANDONED_AFTER_S:
-            shutil.rmtree(part, ignore_errors=True)

@@ -188,7 +188,7 @@ def _wrap(
         )
     for value in std:
         require_positive("std", value)
-    own = deepcopy(module).cpu().eval()
+    own = deepcopy(module).float().cpu().eval()
     weights = read_model(own)
     if not len(mean) == len(std) == weights.channels:
         raise ConfigError(

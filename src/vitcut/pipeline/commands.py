@@ -1,5 +1,6 @@
 """The verbs of the command line that work on run directories; `run` and `demo` stand in ``run``."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,52 @@ from vitcut.errors import ArtefactError, ConfigError
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, point_name
 from vitcut.pipeline.run import require_whole_patches, save_results, train_dense
-from vitcut.pipeline.stages import measure
-from vitcut.pipeline.subject import ORIGIN_FILE, OWN_MODEL, Origin
+from vitcut.pipeline.stages import CLASS_ONLY, class_only, measure
+from vitcut.pipeline.subject import ORIGIN_FILE, Origin
 from vitcut.progress import say
 from vitcut.results import Point, Results
-from vitcut.task import load_task
+from vitcut.task import load_task, shipped_tasks
 from vitcut.training.settings import TrainConfig
 from vitcut.vits.settings import VitConfig
 
+SHIPPED_MODEL = "animals"
 
-def resolve_origin(model: str, task: str | None, data: DataConfig) -> Origin:
-    """What to work on; a run directory as model brings its own task and data along.
+
+def resolve_origin(
+    model: str | None, task: str | None, data: DataConfig, *, base: Origin | None = None
+) -> Origin:
+    """What to work on: what was typed, and for the rest what a run directory brings along.
+
+    Args:
+        model: A run directory takes the place of ``base``; None is the model of ``base``, or the
+            shipped one where there is no base.
+        task: None is the task of the base, or the shipped one of the shipped model's name.
+        data: The source and its flags; no source is the one of the base.
+        base: The origin of the run directory at hand.
 
     Raises:
         TaskError: There is no such task.
         ConfigError: No task was given and the model does not bring one.
     """
-    folder = Path(model)
-    earlier = Origin.load(folder) if (folder / ORIGIN_FILE).exists() else None
-    if earlier is None:
-        if task is None:
-            raise ConfigError(f"model {model!r} brings no task along: give --task")
-        where = str(folder.resolve()) if folder.exists() else model
-        return Origin(model=where, task=load_task(task), data=data)
-    chosen = earlier.task if task is None else load_task(task)
-    source = earlier.data.source if data.source is None else data.source
-    return replace(earlier, task=chosen, data=replace(earlier.data, source=source))
+    if model is not None:
+        folder = Path(model)
+        base = Origin.load(folder) if (folder / ORIGIN_FILE).exists() else None
+    if base is None:
+        return _fresh_origin(model or SHIPPED_MODEL, task, data)
+    kept = replace(base.data, skip_bad_images=base.data.skip_bad_images or data.skip_bad_images)
+    return Origin(
+        model=base.model,
+        task=base.task if task is None else load_task(task),
+        data=kept if data.source is None else replace(kept, source=data.source),
+    )
+
+
+def _fresh_origin(model: str, task: str | None, data: DataConfig) -> Origin:
+    if task is None and model not in shipped_tasks():
+        raise ConfigError(f"model {model!r} brings no task along: give --task")
+    shipped = model == SHIPPED_MODEL
+    where = str(Path(model).resolve()) if Path(model).exists() and not shipped else model
+    return Origin(model=where, task=load_task(task or model), data=data)
 
 
 def train_command(
@@ -58,23 +79,24 @@ def train_command(
     require_whole_patches(vit, data.image_size)
     images = load_images(data, loaded)
     folder.claim()
-    Origin(model=OWN_MODEL, task=loaded, data=data).save(out)
+    Origin.own(images, data).claim(out)
     train_dense(images, vit, config, folder)
     return folder.dense
 
 
 def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circuit:
     """Find one circuit into ``out/points/NAME``."""
-    folder = RunFolder(out, {**_plain_origin(origin), "discover": as_plain(config)})
+    settings = {**_plain_origin(origin), "discover": as_plain(config)}
+    # Every tau and ablation has a point of its own, so one directory may hold several.
+    folder = RunFolder(out, settings, free=("discover.tau", "discover.ablation"))
     name = point_name(config.method, config.ablation, config.tau)
     path = folder.point(name) / CIRCUIT_FILE
-    if path.exists():
-        say(f"{path} is there: nothing to do")
-        return Circuit.load(path)
     subject = origin.load_subject()
     subject.images.calibration(config.images, seed=config.seed)
     folder.claim()
-    origin.save(out)
+    origin.of_images(subject.images).claim(out)
+    if path.exists():
+        say(f"{path} is there: nothing to do")
     [(_, circuit)] = PointMaker(subject, folder, CutConfig()).find(config, [config.tau])
     return circuit
 
@@ -119,11 +141,10 @@ def cut_command(
         return Results.load(folder.results)
     subject = origin.load_subject()
     folder.claim()
-    origin.save(out)
-    maker = PointMaker(subject, folder, config)
-    name = point_name(circuit.method, circuit.ablation, circuit.tau)
-    points = {name: maker.cut(name, circuit, into=out)}
-    results = measure(subject, points, bench)
+    origin.of_images(subject.images).claim(out)
+    name = point_name(circuit.method, circuit.discovered_under, circuit.tau)
+    point = PointMaker(subject, folder, config).cut(name, circuit, into=out)
+    results = measure(subject, {CLASS_ONLY: class_only(subject), name: point}, bench)
     save_results(results, out)
     return results
 
@@ -137,13 +158,18 @@ def bench_command(path: Path, config: BenchConfig, out: Path) -> Results:
     origin = Origin.load(path)
     earlier = Results.load(path / "results.json")
     folder = RunFolder(out, {"run": str(path.resolve()), "bench": as_plain(config)})
-    points: dict[str, tuple[Point, nn.Module]] = {
-        point.name: (point, CompactViT.from_pretrained(path / point.model))
-        for point in earlier.points
-        if point.model is not None
-    }
     subject = origin.load_subject()
+    points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: class_only(subject)}
+    for point in earlier.points:
+        if point.model is not None and point.circuit is not None:
+            moved = replace(
+                point,
+                model=os.path.relpath(path / point.model, out),
+                circuit=os.path.relpath(path / point.circuit, out),
+            )
+            points[point.name] = moved, CompactViT.from_pretrained(path / point.model)
     folder.claim()
+    origin.of_images(subject.images).claim(out)
     results = measure(subject, points, config)
     results.save(folder.results)
     return results

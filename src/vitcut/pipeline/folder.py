@@ -11,21 +11,37 @@ import yaml
 from vitcut.errors import ArtefactError
 from vitcut.files import write_text
 
+_WRITTEN_FIRST = {"config.yaml", "origin.json", "training.json"}
+"""What stands there before any work is done: settings that proved wrong may be mended."""
+
+_WITHOUT_EFFECT = ("discover.memory_gib", "discover.precision")
+"""Settings that change no result: a run may be continued with others."""
+
 
 class RunFolder:
     """The files of one run: checked first, claimed when there is something to write."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:
         """Look at a folder for a run of these settings; nothing is written.
+
+        Args:
+            path: The folder; it need not exist.
+            settings: Everything that the run's files depend on.
+            free: Keys that may differ from those of an earlier run in the folder.
 
         Raises:
             ArtefactError: It holds something else, or a run of other settings.
         """
         self.path = path
         self._settings = settings
+        self._free = {*free, *_WITHOUT_EFFECT}
+        names = {item.name for item in path.iterdir()} if path.is_dir() else set[str]()
+        found = {name for name in names if not name.endswith(".part")}
+        self._begun = bool(found - _WRITTEN_FIRST)
         if self.config.exists():
-            self._require_same()
-        elif self.path.is_file() or (self.path.exists() and any(self.path.iterdir())):
+            if self._begun:
+                self._require_same()
+        elif self.path.is_file() or found:
             raise ArtefactError(
                 f"{self.path} is not empty and no run of vitcut: choose another --out"
             )
@@ -51,7 +67,7 @@ class RunFolder:
 
     def claim(self) -> None:
         """Write the settings down; from now on the folder is this run's."""
-        if not self.config.exists():
+        if not self._begun or not self.config.exists():
             write_text(self.config, yaml.safe_dump(self._settings, sort_keys=False))
 
     def _require_same(self) -> None:
@@ -63,6 +79,8 @@ class RunFolder:
         if not isinstance(earlier, dict):
             raise ArtefactError(f"{self.config} is no run's settings: choose another --out")
         for key, (was, now) in _differences(earlier, self._settings).items():
+            if key in self._free:
+                continue
             raise ArtefactError(
                 f"{self.path} holds a run of other settings: {key} was {was!r}, now {now!r}; "
                 "choose another --out"

@@ -30,6 +30,12 @@ def point_name(method: str, ablation: Ablation, tau: float | None) -> str:
     return f"{method}-{ablation}" + ("" if tau is None else f"-{tau:g}")
 
 
+def _seconds(circuit: Circuit, cutting: float) -> float | None:
+    """What finding and cutting took; None where the search was resumed or is not known."""
+    finding = circuit.provenance.get("seconds")
+    return None if finding is None else round(finding + cutting, 2)
+
+
 class PointMaker:
     """Finds and cuts the circuits of one run directory."""
 
@@ -58,13 +64,13 @@ class PointMaker:
         record, model_folder = into / _RECORD_FILE, into / MODEL_FOLDER
         if record.exists():
             return Results.load(record).points[0], CompactViT.from_pretrained(model_folder)
-        start = time.perf_counter()
-        cut = cut_circuit(self._subject, circuit, self._cut, table=self._table)
+        table, start = self._table, time.perf_counter()
+        cut = cut_circuit(self._subject, circuit, self._cut, table=table)
         cut.model.save_pretrained(model_folder, circuit=json.dumps(cut.circuit.to_dict(), indent=1))
         point = cut_point(
             name,
             cut,
-            seconds=round(time.perf_counter() - start, 2),
+            seconds=_seconds(circuit, time.perf_counter() - start),
             circuit=self._relative(model_folder / CIRCUIT_FILE),
             model=self._relative(model_folder),
         )

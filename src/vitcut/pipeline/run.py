@@ -12,8 +12,8 @@ from vitcut.pipeline.cards import compact_card, dense_card
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import PointMaker
 from vitcut.pipeline.settings import RunConfig
-from vitcut.pipeline.stages import CLASS_ONLY, measure
-from vitcut.pipeline.subject import OWN_MODEL, Origin, Subject
+from vitcut.pipeline.stages import CLASS_ONLY, class_only, measure
+from vitcut.pipeline.subject import Origin, Subject
 from vitcut.progress import say
 from vitcut.results import Results
 from vitcut.task import load_task
@@ -44,14 +44,15 @@ def run(config: RunConfig, out: Path) -> Results:
     # What does not fit the images is refused before the folder is claimed and a model trained.
     images.calibration(config.discover.images, seed=config.discover.seed)
     folder.claim()
-    Origin(model=OWN_MODEL, task=task, data=config.data).save(out)
+    Origin.own(images, config.data).claim(out)
     train_dense(images, config.vit, config.train, folder)
     subject = Subject.of(load_model(str(folder.dense)), images)
     maker = PointMaker(subject, folder, config.cut)
-    circuits = {CLASS_ONLY: Circuit.full(subject.weights.graph, ablation=config.cut.ablation)}
+    circuits: dict[str, Circuit] = {}
     for ablation in config.ablations:
         circuits |= maker.find(replace(config.discover, ablation=ablation), config.taus)
     points = {name: maker.cut(name, circuit) for name, circuit in circuits.items()}
+    points = {CLASS_ONLY: class_only(subject), **points}
     results = measure(subject, points, config.bench)
     save_results(results, folder.path)
     return results

@@ -13,7 +13,7 @@ from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
-from vitcut.results import Results
+from vitcut.results import Point, Results
 
 
 def show(path: Path) -> None:
@@ -36,6 +36,28 @@ def show(path: Path) -> None:
         raise ArtefactError(
             f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
         )
+
+
+def report(results: Results) -> None:
+    """Print what a command measured: the table, and per point the proof and the KLs of the cut."""
+    print_table(point_table(results))
+    console = Console(soft_wrap=True, highlight=False)
+    for point in results.points:
+        if point.max_abs_diff is not None:
+            line = f"{point.name}: compact == masked, largest difference {point.max_abs_diff:.2g}"
+            console.print(line + _kls(point))
+
+
+def _kls(point: Point) -> str:
+    """KL on the search's images, then and as cut: one under resample says little of the cut."""
+    searched = (point.faithfulness or {}).get("discovery")
+    if point.faithfulness is None or searched is None:
+        return ""
+    cut = point.faithfulness["cut"]
+    return (
+        f"; KL on the search's images {searched['kl']:.3f} under {searched['ablation']}, "
+        f"{cut['kl']:.3f} as cut ({cut['ablation']})"
+    )
 
 
 def print_circuit(circuit: Circuit) -> None:
@@ -71,9 +93,11 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
     )
     found = circuit.provenance
     if "kl" in found:
+        took = "" if found["seconds"] is None else f", {found['seconds']} s"
         yield (
-            f"KL {found['kl']:.4f} nats on {found['pairs']} pairs; {found['node_evaluations']} "
-            f"node evaluations, {found['oracle_calls']} oracle calls, {found['seconds']} s"
+            f"searched under {circuit.discovered_under} ablation: KL {found['kl']:.4f} nats on "
+            f"{found['pairs']} pairs; {found['node_evaluations']} node evaluations, "
+            f"{found['oracle_calls']} oracle calls{took}"
         )
 
 

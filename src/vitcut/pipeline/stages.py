@@ -26,12 +26,15 @@ from vitcut.compiler.verify import Exactness, verify
 from vitcut.config import as_plain
 from vitcut.data.images import ImageSet
 from vitcut.data.pairs import make_pairs
+from vitcut.data.stratified import choose_evenly
 from vitcut.discovery.acdc import Search, acdc, build_cache
 from vitcut.discovery.settings import DiscoverConfig
+from vitcut.errors import CircuitError
 from vitcut.intervention.ablation import fixed_table
 from vitcut.intervention.oracle import Examples, Oracle
 from vitcut.names import Ablation
 from vitcut.pipeline.subject import Subject
+from vitcut.progress import track
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
 from vitcut.shapes import Float, Tensor
@@ -90,7 +93,8 @@ class Discovery:
             "pairs": len(self._oracle.examples.clean),
             "node_evaluations": search.node_evaluations,
             "oracle_calls": search.oracle_calls,
-            "seconds": round(search.seconds, 2),
+            "precision": search.precision,
+            "seconds": None if search.seconds is None else round(search.seconds, 2),
         }
         circuit = Circuit(
             graph=weights.graph,
@@ -125,7 +129,7 @@ def ablation_table(
     starts = range(0, len(images), _TABLE_BATCH)
     batches = (
         subject.normalise(images.read(range(i, min(i + _TABLE_BATCH, len(images))))).double()
-        for i in starts
+        for i in track(starts, "averaging activations", len(starts), unit="batches")
     )
     return fixed_table(ablation, subject.weights.to(torch.float64), batches)
 
@@ -149,12 +153,15 @@ def cut_circuit(
         CircuitError: The circuit is of another model.
         ExactnessError: The compact model does not compute the masked one.
     """
+    _require_same_weights(subject, circuit)
     if table is None:
         table = ablation_table(subject, config.ablation, config)
     final = circuit.with_ablation(config.ablation)
     model = compile_circuit(subject.weights, final, table)
     model.info = _model_info(subject)
-    pixels = subject.normalise(subject.images.tuning.read(_first(subject, config.verify_images)))
+    tuning = subject.images.tuning
+    chosen = choose_evenly(tuning.labels, min(config.verify_images, len(tuning)), seed=config.seed)
+    pixels = subject.normalise(tuning.read(chosen))
     exactness = verify(model, subject.weights, final, table, pixels)
     return Cut(
         model=model,
@@ -212,13 +219,27 @@ def dense_point(subject: Subject) -> Point:
     )
 
 
-def cut_point(name: str, cut: Cut, *, seconds: float, circuit: str, model: str) -> Point:
+def class_only(subject: Subject) -> tuple[Point, CompactViT]:
+    """The second baseline of every cut: the uncut circuit, compiled; it is not saved."""
+    circuit = Circuit.full(subject.weights.graph, ablation="zero")
+    cut = cut_circuit(subject, circuit, CutConfig(ablation="zero"))
+    return cut_point(CLASS_ONLY, cut), cut.model
+
+
+def cut_point(
+    name: str,
+    cut: Cut,
+    *,
+    seconds: float | None = None,
+    circuit: str | None = None,
+    model: str | None = None,
+) -> Point:
     """What is known of a cut model before it is measured.
 
     Args:
         name: Of the point.
         cut: The compact model and its circuit.
-        seconds: That cutting it took.
+        seconds: That finding and cutting it took.
         circuit: Path of the circuit, relative to the results file.
         model: Path of the model directory, relative to the results file.
     """
@@ -286,13 +307,18 @@ def _faithfulness(
     dense = _evaluated(subject, subject.model.model, images)
     kl = _evaluated(subject, model, images, dense).kl
     return {
-        "discovery": {"ablation": found.ablation, "kl": found.provenance["kl"]},
+        "discovery": {"ablation": found.discovered_under, "kl": found.provenance["kl"]},
         "cut": {"ablation": final.ablation, "kl": kl},
     }
 
 
-def _first(subject: Subject, count: int) -> range:
-    return range(min(count, len(subject.images.tuning)))
+def _require_same_weights(subject: Subject, circuit: Circuit) -> None:
+    found, own = circuit.provenance.get("weight_hash"), subject.model.weight_hash
+    if found not in {None, own}:
+        raise CircuitError(
+            f"the circuit was found in a model whose weights hash to {str(found)[:12]}, those of "
+            f"{subject.model.name!r} hash to {own[:12]}: use the model that it was found in"
+        )
 
 
 def _model_info(subject: Subject) -> ModelInfo:

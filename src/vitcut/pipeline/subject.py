@@ -33,11 +33,38 @@ class Origin:
     """As `load_model` takes it, or `OWN_MODEL`; paths are absolute."""
     task: Task
     data: DataConfig
+    images_fingerprint: str | None = None
+    """Of the images, their splits and the task; None until they were loaded."""
 
-    def save(self, folder: Path) -> None:
-        """Write ``origin.json`` into a run directory."""
-        content = {"model": self.model, "task": self.task.to_dict(), "data": as_plain(self.data)}
-        write_json(folder / ORIGIN_FILE, {"format_version": _ORIGIN_VERSION, **content})
+    @classmethod
+    def own(cls, images: TaskImages, data: DataConfig) -> "Origin":
+        """The origin of a run that trains its own model."""
+        fingerprint = images.fingerprint
+        return cls(model=OWN_MODEL, task=images.task, data=data, images_fingerprint=fingerprint)
+
+    def of_images(self, images: TaskImages) -> "Origin":
+        """This origin, once its images were loaded."""
+        return replace(self, images_fingerprint=images.fingerprint)
+
+    def claim(self, folder: Path) -> None:
+        """Write ``origin.json`` into a run directory, or check that it says the same.
+
+        Raises:
+            ArtefactError: The images or the label file changed since the run was begun.
+        """
+        path = folder / ORIGIN_FILE
+        if path.exists() and Origin.load(folder).images_fingerprint != self.images_fingerprint:
+            raise ArtefactError(
+                f"{folder} was begun with other images or another label file (their hash is not "
+                f"the one in {ORIGIN_FILE}): choose another --out"
+            )
+        content = {
+            "model": self.model,
+            "task": self.task.to_dict(),
+            "data": as_plain(self.data),
+            "images_fingerprint": self.images_fingerprint,
+        }
+        write_json(path, {"format_version": _ORIGIN_VERSION, **content})
 
     @classmethod
     def load(cls, folder: Path) -> "Origin":
@@ -52,7 +79,12 @@ class Origin:
             task = parse_task(json.dumps(content["task"]), origin=str(path))
             own = content["model"] == OWN_MODEL
             model = str(folder.resolve()) if own else content["model"]
-            return cls(model=model, task=task, data=DataConfig(**content["data"]))
+            return cls(
+                model=model,
+                task=task,
+                data=DataConfig(**content["data"]),
+                images_fingerprint=content["images_fingerprint"],
+            )
         except (KeyError, TypeError, TaskError, ConfigError) as error:
             raise ArtefactError(f"{path} is damaged: {error!r}") from None
 

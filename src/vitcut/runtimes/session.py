@@ -90,7 +90,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 
 def require_parity(
-    got: Float[Tensor, "batch classes"],
+    got: Float[Tensor, "..."],
     expected: Float[Tensor, "batch classes"],
     *,
     runtime: RuntimeName,

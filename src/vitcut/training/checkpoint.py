@@ -100,10 +100,17 @@ class TrainingFolder:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and JSON values into one safetensors file, atomically."""
+    """Write tensors and JSON values into one safetensors file, atomically.
+
+    Raises:
+        ArtefactError: The file cannot be written.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={"vitcut": json.dumps(facts)})
+    try:
+        with atomic_path(path) as temporary:
+            save_file(plain, temporary, metadata={"vitcut": json.dumps(facts)})
+    except SafetensorError as error:
+        raise ArtefactError(f"cannot write {path}: {error}; is the disk full?") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,9 +5,6 @@ What a loaded model's parts are called is left to the adapters, cutting it to th
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,15 +19,15 @@ from timm.models import save_for_hf
 from torch import nn
 
 from vitcut.errors import ModelError
-from vitcut.files import sha256_file, write_json, write_text
+from vitcut.files import atomic_folder, sha256_file, write_json, write_text
 
 _FORMAT_VERSION = 1
 _SHIPPED = ("animals",)
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, SafetensorError,
-    HfHubHTTPError,
+    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError,
+    SafetensorError, HfHubHTTPError,
 )  # fmt: skip
 """What timm and its readers raise for weights or settings that do not fit."""
 
@@ -86,7 +83,7 @@ def save_dense(model: nn.Module, folder: Path, *, card: DenseCard) -> None:
         folder: Where ``config.json``, ``model.safetensors`` and ``README.md`` go.
         card: What to say beside the weights.
     """
-    with _replaced_folder(folder) as fresh:
+    with atomic_folder(folder) as fresh:
         save_for_hf(
             model,
             str(fresh),
@@ -121,7 +118,8 @@ def load_model(spec: str) -> LoadedModel:
     """Load a dense model.
 
     Args:
-        spec: A shipped model's name ("animals"), a timm local directory, a run directory (its
+        spec: A shipped model's name ("animals", whatever lies in the working directory: a folder
+            of that name is ``./animals``), a timm local directory, a run directory (its
             ``dense/`` is taken), or ``timm:NAME``, ``hf-hub:REPOSITORY``, ``local-dir:FOLDER``.
 
     Raises:
@@ -145,7 +143,7 @@ def weight_hash(model: nn.Module) -> str:
 
 
 def _folder(spec: str) -> Path:
-    if spec in _SHIPPED and not Path(spec).exists():
+    if spec in _SHIPPED:
         return Path(str(resources.files("vitcut"))) / "assets" / spec
     path = Path(spec.removeprefix("local-dir:"))
     if not path.exists():
@@ -173,12 +171,18 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder / _CONFIG} names no architecture: expected a dense model that timm can build"
         )
-    _check_own(folder, config.get("vitcut", {}))
+    if "vitcut" in config:
+        _check_own(folder, config["vitcut"])
 
 
-def _check_own(folder: Path, own: dict[str, Any]) -> None:
+def _check_own(folder: Path, own: Any) -> None:
     """What only folders that vitcut wrote say of themselves."""
-    version = own.get("format_version", _FORMAT_VERSION)
+    version = own.get("format_version") if isinstance(own, dict) else None
+    if type(version) is not int:
+        raise ModelError(
+            f"{folder / _CONFIG} is damaged: its entry 'vitcut' has no format_version, expected "
+            "an integer: restore the file or train again"
+        )
     if version > _FORMAT_VERSION:
         raise ModelError(
             f"{folder} has format_version {version}, this vitcut reads up to {_FORMAT_VERSION}: "
@@ -221,6 +225,11 @@ def _labels(model: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]
     if not isinstance(ids, (list, tuple)):
         return None, None
     names = model.pretrained_cfg.get("label_descriptions") or {}
+    if not isinstance(names, dict):
+        raise ModelError(
+            f"the model's label_descriptions are a {type(names).__name__}, expected "
+            f"{{label: description}}: mend {_CONFIG}"
+        )
     return tuple(ids), tuple(str(names.get(class_id, class_id)) for class_id in ids)
 
 
@@ -231,16 +240,3 @@ def _refuse_not_finite(model: nn.Module, spec: str) -> None:
                 f"{spec!r} has weights that are not finite, in {name}: expected a whole, trained "
                 "model"
             )
-
-
-@contextmanager
-def _replaced_folder(folder: Path) -> Generator[Path]:
-    """Yield an empty folder that takes the name of ``folder`` when the block succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workspace:
-        fresh = Path(workspace) / "new"
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            folder.rename(Path(workspace) / "old")
-        fresh.rename(folder)

@@ -84,9 +84,18 @@ def _check_trunk(model: Any) -> None:
         _refuse("a ViT without position embedding")
     if model.dynamic_img_size:
         _refuse("dynamic_img_size")
+    _check_grid(model)
+
+
+def _check_grid(model: Any) -> None:
     height, width = model.patch_embed.img_size
     if height != width:
         _refuse(f"image size {height} x {width}, which is not square")
+    patch_height, patch_width = model.patch_embed.patch_size
+    if patch_height != patch_width:
+        _refuse(f"patch size {patch_height} x {patch_width}, which is not square")
+    if height % patch_height:
+        _refuse(f"image size {height}, which is no multiple of the patch size {patch_height}")
 
 
 def _read_block(block: Any) -> BlockWeights:
