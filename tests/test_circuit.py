@@ -78,7 +78,10 @@ def test_origin_comes_back_too(tmp_path):
         pytest.param(lambda c: c["kept"]["mlp.0"].append("embed"), id="an edge more"),
         pytest.param(lambda c: c["kept"]["classifier"].pop(), id="an edge less"),
         pytest.param(lambda c: c.update(ablation="zero"), id="other ablation"),
-        pytest.param(lambda c: c.update(fingerprint=None), id="no fingerprint"),
+        pytest.param(lambda c: c.update(tau=0.5), id="other tau"),
+        pytest.param(lambda c: c.update(task="flowers"), id="other task"),
+        pytest.param(lambda c: c["provenance"].update(kl=0.0), id="other KL"),
+        pytest.param(lambda c: c.update(sha256=None), id="no hash"),
     ],
 )
 def test_an_altered_file_is_refused(file, change):
@@ -236,10 +239,23 @@ def test_a_combination_says_what_it_was_made_of():
     assert (full | nothing).provenance == {"or": [full.fingerprint, nothing.fingerprint]}
 
 
-@pytest.mark.parametrize("other", [Circuit.full(SMALL), Circuit.full(GRAPH, ablation="zero")])
-def test_circuits_of_another_graph_or_ablation_are_not_combined(other):
-    with pytest.raises(CircuitError, match="same graph and ablation"):
+@pytest.mark.parametrize(
+    "other",
+    [
+        Circuit.full(SMALL),
+        Circuit.full(GRAPH, ablation="zero"),
+        _circuit(task="flowers"),
+        _circuit(provenance={"weight_hash": "abc"}),
+    ],
+    ids=["graph", "ablation", "task", "model"],
+)
+def test_circuits_of_another_model_task_or_ablation_are_not_combined(other):
+    with pytest.raises(CircuitError, match="one model, task and ablation"):
         _ = Circuit.full(GRAPH) & other
+
+
+@pytest.mark.parametrize("other", [Circuit.full(SMALL), Circuit.full(GRAPH, ablation="zero")])
+def test_circuits_of_another_graph_or_ablation_differ(other):
     assert Circuit.full(GRAPH) != other
 
 

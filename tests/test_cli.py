@@ -23,6 +23,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("x")
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "points").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("task: animals\ndata: {source: null}\n")
     (tmp_path / "bogus.yaml").write_text("task: drawn\nbogus: 3\n")
     (tmp_path / "list.yaml").write_text("- 1\n")

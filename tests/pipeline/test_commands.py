@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from vitcut.cli import main
 from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.errors import ArtefactError, ConfigError
+from vitcut.errors import ArtefactError, CircuitError, ConfigError
 from vitcut.pipeline.commands import (
     bench_command,
     cut_command,
@@ -69,7 +70,7 @@ def test_a_cut_by_itself_gives_the_model_of_the_run(finished, cut):
     ours = load_file(cut / "model" / "model.safetensors")
     runs = load_file(finished / "points" / "acdc-resample-0.03" / "model" / "model.safetensors")
     assert all(torch.equal(ours[key], runs[key]) for key in runs)
-    point = Results.load(cut / "results.json").points[0]
+    point = Results.load(cut / "results.json").points[-1]
     run_point = Results.load(finished / "results.json").points[1]
     assert (point.name, point.circuit, point.model) == (
         "acdc-resample-0.03",
@@ -120,6 +121,36 @@ def test_a_relative_model_is_found_from_everywhere(finished, monkeypatch):
     for model, given in (("finished", None), ("finished/dense", "task.yaml")):
         origin = resolve_origin(model, given, DATA)
         assert origin.model == str(finished.parent / model)
+
+
+def test_a_source_typed_for_a_cut_keeps_the_model_of_the_run(finished):
+    base = Origin.load(finished)
+    typed = DataConfig(source="elsewhere.zip", skip_bad_images=True)
+    origin = resolve_origin(None, None, typed, base=base)
+    assert (origin.model, origin.task) == (base.model, base.task)
+    assert (origin.data.source, origin.data.skip_bad_images) == ("elsewhere.zip", True)
+    assert origin.data.seed == base.data.seed
+
+
+def test_a_model_typed_for_a_cut_takes_the_place_of_the_runs(finished):
+    origin = resolve_origin("animals", None, DATA, base=Origin.load(finished))
+    assert (origin.model, origin.task.name) == ("animals", "animals")
+
+
+def test_a_circuit_of_other_weights_is_not_cut(finished, found, tmp_path):
+    circuit = Circuit.load(find_circuit(found, None))
+    foreign = replace(circuit, provenance={**circuit.provenance, "weight_hash": "f" * 64})
+    with pytest.raises(CircuitError, match="found in a model whose weights hash to ffffffffffff"):
+        cut_command(foreign, Origin.load(finished), CUT, BENCH, tmp_path / "cut")
+
+
+def test_a_directory_holds_the_circuits_of_several_taus(found, capsys):
+    flags = ["--tau", "0.2", "--images", "8", "--out", str(found)]
+    model = Origin.load(found).model
+    assert main(["discover", "--model", model, *flags]) == 0
+    assert find_circuit(found, "acdc-resample-0.2").exists()
+    assert find_circuit(found, "acdc-resample-0.03").exists()
+    shutil.rmtree(found / "points" / "acdc-resample-0.2")
 
 
 def test_what_is_given_replaces_what_the_run_brings(finished):

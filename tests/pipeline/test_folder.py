@@ -15,7 +15,9 @@ def _refused(path, match, settings=SETTINGS):
 
 @pytest.fixture
 def claimed(tmp_path):
+    """A folder in which work was done."""
     RunFolder(tmp_path / "run", SETTINGS).claim()
+    (tmp_path / "run" / "points").mkdir()
     return tmp_path / "run"
 
 
@@ -49,6 +51,24 @@ def test_other_settings_are_refused_by_the_key_that_differs(claimed, settings, m
     _refused(claimed, f"holds a run of other settings: {message}.*choose another --out", settings)
 
 
+def test_settings_may_be_mended_before_any_work_is_done(tmp_path):
+    RunFolder(tmp_path, SETTINGS).claim()
+    (tmp_path / "origin.json").touch()
+    (tmp_path / ".config.yaml.x.part").touch()
+    mended = SETTINGS | {"task": "animals"}
+    RunFolder(tmp_path, mended).claim()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == mended
+
+
+def test_what_changes_no_result_may_differ(tmp_path):
+    settings = {"discover": {"tau": 0.1, "memory_gib": 8.0, "precision": "float32"}}
+    other = {"discover": {"tau": 0.2, "memory_gib": 1.0, "precision": "float64"}}
+    RunFolder(tmp_path, settings).claim()
+    (tmp_path / "points").mkdir()
+    _refused(tmp_path, "discover.tau was 0.1, now 0.2", other)
+    RunFolder(tmp_path, other, free=("discover.tau",)).claim()
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     _refused(tmp_path, "is not empty and no run of vitcut: choose another --out")
@@ -66,4 +86,5 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 )
 def test_settings_that_cannot_be_read_are_refused(tmp_path, content, message):
     (tmp_path / "config.yaml").write_bytes(content)
+    (tmp_path / "points").mkdir()
     _refused(tmp_path, message)

@@ -38,10 +38,11 @@ def test_every_point_has_every_key_and_what_applies_is_measured(finished):
         *("edges_total", "edges_kept", "heads_total", "heads_kept", "images", "confusion"),
         *("accuracy_fine", "accuracy_coarse", "macs", "params", "bytes", "latency"),
     }
-    of_a_cut = {"method", "ablation", "kl", "max_abs_diff", "seconds", "circuit", "model"}
+    compiled = measured | {"method", "ablation", "kl", "max_abs_diff"}
+    searched = compiled | {"seconds", "circuit", "model", "tau", "faithfulness"}
     for point in [content["dense"], *content["points"]]:
         assert set(point) == keys
-        expected = measured if point["name"] == "dense" else measured | of_a_cut
+        expected = {"dense": measured, "class-only": compiled}.get(point["name"], searched)
         assert [key for key in sorted(expected) if point[key] is None] == []
         assert [row["runtime"] for row in point["latency"]] == ["torch"]
         assert point["images"] == sum(map(sum, point["confusion"])) == 200
@@ -69,6 +70,9 @@ def test_a_smaller_tau_keeps_more(finished):
 
 def test_paths_in_the_results_lead_to_circuits_and_models(finished):
     for point in Results.load(finished / "results.json").points:
+        if point.name == "class-only":
+            assert (point.circuit, point.model) == (None, None)
+            continue
         circuit = Circuit.load(finished / point.circuit)
         model = CompactViT.from_pretrained(finished / point.model)
         assert circuit.num_kept == point.edges_kept
@@ -104,6 +108,17 @@ def test_only_what_is_missing_is_made_again(recipe, finished, tmp_path):
     assert _run(recipe, copy) == 0
     assert [_files(path) or path.stat().st_mtime_ns for path in kept] == before
     assert [point.name for point in Results.load(copy / "results.json").points] == NAMES
+
+
+def test_another_label_file_at_the_same_path_is_noticed(recipe, finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "results.json").unlink()
+    origin = json.loads((copy / "origin.json").read_text())
+    origin["images_fingerprint"] = "of other groups"
+    (copy / "origin.json").write_text(json.dumps(origin))
+    assert _run(recipe, copy) == 2
+    assert "begun with other images or another label file" in capsys.readouterr().err
 
 
 def test_more_images_than_there_are_stop_the_run_before_it_trains(recipe, tmp_path, capsys):

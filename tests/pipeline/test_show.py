@@ -27,10 +27,13 @@ def test_a_circuit_is_shown_by_block(finished, capsys):
 
 
 def test_a_model_is_shown_with_its_plan(finished, capsys):
-    out = _shown(finished / "points" / "class-only" / "model", capsys)
+    model = finished / "points" / "acdc-resample-0.03" / "model"
+    out = _shown(model, capsys)
     assert "query rows" in out
     assert "% of dense" in out
-    assert "edges kept 46 of 46" in out
+    assert f"edges kept {Circuit.load(model / 'circuit.json').num_kept} of 46" in out
+    assert "mean ablation" in out
+    assert "searched under resample ablation" in out
 
 
 def test_a_run_is_shown_with_all_circuits_and_results(finished, capsys):
