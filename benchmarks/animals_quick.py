@@ -1,8 +1,8 @@
 """Make docs/benchmarks/animals-quick and the README's table again from one run.
 
-    uv run python benchmarks/animals_quick.py --source tiny-imagenet-200.zip
+    OMP_NUM_THREADS=1 uv run python benchmarks/animals_quick.py --source tiny-imagenet-200.zip
 
-Runs the recipe (or takes a finished run), then writes results.json, the circuits and the page.
+Runs the recipe (or takes a finished run), then writes results.json, the training log and the page.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def page(results: Results, circuits: dict[str, Circuit], run: Path) -> str:
     """The whole page."""
     return f"""# animals-quick: ACDC circuits of a small ViT, cut and measured
 
-    uv run python benchmarks/animals_quick.py --source tiny-imagenet-200.zip
+    OMP_NUM_THREADS=1 uv run python benchmarks/animals_quick.py --source tiny-imagenet-200.zip
 
 which is `vitcut run animals-quick`, and this page made of its results. Raw:
 [results.json](results.json), [training.jsonl](training.jsonl).
@@ -75,8 +75,9 @@ compared with its masked original; the largest difference of two logits was
 
 {search_table(results, circuits)}
 Naive ACDC evaluates edges x sources = 199,540 nodes for each tau. *KL, search* is on the search's
-own pairs under the ablation of the search, *KL, cut* on the same images under mean ablation, which
-is what was cut. One process; the same cached activations serve every tau of an ablation.
+own pairs under the ablation of the search, *KL, cut* on the same images under mean ablation,
+which is what was cut. One process, one thread; one set of cached activations serves every tau of an
+ablation.
 
 ## Training
 
@@ -147,7 +148,7 @@ def search_row(point: Point, circuit: Circuit) -> str:
         found["pairs"],
         f"{found['node_evaluations']:,}",
         found["oracle_calls"],
-        f"{found['seconds']:.1f}",
+        "-" if found["seconds"] is None else f"{found['seconds']:.1f}",
         f"{found['kl']:.3f}",
         kl,
     )
