@@ -46,7 +46,7 @@ def _edit(path, change):
     path.write_text(json.dumps(content))
 
 
-def _refused(path, match):
+def _expect_refusal(path, match):
     with pytest.raises(ArtefactError, match=match) as caught:
         Circuit.load(path)
     assert "\n" not in str(caught.value)
@@ -86,7 +86,7 @@ def test_origin_comes_back_too(tmp_path):
 )
 def test_an_altered_file_is_refused(file, change):
     _edit(file, change)
-    _refused(file, "was altered")
+    _expect_refusal(file, "was altered")
 
 
 @pytest.mark.parametrize(
@@ -106,27 +106,27 @@ def test_an_altered_file_is_refused(file, change):
 )
 def test_a_malformed_file_is_refused(file, change):
     _edit(file, change)
-    _refused(file, "is not a valid circuit")
+    _expect_refusal(file, "is not a valid circuit")
 
 
 def test_a_truncated_file_is_refused(file):
     file.write_text(file.read_text()[:-20])
-    _refused(file, "not a readable circuit file")
+    _expect_refusal(file, "not a readable circuit file")
 
 
 def test_a_file_of_a_newer_version_is_refused(file):
     _edit(file, lambda content: content.update(format_version=99))
-    _refused(file, "format_version 99.*upgrade vitcut")
+    _expect_refusal(file, "format_version 99.*upgrade vitcut")
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"nodes": {}, "edges": {}}', "null"])
 def test_a_foreign_file_is_refused(file, text):
     file.write_text(text)
-    _refused(file, "no format_version")
+    _expect_refusal(file, "no format_version")
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    _refused(tmp_path / "circuit.json", "no circuit file at")
+    _expect_refusal(tmp_path / "circuit.json", "no circuit file at")
 
 
 def test_what_is_no_edge_cannot_be_kept():

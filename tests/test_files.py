@@ -29,7 +29,7 @@ json_values = st.recursive(
 )
 
 
-def _refused(path, match):
+def _expect_refusal(path, match):
     with pytest.raises(ArtefactError, match=match) as caught:
         read_json(path, kind="circuit", newest_version=1)
     assert "\n" not in str(caught.value)
@@ -180,7 +180,7 @@ def test_a_number_that_json_lacks_is_refused_and_leaves_the_old_file(tmp_path, n
 
 
 def test_a_missing_file_is_named(tmp_path):
-    _refused(tmp_path / "circuit.json", r"no circuit file at .*circuit\.json")
+    _expect_refusal(tmp_path / "circuit.json", r"no circuit file at .*circuit\.json")
 
 
 @pytest.mark.parametrize(
@@ -196,11 +196,11 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    _refused(path, "is not a readable circuit file")
+    _expect_refusal(path, "is not a readable circuit file")
 
 
 def test_a_folder_is_no_file(tmp_path):
-    _refused(tmp_path, "is not a readable circuit file")
+    _expect_refusal(tmp_path, "is not a readable circuit file")
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_a_folder_is_no_file(tmp_path):
 def test_a_foreign_file_is_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
-    _refused(path, "is not a vitcut circuit file: it has no format_version")
+    _expect_refusal(path, "is not a vitcut circuit file: it has no format_version")
 
 
 def test_a_newer_file_asks_for_an_upgrade(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"format_version": 2})
-    _refused(path, "format_version 2, this vitcut reads up to 1: upgrade vitcut")
+    _expect_refusal(path, "format_version 2, this vitcut reads up to 1: upgrade vitcut")
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):

@@ -5,7 +5,7 @@ from vitcut.errors import TaskError
 from vitcut.task import Task, TaskClass, load_task, parse_task, shipped_tasks
 
 
-def _refused(text, match):
+def _expect_refusal(text, match):
     with pytest.raises(TaskError, match=match) as caught:
         parse_task(text, origin="labels.yaml")
     assert "\n" not in str(caught.value)
@@ -41,38 +41,40 @@ def test_the_content_of_a_task_gives_the_task_back(name):
 
 
 def test_a_class_in_two_groups_is_refused():
-    _refused("groups: {a: {n1: cat}, b: {n1: cat}}", r"class n1 is in 2 groups: a, b")
+    _expect_refusal("groups: {a: {n1: cat}, b: {n1: cat}}", r"class n1 is in 2 groups: a, b")
 
 
 @pytest.mark.parametrize("twice", ["{a: {n1: cat, n1: dog}, b: {n2: owl}}", "{a: {}, a: {}}"])
 def test_an_entry_listed_twice_is_refused(twice):
-    _refused(f"groups: {twice}", "is listed twice")
+    _expect_refusal(f"groups: {twice}", "is listed twice")
 
 
 @pytest.mark.parametrize("empty", ["{}", ""])
 def test_an_empty_group_is_refused(empty):
-    _refused(f"groups: {{a: {{n1: cat}}, b: {empty}}}", "group 'b' is empty|expected 'groups")
+    _expect_refusal(
+        f"groups: {{a: {{n1: cat}}, b: {empty}}}", "group 'b' is empty|expected 'groups"
+    )
 
 
 @pytest.mark.parametrize("groups", ["{a: {n1: cat}}", "{}"])
 def test_fewer_than_two_groups_are_refused(groups):
-    _refused(f"groups: {groups}", "needs at least 2 groups, got [01]")
+    _expect_refusal(f"groups: {groups}", "needs at least 2 groups, got [01]")
 
 
 @pytest.mark.parametrize("text", ["groups: {a: [", "a: b: c", "\0", "? [1, 2]\n: 3\n? {a: b}\n: 4"])
 def test_what_is_no_yaml_is_refused(text):
-    _refused(text, "labels.yaml is not valid YAML")
+    _expect_refusal(text, "labels.yaml is not valid YAML")
 
 
 @pytest.mark.parametrize(
     "text", ["", "hello", "3", "[1, 2]", "name: x", "groups: 3", "groups: {a: n1, b: n2}"]
 )
 def test_what_is_no_label_file_is_refused(text):
-    _refused(text, "labels.yaml is no label file: expected 'groups")
+    _expect_refusal(text, "labels.yaml is no label file: expected 'groups")
 
 
 def test_excluded_ids_without_a_reason_are_refused():
-    _refused("groups: {a: {n1: cat}, b: {n2: owl}}\nexcluded: [n3]", "expected 'excluded")
+    _expect_refusal("groups: {a: {n1: cat}, b: {n2: owl}}\nexcluded: [n3]", "expected 'excluded")
 
 
 def test_an_unknown_name_lists_the_shipped_tasks():

@@ -7,7 +7,7 @@ from vitcut.pipeline.folder import RunFolder
 SETTINGS = {"task": "drawn", "train": {"epochs": 3, "std": [0.1, 0.2]}}
 
 
-def _refused(path, match, settings=SETTINGS):
+def _expect_refusal(path, match, settings=SETTINGS):
     with pytest.raises(ArtefactError, match=match) as caught:
         RunFolder(path, settings)
     assert "\n" not in str(caught.value)
@@ -48,7 +48,9 @@ def test_the_same_settings_go_on_and_write_nothing(claimed):
     ],
 )
 def test_other_settings_are_refused_by_the_key_that_differs(claimed, settings, message):
-    _refused(claimed, f"holds a run of other settings: {message}.*choose another --out", settings)
+    _expect_refusal(
+        claimed, f"holds a run of other settings: {message}.*choose another --out", settings
+    )
 
 
 def test_settings_may_be_mended_before_any_work_is_done(tmp_path):
@@ -65,14 +67,14 @@ def test_what_changes_no_result_may_differ(tmp_path):
     other = {"discover": {"tau": 0.2, "memory_gib": 1.0, "precision": "float64"}}
     RunFolder(tmp_path, settings).claim()
     (tmp_path / "points").mkdir()
-    _refused(tmp_path, "discover.tau was 0.1, now 0.2", other)
+    _expect_refusal(tmp_path, "discover.tau was 0.1, now 0.2", other)
     RunFolder(tmp_path, other, free=("discover.tau",)).claim()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    _refused(tmp_path, "is not empty and no run of vitcut: choose another --out")
-    _refused(tmp_path / "thesis.tex", "is not empty and no run of vitcut")
+    _expect_refusal(tmp_path, "is not empty and no run of vitcut: choose another --out")
+    _expect_refusal(tmp_path / "thesis.tex", "is not empty and no run of vitcut")
 
 
 @pytest.mark.parametrize(
@@ -87,4 +89,4 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_settings_that_cannot_be_read_are_refused(tmp_path, content, message):
     (tmp_path / "config.yaml").write_bytes(content)
     (tmp_path / "points").mkdir()
-    _refused(tmp_path, message)
+    _expect_refusal(tmp_path, message)

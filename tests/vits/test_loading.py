@@ -34,7 +34,7 @@ def folder(tmp_path, model):
     return tmp_path / "dense"
 
 
-def _refused(spec, match):
+def _expect_refusal(spec, match):
     with pytest.raises(ModelError, match=match) as caught:
         load_model(str(spec))
     assert "\n" not in str(caught.value)
@@ -92,40 +92,40 @@ def test_a_save_that_fails_leaves_the_old_folder(model, folder, monkeypatch):
 
 
 def test_a_missing_path_is_refused(tmp_path):
-    _refused(tmp_path / "nothing", "no model at .*nothing")
+    _expect_refusal(tmp_path / "nothing", "no model at .*nothing")
 
 
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("not a model")
-    _refused(tmp_path / "notes.txt", "is a file: expected a model folder")
+    _expect_refusal(tmp_path / "notes.txt", "is a file: expected a model folder")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file_is_refused(folder, name):
     (folder / name).unlink()
-    _refused(folder, f"holds no {name}")
+    _expect_refusal(folder, f"holds no {name}")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_config_that_names_no_architecture_is_refused(folder, text):
     (folder / "config.json").write_text(text)
-    _refused(folder, "config.json")
+    _expect_refusal(folder, "config.json")
 
 
 def test_an_architecture_that_timm_lacks_is_refused(folder):
     _edit(folder, lambda config: config.update(architecture="vit_of_tomorrow"))
-    _refused(folder, "vit_of_tomorrow")
+    _expect_refusal(folder, "vit_of_tomorrow")
 
 
 def test_a_newer_version_is_refused(folder):
     _edit(folder, lambda config: config["vitcut"].update(format_version=99))
-    _refused(folder, "format_version 99.*upgrade vitcut")
+    _expect_refusal(folder, "format_version 99.*upgrade vitcut")
 
 
 @pytest.mark.parametrize("own", [None, [], 3, {}, {"format_version": "2"}])
 def test_an_altered_entry_of_its_own_is_refused(folder, own):
     _edit(folder, lambda config: config.update(vitcut=own))
-    _refused(folder, "is damaged: its entry 'vitcut' has no format_version")
+    _expect_refusal(folder, "is damaged: its entry 'vitcut' has no format_version")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_an_altered_entry_of_its_own_is_refused(folder, own):
 )
 def test_a_foreign_config_with_an_entry_of_another_type_is_refused(folder, entry):
     _edit(folder, lambda config: (config.pop("vitcut"), config.update({entry: 3})))
-    _refused(folder, "cannot load the model|label_descriptions are a int")
+    _expect_refusal(folder, "cannot load the model|label_descriptions are a int")
 
 
 def test_a_shipped_name_goes_before_a_folder_of_that_name(folder, monkeypatch):
@@ -147,7 +147,7 @@ def test_changed_weights_are_refused(folder):
     weights = load_file(folder / "model.safetensors")
     weights["head.bias"] += 1
     save_file(weights, folder / "model.safetensors")
-    _refused(folder, "is not the file that was saved")
+    _expect_refusal(folder, "is not the file that was saved")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -156,21 +156,21 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
     weights["blocks.0.mlp.fc1.weight"][0, 0] = value
     save_file(weights, folder / "model.safetensors")
     _edit(folder, lambda config: config.pop("vitcut"))
-    _refused(folder, r"not finite, in blocks\.0\.mlp\.fc1\.weight")
+    _expect_refusal(folder, r"not finite, in blocks\.0\.mlp\.fc1\.weight")
 
 
 def test_weights_of_another_shape_are_refused(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "head.bias": torch.zeros(5)}, folder / "model.safetensors")
     _edit(folder, lambda config: config.pop("vitcut"))
-    _refused(folder, "cannot load the model")
+    _expect_refusal(folder, "cannot load the model")
 
 
 def test_a_file_that_is_not_safetensors_is_refused(folder):
     (folder / "model.safetensors").write_bytes(b"something else")
     _edit(folder, lambda config: config.pop("vitcut"))
-    _refused(folder, "cannot load the model")
+    _expect_refusal(folder, "cannot load the model")
 
 
 def test_an_unknown_timm_name_is_refused():
-    _refused("timm:vit_of_tomorrow", "vit_of_tomorrow")
+    _expect_refusal("timm:vit_of_tomorrow", "vit_of_tomorrow")

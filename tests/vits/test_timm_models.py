@@ -34,7 +34,7 @@ def _vit(**given) -> VisionTransformer:
     return model
 
 
-def _refused(model: nn.Module, match: str) -> None:
+def _expect_refusal(model: nn.Module, match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match) as caught:
         read_model(model)
     assert "\n" not in str(caught.value)
@@ -129,7 +129,7 @@ def test_sizes_are_those_of_the_model():
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(variant, feature):
-    _refused(_vit(**variant), f"^not supported: .*({feature})")
+    _expect_refusal(_vit(**variant), f"^not supported: .*({feature})")
 
 
 def _half(model: nn.Module) -> nn.Module:
@@ -150,7 +150,7 @@ def _float_head(model: nn.Module) -> nn.Module:
     [(_half, "float16"), (_bfloat16, "bfloat16"), (_float_head, "float32, float64")],
 )
 def test_other_and_mixed_types_are_refused_by_name(change, types):
-    _refused(change(_vit()), rf"^not supported: weights of type {types}; .*model\.float\(\)")
+    _expect_refusal(change(_vit()), rf"^not supported: weights of type {types}; .*model\.float\(\)")
 
 
 @pytest.mark.parametrize(
@@ -165,17 +165,17 @@ def test_other_and_mixed_types_are_refused_by_name(change, types):
 def test_another_architecture_is_refused_by_name(name, feature):
     with torch.device("meta"):
         model = timm.create_model(name)
-    _refused(model, f"^not supported: {feature} ")
+    _expect_refusal(model, f"^not supported: {feature} ")
 
 
 def test_a_module_of_its_own_is_refused_by_name():
-    _refused(nn.Linear(2, 2), "^not supported: Linear ")
+    _expect_refusal(nn.Linear(2, 2), "^not supported: Linear ")
 
 
 def test_what_is_hidden_from_the_adapter_is_found_by_its_logits():
     model = _vit()
     model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: output * 2)
-    _refused(model, "does something that was not understood: its traced logits differ by")
+    _expect_refusal(model, "does something that was not understood: its traced logits differ by")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -208,7 +208,7 @@ def test_reading_leaves_the_model_untouched(bad):
     state, tensors = _state(model), {k: v.clone() for k, v in model.state_dict().items()}
     generator = torch.get_rng_state()
     if bad:
-        _refused(model, "was not understood")
+        _expect_refusal(model, "was not understood")
     else:
         read_model(model)
     assert _state(model) == state
