@@ -81,7 +81,7 @@ def test_origin_comes_back_too(tmp_path):
         pytest.param(lambda c: c.update(tau=0.5), id="other tau"),
         pytest.param(lambda c: c.update(task="flowers"), id="other task"),
         pytest.param(lambda c: c["provenance"].update(kl=0.0), id="other KL"),
-        pytest.param(lambda c: c.update(sha256=None), id="no hash"),
+        pytest.param(lambda c: c.update(sha256=None), id="null for a hash"),
     ],
 )
 def test_an_altered_file_is_refused(file, change):
@@ -97,6 +97,9 @@ def test_an_altered_file_is_refused(file, change):
         pytest.param(lambda c: c["kept"].update({"mlp.9": ["embed"]}), id="unknown target"),
         pytest.param(lambda c: c["kept"].update({"mlp.0": 3}), id="a number for a list"),
         pytest.param(lambda c: c.pop("graph"), id="no graph"),
+        pytest.param(lambda c: c.pop("sha256"), id="no hash"),
+        pytest.param(lambda c: c.update(tau=float("nan")), id="NaN"),
+        pytest.param(lambda c: c.update(provenance=["abc"]), id="a list as provenance"),
         pytest.param(lambda c: c.update(graph={"num_layers": "2", "num_heads": 2}), id="text"),
         pytest.param(lambda c: c.update(kept=[]), id="a list of edges"),
         pytest.param(lambda c: c.update(provenance=3), id="a number as provenance"),

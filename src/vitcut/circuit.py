@@ -169,6 +169,8 @@ class Circuit:
         """
         content = read_json(path, kind="circuit", newest_version=FORMAT_VERSION)
         try:
+            hashed = content.pop("sha256")
+            sound = sha256_json(content) == hashed
             graph = Graph(**content["graph"])
             circuit = cls(
                 graph=graph,
@@ -179,10 +181,9 @@ class Circuit:
                 tau=content["tau"],
                 provenance=content["provenance"],
             )
-            hashed = content.pop("sha256")
-        except (KeyError, TypeError, AttributeError, CircuitError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, CircuitError) as error:
             raise ArtefactError(f"{path} is not a valid circuit: {error!r}") from None
-        if sha256_json(content) != hashed:
+        if not sound:
             raise ArtefactError(
                 f"{path} was altered: its hash is not the one that it was written with; discover "
                 "the circuit again"

@@ -204,6 +204,36 @@ def test_a_log_of_another_search_is_refused(tmp_path, change):
         acdc(other, oracle, DiscoverConfig(**{"images": 4, **settings}), log=log)
 
 
+@pytest.mark.parametrize("change", ["repeat", "skip", "rename"])
+def test_a_log_whose_stages_are_not_those_of_the_search_is_refused(tmp_path, change):
+    weights, log = random_vit(num_layers=2), tmp_path / "decisions.jsonl"
+    acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+    lines = log.read_text().splitlines(keepends=True)
+    end = next(i for i, line in enumerate(lines) if "stage_ends" in line) + 1
+    altered = {
+        "repeat": [lines[0], *lines[1:end], *lines[1:end]],
+        "skip": [lines[0], *lines[end:]],
+        "rename": [line.replace('"mlp.1"', '"mlp.99"') for line in lines],
+    }
+    log.write_text("".join(altered[change]))
+    with pytest.raises(ArtefactError, match="does not hold the stages of this search"):
+        acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+
+
+def test_float32_that_overflows_is_replaced_by_float64(monkeypatch):
+    weights = random_vit()
+    exact = Propagation._kl
+
+    def overflowing(self, readout):
+        return float("nan") if readout.dtype == torch.float32 else exact(self, readout)
+
+    monkeypatch.setattr(Propagation, "_kl", overflowing)
+    search = acdc(weights, make_oracle(weights), DiscoverConfig(images=4))
+    naive = acdc_reference(make_oracle(weights), weights.graph, tau=0.01)
+    assert search.precision == "float64"
+    assert outcome(search.decisions) == outcome(naive)
+
+
 def test_memory_and_precision_may_change_when_a_search_goes_on(tmp_path):
     log = tmp_path / "decisions.jsonl"
     weights = random_vit()

@@ -134,7 +134,7 @@ def test_a_source_typed_for_a_cut_keeps_the_model_of_the_run(finished):
 
 def test_a_model_typed_for_a_cut_takes_the_place_of_the_runs(finished):
     origin = resolve_origin("animals", None, DATA, base=Origin.load(finished))
-    assert (origin.model, origin.task.name) == ("animals", "animals")
+    assert (origin.model, origin.task.name) == ("animals", "shapes")
 
 
 def test_a_circuit_of_other_weights_is_not_cut(finished, found, tmp_path):
@@ -142,6 +142,30 @@ def test_a_circuit_of_other_weights_is_not_cut(finished, found, tmp_path):
     foreign = replace(circuit, provenance={**circuit.provenance, "weight_hash": "f" * 64})
     with pytest.raises(CircuitError, match="found in a model whose weights hash to ffffffffffff"):
         cut_command(foreign, Origin.load(finished), CUT, BENCH, tmp_path / "cut")
+
+
+def test_a_model_folder_typed_for_a_cut_keeps_task_and_images_of_the_run(finished):
+    base = Origin.load(finished)
+    origin = resolve_origin(str(finished / "dense"), None, DATA, base=base)
+    assert origin.model == str(finished / "dense")
+    assert (origin.task, origin.data) == (base.task, base.data)
+
+
+def test_other_weights_at_the_same_path_are_noticed(finished, found, tmp_path, capsys):
+    copy = tmp_path / "found"
+    shutil.copytree(found, copy)
+    origin = json.loads((copy / "origin.json").read_text())
+    origin["weight_hash"] = "of an earlier training"
+    (copy / "origin.json").write_text(json.dumps(origin))
+    flags = ["--tau", "0.03", "--images", "8", "--out", str(copy)]
+    assert main(["discover", "--model", str(finished), *flags]) == 2
+    assert "was begun with other weights" in capsys.readouterr().err
+
+
+def test_a_tau_that_shares_a_name_with_another_is_refused(finished, found, capsys):
+    flags = ["--tau", "0.0300000001", "--images", "8", "--out", str(found)]
+    assert main(["discover", "--model", str(finished), *flags]) == 2
+    assert "was found at tau 0.03, not 0.0300000001" in capsys.readouterr().err
 
 
 def test_a_directory_holds_the_circuits_of_several_taus(found, capsys):

@@ -121,6 +121,17 @@ def test_another_label_file_at_the_same_path_is_noticed(recipe, finished, tmp_pa
     assert "begun with other images or another label file" in capsys.readouterr().err
 
 
+def test_a_complete_run_notices_an_edited_label_file(recipe, finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    origin = json.loads((copy / "origin.json").read_text())
+    plain = origin["task"]["groups"]["plain"]
+    origin["task"]["groups"]["striped"]["square"] = plain.pop("square")
+    (copy / "origin.json").write_text(json.dumps(origin))
+    assert _run(recipe, copy) == 2
+    assert "is of another label file" in capsys.readouterr().err
+
+
 def test_more_images_than_there_are_stop_the_run_before_it_trains(recipe, tmp_path, capsys):
     out = tmp_path / "run"
     assert _run(recipe, out, "--discover.images", "541") == 2

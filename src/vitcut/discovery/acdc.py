@@ -83,8 +83,10 @@ def acdc(
     kl = search.run()
     if not abs(kl - search.kl) <= _allowed_drift(config) and search.precision == "float32":
         say(f"float32 is {abs(kl - search.kl):.1g} nats off at the end: searching in float64")
+        precise = replace(config, precision="float64")
+        cache = build_cache(weights, oracle, precise)
         decision_log.restart()
-        search = _Search(weights, oracle, replace(config, precision="float64"), None, decision_log)
+        search = _Search(weights, oracle, precise, cache, decision_log)
         kl = search.run()
     if not abs(kl - search.kl) <= _allowed_drift(config):
         raise _lost_precision(abs(kl - search.kl), config)
@@ -159,6 +161,7 @@ class _Search:
     def run(self) -> float:
         """Decide every stage that is not logged yet; returns the oracle's KL of the circuit."""
         todo = list(stages(self._weights.graph))
+        self._log.require_edges(_edges(self._weights.graph, targets) for targets in todo)
         for stage in self._log.stages:
             self._take(stage)
         done = len(self._log.stages)
@@ -175,7 +178,7 @@ class _Search:
         """Decide one stage, again in float64 if float32 drifts; returns the state to go on with."""
         allowed = _allowed_drift(self._config)
         attempt = self._attempt(state, targets, meter)
-        if attempt.drift() > allowed and self.precision == "float32":
+        if not attempt.drift() <= allowed and self.precision == "float32":
             say(f"the KL drifted by {attempt.drift():.1g} in float32: going on in float64")
             self.precision, self._cache = "float64", None
             state = self._state()
@@ -288,6 +291,15 @@ class _Attempt:
             kl=self._kl,
             decided_by=decided_by,
         )
+
+
+def _edges(graph: Graph, targets: tuple[int, ...]) -> list[tuple[str, str]]:
+    """The names of the edges into some targets, in the order in which they are decided."""
+    return [
+        (graph.sources[source].name, graph.targets[target].name)
+        for target in targets
+        for source in reversed(range(graph.num_readable(target)))
+    ]
 
 
 def _allowed_drift(config: DiscoverConfig) -> float:

@@ -5,7 +5,7 @@ stage without that line was cut short and is decided again. Deciding is left to 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,23 @@ class DecisionLog:
         self.stages: list[Stage] = []
         if path is not None and path.exists():
             self._read(path)
+
+    def require_edges(self, expected: Iterable[list[tuple[str, str]]]) -> None:
+        """Refuse a log whose stages are not the first of the search, each of them once.
+
+        Args:
+            expected: Source and target names of every stage, in the order of the search.
+
+        Raises:
+            ArtefactError: They differ; two processes wrote the log, or it was altered.
+        """
+        stages = list(expected)
+        found = [[(item.source, item.target) for item in stage.decisions] for stage in self.stages]
+        if found != stages[: len(found)]:
+            raise ArtefactError(
+                f"{self._path} does not hold the stages of this search in their order (did two "
+                "processes write it?): delete it"
+            )
 
     def append(self, stage: Stage) -> None:
         """Write one stage."""

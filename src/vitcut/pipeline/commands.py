@@ -36,8 +36,8 @@ def resolve_origin(
     """What to work on: what was typed, and for the rest what a run directory brings along.
 
     Args:
-        model: A run directory takes the place of ``base``; None is the model of ``base``, or the
-            shipped one where there is no base.
+        model: A run directory takes the place of ``base``, any other model that of its model;
+            None is the model of ``base``, or the shipped one where there is no base.
         task: None is the task of the base, or the shipped one of the shipped model's name.
         data: The source and its flags; no source is the one of the base.
         base: The origin of the run directory at hand.
@@ -46,9 +46,10 @@ def resolve_origin(
         TaskError: There is no such task.
         ConfigError: No task was given and the model does not bring one.
     """
-    if model is not None:
-        folder = Path(model)
-        base = Origin.load(folder) if (folder / ORIGIN_FILE).exists() else None
+    if model is not None and model != SHIPPED_MODEL and (Path(model) / ORIGIN_FILE).exists():
+        base = Origin.load(Path(model))
+    elif model is not None and base is not None:
+        base = replace(base, model=_whereabouts(model))
     if base is None:
         return _fresh_origin(model or SHIPPED_MODEL, task, data)
     kept = replace(base.data, skip_bad_images=base.data.skip_bad_images or data.skip_bad_images)
@@ -62,9 +63,13 @@ def resolve_origin(
 def _fresh_origin(model: str, task: str | None, data: DataConfig) -> Origin:
     if task is None and model not in shipped_tasks():
         raise ConfigError(f"model {model!r} brings no task along: give --task")
+    return Origin(model=_whereabouts(model), task=load_task(task or model), data=data)
+
+
+def _whereabouts(model: str) -> str:
+    """A path as model is kept absolute: a run directory is read from other places too."""
     shipped = model == SHIPPED_MODEL
-    where = str(Path(model).resolve()) if Path(model).exists() and not shipped else model
-    return Origin(model=where, task=load_task(task or model), data=data)
+    return str(Path(model).resolve()) if Path(model).exists() and not shipped else model
 
 
 def train_command(
@@ -78,8 +83,7 @@ def train_command(
     )
     require_whole_patches(vit, data.image_size)
     images = load_images(data, loaded)
-    folder.claim()
-    Origin.own(images, data).claim(out)
+    Origin.own(images, data).claim(folder)
     train_dense(images, vit, config, folder)
     return folder.dense
 
@@ -93,8 +97,7 @@ def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circu
     path = folder.point(name) / CIRCUIT_FILE
     subject = origin.load_subject()
     subject.images.calibration(config.images, seed=config.seed)
-    folder.claim()
-    origin.of_images(subject.images).claim(out)
+    origin.loaded(subject).claim(folder)
     if path.exists():
         say(f"{path} is there: nothing to do")
     [(_, circuit)] = PointMaker(subject, folder, CutConfig()).find(config, [config.tau])
@@ -140,8 +143,7 @@ def cut_command(
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
     subject = origin.load_subject()
-    folder.claim()
-    origin.of_images(subject.images).claim(out)
+    origin.loaded(subject).claim(folder)
     name = point_name(circuit.method, circuit.discovered_under, circuit.tau)
     point = PointMaker(subject, folder, config).cut(name, circuit, into=out)
     results = measure(subject, {CLASS_ONLY: class_only(subject), name: point}, bench)
@@ -168,12 +170,11 @@ def bench_command(path: Path, config: BenchConfig, out: Path) -> Results:
                 circuit=os.path.relpath(path / point.circuit, out),
             )
             points[point.name] = moved, CompactViT.from_pretrained(path / point.model)
-    folder.claim()
-    origin.of_images(subject.images).claim(out)
+    origin.loaded(subject).claim(folder)
     results = measure(subject, points, config)
     results.save(folder.results)
     return results
 
 
 def _plain_origin(origin: Origin) -> dict[str, Any]:
-    return {"model": origin.model, "task": origin.task.name, "data": as_plain(origin.data)}
+    return {"model": origin.model, "task": origin.task.to_dict(), "data": as_plain(origin.data)}

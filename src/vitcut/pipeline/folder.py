@@ -37,9 +37,9 @@ class RunFolder:
         self._free = {*free, *_WITHOUT_EFFECT}
         names = {item.name for item in path.iterdir()} if path.is_dir() else set[str]()
         found = {name for name in names if not name.endswith(".part")}
-        self._begun = bool(found - _WRITTEN_FIRST)
+        self.begun = bool(found - _WRITTEN_FIRST)
         if self.config.exists():
-            if self._begun:
+            if self.begun:
                 self._require_same()
         elif self.path.is_file() or found:
             raise ArtefactError(
@@ -67,7 +67,7 @@ class RunFolder:
 
     def claim(self) -> None:
         """Write the settings down; from now on the folder is this run's."""
-        if not self._begun or not self.config.exists():
+        if not self.begun or not self.config.exists():
             write_text(self.config, yaml.safe_dump(self._settings, sort_keys=False))
 
     def _require_same(self) -> None:

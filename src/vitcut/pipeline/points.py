@@ -10,6 +10,7 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.discovery.settings import DiscoverConfig
+from vitcut.errors import ConfigError
 from vitcut.names import Ablation
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.stages import Discovery, ablation_table, cut_circuit, cut_point
@@ -54,7 +55,13 @@ class PointMaker:
                 discovery = discovery or Discovery(self._subject, config)
                 log = self._folder.point(name) / _DECISIONS_FILE
                 discovery.find(tau, log=log).circuit.save(path)
-            yield name, Circuit.load(path)
+            circuit = Circuit.load(path)
+            if circuit.tau != tau:
+                raise ConfigError(
+                    f"{path} was found at tau {circuit.tau!r}, not {tau!r}, which has the same "
+                    "name: choose another --out"
+                )
+            yield name, circuit
 
     def cut(
         self, name: str, circuit: Circuit, *, into: Path | None = None

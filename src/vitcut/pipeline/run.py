@@ -6,7 +6,7 @@ from pathlib import Path
 from vitcut.circuit import Circuit
 from vitcut.config import as_plain
 from vitcut.data.images import TaskImages, load_images
-from vitcut.errors import ConfigError
+from vitcut.errors import ArtefactError, ConfigError
 from vitcut.files import write_text
 from vitcut.pipeline.cards import compact_card, dense_card
 from vitcut.pipeline.folder import RunFolder
@@ -37,14 +37,15 @@ def run(config: RunConfig, out: Path) -> Results:
     task = load_task(config.task)
     folder = RunFolder(out, as_plain(config))
     if folder.results.exists():
+        if Origin.load(out).task != task:
+            raise ArtefactError(f"{out} is of another label file: choose another --out")
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
     require_whole_patches(config.vit, config.data.image_size)
     images = load_images(config.data, task)
     # What does not fit the images is refused before the folder is claimed and a model trained.
     images.calibration(config.discover.images, seed=config.discover.seed)
-    folder.claim()
-    Origin.own(images, config.data).claim(out)
+    Origin.own(images, config.data).claim(folder)
     train_dense(images, config.vit, config.train, folder)
     subject = Subject.of(load_model(str(folder.dense)), images)
     maker = PointMaker(subject, folder, config.cut)

@@ -15,6 +15,9 @@ from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
 from vitcut.results import Point, Results
 
+_SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
+"""What the provenance of a circuit that was searched says."""
+
 
 def show(path: Path) -> None:
     """Print what a run directory, a model directory or a circuit.json holds.
@@ -54,10 +57,8 @@ def _kls(point: Point) -> str:
     if point.faithfulness is None or searched is None:
         return ""
     cut = point.faithfulness["cut"]
-    return (
-        f"; KL on the search's images {searched['kl']:.3f} under {searched['ablation']}, "
-        f"{cut['kl']:.3f} as cut ({cut['ablation']})"
-    )
+    text = f"; KL on the search's images {searched['kl']:.3f} under {searched['ablation']}"
+    return text if cut is None else f"{text}, {cut['kl']:.3f} as cut ({cut['ablation']})"
 
 
 def print_circuit(circuit: Circuit) -> None:
@@ -92,7 +93,7 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
         f"{circuit.num_heads_kept} of {heads}"
     )
     found = circuit.provenance
-    if "kl" in found:
+    if set(found) >= _SEARCH_FACTS:
         took = "" if found["seconds"] is None else f", {found['seconds']} s"
         yield (
             f"searched under {circuit.discovered_under} ablation: KL {found['kl']:.4f} nats on "

@@ -299,17 +299,17 @@ def _evaluated(
 def _faithfulness(
     subject: Subject, found: Circuit, final: Circuit, model: CompactViT
 ) -> dict[str, Any]:
-    """KL on the images of discovery, then and now; None for a circuit that was not searched."""
-    settings = found.provenance.get("settings")
-    if settings is None:
+    """KL on the images of discovery, then and now; None where there are no such images."""
+    settings, kl = found.provenance.get("settings"), found.provenance.get("kl")
+    if settings is None or kl is None:
         return {"discovery": None, "cut": None}
+    discovery = {"ablation": found.discovered_under, "kl": kl}
+    if found.provenance.get("images_fingerprint") != subject.images.fingerprint:
+        return {"discovery": discovery, "cut": None}
     images = subject.images.calibration(settings["images"], seed=settings["seed"])
     dense = _evaluated(subject, subject.model.model, images)
-    kl = _evaluated(subject, model, images, dense).kl
-    return {
-        "discovery": {"ablation": found.discovered_under, "kl": found.provenance["kl"]},
-        "cut": {"ablation": final.ablation, "kl": kl},
-    }
+    as_cut = _evaluated(subject, model, images, dense).kl
+    return {"discovery": discovery, "cut": {"ablation": final.ablation, "kl": as_cut}}
 
 
 def _require_same_weights(subject: Subject, circuit: Circuit) -> None:

@@ -14,6 +14,7 @@ from vitcut.data.settings import DataConfig
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.files import read_json, write_json
 from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.folder import RunFolder
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.task import Task, parse_task
 from vitcut.vits.loading import LoadedModel, load_model
@@ -35,6 +36,8 @@ class Origin:
     data: DataConfig
     images_fingerprint: str | None = None
     """Of the images, their splits and the task; None until they were loaded."""
+    weight_hash: str | None = None
+    """Of a model that was there before the run; None until it was loaded, or if it is trained."""
 
     @classmethod
     def own(cls, images: TaskImages, data: DataConfig) -> "Origin":
@@ -42,27 +45,34 @@ class Origin:
         fingerprint = images.fingerprint
         return cls(model=OWN_MODEL, task=images.task, data=data, images_fingerprint=fingerprint)
 
-    def of_images(self, images: TaskImages) -> "Origin":
-        """This origin, once its images were loaded."""
-        return replace(self, images_fingerprint=images.fingerprint)
+    def loaded(self, subject: "Subject") -> "Origin":
+        """This origin, once its images and its model were loaded."""
+        return replace(
+            self,
+            images_fingerprint=subject.images.fingerprint,
+            weight_hash=subject.model.weight_hash,
+        )
 
-    def claim(self, folder: Path) -> None:
-        """Write ``origin.json`` into a run directory, or check that it says the same.
+    def claim(self, folder: RunFolder) -> None:
+        """Claim a run directory for this origin, or check that it was begun with the same.
 
         Raises:
-            ArtefactError: The images or the label file changed since the run was begun.
+            ArtefactError: Images, label file or weights changed since the run was begun.
         """
-        path = folder / ORIGIN_FILE
-        if path.exists() and Origin.load(folder).images_fingerprint != self.images_fingerprint:
-            raise ArtefactError(
-                f"{folder} was begun with other images or another label file (their hash is not "
-                f"the one in {ORIGIN_FILE}): choose another --out"
-            )
+        path = folder.path / ORIGIN_FILE
+        if folder.begun and path.exists():
+            earlier = Origin.load(folder.path)
+            if earlier.images_fingerprint != self.images_fingerprint:
+                raise _changed(folder, "images or another label file")
+            if earlier.weight_hash != self.weight_hash:
+                raise _changed(folder, "weights")
+        folder.claim()
         content = {
             "model": self.model,
             "task": self.task.to_dict(),
             "data": as_plain(self.data),
             "images_fingerprint": self.images_fingerprint,
+            "weight_hash": self.weight_hash,
         }
         write_json(path, {"format_version": _ORIGIN_VERSION, **content})
 
@@ -84,6 +94,7 @@ class Origin:
                 task=task,
                 data=DataConfig(**content["data"]),
                 images_fingerprint=content["images_fingerprint"],
+                weight_hash=content["weight_hash"],
             )
         except (KeyError, TypeError, TaskError, ConfigError) as error:
             raise ArtefactError(f"{path} is damaged: {error!r}") from None
@@ -139,6 +150,13 @@ class Subject:
     def calibration(self, count: int, *, seed: int) -> ImageSet:
         """Training images, as many of each class; all of them where there are fewer."""
         return self.images.calibration(min(count, len(self.images.train)), seed=seed)
+
+
+def _changed(folder: RunFolder, what: str) -> ArtefactError:
+    return ArtefactError(
+        f"{folder.path} was begun with other {what} (their hash is not the one in {ORIGIN_FILE}): "
+        "choose another --out"
+    )
 
 
 def _check_classes(model: LoadedModel, num_classes: int, task: Task) -> None:
