@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitcut.metrics import accuracy, coarse_log_probs, kl_divergence
+from vitcut.metrics import coarse_log_probs, kl_divergence
 
 GROUP_OF_CLASS = torch.tensor([0, 1, 1, 2, 1, 0])
 
@@ -60,8 +60,3 @@ def test_kl_counts_what_the_full_model_holds_impossible_as_nothing():
 def test_kl_is_infinite_where_the_circuit_excludes_what_happens():
     full = torch.tensor([[0.5, 0.5]]).log()
     assert kl_divergence(full, torch.tensor([[0.0, -math.inf]])).item() == math.inf
-
-
-def test_accuracy_is_the_fraction_of_hits():
-    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    assert accuracy(scores, torch.tensor([0, 1, 1, 0])) == 0.75

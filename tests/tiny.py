@@ -1,7 +1,8 @@
-"""Tiny random ViTs in float64, with weights large enough that every part matters."""
+"""Tiny random ViTs in float64, whose every part matters; and the reference model's shape."""
 
 import torch
 
+from vitcut.compact.plan import ViTShape
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import (
     Activation,
@@ -83,3 +84,19 @@ def random_table(weights: ViTWeights, seed: int = 2) -> Float[Tensor, "sources t
     draw = torch.Generator().manual_seed(seed)
     shape = (len(weights.graph.sources), weights.num_tokens, weights.width)
     return torch.randn(shape, generator=draw, dtype=weights.dtype)
+
+
+REFERENCE = ViTShape(
+    image_size=64,
+    channels=3,
+    patch_size=8,
+    num_prefix=1,
+    width=64,
+    num_layers=6,
+    num_heads=8,
+    head_dim=8,
+    hidden=256,
+    activation="gelu",
+    eps=1e-6,
+    num_classes=58,
+)

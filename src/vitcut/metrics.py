@@ -1,4 +1,4 @@
-"""Task distributions, KL divergence and accuracy; running models is left to the stages."""
+"""Task distributions and KL divergence; running models is left to the stages."""
 
 import torch
 
@@ -32,8 +32,3 @@ def kl_divergence(
     """
     terms = full_log_probs.exp() * (full_log_probs - circuit_log_probs)
     return terms.masked_fill(full_log_probs == -torch.inf, 0).sum(dim=-1)
-
-
-def accuracy(scores: Float[Tensor, "images classes"], labels: Int[Tensor, "images"]) -> float:
-    """The fraction of images whose largest score is their label's."""
-    return (scores.argmax(dim=-1) == labels).double().mean().item()

@@ -17,6 +17,9 @@ RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino", "exec
 Split = Literal["train", "tuning", "validation"]
 """Disjoint image sets: fitting and calibration, choosing, and reporting."""
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+"""What stands between the two products of an MLP."""
+
 Letter = Literal["q", "k", "v"]
 """What a head computes of its input: queries, keys, values."""
 

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 from test_plan import PLAN, STREAM
+from tiny import REFERENCE
 
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.plan import (
@@ -9,22 +10,6 @@ from vitcut.compact.plan import (
     HeadGroupPlan,
     OutputPlan,
     ProjectionPlan,
-    ViTShape,
-)
-
-REFERENCE = ViTShape(
-    image_size=64,
-    channels=3,
-    patch_size=8,
-    num_prefix=1,
-    width=64,
-    num_layers=6,
-    num_heads=8,
-    head_dim=8,
-    hidden=256,
-    activation="gelu",
-    eps=1e-6,
-    num_classes=58,
 )
 
 

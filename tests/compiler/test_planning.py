@@ -7,29 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import circuits
-from tiny import random_vit
+from tiny import REFERENCE, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs, describe
-from vitcut.compact.plan import Plan, ViTShape
+from vitcut.compact.plan import Plan
 from vitcut.compiler.planning import plan_circuit, shape_of
 from vitcut.errors import UnsupportedModelError
 from vitcut.graph import Graph
 
-REFERENCE = ViTShape(
-    image_size=64,
-    channels=3,
-    patch_size=8,
-    num_prefix=1,
-    width=64,
-    num_layers=6,
-    num_heads=8,
-    head_dim=8,
-    hidden=256,
-    activation="gelu",
-    eps=1e-6,
-    num_classes=58,
-)
 GRAPH = Graph(num_layers=6, num_heads=8)
 
 

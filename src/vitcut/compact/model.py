@@ -4,13 +4,13 @@ Filling it with a circuit's weights is left to the compiler, files to ``artefact
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitcut.compact.activations import ACTIVATIONS
 from vitcut.compact.artefact import (
     ModelInfo,
     StoredModel,
@@ -23,15 +23,8 @@ from vitcut.compact.artefact import (
 from vitcut.compact.attention import CompactAttention, Stream, Written, make_table
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
 from vitcut.errors import ModelError
+from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu": F.relu,
-}
 
 
 class CompactMlp(nn.Module):
@@ -40,14 +33,14 @@ class CompactMlp(nn.Module):
     def __init__(self, plan: MlpPlan, shape: ViTShape) -> None:
         super().__init__()
         self.plan = plan
-        self.activation = shape.activation
+        self.activation: Activation = shape.activation
         self.stream = Stream(plan.stream, shape)
         self.fc1 = nn.Linear(shape.width, plan.hidden)
         self.fc2 = nn.Linear(plan.hidden, shape.width)
 
     def forward(self, written: Written) -> None:
         """Read the stream and write the output."""
-        hidden = _ACTIVATIONS[self.activation](self.fc1(self.stream(written)))
+        hidden = ACTIVATIONS[self.activation](self.fc1(self.stream(written)))
         written[self.plan.name] = self.fc2(hidden)
 
 

@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitcut.errors import ArtefactError
-from vitcut.names import Letter
+from vitcut.names import Activation, Letter
 
 Rows = Literal["all", "readout"]
 """Which tokens are computed: every one, or only the class token that the classifier reads."""
@@ -39,7 +39,7 @@ class ViTShape:
     head_dim: int
     hidden: int
     """Neurons per MLP."""
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+    activation: Activation
     eps: float
     """What every LayerNorm adds to the variance."""
     num_classes: int

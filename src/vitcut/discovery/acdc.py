@@ -164,14 +164,13 @@ class _Search:
         self._log.require_edges(_edges(self._weights.graph, targets) for targets in todo)
         for stage in self._log.stages:
             self._take(stage)
-        done = len(self._log.stages)
-        edges = sum(
-            self._weights.graph.num_readable(target) for run in todo[done:] for target in run
-        )
-        state = self._state() if done < len(todo) else None
-        with Meter(f"ACDC tau {self._config.tau:g}", edges, unit="edges") as meter:
-            for targets in todo[done:]:
-                state = self._decide(state or self._state(), targets, meter)
+        del todo[: len(self._log.stages)]
+        if todo:
+            edges = sum(self._weights.graph.num_readable(target) for run in todo for target in run)
+            state = self._state()
+            with Meter(f"ACDC tau {self._config.tau:g}", edges, unit="edges") as meter:
+                for targets in todo:
+                    state = self._decide(state, targets, meter)
         return self._oracle.kl(self.kept)
 
     def _decide(self, state: Propagation, targets: tuple[int, ...], meter: Meter) -> Propagation:

@@ -6,17 +6,10 @@ Every function takes rows of tokens, so that a caller may compute the readout ro
 import torch
 import torch.nn.functional as F
 
+from vitcut.compact.activations import ACTIVATIONS
 from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import AttentionWeights, MlpWeights, NormWeights, ViTWeights
-
-_ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu": F.relu,
-}
 
 
 def embed(
@@ -79,7 +72,7 @@ def run_mlp(
     mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
 ) -> Float[Tensor, "images rows width"]:
     """What an MLP adds to the residual stream, without its output bias."""
-    hidden = _ACTIVATIONS[mlp.activation](F.linear(normed, mlp.in_weight, mlp.in_bias))
+    hidden = ACTIVATIONS[mlp.activation](F.linear(normed, mlp.in_weight, mlp.in_bias))
     return F.linear(hidden, mlp.out_weight)
 
 

@@ -120,7 +120,7 @@ def discover(
         ArtefactError: ``log`` belongs to another search.
     """
     config = _configured(DiscoverConfig, settings)
-    return Discovery(_subject(model, images), config).find(config.tau, log=log).circuit
+    return Discovery(_subject(model, images), config).find(config.tau, log=log)
 
 
 def cut(model: LoadedModel, images: TaskImages, circuit: Circuit, /, **settings: Any) -> Cut:

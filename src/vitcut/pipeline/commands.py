@@ -18,7 +18,7 @@ from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, point_name
-from vitcut.pipeline.run import require_whole_patches, save_results, train_dense
+from vitcut.pipeline.run import save_results, train_dense
 from vitcut.pipeline.stages import CLASS_ONLY, class_only, measure
 from vitcut.pipeline.subject import ORIGIN_FILE, Origin
 from vitcut.progress import say
@@ -81,7 +81,7 @@ def train_command(
         out,
         {"task": task, "data": as_plain(data), "vit": as_plain(vit), "train": as_plain(config)},
     )
-    require_whole_patches(vit, data.image_size)
+    vit.require_whole_patches(data.image_size)
     images = load_images(data, loaded)
     Origin.own(images, data).claim(folder)
     train_dense(images, vit, config, folder)

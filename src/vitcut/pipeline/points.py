@@ -54,7 +54,7 @@ class PointMaker:
             if not path.exists():
                 discovery = discovery or Discovery(self._subject, config)
                 log = self._folder.point(name) / _DECISIONS_FILE
-                discovery.find(tau, log=log).circuit.save(path)
+                discovery.find(tau, log=log).save(path)
             circuit = Circuit.load(path)
             if circuit.tau != tau:
                 raise ConfigError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from vitcut.circuit import Circuit
 from vitcut.config import as_plain
 from vitcut.data.images import TaskImages, load_images
-from vitcut.errors import ArtefactError, ConfigError
+from vitcut.errors import ArtefactError
 from vitcut.files import write_text
 from vitcut.pipeline.cards import compact_card, dense_card
 from vitcut.pipeline.folder import RunFolder
@@ -41,7 +41,7 @@ def run(config: RunConfig, out: Path) -> Results:
             raise ArtefactError(f"{out} is of another label file: choose another --out")
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
-    require_whole_patches(config.vit, config.data.image_size)
+    config.vit.require_whole_patches(config.data.image_size)
     images = load_images(config.data, task)
     # What does not fit the images is refused before the folder is claimed and a model trained.
     images.calibration(config.discover.images, seed=config.discover.seed)
@@ -57,18 +57,6 @@ def run(config: RunConfig, out: Path) -> Results:
     results = measure(subject, points, config.bench)
     save_results(results, folder.path)
     return results
-
-
-def require_whole_patches(vit: VitConfig, image_size: int) -> None:
-    """Refuse images that cannot be cut into whole patches, before any is decoded.
-
-    Raises:
-        ConfigError: The image size is no multiple of the patch size.
-    """
-    if image_size % vit.patch_size:
-        raise ConfigError(
-            f"image_size must be a multiple of patch_size ({vit.patch_size}), got {image_size}"
-        )
 
 
 def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder: RunFolder) -> None:

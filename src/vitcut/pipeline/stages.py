@@ -27,7 +27,7 @@ from vitcut.config import as_plain
 from vitcut.data.images import ImageSet
 from vitcut.data.pairs import make_pairs
 from vitcut.data.stratified import choose_evenly
-from vitcut.discovery.acdc import Search, acdc, build_cache
+from vitcut.discovery.acdc import acdc, build_cache
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import CircuitError
 from vitcut.intervention.ablation import fixed_table
@@ -43,14 +43,6 @@ _TABLE_BATCH = 32
 DENSE = "dense"
 CLASS_ONLY = "class-only"
 """The uncut circuit, compiled: exact, and the fairer baseline (its last block is class-only)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """A circuit and how long it was looked for."""
-
-    circuit: Circuit
-    search: Search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +71,7 @@ class Discovery:
         self._oracle = Oracle(subject.weights, examples_of(subject, config), config.ablation)
         self._cache = build_cache(subject.weights, self._oracle, config)
 
-    def find(self, tau: float, *, log: Path | None = None) -> Found:
+    def find(self, tau: float, *, log: Path | None = None) -> Circuit:
         """Search the circuit for one tau; ``log`` is appended to, or continued after a kill."""
         config = replace(self._config, tau=tau)
         weights = self._subject.weights
@@ -96,7 +88,7 @@ class Discovery:
             "precision": search.precision,
             "seconds": None if search.seconds is None else round(search.seconds, 2),
         }
-        circuit = Circuit(
+        return Circuit(
             graph=weights.graph,
             kept=search.kept,
             ablation=config.ablation,
@@ -105,7 +97,6 @@ class Discovery:
             tau=tau,
             provenance=provenance,
         )
-        return Found(circuit=circuit, search=search)
 
 
 def examples_of(subject: Subject, config: DiscoverConfig) -> Examples:

@@ -4,7 +4,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vitcut.errors import ConfigError, ModelError
+from vitcut.errors import ModelError
 from vitcut.vits.settings import VitConfig
 
 _ARCHITECTURE = "vit_tiny_patch16_224"
@@ -25,10 +25,7 @@ def build_reference(
     Raises:
         ConfigError: The image cannot be cut into whole patches.
     """
-    if image_size % config.patch_size:
-        raise ConfigError(
-            f"image_size must be a multiple of patch_size ({config.patch_size}), got {image_size}"
-        )
+    config.require_whole_patches(image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(

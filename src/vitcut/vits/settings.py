@@ -23,6 +23,17 @@ class VitConfig:
     dropout: float = 0.0
     """Part of embeddings, attention and MLP outputs that is dropped while training."""
 
+    def require_whole_patches(self, image_size: int) -> None:
+        """Refuse images that cannot be cut into whole patches.
+
+        Raises:
+            ConfigError: The image size is no multiple of the patch size.
+        """
+        if image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size must be a multiple of patch_size ({self.patch_size}), got {image_size}"
+            )
+
     def __post_init__(self) -> None:
         for name in ("patch_size", "width", "depth", "num_heads"):
             require_at_least(name, getattr(self, name), 1)

@@ -7,14 +7,13 @@ to the residual stream. Computing with these tensors is left to the intervention
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from vitcut.graph import Graph
+from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
-
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
 W = TypeVar("W")
 
