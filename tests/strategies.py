@@ -2,6 +2,7 @@
 
 import functools
 import random as global_random
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -55,6 +56,26 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
 
 @st.composite
 @undisturbed
+def split_circuits(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
+    """Random circuits of edges, heads and neurons, over whole tokens or per group, also linear."""
+    graph = weights.graph_of(draw(st.sampled_from(["all", "split"])))
+    circuit = draw(circuits(graph))
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    kept, neurons = circuit.kept.copy(), None
+    if draw(st.booleans()):
+        # Parts only: every edge is there, then whole sources are cut.
+        kept = graph.edges.copy()
+        kept[random.random(len(graph.sources)) < draw(st.sampled_from(DENSITIES))] = False
+        kept[0 : graph.num_groups] = graph.edges[0 : graph.num_groups]
+    if draw(st.booleans()):
+        shape = (graph.num_layers, graph.num_groups, weights.num_neurons)
+        neurons = random.random(shape) < draw(st.sampled_from(DENSITIES))
+    ablation = draw(st.sampled_from(["zero", "mean", "linear"]))
+    return replace(circuit, kept=kept, neurons=neurons, ablation=ablation)
+
+
+@st.composite
+@undisturbed
 def circuits(draw: st.DrawFn, graph: Graph) -> Circuit:
     """Random edges at some density, then whole targets and sources cut or restored."""
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -90,31 +111,33 @@ def _read_alike(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generat
 def _keep_embed_for_keys_and_values(
     kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator
 ) -> None:
-    kept[0] = [target.kind in {"k", "v"} for target in graph.targets]
+    kept[: graph.num_groups] = [target.kind in {"k", "v"} for target in graph.targets]
 
 
 def _cut_embed(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    kept[0, random.random(len(graph.targets)) < 0.8] = False
+    kept[: graph.num_groups, random.random(len(graph.targets)) < 0.8] = False
 
 
 def _keep_one_path(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
     kept[:] = False
     source, target = 0, graph.classifier
     while random.random() < 0.8:
-        readers = [t for t in np.flatnonzero(graph.edges[source]) if t != graph.classifier]
+        readers = [t for t in np.flatnonzero(graph.edges[source]).tolist() if graph.sources_of(t)]
         if not readers:
             break
         target = int(random.choice(readers))
         kept[source, target] = True
-        source = graph.source_of(target)
-    kept[source, graph.classifier] = True
+        source = graph.sources_of(target)[0]
+    kept[source, list(graph.classifiers)] = True
 
 
 def _connect(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
     """Most random cuts leave nothing that depends on the image; these let embed through."""
     for _ in range(2):
         layer, head = int(random.integers(graph.num_layers)), int(random.integers(graph.num_heads))
-        kept[0, graph.head_target(layer, head, "v" if random.random() < 0.5 else "k")] = True
+        last = graph.num_groups - 1
+        letter = "v" if random.random() < 0.5 else "k"
+        kept[graph.embed_source(last), graph.head_target(layer, head, letter, last)] = True
         kept[graph.head_source(layer, head), graph.classifier] = True
 
 

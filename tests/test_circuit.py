@@ -181,7 +181,7 @@ def _reachable(circuit):
     graph, found = circuit.graph, {0}
     for _ in graph.sources:
         found |= {
-            graph.source_of(int(target))
+            graph.sources_of(int(target))[0]
             for source in found
             for target in np.flatnonzero(circuit.kept[source])
             if target != graph.classifier

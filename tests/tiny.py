@@ -1,8 +1,13 @@
 """Tiny random ViTs in float64, whose every part matters; and the reference model's shape."""
 
+from dataclasses import replace
+
 import torch
 
+from vitcut.circuit import Circuit
 from vitcut.compact.plan import ViTShape
+from vitcut.intervention.ablation import zero_fill
+from vitcut.intervention.fill import Fill
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import (
     Activation,
@@ -84,6 +89,33 @@ def random_table(weights: ViTWeights, seed: int = 2) -> Float[Tensor, "sources t
     draw = torch.Generator().manual_seed(seed)
     shape = (len(weights.graph.sources), weights.num_tokens, weights.width)
     return torch.randn(shape, generator=draw, dtype=weights.dtype)
+
+
+def random_fill(weights: ViTWeights, circuit: Circuit | None = None, seed: int = 2) -> Fill:
+    """Tables of random numbers, and random maps from kept parts where a circuit is linear."""
+    draw = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=weights.dtype)
+
+    blocks, hidden = len(weights.blocks), weights.num_neurons
+    tables = Fill(
+        sources=random_table(weights, seed), neurons=normal(blocks, weights.num_tokens, hidden)
+    )
+    if circuit is None or circuit.ablation == "mean":
+        return tables
+    if circuit.ablation == "zero":
+        return zero_fill(weights)
+    groups, head_dim = circuit.graph.num_groups, weights.blocks[0].attn.q_weight.shape[1]
+    head_maps = normal(blocks, groups, weights.num_heads, weights.width, head_dim) / 2
+    neuron_maps = normal(blocks, groups, weights.width, hidden) / 2
+    live = circuit.live_sources[groups:].reshape(blocks, weights.num_heads + 1, groups)
+    head_maps *= torch.from_numpy(live[:, :-1].swapaxes(1, 2).copy())[..., None, None]
+    if circuit.neurons is not None:
+        neuron_maps *= torch.from_numpy(circuit.neurons.copy())[:, :, None]
+    return replace(
+        tables, head_maps=head_maps, neuron_maps=neuron_maps, circuit=circuit.fingerprint
+    )
 
 
 REFERENCE = ViTShape(

@@ -1,4 +1,4 @@
-"""A circuit: which edges are kept, and how that was found. Immutable.
+"""A circuit: which edges and neurons are kept, and how that was found. Immutable.
 
 What it computes is left to the intervention floor.
 """
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.files import read_json, sha256_json, write_json
 from vitcut.graph import Graph
-from vitcut.names import Ablation
+from vitcut.names import Ablation, TokenGroup
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SAME = ("graph", "task", "ablation")
 _ORIGIN = ("model", "weight_hash", "images_fingerprint")
 """What of the provenance also holds for what is made of a circuit."""
@@ -26,18 +26,21 @@ _ORIGIN = ("model", "weight_hash", "images_fingerprint")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Circuit:
-    """The edges of a graph that are kept, under one ablation of the others.
+    """The edges and neurons of a graph that are kept, under one ablation of the others.
 
-    Two circuits are equal when graph, kept edges and ablation are: what they compute.
+    A head is cut where none of its edges is kept. Two circuits are equal when graph, kept parts and
+    ablation are: what they compute.
     """
 
     graph: Graph
     kept: NDArray[np.bool_]
     """True where an edge is kept, shape [sources, targets]; copied and made read-only."""
     ablation: Ablation
-    """What stands in for a cut edge."""
+    """What stands in for a cut part."""
+    neurons: NDArray[np.bool_] | None = None
+    """True where a neuron is kept, shape [blocks, groups, neurons]; None where all are."""
     method: str = "manual"
-    """Which algorithm chose the edges."""
+    """Which algorithm chose the parts."""
     task: str | None = None
     """Name of the task that the circuit was found for."""
     tau: float | None = None
@@ -64,6 +67,7 @@ class Circuit:
             )
         kept.setflags(write=False)
         object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "neurons", _checked_neurons(self.graph, self.neurons))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     @classmethod
@@ -74,28 +78,32 @@ class Circuit:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Circuit):
             return NotImplemented
-        same = self.graph == other.graph and self.ablation == other.ablation
-        return same and np.array_equal(self.kept, other.kept)
+        return self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
-        return hash((self.graph, self.ablation, self.kept.tobytes()))
+        return hash(self.fingerprint)
 
     def __and__(self, other: "Circuit") -> "Circuit":
-        """Edges that both keep."""
+        """Parts that both keep."""
         return self._combine(other, np.logical_and, "and")
 
     def __or__(self, other: "Circuit") -> "Circuit":
-        """Edges that either keeps."""
+        """Parts that either keeps."""
         return self._combine(other, np.logical_or, "or")
 
     def __invert__(self) -> "Circuit":
-        """The complement: exactly the edges that this circuit cuts."""
-        provenance = {**self._origin(), "not": self.fingerprint}
-        kept = self.graph.edges & ~self.kept
-        return replace(self, kept=kept, method="complement", tau=None, provenance=provenance)
+        """The complement: exactly the edges that this circuit cuts, and the neurons if any."""
+        return replace(
+            self,
+            kept=self.graph.edges & ~self.kept,
+            neurons=None if self.neurons is None else ~self.neurons,
+            method="complement",
+            tau=None,
+            provenance={**self._origin(), "not": self.fingerprint},
+        )
 
     def with_ablation(self, ablation: Ablation) -> "Circuit":
-        """The same edges under another ablation; the provenance names the one of discovery."""
+        """The same parts under another ablation; the provenance names the one of discovery."""
         if ablation == self.ablation:
             return self
         provenance = {"discovered_under": self.ablation, **self.provenance}
@@ -111,38 +119,77 @@ class Circuit:
         """SHA-256 of what the circuit computes: graph, kept edges, ablation."""
         return sha256_json(self._content())
 
+    def split(self, groups: tuple[TokenGroup, ...], readout: tuple[TokenGroup, ...]) -> "Circuit":
+        """The same circuit per token group: every kept edge and neuron is kept in each group.
+
+        Args:
+            groups: Those of the model.
+            readout: The ones that the classifier reads.
+
+        Raises:
+            CircuitError: The circuit has other token groups.
+        """
+        graph = Graph(
+            num_layers=self.graph.num_layers,
+            num_heads=self.graph.num_heads,
+            groups=groups,
+            readout=readout,
+        )
+        if self.graph.groups and self.graph != graph:
+            raise CircuitError(
+                f"the circuit has the token groups {', '.join(self.graph.groups)} (readout "
+                f"{', '.join(self.graph.readout)}), the model has {', '.join(groups)} (readout "
+                f"{', '.join(readout)}): use the model that it was found in"
+            )
+        if self.graph.groups:
+            return self
+        many = graph.num_groups
+        kept = np.repeat(np.repeat(self.kept, many, axis=0), many, axis=1)
+        neurons = None if self.neurons is None else np.repeat(self.neurons, many, axis=1)
+        kept = kept[:, : len(graph.targets)] & graph.edges
+        return replace(self, graph=graph, kept=kept, neurons=neurons)
+
     @cached_property
     def num_kept(self) -> int:
-        """How many edges are kept."""
-        return int(self.kept.sum())
+        """How many edges are kept, structurally dead ones left out."""
+        return int((self.kept & self.graph.useful_edges).sum())
 
     @cached_property
     def live_sources(self) -> NDArray[np.bool_]:
         """Sources with a kept path to the classifier, shape [sources]."""
-        live_target = np.zeros(len(self.graph.targets), dtype=np.bool_)
-        live_target[self.graph.classifier] = True
-        live = np.zeros(len(self.graph.sources), dtype=np.bool_)
-        for source in reversed(range(len(self.graph.sources))):
-            live[source] = bool((self.kept[source] & live_target).any())
-            live_target[list(self.graph.targets_of(source))] = live[source]
-        return live
+        return self.graph.find_live(self.kept)[1]
 
     @cached_property
     def reached_sources(self) -> NDArray[np.bool_]:
         """Sources with a kept path from embed, shape [sources]."""
         reached = np.zeros(len(self.graph.sources), dtype=np.bool_)
-        reached[0] = True
-        for source in range(1, len(self.graph.sources)):
+        first = self.graph.num_groups
+        reached[:first] = True
+        for source in range(first, len(self.graph.sources)):
             readers = list(self.graph.targets_of(source))
             reached[source] = bool((self.kept[:, readers] & reached[:, None]).any())
         return reached
 
     @cached_property
+    def heads_on_path(self) -> NDArray[np.bool_]:
+        """Heads on a kept path from embed to the classifier, shape [blocks, heads, groups]."""
+        graph = self.graph
+        on_path = (self.live_sources & self.reached_sources)[graph.num_groups :]
+        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
+        return on_path.reshape(shape)[:, :-1]
+
+    @cached_property
     def num_heads_kept(self) -> int:
-        """Heads on a kept path from embed to the classifier."""
-        on_path = self.live_sources & self.reached_sources
-        heads = np.array([source.kind == "head" for source in self.graph.sources])
-        return int((on_path & heads).sum())
+        """Heads on a kept path from embed to the classifier, in any token group."""
+        return int(self.heads_on_path.any(axis=2).sum())
+
+    @cached_property
+    def neurons_kept_fraction(self) -> float:
+        """Kept neurons of MLPs that reach the classifier, of all that can; 0 to 1."""
+        live = self._mlps(self.live_sources)
+        useful = self._mlps(self.graph.find_live(self.graph.edges)[1])
+        kept = live[:, :, None] if self.neurons is None else self.neurons & live[:, :, None]
+        return float(kept.mean(axis=2).sum() / useful.sum())
 
     def save(self, path: Path) -> None:
         """Write ``circuit.json``, atomically."""
@@ -171,10 +218,11 @@ class Circuit:
         try:
             hashed = content.pop("sha256")
             sound = sha256_json(content) == hashed
-            graph = Graph(**content["graph"])
+            graph = _graph_from(content["graph"])
             circuit = cls(
                 graph=graph,
                 kept=_kept_from_names(graph, content["kept"]),
+                neurons=_neurons_from_lists(graph, content.get("neurons")),
                 ablation=content["ablation"],
                 method=content["method"],
                 task=content["task"],
@@ -191,13 +239,36 @@ class Circuit:
         return circuit
 
     def _content(self) -> dict[str, Any]:
-        graph = {"num_layers": self.graph.num_layers, "num_heads": self.graph.num_heads}
+        graph: dict[str, Any] = {
+            "num_layers": self.graph.num_layers,
+            "num_heads": self.graph.num_heads,
+        }
+        if self.graph.groups:
+            graph |= {"groups": list(self.graph.groups), "readout": list(self.graph.readout)}
         names = [source.name for source in self.graph.sources]
         kept = {
             target.name: [names[source] for source in np.flatnonzero(self.kept[:, number])]
             for number, target in enumerate(self.graph.targets)
         }
-        return {"graph": graph, "ablation": self.ablation, "kept": kept}
+        content = {"graph": graph, "ablation": self.ablation, "kept": kept}
+        return content if self.neurons is None else {**content, "neurons": self._neuron_lists()}
+
+    def _neuron_lists(self) -> dict[str, Any]:
+        """The kept neurons of each MLP, by the name of its source."""
+        neurons = np.empty((0, 0, 0)) if self.neurons is None else self.neurons
+        kept = {
+            self.graph.sources[self.graph.mlp_source(layer, group)].name: np.flatnonzero(
+                neurons[layer, group]
+            ).tolist()
+            for layer, group in np.ndindex(neurons.shape[:2])
+        }
+        return {"per_mlp": neurons.shape[2], "kept": kept}
+
+    def _mlps(self, sources: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Per block and group, what holds of its MLP's source."""
+        graph = self.graph
+        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
+        return sources[graph.num_groups :].reshape(shape)[:, -1]
 
     def _origin(self) -> dict[str, Any]:
         return {key: self.provenance[key] for key in _ORIGIN if key in self.provenance}
@@ -211,9 +282,17 @@ class Circuit:
                     f"only circuits of one model, task and ablation can be combined, got {name} "
                     f"{own!r} and {others!r}"
                 )
-        kept = operation(self.kept, other.kept)
-        provenance = {**self._origin(), how: [self.fingerprint, other.fingerprint]}
-        return replace(self, kept=kept, method=how, tau=None, provenance=provenance)
+        neurons = [item.neurons for item in (self, other) if item.neurons is not None]
+        if len(neurons) == 1:
+            neurons.append(np.ones_like(neurons[0]))
+        return replace(
+            self,
+            kept=operation(self.kept, other.kept),
+            neurons=operation(*neurons) if neurons else None,
+            method=how,
+            tau=None,
+            provenance={**self._origin(), how: [self.fingerprint, other.fingerprint]},
+        )
 
 
 def _kept_from_names(graph: Graph, names: Mapping[str, list[str]]) -> NDArray[np.bool_]:
@@ -222,3 +301,33 @@ def _kept_from_names(graph: Graph, names: Mapping[str, list[str]]) -> NDArray[np
         for source in sources:
             kept[graph.source_numbers[source], graph.target_numbers[target]] = True
     return kept
+
+
+def _graph_from(content: Mapping[str, Any]) -> Graph:
+    groups = {name: tuple(content[name]) for name in ("groups", "readout") if name in content}
+    return Graph(num_layers=content["num_layers"], num_heads=content["num_heads"], **groups)
+
+
+def _checked_neurons(graph: Graph, neurons: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    if neurons is None:
+        return None
+    checked = np.array(neurons, dtype=np.bool_)
+    if checked.ndim != 3 or checked.shape[:2] != (graph.num_layers, graph.num_groups):
+        raise CircuitError(
+            f"neurons has shape {checked.shape}, this graph needs ({graph.num_layers}, "
+            f"{graph.num_groups}, neurons) (blocks, groups, neurons)"
+        )
+    checked.setflags(write=False)
+    return checked
+
+
+def _neurons_from_lists(
+    graph: Graph, content: Mapping[str, Any] | None
+) -> NDArray[np.bool_] | None:
+    if content is None:
+        return None
+    neurons = np.zeros((graph.num_layers, graph.num_groups, content["per_mlp"]), dtype=np.bool_)
+    for layer, group in np.ndindex(neurons.shape[:2]):
+        name = graph.sources[graph.mlp_source(layer, group)].name
+        neurons[layer, group, content["kept"][name]] = True
+    return neurons

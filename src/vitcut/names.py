@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Ablation = Literal["zero", "mean", "resample"]
+Ablation = Literal["zero", "mean", "resample", "linear"]
 """What stands in for a cut part."""
 
 Criterion = Literal["increment", "total"]
@@ -24,3 +24,11 @@ Letter = Literal["q", "k", "v"]
 """What a head computes of its input: queries, keys, values."""
 
 LETTERS: tuple[Letter, ...] = ("q", "k", "v")
+
+Tokens = Literal["all", "split"]
+"""Whether parts are over whole tokens or exist once per token group."""
+
+TokenGroup = Literal["cls", "register", "patch"]
+"""Prefix tokens that the classifier reads, other prefix tokens, patch tokens."""
+
+TOKEN_GROUPS: tuple[TokenGroup, ...] = ("cls", "register", "patch")

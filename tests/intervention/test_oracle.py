@@ -6,6 +6,7 @@ import torch
 from tiny import random_pixels, random_vit
 
 from vitcut.errors import CircuitError
+from vitcut.intervention.fill import Fill
 from vitcut.intervention.masking import full_run, masked_logits
 from vitcut.intervention.oracle import Examples, Oracle
 
@@ -35,7 +36,7 @@ def test_resample_cuts_carry_the_paired_images_value():
     clean, corrupted = examples.pixels[examples.clean], examples.pixels[examples.corrupted]
     ablated = torch.stack(full_run(weights, corrupted).sources)
     p = group_probs(full_run(weights, clean).logits)
-    q = group_probs(masked_logits(weights, clean, kept, ablated))
+    q = group_probs(masked_logits(weights, clean, kept, Fill(sources=ablated)))
     expected = (p * (p / q).log()).sum(-1)
     oracle = Oracle(weights, examples, "resample")
     torch.testing.assert_close(oracle.kl_per_pair(kept), expected, rtol=0, atol=1e-10)

@@ -9,7 +9,8 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.folding import fold
 from vitcut.compiler.planning import draft_circuit, shape_of
-from vitcut.shapes import Float, Tensor
+from vitcut.intervention.fill import Fill
+from vitcut.shapes import Tensor
 from vitcut.vits.weights import ViTWeights
 
 
@@ -17,7 +18,7 @@ from vitcut.vits.weights import ViTWeights
 def compile_circuit(
     weights: ViTWeights,
     circuit: Circuit,
-    ablated: Float[Tensor, "sources tokens width"],
+    fill: Fill,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> CompactViT:
@@ -25,20 +26,22 @@ def compile_circuit(
 
     Args:
         weights: The model that the circuit is of; folded in float64 whatever its precision.
-        circuit: The circuit, under ``zero`` or ``mean`` ablation.
-        ablated: What each source writes along cut edges; zeros under ``zero``.
+        circuit: The circuit, under ``zero``, ``mean`` or ``linear`` ablation.
+        fill: What stands in for cut parts.
         dtype: The precision of the compact model.
 
     Returns:
         The compact model, on the CPU and in eval mode.
 
     Raises:
-        CircuitError: The circuit does not fit the model, or its cut edges carry no constants.
+        CircuitError: The circuit does not fit the model or the fill, or its cut edges carry no
+            constants.
     """
+    fill.require_fit(circuit)
     draft = draft_circuit(shape_of(weights), circuit)
     with torch.device("meta"):
         model = CompactViT(draft.plan)
-    tensors = fold(draft, weights, circuit, ablated)
+    tensors = fold(draft, weights, circuit, fill.sources)
     model.load_state_dict({name: _own(t, dtype) for name, t in tensors.items()}, assign=True)
     return model.eval()
 

@@ -7,7 +7,8 @@ import torch
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.errors import ExactnessError
-from vitcut.intervention.masking import masked_logits
+from vitcut.intervention.fill import Fill
+from vitcut.intervention.masking import masked_run
 from vitcut.intervention.tracing import tolerance
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
@@ -33,7 +34,7 @@ def verify(
     compact: CompactViT,
     weights: ViTWeights,
     circuit: Circuit,
-    ablated: Float[Tensor, "sources tokens width"],
+    fill: Fill,
     pixels: Float[Tensor, "images channels y x"],
 ) -> Exactness:
     """Compare a compact model with the masked model that it was compiled from.
@@ -42,7 +43,7 @@ def verify(
         compact: The compact model; its precision sets the tolerance.
         weights: The model.
         circuit: The circuit.
-        ablated: What each source writes along cut edges.
+        fill: What stands in for cut parts.
         pixels: Normalised images.
 
     Raises:
@@ -54,8 +55,8 @@ def verify(
     expected: list[Tensor] = []
     got: list[Tensor] = []
     for chunk in pixels.to(weights.device, weights.dtype).split(_CHUNK):
-        table = ablated.to(weights.device, weights.dtype)
-        expected.append(masked_logits(weights, chunk, circuit.kept, table).cpu())
+        run = masked_run(weights, chunk, circuit, fill.like(weights.patch_weight))
+        expected.append(run.logits.cpu())
         got.append(compact(chunk.to(parameter.device, parameter.dtype)).cpu())
     return _compare(torch.cat(got), torch.cat(expected))
 

@@ -125,7 +125,7 @@ def acdc_reference(
     current = oracle.kl(kept)
     decisions: list[Decision] = []
     for target in graph.backward_order():
-        for source in reversed(range(graph.num_readable(target))):
+        for source in reversed(graph.readable(target)):
             kept[source, target] = False
             kl = oracle.kl(kept)
             cut = (kl if criterion == "total" else kl - current) < tau
@@ -166,7 +166,7 @@ class _Search:
             self._take(stage)
         del todo[: len(self._log.stages)]
         if todo:
-            edges = sum(self._weights.graph.num_readable(target) for run in todo for target in run)
+            edges = sum(len(self._weights.graph.readable(target)) for run in todo for target in run)
             state = self._state()
             with Meter(f"ACDC tau {self._config.tau:g}", edges, unit="edges") as meter:
                 for targets in todo:
@@ -233,7 +233,7 @@ class _Attempt:
             self._state.take_evaluations()
         for target in targets:
             decide = self._test if self._state.is_live(target) else self._drop
-            for source in reversed(range(self._graph.num_readable(target))):
+            for source in reversed(self._graph.readable(target)):
                 self.decisions.append(decide(source, target))
                 meter.advance(note=f"KL {self._kl:.4g}")
         self._fresh_kl = self._state.rebuild(kept, frontier)
@@ -297,7 +297,7 @@ def _edges(graph: Graph, targets: tuple[int, ...]) -> list[tuple[str, str]]:
     return [
         (graph.sources[source].name, graph.targets[target].name)
         for target in targets
-        for source in reversed(range(graph.num_readable(target)))
+        for source in reversed(graph.readable(target))
     ]
 
 

@@ -66,7 +66,7 @@ class Cache:
         _check_memory(weights, len(examples.clean), memory_gib, dtype)
         shape = (len(weights.graph.sources), len(examples.clean), weights.num_tokens, weights.width)
         change = torch.empty(shape, dtype=dtype, device=weights.device)
-        table = oracle.table
+        table = None if oracle.fill is None else oracle.fill.sources
         if table is None:
             ablated = torch.empty_like(change)
         else:
@@ -177,7 +177,7 @@ class Propagation:
         changed = {target: self._cache.change[source][:, self._rows[target]]}
         first = len(self._graph.sources)
         if target != self._graph.classifier:
-            first = self._graph.source_of(target)
+            first = self._graph.sources_of(target)[0]
         for node in range(first, len(self._graph.sources)):
             inputs = {
                 item: self._values.inputs[item] + changed.pop(item)
@@ -244,7 +244,7 @@ class Propagation:
     def _summed_input(self, kept: NDArray[np.bool_], target: int, first: int) -> Tensor:
         """A target's input from scratch; sources before ``first`` are clean."""
         rows = self._rows[target]
-        readable = self._graph.num_readable(target)
+        readable = self._graph.num_written(target)
         read = np.flatnonzero(kept[:readable, target]).tolist()
         if len(read) == readable and readable <= first:
             return self._stream(target, clean=True)[:, rows]
@@ -265,7 +265,7 @@ class Propagation:
 
     def _stream(self, target: int, *, clean: bool) -> Tensor:
         """All ablated (or all clean) values that a target can read, with output biases."""
-        readable = self._graph.num_readable(target)
+        readable = self._graph.num_written(target)
         key = readable if clean else -readable
         if key not in self._streams:
             total = self._cache.ablated[:readable].sum(0)

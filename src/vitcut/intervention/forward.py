@@ -68,12 +68,25 @@ def write_head(
     return F.linear(z, attn.out_weight[head])
 
 
+def activate(
+    mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
+) -> Float[Tensor, "images rows neurons"]:
+    """The hidden units of an MLP."""
+    return ACTIVATIONS[mlp.activation](F.linear(normed, mlp.in_weight, mlp.in_bias))
+
+
+def write_neurons(
+    mlp: MlpWeights, hidden: Float[Tensor, "images rows neurons"]
+) -> Float[Tensor, "images rows width"]:
+    """What hidden units add to the residual stream, without the output bias."""
+    return F.linear(hidden, mlp.out_weight)
+
+
 def run_mlp(
     mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
 ) -> Float[Tensor, "images rows width"]:
     """What an MLP adds to the residual stream, without its output bias."""
-    hidden = ACTIVATIONS[mlp.activation](F.linear(normed, mlp.in_weight, mlp.in_bias))
-    return F.linear(hidden, mlp.out_weight)
+    return write_neurons(mlp, activate(mlp, normed))
 
 
 def classify(

@@ -10,16 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
+from vitcut.graph import Graph
+from vitcut.intervention.fill import Fill
 from vitcut.intervention.forward import (
+    activate,
     attend,
     classify,
     embed,
     normalise,
     output_bias,
     project,
-    run_mlp,
     write,
+    write_neurons,
 )
 from vitcut.names import LETTERS
 from vitcut.shapes import Float, Tensor
@@ -28,82 +32,193 @@ from vitcut.vits.weights import ViTWeights
 ReadInputs = Callable[
     [Sequence[int], Sequence[Tensor]], Float[Tensor, "targets images tokens width"]
 ]
-"""Numbers of targets that read alike, and the sources written so far -> those targets' inputs."""
+"""Targets of the unsplit graph that read alike, and the sources so far -> those targets' inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One forward pass, part by part."""
+    """One forward pass, part by part; sources and targets are those of the unsplit graph."""
 
     sources: tuple[Float[Tensor, "images tokens width"], ...]
     """What each source wrote, in the graph's order."""
+    inputs: tuple[Float[Tensor, "_targets images tokens width"], ...]
+    """What the targets read, before their LayerNorm: q, k, v, MLP of each block, classifier."""
+    heads: tuple[Float[Tensor, "heads images tokens head_dim"], ...]
+    """Per block, z of its heads: before the output projection."""
+    neurons: tuple[Float[Tensor, "images tokens neurons"], ...]
+    """Per block, its MLP's hidden units, before any is cut."""
     logits: Float[Tensor, "images classes"]
 
 
 def full_run(weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]) -> Run:
-    """The uncut model, and what each of its sources writes."""
+    """The uncut model, and what each of its parts computes."""
 
     def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
         total = torch.stack(tuple(written)).sum(0) + output_bias(weights, len(written))
         return total.expand(len(targets), *total.shape)
 
-    return _run(weights, pixels, read)
+    return _run(weights, pixels, read, _PartMask(weights, weights.graph, None, None))
+
+
+def masked_run(
+    weights: ViTWeights,
+    pixels: Float[Tensor, "images channels y x"],
+    circuit: Circuit,
+    fill: Fill,
+) -> Run:
+    """The model in which cut parts carry what a fill puts in their place.
+
+    A target's input, before its LayerNorm, is the sum of what its kept sources write now, the
+    fill's values of its cut sources, and the output biases before it. A cut neuron has the fill's
+    value; the maps of a fill add to what kept heads and neurons write.
+
+    Args:
+        weights: The model.
+        pixels: Normalised images.
+        circuit: What is kept, over whole tokens or per token group.
+        fill: One value for all images (mean, zero, linear), or one per image (resample).
+
+    Raises:
+        CircuitError: Circuit or fill do not fit the model.
+    """
+    fill.require_fit(circuit)
+    return _masked_run(weights, pixels, circuit.graph, circuit.kept, fill, circuit.neurons)
 
 
 def masked_logits(
     weights: ViTWeights,
     pixels: Float[Tensor, "images channels y x"],
     kept: NDArray[np.bool_],
-    ablated: Float[Tensor, "sources *images tokens width"],
+    fill: Fill,
+    *,
+    graph: Graph | None = None,
+    neurons: NDArray[np.bool_] | None = None,
 ) -> Float[Tensor, "images classes"]:
-    """Logits of the model in which cut edges carry ablated values.
-
-    A target's input, before its LayerNorm, is the sum of what its kept sources write now, the
-    ablated values of its cut sources, and the output biases before it.
+    """Logits of the masked model (see ``masked_run``) for bare masks.
 
     Args:
         weights: The model.
         pixels: Normalised images.
         kept: True where an edge is kept, shape [sources, targets].
-        ablated: What each source writes along cut edges: one table for all images (mean, zero), or
-            one per image (resample).
+        fill: What stands in for cut parts.
+        graph: That ``kept`` belongs to; the unsplit one if None.
+        neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
 
     Raises:
-        CircuitError: ``kept`` or ``ablated`` does not fit the model.
+        CircuitError: ``kept`` or ``fill`` does not fit the model.
     """
-    if kept.shape != weights.graph.edges.shape or len(ablated) != len(kept):
+    return _masked_run(weights, pixels, graph or weights.graph, kept, fill, neurons).logits
+
+
+def _masked_run(
+    weights: ViTWeights,
+    pixels: Tensor,
+    graph: Graph,
+    kept: NDArray[np.bool_],
+    fill: Fill,
+    neurons: NDArray[np.bool_] | None,
+) -> Run:
+    own = weights.graph
+    if (
+        graph.unsplit != own
+        or len(fill.sources) != len(own.sources)
+        or (kept.shape != graph.edges.shape)
+    ):
         raise CircuitError(
-            f"kept {kept.shape} and ablated {tuple(ablated.shape)} do not fit a model of "
-            f"{weights.graph.edges.shape} sources and targets"
+            f"kept {kept.shape} and the fill of {len(fill.sources)} sources do not fit a model of "
+            f"{own.edges.shape} sources and targets"
         )
-    mask = torch.from_numpy(kept.copy()).to(weights.device, weights.dtype)
+    rows = weights.rows_of(graph)
+    masks = [
+        torch.from_numpy(graph.in_group(kept, group)).to(weights.device, weights.dtype)
+        for group in range(graph.num_groups)
+    ]
 
     def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
         readable = len(written)
-        replaced = ablated[:readable]
+        replaced = fill.sources[:readable]
         changes = torch.stack([now - then for now, then in zip(written, replaced, strict=True)])
-        chosen = mask[:readable, list(targets)].T
-        inputs = (chosen @ changes.flatten(1)).unflatten(1, changes.shape[1:])
-        return inputs + (replaced.sum(0) + output_bias(weights, readable))
+        parts: list[Tensor] = []
+        for mask, span in zip(masks, rows, strict=True):
+            # Targets that read alike share one sum.
+            chosen, which = mask[:readable, list(targets)].T.unique(dim=0, return_inverse=True)
+            seen = changes[..., span, :]
+            parts.append((chosen @ seen.flatten(1)).unflatten(1, seen.shape[1:])[which])
+        return torch.cat(parts, dim=2) + (replaced.sum(0) + output_bias(weights, readable))
 
-    return _run(weights, pixels, read).logits
+    return _run(weights, pixels, read, _PartMask(weights, graph, neurons, fill))
 
 
-def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs) -> Run:
+class _PartMask:
+    """What becomes of heads and neurons on their way into the stream."""
+
+    def __init__(
+        self,
+        weights: ViTWeights,
+        graph: Graph,
+        neurons: NDArray[np.bool_] | None,
+        fill: Fill | None,
+    ) -> None:
+        self._rows = weights.rows_of(graph)
+        self._fill = fill
+        self._kept: Tensor | None = None
+        if neurons is not None:
+            shape = (len(weights.blocks), weights.num_tokens, neurons.shape[2])
+            self._kept = torch.ones(shape, dtype=torch.bool, device=weights.device)
+            for group, span in enumerate(self._rows):
+                self._kept[:, span] = torch.from_numpy(neurons[:, group].copy())[:, None]
+
+    def heads(self, layer: int, z: Tensor) -> Tensor | float:
+        """What kept heads write for cut ones, shape [heads, images, tokens, width]."""
+        if self._fill is None or self._fill.head_maps is None:
+            return 0.0
+        maps = self._fill.head_maps[layer]
+        shares = [
+            torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps[group])
+            for group, span in enumerate(self._rows)
+        ]
+        return torch.cat(shares, dim=2)
+
+    def neurons(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Hidden units with cut ones replaced, and what kept ones write for those."""
+        fill, kept = self._fill, self._kept
+        if kept is None or fill is None or fill.neurons is None:
+            return hidden, 0.0
+        replaced = torch.where(kept[layer], hidden, fill.neurons[layer])
+        if fill.neuron_maps is None:
+            return replaced, 0.0
+        alive = hidden * kept[layer]
+        maps = fill.neuron_maps[layer]
+        shares = [alive[:, span] @ maps[group].T for group, span in enumerate(self._rows)]
+        return replaced, torch.cat(shares, dim=1)
+
+
+def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: _PartMask) -> Run:
     graph = weights.graph
     written = [embed(weights, pixels)]
+    inputs: list[Tensor] = []
+    heads: list[Tensor] = []
+    neurons: list[Tensor] = []
     for layer, block in enumerate(weights.blocks):
         attn = block.attn
+        inputs += [read(graph.letter_targets(layer, letter), written) for letter in LETTERS]
         q, k, v = (
-            project(
-                attn,
-                letter,
-                normalise(block.attn_norm, read(graph.letter_targets(layer, letter), written)),
-            )
-            for letter in LETTERS
+            project(attn, letter, normalise(block.attn_norm, stream))
+            for letter, stream in zip(LETTERS, inputs[-3:], strict=True)
         )
-        written += write(attn, attend(q, k, attn.scale) @ v).unbind(0)
-        stream = read([graph.mlp_target(layer)], written)[0]
-        written.append(run_mlp(block.mlp, normalise(block.mlp_norm, stream)))
-    logits = classify(weights, read([graph.classifier], written)[0, :, 0])
-    return Run(sources=tuple(written), logits=logits)
+        z = attend(q, k, attn.scale) @ v
+        heads.append(z)
+        written += (write(attn, z) + mask.heads(layer, z)).unbind(0)
+        inputs.append(read([graph.mlp_target(layer)], written))
+        hidden = activate(block.mlp, normalise(block.mlp_norm, inputs[-1][0]))
+        neurons.append(hidden)
+        replaced, share = mask.neurons(layer, hidden)
+        written.append(write_neurons(block.mlp, replaced) + share)
+    inputs.append(read([graph.classifier], written))
+    return Run(
+        sources=tuple(written),
+        inputs=tuple(inputs),
+        heads=tuple(heads),
+        neurons=tuple(neurons),
+        logits=classify(weights, inputs[-1][0, :, 0]),
+    )

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.errors import CircuitError, ModelError
-from vitcut.intervention.ablation import fixed_table
+from vitcut.intervention.ablation import fixed_fill, resample_fill
+from vitcut.intervention.fill import Fill
 from vitcut.intervention.masking import full_run, masked_logits
 from vitcut.metrics import coarse_log_probs, kl_divergence
-from vitcut.names import Ablation
+from vitcut.names import Ablation, Tokens
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.vits.weights import ViTWeights
 
@@ -56,27 +57,36 @@ class Examples:
 class Oracle:
     """Mean KL(full || circuit) on the task distribution over all pairs."""
 
-    def __init__(self, weights: ViTWeights, examples: Examples, ablation: Ablation) -> None:
+    def __init__(
+        self,
+        weights: ViTWeights,
+        examples: Examples,
+        ablation: Ablation,
+        *,
+        tokens: Tokens = "all",
+    ) -> None:
         """Measure the full model once.
 
         Args:
             weights: The model, in any precision.
             examples: Images, pairs and groups.
-            ablation: What stands in for cut edges.
+            ablation: What stands in for cut parts.
+            tokens: Whether circuits are over whole tokens or per token group.
 
         Raises:
             CircuitError: There are no pairs.
         """
         self.ablation = ablation
+        self.graph = weights.graph_of(tokens)
         self._weights = weights.to(torch.float64)
         self._examples = examples.for_ablation(ablation)
         if len(self._examples.clean) == 0:
             raise CircuitError("there are no pairs of clean and corrupted images to measure on")
         self._pixels = examples.pixels.to(self._weights.device, torch.float64)
-        self._table = None
+        self._fill = None
         if ablation != "resample":
             chunks = self._pixels.split(_CHUNK)
-            self._table = fixed_table(ablation, self._weights, chunks)
+            self._fill = fixed_fill(ablation, self._weights, chunks)
         self.calls = 0
         self._last: tuple[bytes, float] | None = None
         self.full_log_probs = self._full_log_probs()
@@ -87,38 +97,47 @@ class Oracle:
         return self._examples
 
     @property
-    def table(self) -> Float[Tensor, "sources tokens width"] | None:
+    def fill(self) -> Fill | None:
         """The ablated values, float64; None under ``resample``."""
-        return self._table
+        return self._fill
 
     @torch.no_grad()
-    def kl_per_pair(self, kept: NDArray[np.bool_]) -> Float[Tensor, "pairs"]:
+    def kl_per_pair(
+        self, kept: NDArray[np.bool_], neurons: NDArray[np.bool_] | None = None
+    ) -> Float[Tensor, "pairs"]:
         """KL(full || circuit) of every pair, in nats.
 
         Args:
             kept: True where an edge is kept, shape [sources, targets].
+            neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
         """
         self.calls += 1
         found: list[Tensor] = []
         for pairs in torch.arange(len(self._examples.clean)).split(_CHUNK):
             clean, corrupted = self._pair_pixels(pairs)
-            table = self._table
-            if table is None:
-                table = torch.stack(full_run(self._weights, corrupted).sources)
-            logits = masked_logits(self._weights, clean, kept, table)
+            fill = self._fill
+            if fill is None:
+                fill = resample_fill(self._weights, corrupted, neurons=neurons is not None)
+            logits = masked_logits(
+                self._weights, clean, kept, fill, graph=self.graph, neurons=neurons
+            )
             full = self.full_log_probs[torch.from_numpy(self._examples.clean)[pairs]]
             found.append(kl_divergence(full, self._log_probs(logits)))
         return torch.cat(found)
 
-    def kl(self, kept: NDArray[np.bool_]) -> float:
+    def kl(self, kept: NDArray[np.bool_], neurons: NDArray[np.bool_] | None = None) -> float:
         """Mean KL(full || circuit) in nats, summed exactly in the order of the pairs.
+
+        Args:
+            kept: True where an edge is kept, shape [sources, targets].
+            neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
 
         Raises:
             ModelError: The model's output under this circuit is not finite.
         """
-        mask = kept.tobytes()
+        mask = kept.tobytes() + (b"" if neurons is None else neurons.tobytes())
         if self._last is None or self._last[0] != mask:
-            values = self.kl_per_pair(kept).tolist()
+            values = self.kl_per_pair(kept, neurons).tolist()
             mean = math.fsum(values) / len(values)
             if not math.isfinite(mean):
                 raise ModelError(

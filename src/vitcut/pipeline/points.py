@@ -11,13 +11,13 @@ from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
+from vitcut.intervention.fill import Fill
 from vitcut.names import Ablation
 from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.stages import Discovery, ablation_table, cut_circuit, cut_point
+from vitcut.pipeline.stages import Discovery, ablation_fill, cut_circuit, cut_point
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
-from vitcut.shapes import Float, Tensor
 
 CIRCUIT_FILE = "circuit.json"
 MODEL_FOLDER = "model"
@@ -71,8 +71,8 @@ class PointMaker:
         record, model_folder = into / _RECORD_FILE, into / MODEL_FOLDER
         if record.exists():
             return Results.load(record).points[0], CompactViT.from_pretrained(model_folder)
-        table, start = self._table, time.perf_counter()
-        cut = cut_circuit(self._subject, circuit, self._cut, table=table)
+        fill, start = self._fill, time.perf_counter()
+        cut = cut_circuit(self._subject, circuit, self._cut, fill=fill)
         cut.model.save_pretrained(model_folder, circuit=json.dumps(cut.circuit.to_dict(), indent=1))
         point = cut_point(
             name,
@@ -89,5 +89,5 @@ class PointMaker:
         return path.relative_to(self._folder.path).as_posix()
 
     @cached_property
-    def _table(self) -> Float[Tensor, "sources tokens width"]:
-        return ablation_table(self._subject, self._cut.ablation, self._cut)
+    def _fill(self) -> Fill:
+        return ablation_fill(self._subject, self._cut.ablation, self._cut)

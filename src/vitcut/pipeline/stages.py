@@ -30,14 +30,14 @@ from vitcut.data.stratified import choose_evenly
 from vitcut.discovery.acdc import acdc, build_cache
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import CircuitError
-from vitcut.intervention.ablation import fixed_table
+from vitcut.intervention.ablation import fixed_fill
+from vitcut.intervention.fill import Fill
 from vitcut.intervention.oracle import Examples, Oracle
 from vitcut.names import Ablation
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import track
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
-from vitcut.shapes import Float, Tensor
 
 _TABLE_BATCH = 32
 DENSE = "dense"
@@ -112,17 +112,15 @@ def examples_of(subject: Subject, config: DiscoverConfig) -> Examples:
     )
 
 
-def ablation_table(
-    subject: Subject, ablation: Ablation, config: CutConfig
-) -> Float[Tensor, "sources tokens width"]:
-    """What cut edges carry in a compact model, in float64."""
+def ablation_fill(subject: Subject, ablation: Ablation, config: CutConfig) -> Fill:
+    """What cut parts carry in a compact model, whatever the circuit, in float64."""
     images = subject.calibration(config.images, seed=config.seed)
     starts = range(0, len(images), _TABLE_BATCH)
     batches = (
         subject.normalise(images.read(range(i, min(i + _TABLE_BATCH, len(images))))).double()
         for i in track(starts, "averaging activations", len(starts), unit="batches")
     )
-    return fixed_table(ablation, subject.weights.to(torch.float64), batches)
+    return fixed_fill(ablation, subject.weights.to(torch.float64), batches)
 
 
 def cut_circuit(
@@ -130,7 +128,7 @@ def cut_circuit(
     circuit: Circuit,
     config: CutConfig,
     *,
-    table: Float[Tensor, "sources tokens width"] | None = None,
+    fill: Fill | None = None,
 ) -> Cut:
     """Compile a circuit, check the result, and measure it again under the cut's ablation.
 
@@ -138,22 +136,22 @@ def cut_circuit(
         subject: The model and images that the circuit was found on.
         circuit: Under any ablation.
         config: The ablation of the cut, and on what it is checked.
-        table: From `ablation_table`, to share it between circuits.
+        fill: From `ablation_fill`, to share it between circuits, or fitted to this one.
 
     Raises:
         CircuitError: The circuit is of another model.
         ExactnessError: The compact model does not compute the masked one.
     """
     _require_same_weights(subject, circuit)
-    if table is None:
-        table = ablation_table(subject, config.ablation, config)
+    if fill is None:
+        fill = ablation_fill(subject, config.ablation, config)
     final = circuit.with_ablation(config.ablation)
-    model = compile_circuit(subject.weights, final, table)
+    model = compile_circuit(subject.weights, final, fill)
     model.info = _model_info(subject)
     tuning = subject.images.tuning
     chosen = choose_evenly(tuning.labels, min(config.verify_images, len(tuning)), seed=config.seed)
     pixels = subject.normalise(tuning.read(chosen))
-    exactness = verify(model, subject.weights, final, table, pixels)
+    exactness = verify(model, subject.weights, final, fill, pixels)
     return Cut(
         model=model,
         circuit=final,
@@ -199,8 +197,8 @@ def dense_point(subject: Subject) -> Point:
     graph = subject.weights.graph
     return Point(
         name=DENSE,
-        edges_total=graph.num_edges,
-        edges_kept=graph.num_edges,
+        edges_total=graph.num_useful_edges,
+        edges_kept=graph.num_useful_edges,
         heads_total=graph.num_layers * graph.num_heads,
         heads_kept=graph.num_layers * graph.num_heads,
         neurons_kept_fraction=1.0,
@@ -241,7 +239,7 @@ def cut_point(
         granularity="edge",
         ablation=found.ablation,
         tau=found.tau,
-        edges_total=found.graph.num_edges,
+        edges_total=found.graph.num_useful_edges,
         edges_kept=found.num_kept,
         heads_total=found.graph.num_layers * found.graph.num_heads,
         heads_kept=found.num_heads_kept,

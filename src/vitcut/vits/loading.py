@@ -3,7 +3,6 @@
 What a loaded model's parts are called is left to the adapters, cutting it to the compiler.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -135,11 +134,7 @@ def load_model(spec: str) -> LoadedModel:
 
 def weight_hash(model: nn.Module) -> str:
     """The SHA-256 over names, shapes, types and values of a model's weights, in hex."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_tensors(model.state_dict().items())
 
 
 def _folder(spec: str) -> Path:

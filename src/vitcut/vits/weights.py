@@ -4,7 +4,8 @@ LayerScale is folded into the output projections, so heads and MLPs here write w
 to the residual stream. Computing with these tensors is left to the intervention floor.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from vitcut.graph import Graph
-from vitcut.names import Activation
+from vitcut.names import Activation, TokenGroup, Tokens
 from vitcut.shapes import Float, Tensor
 
 W = TypeVar("W")
@@ -84,8 +85,47 @@ class ViTWeights:
 
     @cached_property
     def graph(self) -> Graph:
-        """The sources, targets and edges of this model."""
+        """The sources, targets and edges of this model, over whole tokens."""
         return Graph(num_layers=len(self.blocks), num_heads=self.num_heads)
+
+    @cached_property
+    def split_graph(self) -> Graph:
+        """The same per token group."""
+        return Graph(
+            num_layers=len(self.blocks),
+            num_heads=self.num_heads,
+            groups=tuple(self.group_rows),
+            readout=self.readout,
+        )
+
+    def graph_of(self, tokens: Tokens) -> Graph:
+        """The graph over whole tokens, or per token group."""
+        return self.graph if tokens == "all" else self.split_graph
+
+    @property
+    def readout(self) -> tuple[TokenGroup, ...]:
+        """The token groups that the classifier reads."""
+        return ("cls",)
+
+    @cached_property
+    def group_rows(self) -> dict[TokenGroup, slice]:
+        """The tokens of each group that the model has, in their order."""
+        ends: dict[TokenGroup, int] = {
+            "cls": 1,
+            "register": self.num_prefix,
+            "patch": self.num_tokens,
+        }
+        found: dict[TokenGroup, slice] = {}
+        first = 0
+        for group, end in ends.items():
+            if end > first:
+                found[group] = slice(first, end)
+            first = end
+        return found
+
+    def rows_of(self, graph: Graph) -> tuple[slice, ...]:
+        """The tokens of each group of a graph of this model; all tokens where it has none."""
+        return tuple(self.group_rows[group] for group in graph.groups) or (slice(None),)
 
     @property
     def num_heads(self) -> int:
@@ -111,6 +151,11 @@ class ViTWeights:
     def num_classes(self) -> int:
         """Outputs of the classifier."""
         return self.head_weight.shape[0]
+
+    @property
+    def num_neurons(self) -> int:
+        """Hidden units per MLP, of the first block."""
+        return self.blocks[0].mlp.in_weight.shape[0]
 
     @property
     def patch_size(self) -> int:
@@ -142,6 +187,15 @@ class ViTWeights:
     ) -> "ViTWeights":
         """The same weights in another type or place."""
         return map_tensors(self, lambda tensor: tensor.to(device=device, dtype=dtype))
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The SHA-256 over names, shapes, types and values of tensors, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def map_tensors(value: W, change: Callable[[Tensor], Tensor]) -> W:
