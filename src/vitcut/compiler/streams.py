@@ -55,7 +55,7 @@ class Output:
 def input_items(circuit: Circuit, liveness: Liveness, target: int) -> Items:
     """The constants in a target's input, ``embed``'s included."""
     graph = circuit.graph
-    readable = graph.num_readable(target)
+    readable = graph.num_written(target)
     items: Items = Counter()
     for source in range(readable):
         kept = circuit.kept[source, target]

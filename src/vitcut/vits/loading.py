@@ -19,6 +19,7 @@ from torch import nn
 
 from vitcut.errors import ModelError
 from vitcut.files import atomic_folder, sha256_file, write_json, write_text
+from vitcut.vits.weights import hash_tensors
 
 _FORMAT_VERSION = 1
 _SHIPPED = ("animals",)

@@ -194,7 +194,8 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(plain.numpy().tobytes())
     return digest.hexdigest()
 
 
