@@ -75,6 +75,32 @@ class Circuit:
         """The circuit that keeps every edge: the model itself."""
         return cls(graph=graph, kept=graph.edges, ablation=ablation)
 
+    @classmethod
+    def of_parts(
+        cls,
+        graph: Graph,
+        *,
+        heads: NDArray[np.bool_],
+        neurons: NDArray[np.bool_],
+        ablation: Ablation,
+        **origin: Any,
+    ) -> "Circuit":
+        """The circuit that keeps some heads and neurons, and every edge of what it keeps.
+
+        Args:
+            graph: Over whole tokens or per token group.
+            heads: True where a head is kept, shape [blocks, heads, groups].
+            neurons: True where a neuron is kept, shape [blocks, groups, neurons].
+            ablation: What stands in for the others.
+            **origin: ``method``, ``task``, ``tau``, ``provenance``.
+        """
+        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
+        sources = np.ones(shape, dtype=np.bool_)
+        sources[:, :-1] = heads
+        kept = graph.edges.copy()
+        kept[graph.num_groups :][~sources.flatten()] = False
+        return cls(graph=graph, kept=kept, neurons=neurons, ablation=ablation, **origin)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Circuit):
             return NotImplemented
@@ -153,6 +179,16 @@ class Circuit:
     def num_kept(self) -> int:
         """How many edges are kept, structurally dead ones left out."""
         return int((self.kept & self.graph.useful_edges).sum())
+
+    @cached_property
+    def read_by_all(self) -> NDArray[np.bool_] | None:
+        """Sources that all their targets read, where every other is read by none; else None.
+
+        Shape [sources]; None says that some edge is cut while its source is kept.
+        """
+        readers = self.kept.sum(axis=1)
+        everyone = readers == self.graph.edges.sum(axis=1)
+        return everyone if bool((everyone | (readers == 0)).all()) else None
 
     @cached_property
     def live_sources(self) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ def normalise(
 
 
 def project(
-    attn: AttentionWeights, letter: Letter, normed: Float[Tensor, "heads images rows width"]
+    attn: AttentionWeights, letter: Letter, normed: Float[Tensor, "#heads images rows width"]
 ) -> Float[Tensor, "heads images rows head_dim"]:
     """q, k or v of every head; the attention scale is left to ``attend``."""
     weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")

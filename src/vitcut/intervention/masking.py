@@ -30,9 +30,12 @@ from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
 
 ReadInputs = Callable[
-    [Sequence[int], Sequence[Tensor]], Float[Tensor, "targets images tokens width"]
+    [Sequence[int], Sequence[Tensor]], Float[Tensor, "#targets images tokens width"]
 ]
-"""Targets of the unsplit graph that read alike, and the sources so far -> those targets' inputs."""
+"""Targets of the unsplit graph and the sources so far -> those targets' inputs.
+
+One input stands for all of them where they read the same.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,10 @@ class Run:
     sources: tuple[Float[Tensor, "images tokens width"], ...]
     """What each source wrote, in the graph's order."""
     inputs: tuple[Float[Tensor, "_targets images tokens width"], ...]
-    """What the targets read, before their LayerNorm: q, k, v, MLP of each block, classifier."""
+    """What the targets read, before their LayerNorm: q, k, v, MLP of each block, classifier.
+
+    Heads that read the same have one input between them.
+    """
     heads: tuple[Float[Tensor, "heads images tokens head_dim"], ...]
     """Per block, z of its heads: before the output projection."""
     neurons: tuple[Float[Tensor, "images tokens neurons"], ...]
@@ -50,14 +56,18 @@ class Run:
     logits: Float[Tensor, "images classes"]
 
 
-def full_run(weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]) -> Run:
-    """The uncut model, and what each of its parts computes."""
+def full_run(
+    weights: ViTWeights, pixels: Float[Tensor, "images channels y x"], *, per_head: bool = False
+) -> Run:
+    """The uncut model, and what each of its parts computes.
 
-    def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
-        total = torch.stack(tuple(written)).sum(0) + output_bias(weights, len(written))
-        return total.expand(len(targets), *total.shape)
-
-    return _run(weights, pixels, read, _PartMask(weights, weights.graph, None, None))
+    Args:
+        weights: The model.
+        pixels: Normalised images.
+        per_head: Give each head inputs of its own, whose gradients can be told apart; slower.
+    """
+    read = _Sum(weights, per_head=per_head)
+    return _run(weights, pixels, read, PartMask(weights, weights.graph, None, None))
 
 
 def masked_run(
@@ -65,6 +75,8 @@ def masked_run(
     pixels: Float[Tensor, "images channels y x"],
     circuit: Circuit,
     fill: Fill,
+    *,
+    mask: "PartMask | None" = None,
 ) -> Run:
     """The model in which cut parts carry what a fill puts in their place.
 
@@ -77,12 +89,23 @@ def masked_run(
         pixels: Normalised images.
         circuit: What is kept, over whole tokens or per token group.
         fill: One value for all images (mean, zero, linear), or one per image (resample).
+        mask: Applies circuit and fill to heads and neurons; to watch or change them on the way.
 
     Raises:
         CircuitError: Circuit or fill do not fit the model.
     """
     fill.require_fit(circuit)
-    return _masked_run(weights, pixels, circuit.graph, circuit.kept, fill, circuit.neurons)
+    graph, neurons = circuit.graph, circuit.neurons
+    mask = mask or PartMask(weights, graph, neurons, fill)
+    if circuit.read_by_all is None:
+        return _run(weights, pixels, _reader(weights, graph, circuit.kept, fill), mask)
+    _require_sizes(weights, graph, circuit.kept, fill)
+    rows = weights.rows_of(graph)
+    alive = torch.zeros(len(fill.sources), weights.num_tokens, 1, dtype=torch.bool)
+    for group, span in enumerate(rows):
+        chosen = torch.from_numpy(circuit.read_by_all[group :: len(rows)].copy())
+        alive[:, span] = chosen[:, None, None]
+    return _run(weights, pixels, _Sum(weights, alive.to(weights.device), fill.sources), mask)
 
 
 def masked_logits(
@@ -107,27 +130,14 @@ def masked_logits(
     Raises:
         CircuitError: ``kept`` or ``fill`` does not fit the model.
     """
-    return _masked_run(weights, pixels, graph or weights.graph, kept, fill, neurons).logits
+    graph = graph or weights.graph
+    mask = PartMask(weights, graph, neurons, fill)
+    return _run(weights, pixels, _reader(weights, graph, kept, fill), mask).logits
 
 
-def _masked_run(
-    weights: ViTWeights,
-    pixels: Tensor,
-    graph: Graph,
-    kept: NDArray[np.bool_],
-    fill: Fill,
-    neurons: NDArray[np.bool_] | None,
-) -> Run:
-    own = weights.graph
-    if (
-        graph.unsplit != own
-        or len(fill.sources) != len(own.sources)
-        or (kept.shape != graph.edges.shape)
-    ):
-        raise CircuitError(
-            f"kept {kept.shape} and the fill of {len(fill.sources)} sources do not fit a model of "
-            f"{own.edges.shape} sources and targets"
-        )
+def _reader(weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], fill: Fill) -> ReadInputs:
+    """Reads by any mask: per target the sum of its own sources."""
+    _require_sizes(weights, graph, kept, fill)
     rows = weights.rows_of(graph)
     masks = [
         torch.from_numpy(graph.in_group(kept, group)).to(weights.device, weights.dtype)
@@ -146,10 +156,52 @@ def _masked_run(
             parts.append((chosen @ seen.flatten(1)).unflatten(1, seen.shape[1:])[which])
         return torch.cat(parts, dim=2) + (replaced.sum(0) + output_bias(weights, readable))
 
-    return _run(weights, pixels, read, _PartMask(weights, graph, neurons, fill))
+    return read
 
 
-class _PartMask:
+class _Sum:
+    """Reads a stream that is the same for all targets of a token: one running sum of sources."""
+
+    def __init__(
+        self,
+        weights: ViTWeights,
+        alive: Tensor | None = None,
+        replaced: Tensor | None = None,
+        *,
+        per_head: bool = False,
+    ) -> None:
+        self._weights = weights
+        self._alive = alive
+        self._replaced = replaced
+        self._per_head = per_head
+        self._added = 0
+        self._total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+
+    def __call__(self, targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
+        for number in range(self._added, len(written)):
+            value = written[number]
+            if self._alive is not None and self._replaced is not None:
+                value = torch.where(self._alive[number], value, self._replaced[number])
+            self._total = self._total + value
+        self._added = len(written)
+        total = self._total + output_bias(self._weights, len(written))
+        return total.expand(len(targets) if self._per_head else 1, *total.shape)
+
+
+def _require_sizes(weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], fill: Fill) -> None:
+    own = weights.graph
+    if (
+        graph.unsplit != own
+        or len(fill.sources) != len(own.sources)
+        or (kept.shape != graph.edges.shape)
+    ):
+        raise CircuitError(
+            f"kept {kept.shape} and the fill of {len(fill.sources)} sources do not fit a model of "
+            f"{own.edges.shape} sources and targets"
+        )
+
+
+class PartMask:
     """What becomes of heads and neurons on their way into the stream."""
 
     def __init__(
@@ -159,13 +211,13 @@ class _PartMask:
         neurons: NDArray[np.bool_] | None,
         fill: Fill | None,
     ) -> None:
-        self._rows = weights.rows_of(graph)
+        self.rows = weights.rows_of(graph)
         self._fill = fill
         self._kept: Tensor | None = None
         if neurons is not None:
             shape = (len(weights.blocks), weights.num_tokens, neurons.shape[2])
             self._kept = torch.ones(shape, dtype=torch.bool, device=weights.device)
-            for group, span in enumerate(self._rows):
+            for group, span in enumerate(self.rows):
                 self._kept[:, span] = torch.from_numpy(neurons[:, group].copy())[:, None]
 
     def heads(self, layer: int, z: Tensor) -> Tensor | float:
@@ -175,7 +227,7 @@ class _PartMask:
         maps = self._fill.head_maps[layer]
         shares = [
             torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps[group])
-            for group, span in enumerate(self._rows)
+            for group, span in enumerate(self.rows)
         ]
         return torch.cat(shares, dim=2)
 
@@ -189,11 +241,11 @@ class _PartMask:
             return replaced, 0.0
         alive = hidden * kept[layer]
         maps = fill.neuron_maps[layer]
-        shares = [alive[:, span] @ maps[group].T for group, span in enumerate(self._rows)]
+        shares = [alive[:, span] @ maps[group].T for group, span in enumerate(self.rows)]
         return replaced, torch.cat(shares, dim=1)
 
 
-def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: _PartMask) -> Run:
+def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: PartMask) -> Run:
     graph = weights.graph
     written = [embed(weights, pixels)]
     inputs: list[Tensor] = []

@@ -1,0 +1,157 @@
+"""Linear fills: cut heads and neurons are predicted from those that are kept beside them.
+
+For the heads (then the neurons) of a layer and token group, a_cut[t] := R a_kept[t] + c[t] with
+c[t] = mean_cut[t] - R mean_kept[t], and R by ridge regression on activations centred per token. All
+statistics come from the model that is cut already: earlier layers are filled before later ones are
+fitted. R = 0 is the mean.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from vitcut.circuit import Circuit
+from vitcut.errors import CircuitError
+from vitcut.intervention.fill import Fill
+from vitcut.intervention.masking import PartMask, masked_run
+from vitcut.shapes import Bool, Float, Tensor
+from vitcut.vits.weights import ViTWeights
+
+
+@torch.no_grad()
+def fit_fill(
+    weights: ViTWeights,
+    circuit: Circuit,
+    pixels: Float[Tensor, "images channels y x"],
+    means: Fill,
+    *,
+    ridge: float,
+) -> Fill:
+    """Fit the linear fill of a circuit, in one pass over all calibration images together.
+
+    Args:
+        weights: The model, in the precision of the pass; the regressions are in float64.
+        circuit: What is kept, under ``linear`` ablation.
+        pixels: Normalised calibration images.
+        means: The full model's means: what an edge carries that is cut while its source lives.
+        ridge: Added to the covariance's diagonal, as a fraction of its mean.
+
+    Returns:
+        The fill, bound to the circuit, in the precision of ``weights``.
+
+    Raises:
+        CircuitError: The circuit is not under ``linear`` ablation, or there are no images.
+    """
+    if circuit.ablation != "linear":
+        raise CircuitError(
+            f"a linear fill is fitted to a circuit under linear ablation, got {circuit.ablation}"
+        )
+    if len(pixels) == 0:
+        raise CircuitError("a linear fill needs at least 1 calibration image, got 0")
+    fitter = _Fitter(weights, circuit, means, ridge)
+    masked_run(weights, pixels, circuit, fitter.fill, mask=fitter)
+    return replace(fitter.fill, circuit=circuit.fingerprint)
+
+
+class _Fitter(PartMask):
+    """Sees the heads and neurons of each block as they are computed, and fits their fill first."""
+
+    def __init__(self, weights: ViTWeights, circuit: Circuit, means: Fill, ridge: float) -> None:
+        graph, like = circuit.graph, weights.patch_weight
+        blocks, groups = graph.num_layers, graph.num_groups
+        head_dim = weights.blocks[0].attn.q_weight.shape[1]
+        self._sources = means.sources.to(like.device, like.dtype, copy=True)
+        self._neurons = like.new_zeros(blocks, weights.num_tokens, weights.num_neurons)
+        self._head_maps = like.new_zeros(blocks, groups, graph.num_heads, weights.width, head_dim)
+        self._neuron_maps = like.new_zeros(blocks, groups, weights.width, weights.num_neurons)
+        self.fill = Fill(
+            sources=self._sources,
+            neurons=self._neurons,
+            head_maps=self._head_maps,
+            neuron_maps=self._neuron_maps,
+        )
+        super().__init__(weights, graph, circuit.neurons, self.fill)
+        self._weights = weights
+        self._circuit = circuit
+        self._ridge = ridge
+        live = torch.from_numpy(circuit.live_sources[groups:].copy())
+        self._live = live.view(blocks, graph.num_heads + 1, groups)
+
+    def heads(self, layer: int, z: Tensor) -> Tensor | float:
+        """Fit the heads of a block, then give what kept heads write for cut ones."""
+        out = self._weights.blocks[layer].attn.out_weight.double()
+        first, (heads, _, _, head_dim) = self._weights.graph.head_source(layer, 0), z.shape
+        for group, rows in enumerate(self.rows):
+            alive = self._live[layer, :-1, group]
+            features = z[:, :, rows].permute(1, 2, 0, 3).flatten(2)
+            kept = alive.repeat_interleave(head_dim).to(z.device)
+            means, regression = regress(features, kept, self._ridge)
+            maps = out.permute(1, 0, 2).flatten(1) @ regression
+            by_head = maps.unflatten(1, (heads, head_dim)).transpose(0, 1)
+            self._head_maps[layer, group] = by_head
+            constants = (means * ~kept - means @ regression.T).unflatten(1, (heads, head_dim))
+            # A map is part of what its head writes: where that edge is cut, so is the map.
+            carried = torch.einsum("hwd,thd->htw", by_head, means.unflatten(1, (heads, head_dim)))
+            written = torch.einsum("hwd,thd->htw", out, constants)
+            for head in range(heads):
+                table = self._sources[first + head, rows]
+                table.copy_(table + carried[head] if alive[head] else written[head])
+        return super().heads(layer, z)
+
+    def neurons(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Fit the neurons of a block, then replace the cut ones."""
+        mlp, graph = self._weights.blocks[layer].mlp, self._weights.graph
+        out = mlp.out_weight.double()
+        for group, rows in enumerate(self.rows):
+            kept = torch.ones(hidden.shape[2], dtype=torch.bool, device=hidden.device)
+            if self._circuit.neurons is not None:
+                kept = torch.from_numpy(self._circuit.neurons[layer, group].copy()).to(kept.device)
+            means, regression = regress(hidden[:, rows], kept, self._ridge)
+            self._neuron_maps[layer, group] = out @ regression
+            self._neurons[layer, rows] = (means * ~kept - means @ regression.T).to(hidden.dtype)
+            if not self._live[layer, -1, group]:
+                self._sources[graph.mlp_source(layer), rows] = (means @ out.T).to(hidden.dtype)
+        return super().neurons(layer, hidden)
+
+
+def regress(
+    features: Float[Tensor, "images tokens features"], kept: Bool[Tensor, "features"], ridge: float
+) -> tuple[Float[Tensor, "tokens features"], Float[Tensor, "features features"]]:
+    """The ridge regression of cut features on kept ones, both centred per token.
+
+    Args:
+        features: Activations of a layer and token group.
+        kept: True where a feature is kept.
+        ridge: Added to the covariance's diagonal, as a fraction of its mean.
+
+    Returns:
+        The features' means per token, and R: rows of cut features, columns of kept ones, zero
+        elsewhere. Both in float64.
+    """
+    means, covariance = covariance_of(features)
+    regression = torch.zeros_like(covariance)
+    if bool(kept.any()) and not bool(kept.all()):
+        within = with_ridge(covariance, ridge)[kept][:, kept]
+        across = covariance[~kept][:, kept]
+        solved = torch.linalg.solve(within, across.T).T
+        regression[(~kept)[:, None] & kept] = solved.flatten()
+    return means, regression
+
+
+def covariance_of(
+    features: Float[Tensor, "images tokens features"],
+) -> tuple[Float[Tensor, "tokens features"], Float[Tensor, "features features"]]:
+    """Means per token, and the covariance around them over images and tokens; in float64."""
+    values = features.double()
+    means = values.mean(0)
+    centred = (values - means).flatten(0, 1)
+    return means, centred.T @ centred / len(centred)
+
+
+def with_ridge(
+    covariance: Float[Tensor, "features features"], ridge: float
+) -> Float[Tensor, "features features"]:
+    """A covariance with a fraction of its mean variance added to the diagonal."""
+    # Dead features have no variance: a floor keeps the system solvable.
+    scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+    return covariance + ridge * scale * torch.eye(len(covariance)).to(covariance)

@@ -1,0 +1,1 @@
+"""Choosing what to cut under a budget: scores from discovery, costs from the compiler."""

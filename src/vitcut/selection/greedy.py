@@ -1,0 +1,249 @@
+"""Greedy cutting: always the candidate that costs the least KL per saving, down to a budget.
+
+Candidates are single heads and neurons of a token group, a head in all its groups (keys and values
+go only with their last reader), and what is left of an attention, an MLP or a block of a group.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, product
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitcut.circuit import Circuit
+from vitcut.errors import CircuitError
+from vitcut.graph import Graph
+from vitcut.names import Ablation
+
+Cost = Callable[[Circuit], float]
+"""What a circuit's compact model costs: MACs, or predicted milliseconds."""
+
+_TOGETHER_EVERY = 8
+"""Steps between looks at candidates of several parts, which change slowly and take long."""
+
+SiteKey = tuple[int, str, int]
+"""Block, "heads" or "neurons", position of the token group."""
+
+Candidate = tuple[tuple[SiteKey, tuple[int, ...]], ...]
+"""What is cut together: per site the numbers of its heads or neurons."""
+
+
+@dataclass(kw_only=True)
+class Alive:
+    """Which parts are not cut; changed in place."""
+
+    heads: NDArray[np.bool_]
+    """Shape [blocks, heads, groups]."""
+    neurons: NDArray[np.bool_]
+    """Shape [blocks, groups, neurons]."""
+
+    @classmethod
+    def everything(cls, graph: Graph, num_neurons: int) -> "Alive":
+        """Every part."""
+        blocks, groups = graph.num_layers, graph.num_groups
+        return cls(
+            heads=np.ones((blocks, graph.num_heads, groups), dtype=np.bool_),
+            neurons=np.ones((blocks, groups, num_neurons), dtype=np.bool_),
+        )
+
+    def copy(self) -> "Alive":
+        """A copy that may be changed."""
+        return Alive(heads=self.heads.copy(), neurons=self.neurons.copy())
+
+    def at(self, site: SiteKey) -> NDArray[np.bool_]:
+        """The heads or neurons of a site; a view."""
+        layer, kind, group = site
+        return self.heads[layer, :, group] if kind == "heads" else self.neurons[layer, group]
+
+    def left(self, site: SiteKey) -> tuple[int, ...]:
+        """The numbers of a site's parts that are not cut."""
+        return tuple(np.flatnonzero(self.at(site)).tolist())
+
+    def cut(self, candidate: Candidate) -> None:
+        """Cut a candidate."""
+        for site, parts in candidate:
+            self.at(site)[list(parts)] = False
+
+    def without(self, candidate: Candidate) -> "Alive":
+        """A copy with a candidate cut."""
+        found = self.copy()
+        found.cut(candidate)
+        return found
+
+    def circuit(self, graph: Graph, ablation: Ablation) -> Circuit:
+        """The circuit that keeps what is alive."""
+        return Circuit.of_parts(graph, heads=self.heads, neurons=self.neurons, ablation=ablation)
+
+
+class Scorer(Protocol):
+    """How much the KL would rise, given what was cut so far."""
+
+    def rises(self, site: SiteKey) -> NDArray[np.float64]:
+        """In nats, of cutting each part of a site alone; shape [parts]."""
+        ...
+
+    def rise(self, candidate: Candidate) -> float:
+        """In nats, of cutting several parts."""
+        ...
+
+    def cut(self, candidate: Candidate) -> None:
+        """Take notice of a cut."""
+        ...
+
+    def settle(self, site: SiteKey) -> bool:
+        """Bring a site up to date with earlier cuts; returns whether its rises changed."""
+        ...
+
+
+class Additive:
+    """Scores that add up: each part's own, whatever else is cut."""
+
+    def __init__(self, scores: Mapping[SiteKey, NDArray[np.float64]]) -> None:
+        self._scores = scores
+
+    def rises(self, site: SiteKey) -> NDArray[np.float64]:
+        """The parts' own scores."""
+        return self._scores[site]
+
+    def rise(self, candidate: Candidate) -> float:
+        """The sum of the parts' scores."""
+        return float(sum(self._scores[site][list(parts)].sum() for site, parts in candidate))
+
+    def cut(self, candidate: Candidate) -> None:
+        """Nothing changes."""
+
+    def settle(self, site: SiteKey) -> bool:
+        """Nothing changes."""
+        del site
+        return False
+
+
+class Savings:
+    """What each candidate takes off the cost: the cost of the plan before minus the one after."""
+
+    def __init__(self, graph: Graph, cost: Cost, alive: Alive) -> None:
+        self._graph = graph
+        self._cost = cost
+        self._alive = alive
+        self._known: dict[Candidate, float] = {}
+        self._neurons: dict[SiteKey, float] = {}
+        self.total = self.measure()
+
+    def measure(self) -> float:
+        """The cost of what is alive."""
+        return self._cost(self._alive.circuit(self._graph, "mean"))
+
+    def of(self, candidate: Candidate) -> float:
+        """What cutting a candidate saves."""
+        if candidate not in self._known:
+            after = self._cost(self._alive.without(candidate).circuit(self._graph, "mean"))
+            self._known[candidate] = self.total - after
+        return self._known[candidate]
+
+    def of_neuron(self, site: SiteKey) -> float:
+        """What cutting one neuron of a site saves: the same for all of them."""
+        if site not in self._neurons:
+            first = self._alive.left(site)[:1]
+            self._neurons[site] = self.of(((site, first),))
+        return self._neurons[site]
+
+    def cut(self, candidate: Candidate) -> None:
+        """Take notice of a cut; neurons save what was predicted, the rest is measured anew."""
+        [(site, parts), *others] = candidate
+        if site[1] == "neurons" and len(parts) == 1 and not others and self._alive.left(site):
+            self.total -= self.of_neuron(site)
+            return
+        layers = {place[0] for place, _ in candidate}
+        self.total = self.measure()
+        self._known = {
+            item: saving
+            for item, saving in self._known.items()
+            if not {place[0] for place, _ in item} & layers
+        }
+        self._neurons = {
+            place: saving for place, saving in self._neurons.items() if place[0] not in layers
+        }
+
+
+def cut_down(
+    graph: Graph, alive: Alive, scorer: Scorer, cost: Cost, *, budget: float
+) -> Iterator[Candidate]:
+    """Cut the cheapest candidate per saving until the cost is within the budget.
+
+    Args:
+        graph: Of the model, per token group or over whole tokens.
+        alive: What is left; changed in place.
+        scorer: Predicts rises of the KL.
+        cost: Of a circuit.
+        budget: In the unit of ``cost``.
+
+    Yields:
+        What was cut, in order.
+
+    Raises:
+        CircuitError: Even with nothing left to cut the cost is above the budget.
+    """
+    savings = Savings(graph, cost, alive)
+    steps = count()
+    while savings.total > budget or savings.measure() > budget:
+        together = next(steps) % _TOGETHER_EVERY == 0
+        candidate = _best(graph, alive, scorer, savings, together=together)
+        if candidate is None and not together:
+            continue
+        if candidate is None:
+            raise CircuitError(
+                f"the budget of {budget:.4g} cannot be met: with every part cut that saves "
+                f"anything, {savings.measure():.4g} is left"
+            )
+        if sum(scorer.settle(site) for site, _ in candidate):
+            continue
+        alive.cut(candidate)
+        scorer.cut(candidate)
+        savings.cut(candidate)
+        yield candidate
+
+
+def _best(
+    graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, *, together: bool
+) -> Candidate | None:
+    best, least = None, np.inf
+    for site in _sites(graph):
+        parts = np.flatnonzero(alive.at(site))
+        if not len(parts):
+            continue
+        rises = scorer.rises(site)[parts]
+        if site[1] == "neurons":
+            gained = np.full(len(parts), savings.of_neuron(site))
+        else:
+            gained = np.array([savings.of(((site, (part,)),)) for part in parts.tolist()])
+        ratios = np.where(gained > 0, rises / np.maximum(gained, 1e-12), np.inf)
+        chosen = int(ratios.argmin())
+        if ratios[chosen] < least:
+            best, least = ((site, (int(parts[chosen]),)),), float(ratios[chosen])
+    for candidate in _together(graph, alive) if together else ():
+        gained = savings.of(candidate)
+        if gained > 0 and (ratio := scorer.rise(candidate) / gained) < least:
+            best, least = candidate, ratio
+    return best
+
+
+def _sites(graph: Graph) -> Iterator[SiteKey]:
+    kinds = ("heads", "neurons")
+    yield from product(range(graph.num_layers), kinds, range(graph.num_groups))
+
+
+def _together(graph: Graph, alive: Alive) -> Iterator[Candidate]:
+    """Several parts at once: a head in all groups, a whole attention, MLP or block of a group."""
+    for layer in range(graph.num_layers):
+        for head in range(graph.num_heads):
+            groups = np.flatnonzero(alive.heads[layer, head]).tolist()
+            if len(groups) > 1:
+                yield tuple(((layer, "heads", group), (head,)) for group in groups)
+        for group in range(graph.num_groups):
+            sites: Sequence[SiteKey] = ((layer, "heads", group), (layer, "neurons", group))
+            whole = [(site, left) for site in sites if (left := alive.left(site))]
+            yield from ((item,) for item in whole if len(item[1]) > 1)
+            if len(whole) > 1:
+                yield tuple(whole)

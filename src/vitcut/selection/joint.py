@@ -1,0 +1,86 @@
+"""Joint scores: the rise of the KL from cutting parts of a model together, on the running sum.
+
+What the responses of parts are is left to ``sites.py``, choosing to ``greedy.py``.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vitcut.selection.greedy import Candidate, SiteKey
+from vitcut.selection.sites import Objective, Site
+from vitcut.shapes import Tensor
+
+
+class Joint:
+    """Rises given everything that was cut since the gradients were taken."""
+
+    def __init__(
+        self, sites: Iterable[Site], objective: Objective, *, refresh_every: int | None
+    ) -> None:
+        """Compute every part's response.
+
+        Args:
+            sites: Of the model as cut so far.
+            objective: Turns responses into nats.
+            refresh_every: Cuts in a site after which the others of it take over (OBS); None: never.
+        """
+        self._objective = objective
+        self._refresh_every = refresh_every
+        self._sites = {(site.layer, site.kind, site.group): site for site in sites}
+        self._settled = torch.zeros_like(objective.curvature)
+        self._pending = {key: torch.zeros_like(self._settled) for key in self._sites}
+        self._chosen = self._settled.clone()
+        self._responses: dict[SiteKey, Tensor] = {}
+        self._whole: dict[SiteKey, Tensor] = {}
+        self._own: dict[SiteKey, NDArray[np.float64]] = {}
+        self._crossed: dict[SiteKey, Tensor] = {}
+        for key in self._sites:
+            self._respond(key)
+
+    def rises(self, site: SiteKey) -> NDArray[np.float64]:
+        """In nats, of cutting each part of a site alone; shape [parts]."""
+        return self._own[site] + self._crossed[site].double().numpy()
+
+    def rise(self, candidate: Candidate) -> float:
+        """In nats, of cutting several parts."""
+        response = torch.stack([self._response(site, parts) for site, parts in candidate]).sum(0)
+        crossed = self._objective.interaction(response, self._chosen)
+        return float(self._objective.of(response) + crossed)
+
+    def cut(self, candidate: Candidate) -> None:
+        """Add the candidate's response to what was cut so far."""
+        for site, parts in candidate:
+            response = self._response(site, parts)
+            self._sites[site].cut(parts)
+            self._pending[site] = self._pending[site] + response
+            self._add(response)
+
+    def settle(self, site: SiteKey) -> bool:
+        """Let a site's parts take over from those that were cut, if enough were."""
+        many = self._refresh_every
+        if many is None or self._sites[site].num_pending < many:
+            return False
+        self._add(self._sites[site].refresh() - self._pending[site])
+        self._pending[site] = torch.zeros_like(self._settled)
+        self._respond(site)
+        return True
+
+    def _add(self, response: Tensor) -> None:
+        self._chosen = self._chosen + response
+        for site, responses in self._responses.items():
+            self._crossed[site] += self._objective.interaction(responses, response)
+
+    def _respond(self, site: SiteKey) -> None:
+        responses = self._sites[site].responses()
+        self._responses[site] = responses
+        self._whole[site] = self._sites[site].whole_response()
+        self._own[site] = self._objective.of(responses).double().numpy()
+        self._crossed[site] = self._objective.interaction(responses, self._chosen)
+
+    def _response(self, site: SiteKey, parts: tuple[int, ...]) -> Tensor:
+        if len(parts) > 1 and len(parts) == int(self._sites[site].alive.sum()):
+            return self._whole[site]
+        return self._responses[site][list(parts)].sum(0)
