@@ -180,7 +180,57 @@ def _cut(_: ArgumentParser, namespace: Namespace) -> None:
     circuit = Circuit.load(path)
     origin = resolve_origin(namespace.model, namespace.task, data, base=find_origin(path))
     results = cut_command(circuit, origin, config, bench, namespace.out)
-    _report(results, namespace.out, f"vitcut show {namespace.out}")
+    _report(results, namespace.out, f"vitcut finetune {namespace.out}")
+
+
+def _add_finetune(parser: ArgumentParser) -> None:
+    from vitcut.training.settings import FinetuneConfig
+
+    parser.add_argument("run", type=Path, help="What `cut` wrote: a run or model directory.")
+    parser.add_argument(
+        "--point", type=str | None, default=None, help="Which point of a run directory."
+    )
+    add_common(parser, "runs/finetune")
+    add_subject(parser)
+    parser.add_argument(
+        "--repair_dense",
+        type=bool,
+        default=True,
+        help="Give the dense model the same repair, to compare with.",
+    )
+    parser.add_argument(
+        "--repaired_dense",
+        type=str | None,
+        default=None,
+        help="Take the repaired dense model of an earlier run directory of finetune.",
+    )
+    parser.add_class_arguments(FinetuneConfig, skip={"mean", "std"})
+
+
+def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.benchmark.settings import BenchConfig
+    from vitcut.pipeline.settings import RepairConfig
+    from vitcut.training.settings import FinetuneConfig
+
+    dense = namespace.repaired_dense
+    config = RepairConfig(
+        finetune=take(namespace, FinetuneConfig),
+        repair_dense=namespace.repair_dense,
+        repaired_dense=None if dense is None else str(Path(dense).resolve()),
+        bench=BenchConfig(threads=namespace.threads or 1),
+    )
+    data = data_of(namespace)
+    from vitcut.pipeline.commands import find_origin, resolve_origin
+    from vitcut.pipeline.repair import finetune_command
+    from vitcut.pipeline.show import report_repair
+    from vitcut.pipeline.stored import StoredCut
+
+    cut = StoredCut.load(namespace.run, namespace.point)
+    base = find_origin(cut.folder)
+    origin = resolve_origin(namespace.model, namespace.task, data, base=base)
+    results, repair = finetune_command(cut, origin, config, namespace.out)
+    report_repair(results, repair)
+    _say_next(namespace.out, f"vitcut show {namespace.out}")
 
 
 def _add_bench(parser: ArgumentParser) -> None:
@@ -233,6 +283,11 @@ VERBS = {
     ),
     "cut": Verb(
         help="Compile a circuit into a compact model and measure it.", add_flags=_add_cut, run=_cut
+    ),
+    "finetune": Verb(
+        help="Repair a cut model: a few epochs of distillation, measured beside the dense one.",
+        add_flags=_add_finetune,
+        run=_finetune,
     ),
     "bench": Verb(help="Measure the models of a run again.", add_flags=_add_bench, run=_bench),
     "show": Verb(
