@@ -1,5 +1,6 @@
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -103,6 +104,15 @@ def test_bfloat16_is_close_to_float32():
     exact, low = (_loss(teacher, precision=name)(batch, logits) for name in ("float32", "bfloat16"))
     assert exact != low
     assert low.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+@pytest.mark.graph
+def test_a_compiled_teacher_answers_the_same(monkeypatch):
+    # The default backend would spend its time in a C++ compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    teacher, batch, logits = tiny_model(), _batch(), torch.zeros(6, 4)
+    plain, compiled = (_loss(teacher, compile=on)(batch, logits) for on in (False, True))
+    torch.testing.assert_close(compiled, plain)
 
 
 class Killed(BaseException):

@@ -70,7 +70,8 @@ class Distillation:
         return loss
 
     def _coarse(self, logits: Tensor) -> Tensor:
-        return coarse_log_probs(logits, self._group_of_class.to(logits.device), self._num_groups)
+        self._group_of_class = self._group_of_class.to(logits.device)
+        return coarse_log_probs(logits, self._group_of_class, self._num_groups)
 
     @torch.no_grad()
     def _ask(self, inputs: Tensor) -> Tensor:
