@@ -11,7 +11,7 @@ import torch
 import vitcut
 from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.intervention.tracing import read_model
-from vitcut.vits.loading import DenseCard, LoadedModel, save_dense
+from vitcut.vits.loading import DenseCard, LoadedModel, save_dense, weight_hash
 from vitcut.vits.reference import build_reference
 from vitcut.vits.settings import VitConfig
 
@@ -71,6 +71,7 @@ def test_the_public_names_are_these():
         "cut",
         "discover",
         "evaluate",
+        "finetune",
         "load_images",
         "load_model",
         "load_task",
@@ -115,6 +116,19 @@ def test_the_uncut_circuit_evaluates_like_the_dense_model(model, images):
     dense, compact = vitcut.evaluate(model, images), vitcut.evaluate(cut.model, images)
     np.testing.assert_array_equal(compact.correct_coarse, dense.correct_coarse)
     torch.testing.assert_close(compact.log_probs, dense.log_probs, atol=1e-4, rtol=0)
+
+
+def test_a_repair_changes_neither_the_cut_nor_the_model(model, images):
+    graph = read_model(model.model).graph
+    cut = vitcut.cut(model, images, vitcut.Circuit.full(graph, ablation="zero"), images=12)
+    before = [weight_hash(item) for item in (cut.model, model.model)]
+    settings = {"epochs": 1, "warmup_epochs": 0, "batch_size": 64, "device": "cpu"}
+    repaired = vitcut.finetune(cut.model, model, images, learning_rate=1e-4, **settings)
+    assert [weight_hash(item) for item in (cut.model, model.model)] == before
+    assert weight_hash(repaired) != before[0]
+    assert repaired.info == cut.model.info
+    with pytest.raises(ConfigError, match="no setting 'epoch': did you mean epochs"):
+        vitcut.finetune(cut.model, model, images, epoch=1)
 
 
 def test_a_module_is_copied_and_left_as_it_was():

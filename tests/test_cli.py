@@ -91,6 +91,22 @@ ERRORS = {
     "a model without a task": (["discover", "--model", "empty"], "give --task"),
     "a text file as circuit": (["cut", "text.txt"], "text.txt is not a readable circuit file"),
     "no circuit": (["cut", "empty"], "no circuit at empty"),
+    "nothing to repair": (
+        ["finetune", "nowhere"],
+        "no compact model at nowhere: expected a run directory that `vitcut cut` wrote",
+    ),
+    "a folder of something else to repair": (
+        ["finetune", "foreign"],
+        "no compact model at foreign",
+    ),
+    "a repair that learns nothing": (
+        ["finetune", "empty", "--coarse-weight=0", "--fine-weight=0", "--label-weight=0"],
+        "one of coarse_weight, fine_weight, label_weight must be > 0",
+    ),
+    "a repair of the dense model that is and is not wanted": (
+        ["finetune", "empty", "--repair-dense", "false", "--repaired-dense", "other"],
+        "leave one of them out",
+    ),
     "no run": (["bench", "empty"], "no run file at empty/origin.json"),
     "an unknown flag": (["discover", "--tua", "1"], "unrecognized arguments: --tua 1"),
     "a flag without its value": (["discover", "--tau"], "--tau: expected one argument"),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vitcut.circuit import Circuit
     from vitcut.compact.model import CompactViT
     from vitcut.errors import VitcutError
-    from vitcut.pipeline.api import cut, discover, evaluate, load_images, load_model
+    from vitcut.pipeline.api import cut, discover, evaluate, finetune, load_images, load_model
     from vitcut.task import Task, load_task
 
     __version__: str
@@ -25,6 +25,7 @@ __all__ = [
     "cut",
     "discover",
     "evaluate",
+    "finetune",
     "load_images",
     "load_model",
     "load_task",
@@ -38,6 +39,7 @@ _HOMES = {
     "cut": "vitcut.pipeline.api",
     "discover": "vitcut.pipeline.api",
     "evaluate": "vitcut.pipeline.api",
+    "finetune": "vitcut.pipeline.api",
     "load_images": "vitcut.pipeline.api",
     "load_model": "vitcut.pipeline.api",
     "load_task": "vitcut.task",

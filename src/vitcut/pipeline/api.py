@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,10 +28,13 @@ from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError, TaskError
 from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.repair import repair
 from vitcut.pipeline.stages import Cut, Discovery, cut_circuit
+from vitcut.pipeline.stored import require_cut_of
 from vitcut.pipeline.subject import Subject
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
+from vitcut.training.settings import FinetuneConfig
 from vitcut.vits import loading
 from vitcut.vits.loading import LoadedModel, weight_hash
 
@@ -142,6 +146,42 @@ def cut(model: LoadedModel, images: TaskImages, circuit: Circuit, /, **settings:
     """
     config = _configured(CutConfig, settings)
     return cut_circuit(_subject(model, images), circuit, config)
+
+
+def finetune(
+    compact: CompactViT,
+    model: LoadedModel,
+    images: TaskImages,
+    /,
+    *,
+    out: Path | None = None,
+    **settings: Any,
+) -> CompactViT:
+    """Repair a compact model: a few epochs of distillation from the model that it was cut from.
+
+    Args:
+        compact: From `cut` or ``CompactViT.from_pretrained``; it is not changed.
+        model: The one that it was cut from; likewise.
+        images: Of the task.
+        out: Keeps checkpoints; after a kill the same call continues it.
+        **settings: Those of `FinetuneConfig`, such as ``epochs`` and ``learning_rate``.
+
+    Returns:
+        The compact model with the weights of the best epoch.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range, or the images have another size.
+        ModelError: It was cut from another model, or gives every image the same logits.
+        TaskError: The classes are not the task's.
+        ArtefactError: ``out`` belongs to another training.
+    """
+    config = _configured(FinetuneConfig, settings)
+    subject = _subject(model, images)
+    require_cut_of(compact, subject)
+    repaired = deepcopy(compact)
+    with TemporaryDirectory() as temporary:
+        repair(subject, repaired, config, Path(temporary) if out is None else out)
+    return repaired
 
 
 def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:

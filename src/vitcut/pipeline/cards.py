@@ -1,10 +1,11 @@
 """Model cards: what a model is, how it was made, and what was measured of it."""
 
 from vitcut.benchmark.tables import point_table, to_markdown
+from vitcut.pipeline.stages import DENSE_REPAIRED
 from vitcut.results import Point, Results
 from vitcut.task import Task
 from vitcut.training.loop import TrainResult
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import FinetuneConfig, TrainConfig
 
 _LICENCE_NOTE = (
     "The weights inherit the terms of the pictures that they were trained on; for ImageNet's "
@@ -38,14 +39,62 @@ over the {len(task.groups)} groups.
 """
 
 
+def dense_repaired_card(task: Task, result: TrainResult, config: FinetuneConfig) -> str:
+    """The card of a dense model that got a cut model's repair."""
+    return f"""# A Vision Transformer for the task {task.name!r}, fine-tuned
+
+Fine-tuned by vitcut: {_recipe(result, config)}. On the tuning images, which chose the epoch, it
+reaches {result.accuracy_coarse:.1%} over the {len(task.groups)} groups. Cut models that were
+repaired in the same way are compared with it.
+
+## Terms
+
+{_LICENCE_NOTE}
+"""
+
+
 def compact_card(results: Results, point: Point) -> str:
     """The card of a cut model, with the table that it was measured in."""
+    made = f"""{_kept(point)} Its logits
+differ from the masked original's by at most {point.max_abs_diff:.2g}."""
+    return _card(results, point, made, shown=(point,))
+
+
+def repaired_card(
+    results: Results, point: Point, result: TrainResult, config: FinetuneConfig
+) -> str:
+    """The card of a repaired model, beside the dense one that got the same repair."""
+    made = f"""{_kept(point)}
+
+Then repaired: fine-tuned by {_recipe(result, config)}.
+It no longer computes the masked original; `circuit.json` says what was cut."""
+    others = tuple(item for item in results.points if item.name == DENSE_REPAIRED)
+    return _card(results, point, made, shown=(*others, point))
+
+
+def _recipe(result: TrainResult, config: FinetuneConfig) -> str:
+    return f"""distillation from the dense model, best of {result.epochs_run} epochs
+(epoch {result.best_epoch}), learning rate {config.learning_rate:g}, loss {config.coarse_weight:g}
+KL on the groups + {config.fine_weight:g} KL on the classes + {config.label_weight:g} cross-entropy
+with the labels, {config.augmentation} augmentation, seed {config.seed}"""
+
+
+def _kept(point: Point) -> str:
+    if point.edges_kept is None:
+        return "Cut by vitcut."
+    edges = f"{point.edges_kept} of {point.edges_total} edges"
+    return f"""Cut by vitcut: {edges} and {point.heads_kept} of
+{point.heads_total} heads are kept, {point.ablation} ablation stands in for the rest."""
+
+
+def _card(results: Results, point: Point, made: str, *, shown: tuple[Point, ...]) -> str:
+    names = {item.name for item in shown}
     chosen = Results(
         task=results.task,
         machine=results.machine,
         dense=results.dense,
-        points=(point,),
-        comparisons=tuple(c for c in results.comparisons if c.point == point.name),
+        points=shown,
+        comparisons=tuple(c for c in results.comparisons if c.point in names),
     )
     threads = point.latency[0].threads if point.latency else 1
     return f"""---
@@ -55,9 +104,7 @@ tags: [vision-transformer, circuit, pruning]
 
 # {point.name}: the circuit of a Vision Transformer for the task {results.task!r}
 
-Cut by vitcut: {point.edges_kept} of {point.edges_total} edges and {point.heads_kept} of
-{point.heads_total} heads are kept, {point.ablation} ablation stands in for the rest. Its logits
-differ from the masked original's by at most {point.max_abs_diff:.2g}.
+{made}
 
     from vitcut import CompactViT
     model = CompactViT.from_pretrained("FOLDER")

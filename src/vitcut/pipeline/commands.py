@@ -19,12 +19,13 @@ from vitcut.errors import ArtefactError, ConfigError
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, point_name
 from vitcut.pipeline.run import save_results, train_dense
-from vitcut.pipeline.stages import CLASS_ONLY, class_only, measure
+from vitcut.pipeline.stages import CLASS_ONLY, DENSE_REPAIRED, class_only, measure
 from vitcut.pipeline.subject import ORIGIN_FILE, Origin
 from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.task import load_task, shipped_tasks
 from vitcut.training.settings import TrainConfig
+from vitcut.vits.loading import load_model
 from vitcut.vits.settings import VitConfig
 
 SHIPPED_MODEL = "animals"
@@ -90,7 +91,7 @@ def train_command(
 
 def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circuit:
     """Find one circuit into ``out/points/NAME``."""
-    settings = {**_plain_origin(origin), "discover": as_plain(config)}
+    settings = {**plain_origin(origin), "discover": as_plain(config)}
     # Every tau and ablation has a point of its own, so one directory may hold several.
     folder = RunFolder(out, settings, free=("discover.tau", "discover.ablation"))
     name = point_name(config.method, config.ablation, config.tau)
@@ -138,7 +139,7 @@ def cut_command(
 ) -> Results:
     """Compile one circuit into ``out/model`` and measure it beside the dense model."""
     settings = {"circuit": circuit.fingerprint, "cut": as_plain(config), "bench": as_plain(bench)}
-    folder = RunFolder(out, {**_plain_origin(origin), **settings})
+    folder = RunFolder(out, {**plain_origin(origin), **settings})
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
@@ -163,18 +164,29 @@ def bench_command(path: Path, config: BenchConfig, out: Path) -> Results:
     subject = origin.load_subject()
     points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: class_only(subject)}
     for point in earlier.points:
-        if point.model is not None and point.circuit is not None:
-            moved = replace(
-                point,
-                model=os.path.relpath(path / point.model, out),
-                circuit=os.path.relpath(path / point.circuit, out),
-            )
-            points[point.name] = moved, CompactViT.from_pretrained(path / point.model)
+        if point.model is not None:
+            points[point.name] = _moved(point, path, out), _load_point(point, path)
     origin.loaded(subject).claim(folder)
     results = measure(subject, points, config)
     results.save(folder.results)
     return results
 
 
-def _plain_origin(origin: Origin) -> dict[str, Any]:
+def _moved(point: Point, path: Path, out: Path) -> Point:
+    """A point of one run directory as one of another."""
+    model, circuit = (
+        None if item is None else os.path.relpath(path / item, out)
+        for item in (point.model, point.circuit)
+    )
+    return replace(point, model=model, circuit=circuit)
+
+
+def _load_point(point: Point, path: Path) -> nn.Module:
+    if point.name == DENSE_REPAIRED:
+        return load_model(str(path / str(point.model))).model
+    return CompactViT.from_pretrained(path / str(point.model))
+
+
+def plain_origin(origin: Origin) -> dict[str, Any]:
+    """What a run directory's settings say of its origin."""
     return {"model": origin.model, "task": origin.task.to_dict(), "data": as_plain(origin.data)}

@@ -78,7 +78,7 @@ class RunFolder:
             raise ArtefactError(f"{self.config} is not readable: {reason}") from None
         if not isinstance(earlier, dict):
             raise ArtefactError(f"{self.config} is no run's settings: choose another --out")
-        for key, (was, now) in _differences(earlier, self._settings).items():
+        for key, (was, now) in differences(earlier, self._settings).items():
             if key in self._free:
                 continue
             raise ArtefactError(
@@ -87,11 +87,12 @@ class RunFolder:
             )
 
 
-def _differences(earlier: Any, settings: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(earlier: Any, settings: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two settings differ: by dotted key, what was and what is."""
     if isinstance(earlier, dict) and isinstance(settings, dict):
         found: dict[str, tuple[Any, Any]] = {}
         for key in {**earlier, **settings}:
             name = f"{prefix}.{key}" if prefix else str(key)
-            found |= _differences(earlier.get(key), settings.get(key), name)
+            found |= differences(earlier.get(key), settings.get(key), name)
         return found
     return {} if earlier == settings else {prefix: (earlier, settings)}

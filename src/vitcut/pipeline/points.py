@@ -22,7 +22,7 @@ from vitcut.runtime import describe_machine
 CIRCUIT_FILE = "circuit.json"
 MODEL_FOLDER = "model"
 _DECISIONS_FILE = "decisions.jsonl"
-_RECORD_FILE = "cut.json"
+RECORD_FILE = "cut.json"
 """What is known of a cut before it is measured; its presence says that the model is whole."""
 
 
@@ -68,7 +68,7 @@ class PointMaker:
     ) -> tuple[Point, CompactViT]:
         """Compile a circuit into ``into`` (its point's folder if None) and check it."""
         into = self._folder.point(name) if into is None else into
-        record, model_folder = into / _RECORD_FILE, into / MODEL_FOLDER
+        record, model_folder = into / RECORD_FILE, into / MODEL_FOLDER
         if record.exists():
             return Results.load(record).points[0], CompactViT.from_pretrained(model_folder)
         fill, start = self._fill, time.perf_counter()

@@ -9,7 +9,7 @@ from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
 from vitcut.names import Ablation
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import FinetuneConfig, TrainConfig
 from vitcut.vits.settings import VitConfig
 
 
@@ -43,3 +43,24 @@ class RunConfig:
             if not values or len(set(values)) < len(values):
                 listed = ", ".join(map(str, values)) or "none"
                 raise ConfigError(f"{name} must be one or more different ones, got {listed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """Fine-tune a compact model, give the dense one the same repair, and measure both."""
+
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Of both."""
+    repair_dense: bool = True
+    """Whether the dense model is repaired too."""
+    repaired_dense: str | None = None
+    """A run directory whose repaired dense model is taken, if its settings are the same."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """The timing."""
+
+    def __post_init__(self) -> None:
+        if self.repaired_dense is not None and not self.repair_dense:
+            raise ConfigError(
+                f"repaired_dense is {self.repaired_dense!r} and repair_dense is false: "
+                "leave one of them out"
+            )

@@ -13,6 +13,7 @@ from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
+from vitcut.pipeline.repair import REPAIR_FILE, Repair
 from vitcut.results import Point, Results
 
 _SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
@@ -35,6 +36,8 @@ def show(path: Path) -> None:
         print_plan(CompactViT.from_pretrained(model).plan)
     if results.exists():
         print_table(point_table(Results.load(results)))
+    if (path / REPAIR_FILE).exists():
+        _print_paired(Repair.load(path / REPAIR_FILE))
     if not (circuits or model or results.exists()):
         raise ArtefactError(
             f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
@@ -49,6 +52,22 @@ def report(results: Results) -> None:
         if point.max_abs_diff is not None:
             line = f"{point.name}: compact == masked, largest difference {point.max_abs_diff:.2g}"
             console.print(line + _kls(point))
+
+
+def report_repair(results: Results, repair: Repair) -> None:
+    """Print what a repair came to: the table, and how the accuracies differ image by image."""
+    report(results)
+    _print_paired(repair)
+
+
+def _print_paired(repair: Repair) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for found in repair.paired:
+        difference, low, high = (100 * x for x in (found.difference, found.low, found.high))
+        console.print(
+            f"{found.point} against {found.against}: coarse accuracy {difference:+.1f} points "
+            f"(95 % interval {low:+.1f} to {high:+.1f}, {found.images} images in pairs)"
+        )
 
 
 def _kls(point: Point) -> str:

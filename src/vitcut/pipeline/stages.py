@@ -43,6 +43,8 @@ _TABLE_BATCH = 32
 DENSE = "dense"
 CLASS_ONLY = "class-only"
 """The uncut circuit, compiled: exact, and the fairer baseline (its last block is class-only)."""
+DENSE_REPAIRED = "dense-repaired"
+"""The dense model, fine-tuned as the cut one was: what a repair is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +162,24 @@ def cut_circuit(
     )
 
 
+def evaluate_points(
+    subject: Subject, points: Mapping[str, tuple[Point, nn.Module]]
+) -> dict[str, Evaluation]:
+    """What the dense model and each point answer on the validation images, by name."""
+    images = subject.images.validation
+    dense = _evaluated(subject, subject.model.model, images)
+    others = {
+        name: _evaluated(subject, model, images, dense) for name, (_, model) in points.items()
+    }
+    return {DENSE: dense, **others}
+
+
 def measure(
     subject: Subject,
     points: Mapping[str, tuple[Point, nn.Module]],
     config: BenchConfig,
+    *,
+    evaluations: Mapping[str, Evaluation] | None = None,
 ) -> Results:
     """Accuracy on the validation images and interleaved latency, of the dense model and points.
 
@@ -171,15 +187,13 @@ def measure(
         subject: The dense model and the images.
         points: By name: what is known of a point so far, and its model.
         config: Runtimes, batch sizes and times.
+        evaluations: What `evaluate_points` gave, where it is there already.
     """
-    dense_model = subject.model.model
-    dense = _evaluated(subject, dense_model, subject.images.validation)
+    found = evaluate_points(subject, points) if evaluations is None else evaluations
     results = Results(task=subject.task.name, machine=describe_machine())
-    measured = {DENSE: _with_accuracy(dense_point(subject), dense)}
-    models: dict[str, nn.Module] = {DENSE: dense_model}
-    for name, (point, model) in points.items():
-        found = _evaluated(subject, model, subject.images.validation, dense)
-        measured[name], models[name] = _with_accuracy(point, found), model
+    everything = {DENSE: (dense_point(subject), subject.model.model), **points}
+    models = {name: model for name, (_, model) in everything.items()}
+    measured = {name: _with_accuracy(point, found[name]) for name, (point, _) in everything.items()}
     # Few images are repeated to fill the largest batch.
     positions = np.resize(np.arange(len(subject.images.validation)), max(config.batches))
     pixels = subject.normalise(subject.images.validation.read(positions))
@@ -203,8 +217,8 @@ def dense_point(subject: Subject) -> Point:
         heads_kept=graph.num_layers * graph.num_heads,
         neurons_kept_fraction=1.0,
         macs=dense_macs(shape_of(subject.weights)),
-        params=_num_params(subject.model.model),
-        bytes=_num_bytes(subject.model.model),
+        params=num_params(subject.model.model),
+        bytes=num_bytes(subject.model.model),
     )
 
 
@@ -249,16 +263,18 @@ def cut_point(
         faithfulness=cut.faithfulness,
         circuit=circuit,
         model=model,
-        params=_num_params(cut.model),
-        bytes=_num_bytes(cut.model),
+        params=num_params(cut.model),
+        bytes=num_bytes(cut.model),
     )
 
 
-def _num_params(model: nn.Module) -> int:
+def num_params(model: nn.Module) -> int:
+    """How many numbers a model learns."""
     return sum(tensor.numel() for tensor in model.parameters())
 
 
-def _num_bytes(model: nn.Module) -> int:
+def num_bytes(model: nn.Module) -> int:
+    """What a model's weights take on disk."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 

@@ -17,6 +17,7 @@ from vitcut.files import atomic_path, read_json, write_json, write_text
 from vitcut.shapes import Tensor
 
 _FORMAT_VERSION = 1
+_MARKER = "training.json"
 
 
 class TrainingFolder:
@@ -26,7 +27,7 @@ class TrainingFolder:
         self._root = root
         self._settings_hash = settings_hash
         self._settings = settings
-        self._marker = root / "training.json"
+        self._marker = root / _MARKER
         self._metrics = root / "metrics.jsonl"
         self.last = root / "checkpoints" / "last.safetensors"
         """State after the last whole epoch."""
@@ -97,6 +98,22 @@ class TrainingFolder:
             "result": result,
         }
         write_json(self._marker, content)
+
+
+def read_training(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the result of a finished training.
+
+    Raises:
+        ArtefactError: There is none, it is damaged, or it is not finished.
+    """
+    path = root / _MARKER
+    content = read_json(path, kind="training", newest_version=_FORMAT_VERSION)
+    settings, result = content.get("settings"), content.get("result")
+    if result is None:
+        raise ArtefactError(f"the training in {root} is not finished: run its command again")
+    if not isinstance(settings, dict) or not isinstance(result, dict):
+        raise ArtefactError(f"{path} is damaged: expected settings and a result")
+    return settings, result
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:

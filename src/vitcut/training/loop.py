@@ -23,6 +23,7 @@ from vitcut.errors import ModelError
 from vitcut.progress import Meter
 from vitcut.runtime import choose_device, set_threads
 from vitcut.shapes import Tensor
+from vitcut.training.attention import fast_attention
 from vitcut.training.batches import Batch, Share, TrainingBatches
 from vitcut.training.checkpoint import (
     TrainingFolder,
@@ -90,12 +91,7 @@ def train(
     set_threads(config.threads)
     loss = loss or SoftCrossEntropy()
     home = next(model.parameters()).device
-    settings = {
-        "config": as_plain(config),
-        "loss": loss.identity,
-        "images": images.fingerprint,
-        "start": weight_hash(model),
-    }
+    settings = training_settings(model, images, config, loss)
     folder = TrainingFolder(out, settings_hash=config_hash(settings), settings=settings)
     result = folder.open()
     if result is None:
@@ -105,6 +101,18 @@ def train(
     model.load_state_dict(weights)
     model.to(home).eval()
     return TrainResult(**result)
+
+
+def training_settings(
+    model: nn.Module, images: TaskImages, config: TrainConfig, loss: Loss
+) -> dict[str, Any]:
+    """All that a training depends on, as JSON values; ``training.json`` holds it."""
+    return {
+        "config": as_plain(config),
+        "loss": loss.identity,
+        "images": images.fingerprint,
+        "start": weight_hash(model),
+    }
 
 
 class _Training:
@@ -213,7 +221,10 @@ class _Training:
         self._schedule.step_update(number)
         device = self._accelerator.device.type
         low = self._config.precision == "bfloat16"
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
+        with (
+            fast_attention(self._config, self._accelerator.device),
+            torch.autocast(device, dtype=torch.bfloat16, enabled=low),
+        ):
             logits = self._forward(batch.inputs)
         loss = self._loss(batch, logits.float())
         self._optimizer.zero_grad()

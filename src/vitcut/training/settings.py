@@ -1,5 +1,6 @@
 """Settings of the training stage; loads no torch. The loop that obeys them is left to `loop`."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,8 @@ Augmentation = Literal["light", "reference", "none"]
 
 Precision = Literal["float32", "bfloat16"]
 """What the training forward pass computes in; weights and evaluation stay in float32."""
+
+_LOSS_WEIGHTS = ("coarse_weight", "fine_weight", "label_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,35 @@ class TrainConfig:
             require_positive("std", value)
         _check_optional(self)
         _check_together(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """One repair: few epochs under the loss of `distillation`; mean and std are the model's."""
+
+    epochs: int = 6
+    """Passes over the training images, warm-up included."""
+    warmup_epochs: int = 1
+    """Epochs of linear warm-up."""
+    patience: int | None = 3
+    """Stop after this many epochs without a better tuning accuracy; None: never."""
+    compile: bool = False
+    """Use torch.compile for the training steps; it takes longer than a few epochs gain."""
+    coarse_weight: float = 1.0
+    """Of the KL divergence to the dense model on the task distribution."""
+    fine_weight: float = 1.0
+    """Of the KL divergence to the dense model on the fine classes."""
+    label_weight: float = 0.5
+    """Of the cross-entropy with the labels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = {name: getattr(self, name) for name in _LOSS_WEIGHTS}
+        for name, value in weights.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a finite number >= 0, got {value}")
+        if not any(weights.values()):
+            raise ConfigError(f"one of {', '.join(weights)} must be > 0, got 0 for each")
 
 
 def reference_recipe() -> TrainConfig:

@@ -1,0 +1,71 @@
+"""Flags that several verbs share, and how typed flags become settings. The verbs are in `verbs`."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from vitcut.data.settings import DataConfig
+
+T = TypeVar("T")
+
+
+def take(namespace: Namespace, settings: type[T], **given: Any) -> T:
+    """Build a settings dataclass from flat flags of the same names."""
+    values: dict[str, Any] = {}
+    for item in fields(settings):  # pyright: ignore[reportArgumentType]
+        if item.name not in given and item.name in namespace:
+            value = namespace[item.name]
+            values[item.name] = tuple(value) if isinstance(value, list) else value
+    return settings(**values, **given)
+
+
+def add_common(parser: ArgumentParser, out: str) -> None:
+    """``--config`` and ``--out``."""
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--out", type=Path, default=Path(out), help="Folder for the results.")
+
+
+def add_data(parser: ArgumentParser) -> None:
+    """``--source`` and what goes with it."""
+    parser.add_argument(
+        "--source",
+        type=str | None,
+        default=None,
+        help="Images: a Tiny ImageNet .zip or folder, a folder of class folders, a .parquet file, "
+        "a Hugging Face dataset id, or 'drawn'; Tiny ImageNet is downloaded when it is left out.",
+    )
+    parser.add_argument(
+        "--skip_bad_images", type=bool, default=False, help="Leave out images that do not decode."
+    )
+
+
+def add_subject(parser: ArgumentParser) -> None:
+    """``--source``, ``--task`` and ``--model``."""
+    add_data(parser)
+    parser.add_argument(
+        "--task", type=str | None, default=None, help="A shipped task's name, or a label file."
+    )
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="'animals' (the default), a model or run directory, timm:NAME or hf-hub:REPOSITORY.",
+    )
+
+
+def data_of(namespace: Namespace, **given: Any) -> "DataConfig":
+    """The data settings that ``--source`` and its like say."""
+    from vitcut.data.settings import DataConfig
+
+    source = namespace.source
+    return at_home(DataConfig(source=source, skip_bad_images=namespace.skip_bad_images, **given))
+
+
+def at_home(data: "DataConfig") -> "DataConfig":
+    """A path as source is kept absolute: a run directory is read from other places too."""
+    if data.source is not None and Path(data.source).exists():
+        return replace(data, source=str(Path(data.source).resolve()))
+    return data

@@ -1,0 +1,296 @@
+"""The verbs of the command line: the flags and the work of each, in the table ``VERBS``.
+
+A stage is imported when its verb runs. Parsing and telling errors are left to `cli`.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from vitcut.errors import ConfigError
+from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, take
+
+if TYPE_CHECKING:
+    from vitcut.results import Results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One command."""
+
+    help: str
+    """One line."""
+    add_flags: Callable[[ArgumentParser], None]
+    run: Callable[[ArgumentParser, Namespace], None]
+    arrange: Callable[[list[str]], list[str]] = list
+    """Rewrites what was typed before it is parsed."""
+
+
+def _report(results: "Results", out: Path, then: str) -> None:
+    from vitcut.pipeline.show import report
+
+    report(results)
+    _say_next(out, then)
+
+
+def _say_next(out: Path, then: str) -> None:
+    sys.stdout.write(f"results: {out}\nnext: {then}\n")
+
+
+def _arrange_run(rest: list[str]) -> list[str]:
+    """A recipe's name or file becomes its ``--config``; ``--source`` is short for data.source."""
+    if not rest or rest[0].startswith("-"):
+        if rest and rest[0] in {"-h", "--help"}:
+            return rest
+        raise ConfigError(f"run needs a recipe: {', '.join(_recipes())}, or a .yaml file")
+    recipe, *flags = rest
+    path = Path(recipe)
+    if path.suffix not in {".yaml", ".yml"}:
+        if recipe not in _recipes():
+            raise ConfigError(
+                f"no recipe {recipe!r}: expected one of {', '.join(_recipes())}, or a .yaml file"
+            )
+        path = Path(str(resources.files("vitcut"))) / "recipes" / f"{recipe}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no recipe file at {path}")
+    flags = [re.sub(r"^--source(?==|$)", "--data.source", word) for word in flags]
+    return ["--config", str(path), "--out", f"runs/{path.stem}", *flags]
+
+
+def _recipes() -> list[str]:
+    return sorted(
+        Path(item.name).stem for item in (resources.files("vitcut") / "recipes").iterdir()
+    )
+
+
+def _add_run(parser: ArgumentParser) -> None:
+    from vitcut.pipeline.settings import RunConfig
+
+    add_common(parser, "runs/run")
+    parser.add_class_arguments(RunConfig)
+
+
+def _run(parser: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.pipeline.settings import RunConfig
+
+    config = take(parser.instantiate(namespace), RunConfig)
+    config = replace(config, data=at_home(config.data))
+    from vitcut.pipeline.run import run
+
+    results = run(config, namespace.out)
+    _report(results, namespace.out, f"vitcut show {namespace.out}")
+
+
+def _arrange_demo(rest: list[str]) -> list[str]:
+    return rest if set(rest) & {"-h", "--help"} else _arrange_run(["demo", *rest])
+
+
+def _add_prepare(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--image_size", type=int, default=64, help="Side in pixels.")
+    add_data(parser)
+
+
+def _prepare(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.data.prepare import prepare
+
+    prepared = prepare(data_of(namespace, image_size=namespace.image_size))
+    sys.stdout.write(
+        f"{len(prepared.images)} images of {len(prepared.class_names)} classes, "
+        f"{len(prepared.skipped)} skipped\n"
+        f"next: vitcut train --source {namespace.source or '...'} --task LABELS.yaml\n"
+    )
+
+
+def _add_train(parser: ArgumentParser) -> None:
+    from vitcut.training.settings import TrainConfig
+    from vitcut.vits.settings import VitConfig
+
+    add_common(parser, "runs/train")
+    add_data(parser)
+    parser.add_argument("--task", type=str, default="animals", help="A task's name or label file.")
+    parser.add_argument("--image_size", type=int, default=64, help="Side in pixels.")
+    parser.add_class_arguments(VitConfig, "vit")
+    parser.add_class_arguments(TrainConfig)
+
+
+def _train(parser: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.training.settings import TrainConfig
+
+    data = data_of(namespace, image_size=namespace.image_size)
+    vit = parser.instantiate(namespace).vit
+    config = take(namespace, TrainConfig)
+    from vitcut.pipeline.commands import train_command
+
+    folder = train_command(namespace.task, data, vit, config, namespace.out)
+    _say_next(folder, f"vitcut discover --model {namespace.out} --tau 0.01")
+
+
+def _add_discover(parser: ArgumentParser) -> None:
+    from vitcut.discovery.settings import DiscoverConfig
+
+    add_common(parser, "runs/discover")
+    add_subject(parser)
+    parser.add_class_arguments(DiscoverConfig)
+
+
+def _discover(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.discovery.settings import DiscoverConfig
+
+    config = take(namespace, DiscoverConfig)
+    data = data_of(namespace)
+    from vitcut.pipeline.commands import discover_command, resolve_origin
+    from vitcut.pipeline.show import circuit_lines
+
+    origin = resolve_origin(namespace.model, namespace.task, data)
+    circuit = discover_command(origin, config, namespace.out)
+    sys.stdout.write("\n".join(circuit_lines(circuit)) + "\n")
+    _say_next(namespace.out, f"vitcut cut {namespace.out}")
+
+
+def _add_cut(parser: ArgumentParser) -> None:
+    from vitcut.compiler.settings import CutConfig
+
+    parser.add_argument("circuit", type=Path, help="A run directory, or a circuit.json.")
+    parser.add_argument(
+        "--point", type=str | None, default=None, help="Which point of a run directory."
+    )
+    add_common(parser, "runs/cut")
+    add_subject(parser)
+    parser.add_class_arguments(CutConfig)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the timing.")
+
+
+def _cut(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.benchmark.settings import BenchConfig
+    from vitcut.compiler.settings import CutConfig
+
+    config, bench = take(namespace, CutConfig), BenchConfig(threads=namespace.threads)
+    data = data_of(namespace)
+    from vitcut.circuit import Circuit
+    from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
+
+    path = find_circuit(namespace.circuit, namespace.point)
+    circuit = Circuit.load(path)
+    origin = resolve_origin(namespace.model, namespace.task, data, base=find_origin(path))
+    results = cut_command(circuit, origin, config, bench, namespace.out)
+    _report(results, namespace.out, f"vitcut finetune {namespace.out}")
+
+
+def _add_finetune(parser: ArgumentParser) -> None:
+    from vitcut.training.settings import FinetuneConfig
+
+    parser.add_argument("run", type=Path, help="What `cut` wrote: a run or model directory.")
+    parser.add_argument(
+        "--point", type=str | None, default=None, help="Which point of a run directory."
+    )
+    add_common(parser, "runs/finetune")
+    add_subject(parser)
+    parser.add_argument(
+        "--repair_dense",
+        type=bool,
+        default=True,
+        help="Give the dense model the same repair, to compare with.",
+    )
+    parser.add_argument(
+        "--repaired_dense",
+        type=str | None,
+        default=None,
+        help="Take the repaired dense model of an earlier run directory of finetune.",
+    )
+    parser.add_class_arguments(FinetuneConfig, skip={"mean", "std"})
+
+
+def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.benchmark.settings import BenchConfig
+    from vitcut.pipeline.settings import RepairConfig
+    from vitcut.training.settings import FinetuneConfig
+
+    dense = namespace.repaired_dense
+    config = RepairConfig(
+        finetune=take(namespace, FinetuneConfig),
+        repair_dense=namespace.repair_dense,
+        repaired_dense=None if dense is None else str(Path(dense).resolve()),
+        bench=BenchConfig(threads=namespace.threads or 1),
+    )
+    data = data_of(namespace)
+    from vitcut.pipeline.commands import find_origin, resolve_origin
+    from vitcut.pipeline.repair import finetune_command
+    from vitcut.pipeline.show import report_repair
+    from vitcut.pipeline.stored import StoredCut
+
+    cut = StoredCut.load(namespace.run, namespace.point)
+    base = find_origin(cut.folder)
+    origin = resolve_origin(namespace.model, namespace.task, data, base=base)
+    results, repair = finetune_command(cut, origin, config, namespace.out)
+    report_repair(results, repair)
+    _say_next(namespace.out, f"vitcut show {namespace.out}")
+
+
+def _add_bench(parser: ArgumentParser) -> None:
+    from vitcut.benchmark.settings import BenchConfig
+
+    parser.add_argument("run", type=Path, help="A run directory with results.")
+    add_common(parser, "runs/bench")
+    parser.add_class_arguments(BenchConfig)
+
+
+def _bench(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.benchmark.settings import BenchConfig
+
+    config = take(namespace, BenchConfig)
+    from vitcut.pipeline.commands import bench_command
+
+    results = bench_command(namespace.run, config, namespace.out)
+    _report(results, namespace.out, f"vitcut show {namespace.out}")
+
+
+def _add_show(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="A run or model directory, or a circuit.json.")
+
+
+def _show(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.pipeline.show import show
+
+    show(namespace.path)
+
+
+VERBS = {
+    "demo": Verb(
+        help="The whole way in under three minutes, on drawn pictures.",
+        add_flags=_add_run,
+        run=_run,
+        arrange=_arrange_demo,
+    ),
+    "run": Verb(
+        help="Train, discover, cut and measure by a recipe; resumes.",
+        add_flags=_add_run,
+        run=_run,
+        arrange=_arrange_run,
+    ),
+    "prepare": Verb(
+        help="Decode a source of images into the cache.", add_flags=_add_prepare, run=_prepare
+    ),
+    "train": Verb(help="Train a small ViT on a task.", add_flags=_add_train, run=_train),
+    "discover": Verb(
+        help="Find the circuit of a task in a model.", add_flags=_add_discover, run=_discover
+    ),
+    "cut": Verb(
+        help="Compile a circuit into a compact model and measure it.", add_flags=_add_cut, run=_cut
+    ),
+    "finetune": Verb(
+        help="Repair a cut model: a few epochs of distillation, measured beside the dense one.",
+        add_flags=_add_finetune,
+        run=_finetune,
+    ),
+    "bench": Verb(help="Measure the models of a run again.", add_flags=_add_bench, run=_bench),
+    "show": Verb(
+        help="Print a circuit, a plan or results as tables.", add_flags=_add_show, run=_show
+    ),
+}

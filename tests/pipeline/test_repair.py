@@ -1,0 +1,318 @@
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitcut.benchmark import settings as benchmark_settings
+from vitcut.benchmark.settings import BenchConfig
+from vitcut.circuit import Circuit
+from vitcut.cli import main
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.settings import CutConfig
+from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
+from vitcut.pipeline import repair as repairing
+from vitcut.pipeline import show
+from vitcut.pipeline.commands import bench_command, find_origin, resolve_origin
+from vitcut.pipeline.repair import REPAIR_FILE, Repair, finetune_command
+from vitcut.pipeline.settings import RepairConfig
+from vitcut.pipeline.stages import ablation_table
+from vitcut.pipeline.stored import StoredCut, require_sight
+from vitcut.pipeline.subject import Origin
+from vitcut.results import Results
+from vitcut.runtimes.onnx_runtime import export_onnx
+from vitcut.training.settings import FinetuneConfig
+from vitcut.vits.loading import load_model
+
+SHORT = {
+    "runtimes": ("torch",),
+    "batches": (1,),
+    "seconds": 0.05,
+    "min_rounds": 3,
+    "min_sample_ms": 0.1,
+}
+FINETUNE = FinetuneConfig(
+    epochs=2,
+    batch_size=32,
+    learning_rate=2e-3,
+    augmentation="none",
+    precision="float32",
+    device="cpu",
+)
+CONFIG = RepairConfig(finetune=FINETUNE, bench=BenchConfig(**SHORT))
+POINT = "acdc-resample-0.03"
+FLAGS = [
+    *("--epochs", "2", "--batch-size", "32", "--learning-rate", "2e-3", "--augmentation", "none"),
+    *("--precision", "float32", "--device", "cpu"),
+]
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def _repair(run, out, config=CONFIG, point=POINT):
+    cut = StoredCut.load(run, point)
+    return finetune_command(cut, find_origin(cut.folder), config, out)
+
+
+@pytest.fixture(scope="module")
+def repaired(finished, tmp_path_factory):
+    """What a repair of one point of the run gives, undisturbed."""
+    out = tmp_path_factory.mktemp("repair") / "fine"
+    _repair(finished, out)
+    return out
+
+
+def test_a_repair_is_measured_beside_dense_and_dense_given_the_same(finished, repaired):
+    results = Results.load(repaired / "results.json")
+    names = [point.name for point in results.all_points()]
+    assert names == ["dense", "class-only", "dense-repaired", POINT, f"{POINT}-repaired"]
+    earlier = {p.name: p for p in Results.load(finished / "results.json").all_points()}
+    _, _, dense, before, after = results.all_points()
+    for name in ("accuracy_fine", "accuracy_coarse", "kl", "macs", "params", "edges_kept"):
+        assert getattr(before, name) == getattr(earlier[POINT], name)
+    assert (after.macs, after.edges_kept) == (before.macs, before.edges_kept)
+    assert after.kl < before.kl, "the repair brings the model nearer to the dense one"
+    assert (after.max_abs_diff, after.faithfulness) == (None, None)
+    assert dense.macs == earlier["dense"].macs
+    assert dense.kl > 0
+    assert {c.point for c in results.comparisons} == {*names[1:], "dense"}
+
+
+def test_the_differences_are_paired_on_the_same_images(repaired):
+    results = Results.load(repaired / "results.json")
+    found = Repair.load(repaired / REPAIR_FILE)
+    accuracy = {point.name: point.accuracy_coarse for point in results.all_points()}
+    assert [item.against for item in found.paired] == ["dense", "dense-repaired"]
+    for item in found.paired:
+        assert item.difference == pytest.approx(accuracy[item.point] - accuracy[item.against])
+        assert item.low <= item.difference <= item.high
+        assert item.images == results.dense.images
+    assert found.training.epochs_run == 2
+
+
+def test_the_repaired_model_keeps_its_form(finished, repaired):
+    cut, ours = finished / "points" / POINT / "model", repaired / "model"
+    before, after = CompactViT.from_pretrained(cut), CompactViT.from_pretrained(ours)
+    assert (after.plan, after.info) == (before.plan, before.info)
+    assert (ours / "circuit.json").read_bytes() == (cut / "circuit.json").read_bytes()
+    card = (ours / "README.md").read_text()
+    assert "best of 2 epochs" in card
+    assert "| dense-repaired |" in card
+    assert any(
+        not torch.equal(one, other)
+        for one, other in zip(
+            after.state_dict().values(), before.state_dict().values(), strict=True
+        )
+    )
+
+
+@pytest.mark.graph
+def test_the_repaired_model_can_be_exported(repaired, tmp_path):
+    model = CompactViT.from_pretrained(repaired / "model")
+    export_onnx(model, tmp_path / "model.onnx", example=torch.randn(2, 3, 16, 16))
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_the_dense_model_got_the_same_repair(finished, repaired):
+    own, its = (
+        json.loads((folder / "training.json").read_text())["settings"]
+        for folder in (repaired, repaired / "dense-repaired")
+    )
+    assert {key: own[key] for key in ("config", "loss", "images")} == {
+        key: its[key] for key in ("config", "loss", "images")
+    }
+    dense = load_model(str(finished))
+    assert its["start"] == dense.weight_hash
+    assert load_model(str(repaired / "dense-repaired")).weight_hash != dense.weight_hash
+
+
+def test_a_finished_repair_is_not_redone(finished, repaired, capsys):
+    before = {item: item.stat().st_mtime_ns for item in repaired.rglob("*")}
+    results, told = _repair(finished, repaired)
+    assert results == Results.load(repaired / "results.json")
+    assert told == Repair.load(repaired / REPAIR_FILE)
+    assert {item: item.stat().st_mtime_ns for item in repaired.rglob("*")} == before
+    assert "is complete: nothing to do" in capsys.readouterr().err
+
+
+STAGES = {
+    "before the compact model is saved": (CompactViT, "save_pretrained"),
+    "before the dense model is saved": (repairing, "save_dense"),
+    "before anything is measured": (repairing, "measure"),
+    "before the card": (repairing, "write_text"),
+    "before the differences": (Repair, "save"),
+    "before the results": (Results, "save"),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(finished, tmp_path_factory):
+    """A repair that was killed at every stage, and then run to its end."""
+    out = tmp_path_factory.mktemp("repair") / "killed"
+    for owner, name in STAGES.values():
+        with pytest.MonkeyPatch.context() as patched:
+
+            def dying(*args, **options):
+                raise Killed
+
+            patched.setattr(owner, name, dying)
+            with pytest.raises(Killed):
+                _repair(finished, out)
+        assert not (out / "results.json").exists()
+    _repair(finished, out)
+    return out
+
+
+@pytest.mark.parametrize("folder", ["model", "dense-repaired/dense"])
+def test_a_killed_repair_ends_with_the_same_weights(repaired, killed, folder):
+    one, other = (load_file(out / folder / "model.safetensors") for out in (repaired, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_killed_repair_trains_no_epoch_twice_and_tells_the_same(repaired, killed):
+    for path in ("metrics.jsonl", "dense-repaired/metrics.jsonl"):
+        rows = [json.loads(line) for line in (killed / path).read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2]
+    one, other = (Repair.load(out / REPAIR_FILE) for out in (repaired, killed))
+    assert one.paired == other.paired
+
+
+def test_a_repaired_dense_model_is_taken_from_another_repair(finished, repaired, tmp_path):
+    config = replace(CONFIG, repaired_dense=str(repaired))
+    results, told = _repair(finished, tmp_path / "other", config, "acdc-resample-0.001")
+    ours = {p.name: p for p in results.all_points()}["dense-repaired"]
+    theirs = {p.name: p for p in Results.load(repaired / "results.json").points}["dense-repaired"]
+    assert ours.accuracy_coarse == theirs.accuracy_coarse
+    assert told.dense_training == Repair.load(repaired / REPAIR_FILE).dense_training
+    assert not (tmp_path / "other" / "dense-repaired").exists()
+    again = bench_command(tmp_path / "other", CONFIG.bench, tmp_path / "bench")
+    assert [p.accuracy_coarse for p in again.points] == [p.accuracy_coarse for p in results.points]
+
+
+def test_a_repaired_dense_model_of_other_settings_is_refused(finished, repaired, tmp_path):
+    config = replace(
+        CONFIG, repaired_dense=str(repaired), finetune=replace(FINETUNE, learning_rate=1e-3)
+    )
+    with pytest.raises(
+        ArtefactError, match=r"other settings: config.learning_rate was 0\.002, now"
+    ):
+        _repair(finished, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_repaired_dense_model_has_to_be_there_and_finished(finished, repaired, tmp_path):
+    with pytest.raises(ArtefactError, match="no training file at"):
+        _repair(finished, tmp_path / "out", replace(CONFIG, repaired_dense=str(tmp_path)))
+    copy = tmp_path / "copy"
+    shutil.copytree(repaired / "dense-repaired", copy)
+    content = json.loads((copy / "training.json").read_text())
+    (copy / "training.json").write_text(json.dumps(content | {"result": None}))
+    with pytest.raises(ArtefactError, match="is not finished"):
+        _repair(finished, tmp_path / "out", replace(CONFIG, repaired_dense=str(copy)))
+
+
+def test_without_the_dense_repair_there_is_one_difference(finished, tmp_path):
+    out = tmp_path / "fine"
+    results, told = _repair(finished, out, replace(CONFIG, repair_dense=False))
+    assert "dense-repaired" not in {point.name for point in results.points}
+    assert ([item.against for item in told.paired], told.dense_training) == (["dense"], None)
+    assert not (out / "dense-repaired").exists()
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        replace(CONFIG, repair_dense=False, repaired_dense="x")
+
+
+def test_a_repair_is_repaired_again(repaired, tmp_path):
+    config = replace(CONFIG, repair_dense=False)
+    results, _ = _repair(repaired, tmp_path / "again", config, None)
+    assert results.points[-1].name == f"{POINT}-repaired-repaired"
+    assert (
+        results.points[-2].accuracy_coarse
+        == Results.load(repaired / "results.json").points[-1].accuracy_coarse
+    )
+
+
+def test_a_model_directory_alone_is_repaired(finished, tmp_path, monkeypatch):
+    """Its point is read from its circuit; model and images have to be given."""
+    model = tmp_path / "alone"
+    shutil.copytree(finished / "points" / POINT / "model", model)
+    cut = StoredCut.load(model)
+    known = StoredCut.load(finished, POINT).point
+    assert find_origin(cut.folder) is None
+    assert cut.point == replace(known, seconds=None, max_abs_diff=None, faithfulness=None)
+    (model / "circuit.json").unlink()
+    bare = StoredCut.load(model)
+    origin = resolve_origin(str(finished), None, Origin.load(finished).data)
+    results, _ = finetune_command(
+        bare, origin, replace(CONFIG, repair_dense=False), tmp_path / "out"
+    )
+    assert results.points[-1].name == "cut-repaired"
+    assert results.points[-1].circuit is None
+
+
+def test_a_model_that_sees_nothing_is_refused(finished, tmp_path):
+    subject = Origin.load(finished).load_subject()
+    circuit = Circuit.full(subject.weights.graph, ablation="zero")
+    blind = replace(circuit, kept=circuit.kept & False)
+    table = ablation_table(subject, "zero", CutConfig(images=32))
+    model = compile_circuit(subject.weights, blind, table)
+    with pytest.raises(ModelError, match=r"gives every image the same logits.*: cut less"):
+        require_sight(model)
+    model.save_pretrained(tmp_path / "blind")
+    cut = StoredCut.load(tmp_path / "blind")
+    with pytest.raises(ModelError, match="cut less"):
+        finetune_command(cut, Origin.load(finished), CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"source_sha256": "f" * 64}, ModelError, "cut from weights that hash to ffffffffffff"),
+        ({"class_names": ("cat",) * 4}, TaskError, "not those of task 'shapes'"),
+        ({"group_of_class": (1, 0, 1, 0)}, TaskError, "not those of task 'shapes'"),
+    ],
+)
+def test_a_cut_of_another_model_or_task_is_refused(finished, tmp_path, change, kind, message):
+    cut = StoredCut.load(finished, POINT)
+    cut.model.info = replace(cut.model.info, **change)
+    with pytest.raises(kind, match=message):
+        finetune_command(cut, Origin.load(finished), CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_repair_is_refused(finished, repaired):
+    with pytest.raises(ArtefactError, match=r"other settings: finetune.seed was 0, now 1"):
+        _repair(finished, repaired, replace(CONFIG, finetune=replace(FINETUNE, seed=1)))
+    with pytest.raises(ArtefactError, match="other settings: start was"):
+        _repair(finished, repaired, point="acdc-resample-0.001")
+
+
+def test_a_damaged_record_of_a_repair_is_refused(repaired, tmp_path):
+    content = json.loads((repaired / REPAIR_FILE).read_text())
+    for change in ({"paired": [{"point": 1}]}, {"training": None}, {"dense_training": 3}):
+        (tmp_path / REPAIR_FILE).write_text(json.dumps(content | change))
+        with pytest.raises(ArtefactError, match=r"repair\.json is damaged"):
+            Repair.load(tmp_path / REPAIR_FILE)
+
+
+def test_the_verb_repairs_and_shows_the_differences(
+    finished, repaired, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(benchmark_settings, "BenchConfig", partial(BenchConfig, **SHORT))
+    out = tmp_path / "fine"
+    words = ["finetune", str(finished), "--point", POINT, "--repaired-dense", str(repaired)]
+    assert main([*words, *FLAGS, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{POINT}-repaired against dense-repaired: coarse accuracy " in printed
+    assert f"next: vitcut show {out}" in printed
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (out, repaired))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    show.show(out)
+    assert "against dense-repaired: coarse accuracy" in capsys.readouterr().out
