@@ -25,6 +25,9 @@ Letter = Literal["q", "k", "v"]
 
 LETTERS: tuple[Letter, ...] = ("q", "k", "v")
 
+SiteKey = tuple[int, str, int]
+"""Block, "heads" or "neurons", position of the token group: parts that can stand in for another."""
+
 Tokens = Literal["all", "split"]
 """Whether parts are over whole tokens or exist once per token group."""
 

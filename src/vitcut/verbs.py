@@ -156,30 +156,45 @@ def _discover(_: ArgumentParser, namespace: Namespace) -> None:
 
 def _add_cut(parser: ArgumentParser) -> None:
     from vitcut.compiler.settings import CutConfig
+    from vitcut.selection.settings import SelectConfig
 
-    parser.add_argument("circuit", type=Path, help="A run directory, or a circuit.json.")
+    parser.add_argument(
+        "circuit",
+        type=Path | None,
+        nargs="?",
+        default=None,
+        help="A run directory, or a circuit.json; none with a budget.",
+    )
     parser.add_argument(
         "--point", type=str | None, default=None, help="Which point of a run directory."
     )
     add_common(parser, "runs/cut")
     add_subject(parser)
     parser.add_class_arguments(CutConfig)
+    parser.add_class_arguments(SelectConfig, skip={"seed"})
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the timing.")
 
 
 def _cut(_: ArgumentParser, namespace: Namespace) -> None:
     from vitcut.benchmark.settings import BenchConfig
     from vitcut.compiler.settings import CutConfig
+    from vitcut.selection.settings import SelectConfig
 
     config, bench = take(namespace, CutConfig), BenchConfig(threads=namespace.threads)
-    data = data_of(namespace)
+    select, data = take(namespace, SelectConfig), data_of(namespace)
+    select.require_budget_or_circuit(namespace.circuit)
     from vitcut.circuit import Circuit
+    from vitcut.pipeline.budget import budget_command, show_path
     from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
 
-    path = find_circuit(namespace.circuit, namespace.point)
-    circuit = Circuit.load(path)
-    origin = resolve_origin(namespace.model, namespace.task, data, base=find_origin(path))
-    results = cut_command(circuit, origin, config, bench, namespace.out)
+    if namespace.circuit is None:
+        origin = resolve_origin(namespace.model, namespace.task, data)
+        results = budget_command(origin, select, config, bench, namespace.out)
+        show_path(namespace.out)
+    else:
+        path = find_circuit(namespace.circuit, namespace.point)
+        origin = resolve_origin(namespace.model, namespace.task, data, base=find_origin(path))
+        results = cut_command(Circuit.load(path), origin, config, bench, namespace.out)
     _report(results, namespace.out, f"vitcut finetune {namespace.out}")
 
 

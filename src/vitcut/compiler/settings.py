@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vitcut.config import require_at_least, require_one_of
+from vitcut.config import require_at_least, require_one_of, require_positive
 
-CutAblation = Literal["mean", "zero"]
+CutAblation = Literal["mean", "zero", "linear"]
 """Ablations that fold into constants."""
 
 
@@ -14,10 +14,14 @@ class CutConfig:
     """How a circuit is compiled and checked."""
 
     ablation: CutAblation = "mean"
-    """What stands in for a cut edge in the compact model."""
+    """What stands in for a cut part in the compact model; linear predicts cut heads and neurons
+    from those that are kept beside them."""
     images: int = 1024
-    """Training images, as many of each class, over which mean ablation averages; all of them
+    """Training images, as many of each class, over which fills are averaged and fitted; all of them
     where there are fewer."""
+    ridge: float | None = None
+    """Of linear fills: added to the covariance's diagonal, as a fraction of its mean; chosen for
+    each layer and token group by cross-validation if None."""
     verify_images: int = 64
     """Images on which compact and masked model are compared."""
     seed: int = 0
@@ -25,6 +29,8 @@ class CutConfig:
 
     def __post_init__(self) -> None:
         require_one_of("ablation of a cut", self.ablation, get_args(CutAblation))
+        if self.ridge is not None:
+            require_positive("ridge", self.ridge)
         require_at_least("images", self.images, 1)
         require_at_least("verify_images", self.verify_images, 1)
         require_at_least("seed", self.seed, 0)

@@ -6,7 +6,7 @@ statistics come from the model that is cut already: earlier layers are filled be
 fitted. R = 0 is the mean.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,8 +14,30 @@ from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
 from vitcut.intervention.fill import Fill
 from vitcut.intervention.masking import PartMask, masked_run
+from vitcut.names import SiteKey
 from vitcut.shapes import Bool, Float, Tensor
 from vitcut.vits.weights import ViTWeights
+
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""What cross-validation chooses from, as fractions of the mean variance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteStatistics:
+    """The activations of a site, the heads or neurons of a layer and token group; float64."""
+
+    means: Float[Tensor, "tokens features"]
+    covariance: Float[Tensor, "features features"]
+    """Around the means of each token, over images and tokens, with the ridge on its diagonal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearFit:
+    """A linear fill, and the statistics that it was fitted to."""
+
+    fill: Fill
+    """Bound to the circuit, in the precision of the weights."""
+    sites: dict[SiteKey, SiteStatistics]
 
 
 @torch.no_grad()
@@ -25,8 +47,8 @@ def fit_fill(
     pixels: Float[Tensor, "images channels y x"],
     means: Fill,
     *,
-    ridge: float,
-) -> Fill:
+    ridge: float | None = None,
+) -> LinearFit:
     """Fit the linear fill of a circuit, in one pass over all calibration images together.
 
     Args:
@@ -34,29 +56,29 @@ def fit_fill(
         circuit: What is kept, under ``linear`` ablation.
         pixels: Normalised calibration images.
         means: The full model's means: what an edge carries that is cut while its source lives.
-        ridge: Added to the covariance's diagonal, as a fraction of its mean.
-
-    Returns:
-        The fill, bound to the circuit, in the precision of ``weights``.
+        ridge: Added to the covariance's diagonal, as a fraction of its mean; chosen for each site
+            by two-fold cross-validation if None.
 
     Raises:
-        CircuitError: The circuit is not under ``linear`` ablation, or there are no images.
+        CircuitError: The circuit is not under ``linear`` ablation, or there are too few images.
     """
     if circuit.ablation != "linear":
         raise CircuitError(
             f"a linear fill is fitted to a circuit under linear ablation, got {circuit.ablation}"
         )
-    if len(pixels) == 0:
-        raise CircuitError("a linear fill needs at least 1 calibration image, got 0")
+    if len(pixels) < 2:
+        raise CircuitError(f"a linear fill needs at least 2 calibration images, got {len(pixels)}")
     fitter = _Fitter(weights, circuit, means, ridge)
     masked_run(weights, pixels, circuit, fitter.fill, mask=fitter)
-    return replace(fitter.fill, circuit=circuit.fingerprint)
+    return LinearFit(fill=replace(fitter.fill, circuit=circuit.fingerprint), sites=fitter.sites)
 
 
 class _Fitter(PartMask):
     """Sees the heads and neurons of each block as they are computed, and fits their fill first."""
 
-    def __init__(self, weights: ViTWeights, circuit: Circuit, means: Fill, ridge: float) -> None:
+    def __init__(
+        self, weights: ViTWeights, circuit: Circuit, means: Fill, ridge: float | None
+    ) -> None:
         graph, like = circuit.graph, weights.patch_weight
         blocks, groups = graph.num_layers, graph.num_groups
         head_dim = weights.blocks[0].attn.q_weight.shape[1]
@@ -70,6 +92,7 @@ class _Fitter(PartMask):
             head_maps=self._head_maps,
             neuron_maps=self._neuron_maps,
         )
+        self.sites: dict[SiteKey, SiteStatistics] = {}
         super().__init__(weights, graph, circuit.neurons, self.fill)
         self._weights = weights
         self._circuit = circuit
@@ -85,7 +108,9 @@ class _Fitter(PartMask):
             alive = self._live[layer, :-1, group]
             features = z[:, :, rows].permute(1, 2, 0, 3).flatten(2)
             kept = alive.repeat_interleave(head_dim).to(z.device)
-            means, regression = regress(features, kept, self._ridge)
+            site = site_statistics(features, self._ridge)
+            self.sites[layer, "heads", group] = site
+            means, regression = site.means, regress(site.covariance, kept)
             maps = out.permute(1, 0, 2).flatten(1) @ regression
             by_head = maps.unflatten(1, (heads, head_dim)).transpose(0, 1)
             self._head_maps[layer, group] = by_head
@@ -106,7 +131,9 @@ class _Fitter(PartMask):
             kept = torch.ones(hidden.shape[2], dtype=torch.bool, device=hidden.device)
             if self._circuit.neurons is not None:
                 kept = torch.from_numpy(self._circuit.neurons[layer, group].copy()).to(kept.device)
-            means, regression = regress(hidden[:, rows], kept, self._ridge)
+            site = site_statistics(hidden[:, rows], self._ridge)
+            self.sites[layer, "neurons", group] = site
+            means, regression = site.means, regress(site.covariance, kept)
             self._neuron_maps[layer, group] = out @ regression
             self._neurons[layer, rows] = (means * ~kept - means @ regression.T).to(hidden.dtype)
             if not self._live[layer, -1, group]:
@@ -115,43 +142,56 @@ class _Fitter(PartMask):
 
 
 def regress(
-    features: Float[Tensor, "images tokens features"], kept: Bool[Tensor, "features"], ridge: float
-) -> tuple[Float[Tensor, "tokens features"], Float[Tensor, "features features"]]:
-    """The ridge regression of cut features on kept ones, both centred per token.
-
-    Args:
-        features: Activations of a layer and token group.
-        kept: True where a feature is kept.
-        ridge: Added to the covariance's diagonal, as a fraction of its mean.
-
-    Returns:
-        The features' means per token, and R: rows of cut features, columns of kept ones, zero
-        elsewhere. Both in float64.
-    """
-    means, covariance = covariance_of(features)
+    covariance: Float[Tensor, "features features"], kept: Bool[Tensor, "features"]
+) -> Float[Tensor, "features features"]:
+    """The regression of cut features on kept ones: rows of cut, columns of kept, else zero."""
     regression = torch.zeros_like(covariance)
     if bool(kept.any()) and not bool(kept.all()):
-        within = with_ridge(covariance, ridge)[kept][:, kept]
-        across = covariance[~kept][:, kept]
-        solved = torch.linalg.solve(within, across.T).T
-        regression[(~kept)[:, None] & kept] = solved.flatten()
-    return means, regression
+        within, across = covariance[kept][:, kept], covariance[~kept][:, kept]
+        regression[~kept[:, None] & kept] = torch.linalg.solve(within, across.T).T.flatten()
+    return regression
 
 
-def covariance_of(
-    features: Float[Tensor, "images tokens features"],
-) -> tuple[Float[Tensor, "tokens features"], Float[Tensor, "features features"]]:
-    """Means per token, and the covariance around them over images and tokens; in float64."""
+def site_statistics(
+    features: Float[Tensor, "images tokens features"], ridge: float | None
+) -> SiteStatistics:
+    """Means and covariance of a site's activations.
+
+    Args:
+        features: Activations.
+        ridge: As a fraction of the mean variance; None chooses the one with which either half of
+            the images predicts every feature of the other half best from all others.
+    """
     values = features.double()
     means = values.mean(0)
-    centred = (values - means).flatten(0, 1)
-    return means, centred.T @ centred / len(centred)
+    centred = values - means
+    halves = [half.flatten(0, 1) for half in (centred[::2], centred[1::2])]
+    products = [half.T @ half for half in halves]
+    count = centred.shape[0] * centred.shape[1]
+    covariance = (products[0] + products[1]) / count
+    if ridge is None:
+        scaled = [p / len(half) for p, half in zip(products, halves, strict=True)]
+        errors = [
+            _error(add_ridge(own, option), other)
+            for option in _RIDGES
+            for own, other in (scaled, scaled[::-1])
+        ]
+        sums = torch.tensor(errors).view(len(_RIDGES), 2).sum(1)
+        ridge = _RIDGES[int(sums.argmin())]
+    return SiteStatistics(means=means, covariance=add_ridge(covariance, ridge))
 
 
-def with_ridge(
+def add_ridge(
     covariance: Float[Tensor, "features features"], ridge: float
 ) -> Float[Tensor, "features features"]:
     """A covariance with a fraction of its mean variance added to the diagonal."""
     # Dead features have no variance: a floor keeps the system solvable.
     scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
     return covariance + ridge * scale * torch.eye(len(covariance)).to(covariance)
+
+
+def _error(fitted: Tensor, unseen: Tensor) -> float:
+    """The summed variance, under another covariance, of what each feature's others miss of it."""
+    precision = torch.linalg.inv(fitted)
+    residual = precision / precision.diagonal()[:, None]
+    return float(((residual @ unseen) * residual).sum())

@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -91,7 +90,7 @@ def train_command(
 
 def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circuit:
     """Find one circuit into ``out/points/NAME``."""
-    settings = {**plain_origin(origin), "discover": as_plain(config)}
+    settings = {**origin.settings(), "discover": as_plain(config)}
     # Every tau and ablation has a point of its own, so one directory may hold several.
     folder = RunFolder(out, settings, free=("discover.tau", "discover.ablation"))
     name = point_name(config.method, config.ablation, config.tau)
@@ -139,7 +138,7 @@ def cut_command(
 ) -> Results:
     """Compile one circuit into ``out/model`` and measure it beside the dense model."""
     settings = {"circuit": circuit.fingerprint, "cut": as_plain(config), "bench": as_plain(bench)}
-    folder = RunFolder(out, {**plain_origin(origin), **settings})
+    folder = RunFolder(out, {**origin.settings(), **settings})
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
@@ -185,8 +184,3 @@ def _load_point(point: Point, path: Path) -> nn.Module:
     if point.name == DENSE_REPAIRED:
         return load_model(str(path / str(point.model))).model
     return CompactViT.from_pretrained(path / str(point.model))
-
-
-def plain_origin(origin: Origin) -> dict[str, Any]:
-    """What a run directory's settings say of its origin."""
-    return {"model": origin.model, "task": origin.task.to_dict(), "data": as_plain(origin.data)}

@@ -1,20 +1,21 @@
 """The points of a run: a circuit and the model cut from it, found once and then read again."""
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 from vitcut.circuit import Circuit
+from vitcut.compact.artefact import FILL
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
-from vitcut.intervention.fill import Fill
 from vitcut.names import Ablation
+from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.stages import Discovery, ablation_fill, cut_circuit, cut_point
+from vitcut.pipeline.stages import Cut, Discovery, cut_circuit, cut_point
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
@@ -44,6 +45,7 @@ class PointMaker:
         self._subject = subject
         self._folder = folder
         self._cut = cut
+        self.fills = Fills(subject, cut)
 
     def find(self, config: DiscoverConfig, taus: Sequence[float]) -> Iterator[tuple[str, Circuit]]:
         """The name and circuit of the point at each tau, all from the same cached activations."""
@@ -71,9 +73,9 @@ class PointMaker:
         record, model_folder = into / RECORD_FILE, into / MODEL_FOLDER
         if record.exists():
             return Results.load(record).points[0], CompactViT.from_pretrained(model_folder)
-        fill, start = self._fill, time.perf_counter()
-        cut = cut_circuit(self._subject, circuit, self._cut, fill=fill)
-        cut.model.save_pretrained(model_folder, circuit=json.dumps(cut.circuit.to_dict(), indent=1))
+        start = time.perf_counter()
+        cut = cut_circuit(self._subject, circuit, self._cut, fills=self.fills)
+        save_cut(cut, model_folder)
         point = cut_point(
             name,
             cut,
@@ -88,6 +90,14 @@ class PointMaker:
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._folder.path).as_posix()
 
-    @cached_property
-    def _fill(self) -> Fill:
-        return ablation_fill(self._subject, self._cut.ablation, self._cut)
+
+def save_cut(cut: Cut, folder: Path) -> None:
+    """Write a model directory with its circuit, and the fill where that was fitted to it."""
+    circuit = json.dumps(cut.circuit.to_dict(), indent=1)
+    if cut.fill.circuit is None:
+        cut.model.save_pretrained(folder, circuit=circuit)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        fill = Path(temporary) / FILL
+        cut.fill.save(fill)
+        cut.model.save_pretrained(folder, circuit=circuit, fill=fill)

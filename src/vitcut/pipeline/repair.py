@@ -19,7 +19,6 @@ from vitcut.config import as_plain
 from vitcut.errors import ArtefactError
 from vitcut.files import read_json, write_json, write_text
 from vitcut.pipeline.cards import dense_repaired_card, repaired_card
-from vitcut.pipeline.commands import plain_origin
 from vitcut.pipeline.folder import RunFolder, differences
 from vitcut.pipeline.points import MODEL_FOLDER
 from vitcut.pipeline.settings import RepairConfig
@@ -126,7 +125,7 @@ def finetune_command(
             not there, or of other settings.
     """
     settings = {"run": str(cut.folder.resolve()), "start": cut.weight_hash}
-    folder = RunFolder(out, {**settings, **plain_origin(origin), **as_plain(config)}, free=("run",))
+    folder = RunFolder(out, {**settings, **origin.settings(), **as_plain(config)}, free=("run",))
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results), Repair.load(out / REPAIR_FILE)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from vitcut.benchmark.evaluation import Evaluation, evaluate
@@ -30,16 +29,13 @@ from vitcut.data.stratified import choose_evenly
 from vitcut.discovery.acdc import acdc, build_cache
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import CircuitError
-from vitcut.intervention.ablation import fixed_fill
 from vitcut.intervention.fill import Fill
 from vitcut.intervention.oracle import Examples, Oracle
-from vitcut.names import Ablation
+from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.subject import Subject
-from vitcut.progress import track
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
 
-_TABLE_BATCH = 32
 DENSE = "dense"
 CLASS_ONLY = "class-only"
 """The uncut circuit, compiled: exact, and the fairer baseline (its last block is class-only)."""
@@ -54,6 +50,8 @@ class Cut:
     model: CompactViT
     circuit: Circuit
     """Under the ablation that it was cut with."""
+    fill: Fill
+    """What stands in for what it cuts."""
     exactness: Exactness
     faithfulness: dict[str, Any]
     """KL on the calibration images under the ablations of discovery and of the cut."""
@@ -114,23 +112,12 @@ def examples_of(subject: Subject, config: DiscoverConfig) -> Examples:
     )
 
 
-def ablation_fill(subject: Subject, ablation: Ablation, config: CutConfig) -> Fill:
-    """What cut parts carry in a compact model, whatever the circuit, in float64."""
-    images = subject.calibration(config.images, seed=config.seed)
-    starts = range(0, len(images), _TABLE_BATCH)
-    batches = (
-        subject.normalise(images.read(range(i, min(i + _TABLE_BATCH, len(images))))).double()
-        for i in track(starts, "averaging activations", len(starts), unit="batches")
-    )
-    return fixed_fill(ablation, subject.weights.to(torch.float64), batches)
-
-
 def cut_circuit(
     subject: Subject,
     circuit: Circuit,
     config: CutConfig,
     *,
-    fill: Fill | None = None,
+    fills: Fills | None = None,
 ) -> Cut:
     """Compile a circuit, check the result, and measure it again under the cut's ablation.
 
@@ -138,16 +125,15 @@ def cut_circuit(
         subject: The model and images that the circuit was found on.
         circuit: Under any ablation.
         config: The ablation of the cut, and on what it is checked.
-        fill: From `ablation_fill`, to share it between circuits, or fitted to this one.
+        fills: To share what they compute between circuits.
 
     Raises:
         CircuitError: The circuit is of another model.
         ExactnessError: The compact model does not compute the masked one.
     """
     _require_same_weights(subject, circuit)
-    if fill is None:
-        fill = ablation_fill(subject, config.ablation, config)
     final = circuit.with_ablation(config.ablation)
+    fill = (fills or Fills(subject, config)).of(final)
     model = compile_circuit(subject.weights, final, fill)
     model.info = _model_info(subject)
     tuning = subject.images.tuning
@@ -157,6 +143,7 @@ def cut_circuit(
     return Cut(
         model=model,
         circuit=final,
+        fill=fill,
         exactness=exactness,
         faithfulness=_faithfulness(subject, circuit, final, model),
     )
@@ -250,13 +237,14 @@ def cut_point(
     return Point(
         name=name,
         method=found.method,
-        granularity="edge",
+        granularity="edge" if found.neurons is None else "part",
         ablation=found.ablation,
         tau=found.tau,
         edges_total=found.graph.num_useful_edges,
         edges_kept=found.num_kept,
         heads_total=found.graph.num_layers * found.graph.num_heads,
         heads_kept=found.num_heads_kept,
+        neurons_kept_fraction=found.neurons_kept_fraction,
         macs=count_macs(cut.model.plan),
         max_abs_diff=cut.exactness.max_abs_diff,
         seconds=seconds,

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,10 @@ class Origin:
             )
         except (KeyError, TypeError, TaskError, ConfigError) as error:
             raise ArtefactError(f"{path} is damaged: {error!r}") from None
+
+    def settings(self) -> dict[str, Any]:
+        """What a run directory's settings say of it."""
+        return {"model": self.model, "task": self.task.to_dict(), "data": as_plain(self.data)}
 
     def load_subject(self) -> "Subject":
         """Load the model, then the images at the size that it takes.

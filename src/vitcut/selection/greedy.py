@@ -15,16 +15,13 @@ from numpy.typing import NDArray
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
-from vitcut.names import Ablation
+from vitcut.names import Ablation, SiteKey
 
 Cost = Callable[[Circuit], float]
 """What a circuit's compact model costs: MACs, or predicted milliseconds."""
 
 _TOGETHER_EVERY = 8
 """Steps between looks at candidates of several parts, which change slowly and take long."""
-
-SiteKey = tuple[int, str, int]
-"""Block, "heads" or "neurons", position of the token group."""
 
 Candidate = tuple[tuple[SiteKey, tuple[int, ...]], ...]
 """What is cut together: per site the numbers of its heads or neurons."""
@@ -169,7 +166,7 @@ class Savings:
 
 def cut_down(
     graph: Graph, alive: Alive, scorer: Scorer, cost: Cost, *, budget: float
-) -> Iterator[Candidate]:
+) -> Iterator[float]:
     """Cut the cheapest candidate per saving until the cost is within the budget.
 
     Args:
@@ -180,7 +177,7 @@ def cut_down(
         budget: In the unit of ``cost``.
 
     Yields:
-        What was cut, in order.
+        The cost after each cut.
 
     Raises:
         CircuitError: Even with nothing left to cut the cost is above the budget.
@@ -202,7 +199,7 @@ def cut_down(
         alive.cut(candidate)
         scorer.cut(candidate)
         savings.cut(candidate)
-        yield candidate
+        yield savings.total
 
 
 def _best(

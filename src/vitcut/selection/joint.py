@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcut.selection.greedy import Candidate, SiteKey
+from vitcut.names import SiteKey
+from vitcut.selection.greedy import Candidate
 from vitcut.selection.sites import Objective, Site
 from vitcut.shapes import Tensor
 
@@ -17,15 +18,13 @@ from vitcut.shapes import Tensor
 class Joint:
     """Rises given everything that was cut since the gradients were taken."""
 
-    def __init__(
-        self, sites: Iterable[Site], objective: Objective, *, refresh_every: int | None
-    ) -> None:
+    def __init__(self, sites: Iterable[Site], objective: Objective, *, refresh_every: int) -> None:
         """Compute every part's response.
 
         Args:
             sites: Of the model as cut so far.
             objective: Turns responses into nats.
-            refresh_every: Cuts in a site after which the others of it take over (OBS); None: never.
+            refresh_every: Cuts in a site after which the others of it take over (OBS); 0: never.
         """
         self._objective = objective
         self._refresh_every = refresh_every
@@ -44,6 +43,10 @@ class Joint:
         """In nats, of cutting each part of a site alone; shape [parts]."""
         return self._own[site] + self._crossed[site].double().numpy()
 
+    def alone(self) -> dict[SiteKey, NDArray[np.float64]]:
+        """In nats, what each part costs if nothing else is cut."""
+        return dict(self._own)
+
     def rise(self, candidate: Candidate) -> float:
         """In nats, of cutting several parts."""
         response = torch.stack([self._response(site, parts) for site, parts in candidate]).sum(0)
@@ -61,7 +64,7 @@ class Joint:
     def settle(self, site: SiteKey) -> bool:
         """Let a site's parts take over from those that were cut, if enough were."""
         many = self._refresh_every
-        if many is None or self._sites[site].num_pending < many:
+        if many == 0 or self._sites[site].num_pending < many:
             return False
         self._add(self._sites[site].refresh() - self._pending[site])
         self._pending[site] = torch.zeros_like(self._settled)

@@ -11,7 +11,7 @@ changes the others: their precision matrix is downdated and the gradients take o
 parts' fill passes on (optimal brain surgeon). Which parts to cut is left to ``greedy.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from vitcut.circuit import Circuit
 from vitcut.discovery.fisher import trace_gradients
 from vitcut.intervention.fill import Fill
-from vitcut.intervention.least_squares import covariance_of, with_ridge
+from vitcut.intervention.least_squares import SiteStatistics
 from vitcut.intervention.masking import full_run
 from vitcut.metrics import coarse_log_probs
+from vitcut.names import SiteKey
 from vitcut.progress import track
 from vitcut.shapes import Bool, Float, Int, Tensor
 from vitcut.vits.weights import ViTWeights
@@ -58,30 +59,30 @@ class Site:
 
     def __init__(
         self,
-        place: tuple[int, str, int],
+        place: SiteKey,
         alive: Bool[Tensor, "parts"],
         activations: Float[Tensor, "images tokens features"],
         gradients: Float[Tensor, "classes images tokens features"],
-        ridge: float | None,
+        statistics: SiteStatistics | None,
     ) -> None:
         """Take over the activations and gradients of all parts, cut ones included.
 
         Args:
-            place: Block, "heads" or "neurons", and position of the token group.
+            place: Where the site is.
             alive: True for the parts that are not cut yet.
             activations: z of the heads, or hidden units; centred per token here, in place.
             gradients: Of log q(y|x) by those, changed as parts are cut.
-            ridge: Of the linear fill; None for mean ablation.
+            statistics: Of other images, to predict parts from others; None leaves them the mean.
         """
         self.layer, self.kind, self.group = place
         self.alive = alive.clone()
         self._size = activations.shape[2] // len(alive)
         self._gradients = gradients
-        means, covariance = covariance_of(activations)
+        means = activations.mean(0) if statistics is None else statistics.means
         self._centred = activations.sub_(means.to(activations.dtype))
         self._precision = None
-        if ridge is not None:
-            self._precision = _precision(covariance, self._features(self.alive), ridge)
+        if statistics is not None:
+            self._precision = _precision(statistics.covariance, self._features(self.alive))
         self._pending = torch.zeros_like(alive)
 
     def responses(self) -> Float[Tensor, "parts responses"]:
@@ -155,7 +156,7 @@ def trace_sites(
     masked: tuple[Circuit, Fill],
     *,
     alive: tuple[NDArray[np.bool_], NDArray[np.bool_]],
-    ridge: float | None,
+    statistics: Mapping[SiteKey, SiteStatistics] | None,
 ) -> tuple[list[Site], Objective]:
     """All sites of a cut model that still have parts.
 
@@ -165,7 +166,7 @@ def trace_sites(
         group_of_class: The group number of each class of the model.
         masked: The circuit so far, and its fill.
         alive: Heads [blocks, heads, groups] and neurons [blocks, groups, neurons] not cut yet.
-        ridge: Of the linear fill; None for mean ablation.
+        statistics: Of each site, to predict parts from others; None leaves them the mean.
     """
     store = _Store(weights, len(pixels), int(group_of_class.max()) + 1)
     starts = range(0, len(pixels), _CHUNK)
@@ -178,8 +179,9 @@ def trace_sites(
     for layer, (group, span) in product(range(len(weights.blocks)), enumerate(rows)):
         for kind, left in (("heads", heads[layer, :, group]), ("neurons", neurons[layer, group])):
             if bool(left.any()):
-                values = store.take(layer, kind, span)
-                sites.append(Site((layer, kind, group), left, *values, ridge))
+                place = (layer, kind, group)
+                known = None if statistics is None else statistics[place]
+                sites.append(Site(place, left, *store.take(layer, kind, span), known))
     return sites, store.objective()
 
 
@@ -237,11 +239,10 @@ class _Store:
         return Objective(curvature=curvature, slope=-self._log_p.exp().flatten() / images)
 
 
-def _precision(covariance: Tensor, kept: Tensor, ridge: float) -> Tensor:
+def _precision(covariance: Tensor, kept: Tensor) -> Tensor:
     """The inverse covariance of what is kept, zero elsewhere."""
     found = torch.zeros_like(covariance)
-    within = with_ridge(covariance[kept][:, kept], ridge)
-    found[kept[:, None] & kept] = torch.linalg.inv(within).flatten()
+    found[kept[:, None] & kept] = torch.linalg.inv(covariance[kept][:, kept]).flatten()
     return found
 
 

@@ -1,0 +1,45 @@
+"""Controls: scores that know nothing of the task. A method must beat them to mean anything."""
+
+import numpy as np
+import torch
+
+from vitcut.discovery.fisher import PartScores
+from vitcut.graph import Graph
+from vitcut.vits.weights import ViTWeights
+
+
+def random_scores(graph: Graph, num_neurons: int, *, seed: int) -> PartScores:
+    """Uniform between 0 and 1, for heads and neurons of every group."""
+    random = np.random.default_rng(seed)
+    blocks, groups = graph.num_layers, graph.num_groups
+    return PartScores(
+        heads=random.random((blocks, graph.num_heads, groups)),
+        neurons=random.random((blocks, groups, num_neurons)),
+        edges=None,
+    )
+
+
+def magnitude_scores(weights: ViTWeights, graph: Graph) -> PartScores:
+    """The norms of a part's weights: value times output of a head, in times out of a neuron.
+
+    The same in every token group: weights do not know of tokens.
+    """
+    heads = torch.stack(
+        [
+            block.attn.v_weight.flatten(1).norm(dim=1)
+            * block.attn.out_weight.flatten(1).norm(dim=1)
+            for block in weights.blocks
+        ]
+    )
+    neurons = torch.stack(
+        [
+            block.mlp.in_weight.norm(dim=1) * block.mlp.out_weight.norm(dim=0)
+            for block in weights.blocks
+        ]
+    )
+    groups = graph.num_groups
+    return PartScores(
+        heads=heads.double().cpu().numpy()[:, :, None].repeat(groups, axis=2),
+        neurons=neurons.double().cpu().numpy()[:, None].repeat(groups, axis=1),
+        edges=None,
+    )

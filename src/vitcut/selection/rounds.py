@@ -1,0 +1,171 @@
+"""Rounds of cutting: score the model as cut so far, cut a share of the budget, fill, and again.
+
+What one round chooses is left to ``greedy.py``; measuring and saving what comes out to the caller.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitcut.circuit import Circuit
+from vitcut.discovery.controls import magnitude_scores, random_scores
+from vitcut.discovery.fisher import PartScores
+from vitcut.errors import CircuitError
+from vitcut.graph import Graph
+from vitcut.intervention.fill import Fill
+from vitcut.intervention.least_squares import SiteStatistics
+from vitcut.names import Ablation, SiteKey
+from vitcut.progress import Meter
+from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, cut_down
+from vitcut.selection.joint import Joint
+from vitcut.selection.settings import SelectConfig
+from vitcut.selection.sites import trace_sites
+from vitcut.shapes import Float, Int, Tensor
+from vitcut.vits.weights import ViTWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What parts are scored on, and what fills them."""
+
+    score_pixels: Float[Tensor, "images channels y x"]
+    """Normalised images whose gradients are taken."""
+    group_of_class: Int[Tensor, "classes"]
+    """The group number of each class of the model."""
+    fill: Callable[[Circuit], tuple[Fill, Mapping[SiteKey, SiteStatistics] | None]]
+    """What stands in for what a circuit cuts, and the statistics of a linear fill."""
+
+
+class Selection:
+    """The parts of one model that are left, round by round."""
+
+    def __init__(
+        self,
+        weights: ViTWeights,
+        calibration: Calibration,
+        cost: Cost,
+        config: SelectConfig,
+        ablation: Ablation,
+    ) -> None:
+        """Start with everything; parts that reach nothing are cut at once.
+
+        Args:
+            weights: The model, in the precision to compute with.
+            calibration: Images.
+            cost: Of a circuit's compact model.
+            config: How to choose.
+            ablation: ``mean``, ``zero`` or ``linear``.
+        """
+        self._weights = weights
+        self._calibration = calibration
+        self._cost = cost
+        self._config = config
+        self._ablation: Ablation = ablation
+        self.graph = weights.graph_of(config.tokens)
+        self._alive = useful_parts(self.graph, weights.num_neurons)
+        self.smallest = smallest_cost(self.graph, weights.num_neurons, cost)
+
+    def resume(self, circuit: Circuit) -> None:
+        """Go on from the circuit of an earlier round."""
+        self._alive = parts_of(circuit, self._alive)
+
+    @property
+    def circuit(self) -> Circuit:
+        """What is left."""
+        return self._alive.circuit(self.graph, self._ablation)
+
+    def cost(self) -> float:
+        """Of what is left."""
+        return self._cost(self.circuit)
+
+    def cut_to(self, budget: float) -> None:
+        """One round: cut down to a budget in the unit of the cost.
+
+        Raises:
+            CircuitError: The budget cannot be met.
+        """
+        if budget < self.smallest:
+            raise CircuitError(
+                f"the budget of {budget:.4g} cannot be met: the smallest model that still sees the "
+                f"image costs {self.smallest:.4g}"
+            )
+        before = self.cost()
+        cuts = cut_down(self.graph, self._alive, self._scorer(), self._cost, budget=budget)
+        with Meter("cutting", 100, unit="%") as meter:
+            done = 0
+            for number, left in enumerate(cuts, start=1):
+                now = min(100, round(100 * (before - left) / (before - budget)))
+                meter.advance(now - done, note=f"{number} cuts")
+                done = now
+
+    def _scorer(self) -> Scorer:
+        config, calibration = self._config, self._calibration
+        if config.scores != "fisher":
+            return Additive(by_site(self._control()))
+        fill, statistics = calibration.fill(self.circuit)
+        if not config.refresh_every:
+            statistics = None
+        sites, objective = trace_sites(
+            self._weights,
+            calibration.score_pixels,
+            calibration.group_of_class,
+            (self.circuit, fill.like(self._weights.patch_weight)),
+            alive=(self._alive.heads, self._alive.neurons),
+            statistics=statistics,
+        )
+        joint = Joint(sites, objective, refresh_every=config.refresh_every if statistics else 0)
+        return joint if config.joint else Additive(joint.alone())
+
+    def _control(self) -> PartScores:
+        weights, config = self._weights, self._config
+        if config.scores == "magnitude":
+            return magnitude_scores(weights, self.graph)
+        return random_scores(self.graph, weights.num_neurons, seed=config.seed)
+
+
+def by_site(scores: PartScores) -> dict[SiteKey, NDArray[np.float64]]:
+    """Scores of heads and neurons by layer, kind and group."""
+    blocks, _, groups = scores.heads.shape
+    places = list(product(range(blocks), range(groups)))
+    heads: dict[SiteKey, NDArray[np.float64]] = {
+        (layer, "heads", group): scores.heads[layer, :, group] for layer, group in places
+    }
+    return heads | {
+        (layer, "neurons", group): scores.neurons[layer, group] for layer, group in places
+    }
+
+
+def useful_parts(graph: Graph, num_neurons: int) -> Alive:
+    """Every part from which the classifier can be reached."""
+    return parts_of(Circuit.full(graph), Alive.everything(graph, num_neurons))
+
+
+def parts_of(circuit: Circuit, alive: Alive) -> Alive:
+    """Of some parts those that a circuit keeps, if they reach the classifier."""
+    graph = circuit.graph
+    shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
+    live = circuit.live_sources[graph.num_groups :].reshape(shape)
+    kept = np.True_ if circuit.neurons is None else circuit.neurons
+    return Alive(
+        heads=alive.heads & live[:, :-1], neurons=alive.neurons & live[:, -1, :, None] & kept
+    )
+
+
+def smallest_cost(graph: Graph, num_neurons: int, cost: Cost) -> float:
+    """The cost of the cheapest model that sees the image: one head of the readout, all else cut."""
+    costs: list[float] = []
+    for layer in range(graph.num_layers):
+        alive = Alive.everything(graph, num_neurons)
+        alive.heads[:] = alive.neurons[:] = False
+        alive.heads[layer, 0, graph.group_number(graph.targets[graph.classifier])] = True
+        costs.append(cost(alive.circuit(graph, "mean")))
+    return min(costs)
+
+
+def geometric(start: float, end: float, rounds: int) -> Iterator[float]:
+    """Budgets from a cost to another, in equal ratios."""
+    for number in range(1, rounds + 1):
+        yield start * (end / start) ** (number / rounds)

@@ -1,0 +1,80 @@
+"""Settings of selection by budget; no torch, so that ``--help`` stays fast."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from vitcut.config import require_at_least, require_one_of
+from vitcut.errors import ConfigError
+from vitcut.names import RuntimeName, Tokens
+
+Scores = Literal["fisher", "random", "magnitude"]
+"""What parts are chosen by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """How parts are chosen under a budget."""
+
+    target_macs: float | None = None
+    """Multiply-accumulates of the compact model as a fraction of the dense model's."""
+    target_latency: float | None = None
+    """Latency of the compact model as a fraction of the dense model's, measured here."""
+    runtime: RuntimeName = "onnxruntime"
+    """Of the latency."""
+    batch: int = 64
+    """Of the latency."""
+    scores: Scores = "fisher"
+    """What parts are chosen by: the predicted rise of the KL, or a control."""
+    joint: bool = True
+    """Whether scores count what is cut together; otherwise they add up."""
+    refresh_every: int = 8
+    """Of linear fills: cuts in a site after which its other parts' residuals are brought up to date
+    (OBS); 0 scores parts as if the mean stood in for them."""
+    rounds: int = 6
+    """How often the cut model is measured anew on the way to the budget."""
+    score_images: int = 348
+    """Training images, as many of each class, on which parts are scored."""
+    tokens: Tokens = "split"
+    """Parts over whole tokens, or per token group."""
+    seed: int = 0
+    """Seed of the choice of images, and of random scores."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_macs", "target_latency"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"{flag} must be above 0 and below 1 of dense, got {value!r}")
+        if self.target_macs is not None and self.target_latency is not None:
+            raise ConfigError("give target-macs or target-latency, got both")
+        require_one_of("runtime", self.runtime, get_args(RuntimeName))
+        require_one_of("scores", self.scores, get_args(Scores))
+        require_one_of("tokens", self.tokens, get_args(Tokens))
+        for name in ("batch", "rounds", "score_images"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("refresh_every", "seed"):
+            require_at_least(name, getattr(self, name), 0)
+        if self.scores != "fisher" and self.joint:
+            raise ConfigError(f"{self.scores} scores add up: give --joint false with them")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget is given."""
+        return self.target_macs is not None or self.target_latency is not None
+
+    def require_budget_or_circuit(self, circuit: Path | None) -> None:
+        """Check that there is one of them.
+
+        Raises:
+            ConfigError: There is neither, or there are both.
+        """
+        if circuit is None and not self.has_budget:
+            raise ConfigError(
+                "cut needs a circuit (a run directory or circuit.json), or a budget: "
+                "--target-macs 0.2, or --target-latency 0.25"
+            )
+        if circuit is not None and self.has_budget:
+            raise ConfigError(
+                f"cut takes a circuit or a budget, got {circuit} and a budget: leave one out"
+            )
