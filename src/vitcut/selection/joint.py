@@ -18,16 +18,19 @@ from vitcut.shapes import Tensor
 class Joint:
     """Rises given everything that was cut since the gradients were taken."""
 
-    def __init__(self, sites: Iterable[Site], objective: Objective, *, refresh_every: int) -> None:
+    def __init__(
+        self, sites: Iterable[Site], objective: Objective, *, refresh_fraction: float
+    ) -> None:
         """Compute every part's response.
 
         Args:
             sites: Of the model as cut so far.
             objective: Turns responses into nats.
-            refresh_every: Cuts in a site after which the others of it take over (OBS); 0: never.
+            refresh_fraction: Of a site's parts, how many are cut before the others take over (OBS);
+                0: never.
         """
         self._objective = objective
-        self._refresh_every = refresh_every
+        self._refresh_fraction = refresh_fraction
         self._sites = {(site.layer, site.kind, site.group): site for site in sites}
         self._settled = torch.zeros_like(objective.curvature)
         self._pending = {key: torch.zeros_like(self._settled) for key in self._sites}
@@ -58,13 +61,15 @@ class Joint:
         for site, parts in candidate:
             response = self._response(site, parts)
             self._sites[site].cut(parts)
+            self._whole.pop(site, None)
             self._pending[site] = self._pending[site] + response
             self._add(response)
 
     def settle(self, site: SiteKey) -> bool:
         """Let a site's parts take over from those that were cut, if enough were."""
-        many = self._refresh_every
-        if many == 0 or self._sites[site].num_pending < many:
+        found, fraction = self._sites[site], self._refresh_fraction
+        enough = fraction * (found.num_pending + int(found.alive.sum()))
+        if fraction == 0 or found.num_pending < max(1.0, enough):
             return False
         self._add(self._sites[site].refresh() - self._pending[site])
         self._pending[site] = torch.zeros_like(self._settled)
@@ -79,11 +84,13 @@ class Joint:
     def _respond(self, site: SiteKey) -> None:
         responses = self._sites[site].responses()
         self._responses[site] = responses
-        self._whole[site] = self._sites[site].whole_response()
+        self._whole.pop(site, None)
         self._own[site] = self._objective.of(responses).double().numpy()
         self._crossed[site] = self._objective.interaction(responses, self._chosen)
 
     def _response(self, site: SiteKey, parts: tuple[int, ...]) -> Tensor:
         if len(parts) > 1 and len(parts) == int(self._sites[site].alive.sum()):
+            if site not in self._whole:
+                self._whole[site] = self._sites[site].whole_response()
             return self._whole[site]
         return self._responses[site][list(parts)].sum(0)

@@ -106,7 +106,7 @@ class Selection:
         if config.scores != "fisher":
             return Additive(by_site(self._control()))
         fill, statistics = calibration.fill(self.circuit)
-        if not config.refresh_every:
+        if not config.refresh_fraction:
             statistics = None
         sites, objective = trace_sites(
             self._weights,
@@ -116,7 +116,9 @@ class Selection:
             alive=(self._alive.heads, self._alive.neurons),
             statistics=statistics,
         )
-        joint = Joint(sites, objective, refresh_every=config.refresh_every if statistics else 0)
+        joint = Joint(
+            sites, objective, refresh_fraction=config.refresh_fraction if statistics else 0.0
+        )
         return joint if config.joint else Additive(joint.alone())
 
     def _control(self) -> PartScores:

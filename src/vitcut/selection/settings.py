@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from vitcut.config import require_at_least, require_one_of
+from vitcut.config import require_at_least, require_fraction, require_one_of
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName, Tokens
 
@@ -28,12 +28,12 @@ class SelectConfig:
     """What parts are chosen by: the predicted rise of the KL, or a control."""
     joint: bool = True
     """Whether scores count what is cut together; otherwise they add up."""
-    refresh_every: int = 8
-    """Of linear fills: cuts in a site after which its other parts' residuals are brought up to date
-    (OBS); 0 scores parts as if the mean stood in for them."""
-    rounds: int = 6
+    refresh_fraction: float = 0.125
+    """Of linear fills: part of a layer's and group's heads or neurons that is cut before the
+    residuals of its others are brought up to date (OBS); 0 scores all as if they got the mean."""
+    rounds: int = 5
     """How often the cut model is measured anew on the way to the budget."""
-    score_images: int = 348
+    score_images: int = 290
     """Training images, as many of each class, on which parts are scored."""
     tokens: Tokens = "split"
     """Parts over whole tokens, or per token group."""
@@ -53,8 +53,8 @@ class SelectConfig:
         require_one_of("tokens", self.tokens, get_args(Tokens))
         for name in ("batch", "rounds", "score_images"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("refresh_every", "seed"):
-            require_at_least(name, getattr(self, name), 0)
+        require_at_least("seed", self.seed, 0)
+        require_fraction("refresh_fraction", self.refresh_fraction)
         if self.scores != "fisher" and self.joint:
             raise ConfigError(f"{self.scores} scores add up: give --joint false with them")
 
