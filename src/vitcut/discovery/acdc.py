@@ -21,7 +21,7 @@ from vitcut.config import config_hash
 from vitcut.discovery.decision_log import Decision, DecisionLog, Stage
 from vitcut.discovery.propagation import Cache, Propagation
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.errors import ExactnessError
+from vitcut.errors import ConfigError, ExactnessError
 from vitcut.graph import Graph
 from vitcut.intervention.oracle import Oracle
 from vitcut.names import LETTERS, Criterion
@@ -66,17 +66,20 @@ def acdc(
 
     Args:
         weights: The model.
-        oracle: Measures on the pairs and under the ablation that the circuit is for.
-        config: tau, criterion, memory and precision.
-        cache: Activations of an earlier search on the same oracle; built when None.
+        oracle: Measures on the pairs, tokens and under the ablation that the circuit is for.
+        config: tau, criterion, memory and precision; its tokens and ablation are the oracle's.
+        cache: Activations of an earlier search on the same pairs and ablation; built when None.
         log: Decisions are appended here; a log cut short by a kill is continued.
 
     Raises:
-        ConfigError: The activations do not fit into ``config.memory_gib``.
+        ConfigError: The activations do not fit into ``config.memory_gib``, or the oracle measures
+            other circuits than those that are asked for.
         ArtefactError: ``log`` does not belong to this search.
         ExactnessError: The fast path lost more precision than the guard allows for.
     """
     start = time.perf_counter()
+    _require_same("ablation", config.ablation, oracle.ablation)
+    _require_same("tokens", config.tokens, oracle.graph.tokens)
     decision_log = DecisionLog(log, _identity(weights, oracle, config))
     resumed = bool(decision_log.stages)
     search = _Search(weights, oracle, config, cache, decision_log)
@@ -118,10 +121,10 @@ def stages(graph: Graph) -> Iterator[tuple[int, ...]]:
 
 
 def acdc_reference(
-    oracle: Oracle, graph: Graph, *, tau: float, criterion: Criterion = "increment"
+    oracle: Oracle, *, tau: float, criterion: Criterion = "increment"
 ) -> tuple[Decision, ...]:
     """Naive ACDC, one full float64 masked forward per edge: what ``acdc`` must reproduce."""
-    kept = graph.edges.copy()
+    graph, kept = oracle.graph, oracle.graph.edges.copy()
     current = oracle.kl(kept)
     decisions: list[Decision] = []
     for target in graph.backward_order():
@@ -155,18 +158,19 @@ class _Search:
         self._cache = cache
         self._log = log
         self.precision = log.stages[-1].precision if log.stages else config.precision
-        self.kept = weights.graph.edges.copy()
+        self._graph = oracle.graph
+        self.kept = oracle.graph.edges.copy()
         self.kl = 0.0
 
     def run(self) -> float:
         """Decide every stage that is not logged yet; returns the oracle's KL of the circuit."""
-        todo = list(stages(self._weights.graph))
-        self._log.require_edges(_edges(self._weights.graph, targets) for targets in todo)
+        todo = list(stages(self._graph))
+        self._log.require_edges(_edges(self._graph, targets) for targets in todo)
         for stage in self._log.stages:
             self._take(stage)
         del todo[: len(self._log.stages)]
         if todo:
-            edges = sum(len(self._weights.graph.readable(target)) for run in todo for target in run)
+            edges = sum(len(self._graph.readable(target)) for run in todo for target in run)
             state = self._state()
             with Meter(f"ACDC tau {self._config.tau:g}", edges, unit="edges") as meter:
                 for targets in todo:
@@ -191,7 +195,7 @@ class _Search:
         return state
 
     def _attempt(self, state: Propagation, targets: tuple[int, ...], meter: Meter) -> "_Attempt":
-        attempt = _Attempt(self._weights.graph, state, self._oracle, self._config)
+        attempt = _Attempt(state, self._oracle, self._config)
         attempt.run(targets, self.kept.copy(), meter)
         return attempt
 
@@ -203,7 +207,7 @@ class _Search:
         return Propagation(self._weights, self._cache, self._oracle)
 
     def _take(self, stage: Stage) -> None:
-        graph = self._weights.graph
+        graph = self._graph
         for item in stage.decisions:
             edge = graph.source_numbers[item.source], graph.target_numbers[item.target]
             self.kept[edge] = not item.cut
@@ -213,10 +217,8 @@ class _Search:
 class _Attempt:
     """One stage, decided edge by edge from a state computed afresh."""
 
-    def __init__(
-        self, graph: Graph, state: Propagation, oracle: Oracle, config: DiscoverConfig
-    ) -> None:
-        self._graph = graph
+    def __init__(self, state: Propagation, oracle: Oracle, config: DiscoverConfig) -> None:
+        self._graph = oracle.graph
         self._state = state
         self._oracle = oracle
         self._config = config
@@ -301,6 +303,14 @@ def _edges(graph: Graph, targets: tuple[int, ...]) -> list[tuple[str, str]]:
     ]
 
 
+def _require_same(name: str, asked: str, measured: str) -> None:
+    if asked != measured:
+        raise ConfigError(
+            f"{name} must be that of the oracle, {measured!r}, got {asked!r}: make the oracle with "
+            "the settings of the search"
+        )
+
+
 def _allowed_drift(config: DiscoverConfig) -> float:
     return guard(config.tau) / 10
 
@@ -327,4 +337,5 @@ def _identity(weights: ViTWeights, oracle: Oracle, config: DiscoverConfig) -> st
     for tensor in (examples.pixels, examples.group_of_class, pairs):
         add(tensor)
     scales = [(block.attn.scale, block.attn_norm.eps) for block in weights.blocks]
-    return config_hash(digest.hexdigest(), scales, oracle.ablation, config.criterion, config.tau)
+    choices = [oracle.ablation, oracle.graph.tokens, config.criterion, config.tau]
+    return config_hash(digest.hexdigest(), scales, *choices)

@@ -5,13 +5,17 @@ everything upstream of that target is still clean: the change ``ablated - clean`
 fixed, and a change runs only along kept edges downstream. Which edges are cut is left to ``acdc``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vitcut.errors import ConfigError
+from vitcut.graph import Graph
 from vitcut.intervention.forward import (
     attend,
     classify,
@@ -24,12 +28,15 @@ from vitcut.intervention.forward import (
 from vitcut.intervention.masking import full_run
 from vitcut.intervention.oracle import Oracle
 from vitcut.metrics import coarse_log_probs, kl_divergence
-from vitcut.names import LETTERS
+from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
 
+K = TypeVar("K")
+
 _TRACE_CHUNK = 32
 _READOUT = slice(0, 1)
+"""The only row that the classifier reads."""
 _ALL = slice(None)
 
 
@@ -37,8 +44,9 @@ _ALL = slice(None)
 class Cache:
     """Activations that stay fixed during a discovery, one row per pair; serves any tau.
 
-    Source values are kept at stream width: sums over sources are what the search spends its
-    time on. ``pairs`` stands for images under ``mean`` and ``zero``.
+    Sources are those of the unsplit graph, whatever the tokens of the search. Their values are kept
+    at stream width: sums over sources are what the search spends its time on. ``pairs`` stands for
+    images under ``mean`` and ``zero``.
     """
 
     change: Float[Tensor, "sources pairs tokens width"]
@@ -84,12 +92,19 @@ class Cache:
 
 @dataclass(kw_only=True)
 class Values:
-    """Current values of the live part of a circuit; also holds a pending change of some of them."""
+    """Current values of the live part of a circuit; also holds a pending change of some of them.
+
+    A node is a source of the unsplit graph: a head or an MLP with its sources of all token groups.
+    """
 
     inputs: dict[int, Float[Tensor, "pairs rows width"]] = field(default_factory=dict)
     """Per target: its input before the LayerNorm."""
-    letters: dict[int, Float[Tensor, "pairs rows head_dim"]] = field(default_factory=dict)
-    """Per q, k or v target: what is computed from its input."""
+    queries: dict[int, Float[Tensor, "pairs rows head_dim"]] = field(default_factory=dict)
+    """Per head source: what is computed from its q input."""
+    attended: dict[tuple[int, Letter], Float[Tensor, "pairs tokens head_dim"]] = field(
+        default_factory=dict
+    )
+    """Per head node: its keys, and its values, of all token groups."""
     patterns: dict[int, Float[Tensor, "pairs queries keys"]] = field(default_factory=dict)
     """Per head source: its attention pattern."""
     outputs: dict[int, Float[Tensor, "pairs rows features"]] = field(default_factory=dict)
@@ -98,7 +113,8 @@ class Values:
     def update(self, other: "Values") -> None:
         """Take over every value that ``other`` holds."""
         self.inputs.update(other.inputs)
-        self.letters.update(other.letters)
+        self.queries.update(other.queries)
+        self.attended.update(other.attended)
         self.patterns.update(other.patterns)
         self.outputs.update(other.outputs)
 
@@ -118,12 +134,16 @@ class Propagation:
     def __init__(self, weights: ViTWeights, cache: Cache, oracle: Oracle) -> None:
         """Call ``rebuild`` before the first trial."""
         self._weights = weights.to(cache.change.dtype)
-        self._graph = weights.graph
+        self._graph = oracle.graph
+        self._nodes = oracle.graph.unsplit.sources
+        self._tokens = weights.rows_of(oracle.graph)
+        self._reads = _inputs_of_nodes(oracle.graph)
         self._cache = cache
         self._examples = oracle.examples
         self._values = Values()
         self._readers: dict[int, list[int]] = {}
         self._rows: dict[int, slice] = {}
+        """Per live target: which of its group's tokens matter."""
         self._streams: dict[int, Tensor] = {}
         self._evaluations = 0
         self._rebuilt: tuple[bytes, int] | None = None
@@ -154,15 +174,15 @@ class Propagation:
             return self._rebuilt_kl
         self._find_live(kept)
         self._values = Values()
-        first = self._graph.head_source(frontier, 0)
-        for source in range(first, len(self._graph.sources)):
-            targets = self._graph.targets_of(source)
-            if targets[0] in self._rows:
-                inputs = {item: self._summed_input(kept, item, first) for item in targets}
-                self._compute(source, inputs, self._values)
-        readout = self._summed_input(kept, self._graph.classifier, first)
-        self._values.inputs[self._graph.classifier] = readout
-        self._rebuilt, self._rebuilt_kl = state, self._kl(readout)
+        first = self._graph.unsplit.head_source(frontier, 0)
+        for node in range(first, len(self._nodes)):
+            live = [target for target in self._reads[node] if target in self._rows]
+            if live:
+                inputs = {target: self._summed_input(kept, target, first) for target in live}
+                self._compute(node, inputs, self._values)
+        for target in self._graph.classifiers:
+            self._values.inputs[target] = self._summed_input(kept, target, first)
+        self._rebuilt, self._rebuilt_kl = state, self._kl(self._readout(Values()))
         return self._rebuilt_kl
 
     @torch.no_grad()
@@ -174,86 +194,118 @@ class Propagation:
             target: A live target.
         """
         pending = Values()
-        changed = {target: self._cache.change[source][:, self._rows[target]]}
-        first = len(self._graph.sources)
-        if target != self._graph.classifier:
-            first = self._graph.sources_of(target)[0]
-        for node in range(first, len(self._graph.sources)):
-            inputs = {
-                item: self._values.inputs[item] + changed.pop(item)
-                for item in self._graph.targets_of(node)
-                if item in changed
-            }
+        changed = {target: self._seen(self._cache.change[self._node(source)], target)}
+        fed = self._graph.sources_of(target)
+        for node in range(self._node(fed[0]) if fed else len(self._nodes), len(self._nodes)):
+            inputs = self._moved(self._reads[node], changed)
             if inputs:
-                change = self._compute(node, inputs, pending)
-                self._spread(node, change, changed)
-        readout = self._values.inputs[self._graph.classifier]
-        if self._graph.classifier in changed:
-            readout = readout + changed[self._graph.classifier]
-        pending.inputs[self._graph.classifier] = readout
-        return Trial(kl=self._kl(readout), pending=pending)
+                for written, change in self._compute(node, inputs, pending).items():
+                    self._spread(written, change, changed)
+        pending.inputs.update(self._moved(self._graph.classifiers, changed))
+        return Trial(kl=self._kl(self._readout(pending)), pending=pending)
 
     def accept(self, trial: Trial) -> None:
         """Make a trial's values the current ones."""
         self._values.update(trial.pending)
         self._rebuilt = None
 
+    def _moved(self, targets: Sequence[int], changed: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The new inputs of those targets whose input changed."""
+        return {
+            target: self._values.inputs[target] + changed.pop(target)
+            for target in targets
+            if target in changed
+        }
+
     def _spread(self, source: int, change: Tensor, changed: dict[int, Tensor]) -> None:
         for reader in self._readers[source]:
             seen = change[:, self._rows[reader]]
             changed[reader] = changed[reader] + seen if reader in changed else seen
 
-    def _compute(self, source: int, inputs: dict[int, Tensor], into: Values) -> Tensor:
-        """Recompute a source from new inputs; returns what it writes more than before."""
-        self._evaluations += 1
+    def _compute(self, node: int, inputs: dict[int, Tensor], into: Values) -> dict[int, Tensor]:
+        """Recompute a node's sources from new inputs; returns what each writes more than before."""
         into.inputs.update(inputs)
-        if self._graph.sources[source].kind == "mlp":
-            return self._compute_mlp(source, inputs, into)
-        return self._compute_head(source, inputs, into)
+        mlp = self._nodes[node].kind == "mlp"
+        changes = (self._compute_mlp if mlp else self._compute_head)(node, inputs, into)
+        self._evaluations += len(changes)
+        return changes
 
-    def _compute_mlp(self, source: int, inputs: dict[int, Tensor], into: Values) -> Tensor:
-        block = self._weights.blocks[self._graph.sources[source].layer]
-        (stream,) = inputs.values()
-        written = run_mlp(block.mlp, normalise(block.mlp_norm, stream))
-        into.outputs[source] = written
-        before = self._values.outputs.get(source)
-        return written if before is None else written - before
+    def _compute_mlp(self, node: int, inputs: dict[int, Tensor], into: Values) -> dict[int, Tensor]:
+        block = self._weights.blocks[self._nodes[node].layer]
+        changes: dict[int, Tensor] = {}
+        for target, stream in inputs.items():
+            (source,) = self._graph.sources_of(target)
+            written = run_mlp(block.mlp, normalise(block.mlp_norm, stream))
+            before = self._values.outputs.get(source)
+            into.outputs[source] = written
+            changes[source] = written if before is None else written - before
+        return changes
 
-    def _compute_head(self, source: int, inputs: dict[int, Tensor], into: Values) -> Tensor:
-        item = self._graph.sources[source]
+    def _compute_head(
+        self, node: int, inputs: dict[int, Tensor], into: Values
+    ) -> dict[int, Tensor]:
+        """Keys and values are shared by the head's sources of all groups, queries are not."""
+        item, groups = self._nodes[node], range(self._graph.num_groups)
+        shared = self._attend_to(node, "k", inputs, into), self._attend_to(node, "v", inputs, into)
+        changes: dict[int, Tensor] = {}
+        for group in groups:
+            query = self._graph.head_target(item.layer, item.head, "q", group)
+            if query in inputs or (any(shared) and self.is_live(query)):
+                source = self._graph.head_source(item.layer, item.head, group)
+                changes[source] = self._compute_group(source, inputs.get(query), into)
+        return changes
+
+    def _attend_to(
+        self, node: int, letter: Letter, inputs: dict[int, Tensor], into: Values
+    ) -> bool:
+        """Recompute keys or values of those groups whose input changed; whether any did."""
+        item, groups = self._nodes[node], range(self._graph.num_groups)
+        targets = [self._graph.head_target(item.layer, item.head, letter, g) for g in groups]
+        if not any(target in inputs for target in targets):
+            return False
         block = self._weights.blocks[item.layer]
-        targets = self._graph.targets_of(source)
-        for letter, target in zip(LETTERS, targets, strict=True):
+        parts: list[Tensor] = []
+        for target, tokens in zip(targets, self._tokens, strict=True):
             if target in inputs:
                 normed = normalise(block.attn_norm, inputs[target])
-                into.letters[target] = project_head(block.attn, letter, item.head, normed)
-        q, k, v = (
-            into.letters[target] if target in into.letters else self._values.letters[target]
-            for target in targets
-        )
-        if targets[0] in inputs or targets[1] in inputs:
+                parts.append(project_head(block.attn, letter, item.head, normed))
+            else:
+                parts.append(self._values.attended[node, letter][:, tokens])
+        into.attended[node, letter] = _joined(parts)
+        return True
+
+    def _compute_group(self, source: int, query: Tensor | None, into: Values) -> Tensor:
+        """A head's source of one group: what it writes more than before."""
+        now, node, item = self._values, self._node(source), self._graph.sources[source]
+        block = self._weights.blocks[item.layer]
+        if query is not None:
+            normed = normalise(block.attn_norm, query)
+            into.queries[source] = project_head(block.attn, "q", item.head, normed)
+        if query is not None or (node, "k") in into.attended:
+            q = _latest(source, into.queries, now.queries)
+            k = _latest((node, "k"), into.attended, now.attended)
             into.patterns[source] = attend(q, k, block.attn.scale)
-            pattern = into.patterns[source]
-        else:
-            pattern = self._values.patterns[source]
-        z = pattern @ v
+        pattern = _latest(source, into.patterns, now.patterns)
+        z = pattern @ _latest((node, "v"), into.attended, now.attended)
+        before = now.outputs.get(source)
         into.outputs[source] = z
-        before = self._values.outputs.get(source)
         return write_head(block.attn, item.head, z if before is None else z - before)
 
     def _summed_input(self, kept: NDArray[np.bool_], target: int, first: int) -> Tensor:
-        """A target's input from scratch; sources before ``first`` are clean."""
-        rows = self._rows[target]
-        readable = self._graph.num_written(target)
-        read = np.flatnonzero(kept[:readable, target]).tolist()
-        if len(read) == readable and readable <= first:
-            return self._stream(target, clean=True)[:, rows]
-        total = self._stream(target, clean=False)[:, rows].clone()
+        """A target's input from scratch; nodes before ``first`` are clean."""
+        rows, cache = self._rows[target], self._cache
+        readable = self._graph.readable(target)
+        written = self._graph.num_written(target)
+        read = [source for source in readable if kept[source, target]]
+        if len(read) == len(readable) and written <= first:
+            return self._seen(self._stream(written, clean=True), target)
+        total = self._seen(self._stream(written, clean=False), target).clone()
         for source in read:
-            if source < first:
-                total -= self._cache.change[source][:, rows]
+            node = self._node(source)
+            if node < first:
+                total -= self._seen(cache.change[node], target)
             else:
-                total += self._written(source, rows) - self._cache.ablated[source][:, rows]
+                total += self._written(source, rows) - self._seen(cache.ablated[node], target)
         return total
 
     def _written(self, source: int, rows: slice) -> Tensor:
@@ -263,9 +315,8 @@ class Propagation:
             return value
         return write_head(self._weights.blocks[item.layer].attn, item.head, value)
 
-    def _stream(self, target: int, *, clean: bool) -> Tensor:
-        """All ablated (or all clean) values that a target can read, with output biases."""
-        readable = self._graph.num_written(target)
+    def _stream(self, readable: int, *, clean: bool) -> Tensor:
+        """The sum of the first nodes' ablated (or clean) values, with output biases."""
         key = readable if clean else -readable
         if key not in self._streams:
             total = self._cache.ablated[:readable].sum(0)
@@ -273,6 +324,20 @@ class Propagation:
                 total -= self._cache.change[:readable].sum(0)
             self._streams[key] = total + output_bias(self._weights, readable)
         return self._streams[key]
+
+    def _node(self, source: int) -> int:
+        """The source of the unsplit graph that a source is a group of."""
+        return source // self._graph.num_groups
+
+    def _seen(self, values: Float[Tensor, "pairs tokens width"], target: int) -> Tensor:
+        """Of a stream, the rows that a live target reads."""
+        group = self._graph.group_number(self._graph.targets[target])
+        return values[:, self._tokens[group]][:, self._rows[target]]
+
+    def _readout(self, pending: Values) -> Float[Tensor, "pairs rows width"]:
+        """What the classifier reads, of all its groups."""
+        targets = self._graph.classifiers
+        return _joined([_latest(item, pending.inputs, self._values.inputs) for item in targets])
 
     def _kl(self, readout: Tensor) -> float:
         logits = classify(self._weights, readout[:, 0]).double()
@@ -282,7 +347,7 @@ class Propagation:
 
     def _find_live(self, kept: NDArray[np.bool_]) -> None:
         """Which targets matter, which of their token rows, and who reads each source."""
-        self._rows = {self._graph.classifier: _READOUT}
+        self._rows = dict.fromkeys(self._graph.classifiers, _READOUT)
         self._readers = {}
         for source in reversed(range(len(self._graph.sources))):
             readers = [int(u) for u in np.flatnonzero(kept[source]) if u in self._rows]
@@ -296,6 +361,25 @@ class Propagation:
         for target in self._graph.targets_of(source):
             keys_or_values = self._graph.targets[target].kind in {"k", "v"}
             self._rows[target] = _ALL if keys_or_values else rows
+
+
+def _inputs_of_nodes(graph: Graph) -> list[tuple[int, ...]]:
+    """Per source of the unsplit graph: the targets that its sources of all groups read."""
+    many = graph.num_groups
+    of_source = [graph.targets_of(source) for source in range(len(graph.sources))]
+    return [
+        tuple(dict.fromkeys(chain.from_iterable(of_source[first : first + many])))
+        for first in range(0, len(of_source), many)
+    ]
+
+
+def _latest(key: K, pending: dict[K, Tensor], current: dict[K, Tensor]) -> Tensor:
+    return pending[key] if key in pending else current[key]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The tokens of all groups; one group's without copying."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _traced(weights: ViTWeights, pixels: Tensor) -> Float[Tensor, "sources pairs tokens width"]:

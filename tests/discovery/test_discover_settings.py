@@ -1,0 +1,20 @@
+import pytest
+
+from vitcut.discovery.settings import DiscoverConfig
+from vitcut.errors import ConfigError
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, float("nan"), float("inf")])
+def test_tau_must_be_a_positive_number(tau):
+    with pytest.raises(ConfigError, match="tau must be a finite number > 0"):
+        DiscoverConfig(tau=tau)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match="seed must be >= 0"):
+        DiscoverConfig(seed=-1)
+
+
+def test_acdc_refuses_linear_ablation_in_one_line():
+    with pytest.raises(ConfigError, match=r"^acdc cuts edges, but 'linear' .*: choose .* mean"):
+        DiscoverConfig(ablation="linear")

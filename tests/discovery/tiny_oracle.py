@@ -1,0 +1,39 @@
+"""Oracles on a few random images, and a model on which float32 fails."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tiny import random_pixels, random_vit
+
+from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.names import Ablation, Tokens
+from vitcut.vits.weights import BlockWeights, ViTWeights
+
+GROUP_OF_CLASS = torch.tensor([0, 1, 1, 2])
+
+
+def make_oracle(
+    weights: ViTWeights, ablation: Ablation = "resample", images: int = 4, tokens: Tokens = "all"
+) -> Oracle:
+    """Each image is paired with the one before it."""
+    numbers = np.arange(images)
+    examples = Examples(
+        pixels=random_pixels(weights, images=images),
+        clean=numbers,
+        corrupted=np.roll(numbers, 1),
+        group_of_class=GROUP_OF_CLASS,
+    )
+    return Oracle(weights, examples, ablation, tokens=tokens)
+
+
+def without_output_biases(block: BlockWeights) -> BlockWeights:
+    attn = replace(block.attn, out_bias=torch.zeros_like(block.attn.out_bias))
+    mlp = replace(block.mlp, out_bias=torch.zeros_like(block.mlp.out_bias))
+    return replace(block, attn=attn, mlp=mlp)
+
+
+def drifting_vit() -> ViTWeights:
+    """A target that reads zeros alone: LayerNorm then amplifies what rounding left of its input."""
+    weights = random_vit(num_layers=2, width=8)
+    return replace(weights, blocks=tuple(map(without_output_biases, weights.blocks)))
