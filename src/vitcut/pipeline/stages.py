@@ -68,7 +68,12 @@ class Discovery:
         """
         self._subject = subject
         self._config = config
-        self._oracle = Oracle(subject.weights, examples_of(subject, config), config.ablation)
+        self._oracle = Oracle(
+            subject.weights,
+            examples_of(subject, config),
+            config.ablation,
+            tokens=config.tokens,
+        )
         self._cache = build_cache(subject.weights, self._oracle, config)
 
     def find(self, tau: float, *, log: Path | None = None) -> Circuit:
@@ -89,7 +94,7 @@ class Discovery:
             "seconds": None if search.seconds is None else round(search.seconds, 2),
         }
         return Circuit(
-            graph=weights.graph,
+            graph=self._oracle.graph,
             kept=search.kept,
             ablation=config.ablation,
             method=config.method,
