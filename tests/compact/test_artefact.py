@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from safetensors import SafetensorError
-from strategies import circuits, skipping_a_head
-from tiny import random_pixels, random_table, random_vit
+from strategies import skipping_a_head, split_circuits
+from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import CONFIG, TENSORS, ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError
+from vitcut.intervention.fill import Fill
 
 WEIGHTS = random_vit(num_heads=3)
 INFO = ModelInfo(
@@ -28,7 +29,8 @@ INFO = ModelInfo(
 
 
 def compiled(circuit):
-    model = compile_circuit(WEIGHTS, circuit, random_table(WEIGHTS), dtype=torch.float64)
+    fill = random_fill(WEIGHTS, circuit)
+    model = compile_circuit(WEIGHTS, circuit, fill, dtype=torch.float64)
     model.info = INFO
     return model
 
@@ -44,12 +46,12 @@ def change_config(folder, **changes):
     (folder / CONFIG).write_text(json.dumps({**config, **changes}))
 
 
-@given(circuits(WEIGHTS.graph))
+@given(split_circuits(WEIGHTS))
 @example(skipping_a_head(WEIGHTS.graph))
 @settings(max_examples=10, deadline=None)
 def test_load_after_save_is_the_identity(tmp_path_factory, circuit):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    before = compiled(circuit.with_ablation("mean"))
+    before = compiled(circuit)
     before.save_pretrained(folder)
     after = CompactViT.from_pretrained(folder)
     pixels = random_pixels(WEIGHTS)
@@ -69,6 +71,23 @@ def test_the_directory_holds_circuit_and_card(tmp_path):
     assert Circuit.load(folder / "circuit.json") == circuit
     assert (folder / "README.md").read_text() == "# Owls\n"
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
+
+
+def test_the_directory_holds_the_fill(tmp_path):
+    fill = random_fill(WEIGHTS)
+    fill.save(tmp_path / "some.safetensors")
+    folder = tmp_path / "model"
+    compiled(Circuit.full(WEIGHTS.graph)).save_pretrained(
+        folder, fill=tmp_path / "some.safetensors"
+    )
+    assert Fill.load(folder / "fill.safetensors").fingerprint == fill.fingerprint
+
+
+def test_a_missing_fill_is_named(tmp_path):
+    with pytest.raises(ArtefactError, match=r"cannot read the fill .*nowhere"):
+        compiled(Circuit.full(WEIGHTS.graph)).save_pretrained(
+            tmp_path / "model", fill=tmp_path / "nowhere"
+        )
 
 
 def test_saving_again_replaces_the_directory(folder):
@@ -117,6 +136,12 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path):
 def test_a_newer_format_is_refused(folder):
     change_config(folder, format_version=99)
     with pytest.raises(ArtefactError, match="format_version 99"):
+        CompactViT.from_pretrained(folder)
+
+
+def test_an_older_format_says_to_cut_again(folder):
+    change_config(folder, format_version=1)
+    with pytest.raises(ArtefactError, match=r"format_version 1, .* reads 2: cut the model again"):
         CompactViT.from_pretrained(folder)
 
 

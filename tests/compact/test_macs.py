@@ -1,9 +1,9 @@
 from dataclasses import replace
 
-from test_plan import PLAN, STREAM
+from test_plan import ALL, CLS, PLAN, STREAM
 from tiny import REFERENCE
 
-from vitcut.compact.macs import count_macs, dense_macs
+from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.plan import (
     AttentionPlan,
     BlockPlan,
@@ -22,16 +22,44 @@ def test_a_small_plan_is_counted_by_hand():
     assert count_macs(PLAN) == patches + mlp + classifier
 
 
-def test_a_fixed_pattern_is_one_product_and_a_readout_one_query():
+def with_attention(*groups, projections=(), outputs=()):
     attention = AttentionPlan(
-        streams=(STREAM,),
-        projections=(ProjectionPlan(stream=0, rows="all", q=(), k=(), v=(0, 1)),),
-        groups=(
-            HeadGroupPlan(heads=(0,), rows="all", constant=("q", "k")),
-            HeadGroupPlan(heads=(1,), rows="readout", constant=("k",)),
-        ),
-        outputs=(OutputPlan(name="out.0.0", group=0, heads=(0,), rows="readout"),),
+        streams=(STREAM,), projections=projections, groups=groups, outputs=outputs
     )
-    plan = replace(PLAN, blocks=(BlockPlan(attention=attention, mlp=None),), embeds=False)
+    block = BlockPlan(attention=attention, mlps=())
+    return replace(PLAN, blocks=(block,), embeds=False)
+
+
+def head_group(heads, rows, *constant, keys=(), values=()):
+    return HeadGroupPlan(heads=heads, rows=rows, constant=constant, keys=keys, values=values)
+
+
+def test_a_fixed_pattern_is_one_product_and_the_class_token_one_query():
+    plan = with_attention(
+        head_group((0,), ALL, "q", "k"),
+        head_group((1,), CLS, "k"),
+        projections=(ProjectionPlan(streams=(0,), rows=ALL, q=(), k=(), v=(0, 1)),),
+        outputs=(OutputPlan(name="out.0.0", group=0, heads=(0,), rows=CLS),),
+    )
     values, fixed, attended, output = 5 * 6 * 2 * 3, 5 * 5 * 3, 2 * 5 * 3, 3 * 6
     assert count_macs(plan) == values + fixed + attended + output + 6 * 4
+
+
+def test_a_query_that_meets_the_tokens_directly_pays_width_instead_of_keys():
+    plan = with_attention(head_group((0, 1), CLS, keys=(0,), values=(0,)))
+    weights, tokens = 2 * (2 * 3 * 6), 2 * (2 * 5 * 6)
+    assert count_macs(plan) == weights + tokens + 6 * 4
+    constant = with_attention(head_group((0, 1), CLS, "q", keys=(0,), values=(0,)))
+    assert count_macs(constant) == count_macs(plan) - 2 * 3 * 6
+
+
+def test_a_block_has_a_line_for_each_range_of_tokens():
+    plan = with_attention(
+        head_group((0,), ALL),
+        head_group((0, 1), CLS, keys=(0,), values=(0,)),
+        projections=(ProjectionPlan(streams=(0,), rows=ALL, q=(0,), k=(0,), v=(0,)),),
+    )
+    _, first, second, _ = describe(plan)
+    assert (first.tokens, first.heads, first.absorbed, first.query_rows) == ("cls", 2, 2, 1)
+    assert (second.tokens, second.heads, second.absorbed) == ("cls + patch", 1, 0)
+    assert (first.streams, second.streams, second.query_rows) == (0, 1, 5)

@@ -1,9 +1,16 @@
+from dataclasses import replace
+
 import pytest
 
-from vitcut.compact.plan import BlockPlan, MlpPlan, Plan, StreamPlan, ViTShape
+from vitcut.compact.plan import BlockPlan, MlpPlan, Plan, Rows, StreamPlan, TermPlan, ViTShape
 from vitcut.errors import ArtefactError
 
-STREAM = StreamPlan(name="stream.0", rows="all", terms=("embed",), table_rows=5)
+PATCHES = Rows(first=1, end=5)
+ALL = Rows(first=0, end=5)
+CLS = Rows(first=0, end=1)
+STREAM = StreamPlan(
+    name="stream.0", rows=ALL, terms=(TermPlan(name="embed", rows=PATCHES),), table_rows=5
+)
 PLAN = Plan(
     shape=ViTShape(
         image_size=4,
@@ -20,8 +27,10 @@ PLAN = Plan(
         num_classes=4,
     ),
     embeds=True,
-    blocks=(BlockPlan(attention=None, mlp=MlpPlan(name="mlp.0", stream=STREAM, hidden=7)),),
-    classifier=StreamPlan(name="stream.1", rows="readout", terms=("mlp.0",), table_rows=1),
+    blocks=(BlockPlan(attention=None, mlps=(MlpPlan(name="mlp.0", stream=STREAM, hidden=7),)),),
+    classifier=StreamPlan(
+        name="stream.1", rows=CLS, terms=(TermPlan(name="mlp.0", rows=ALL),), table_rows=1
+    ),
 )
 
 
@@ -29,8 +38,11 @@ def test_a_plan_is_rebuilt_from_its_dictionary():
     assert Plan.from_dict(PLAN.to_dict()) == PLAN
 
 
-def test_rows_are_counted():
-    assert (PLAN.shape.num_rows("all"), PLAN.shape.num_rows("readout")) == (5, 1)
+def test_every_token_belongs_to_one_group():
+    shape = replace(PLAN.shape, num_prefix=3)
+    assert list(PLAN.shape.group_rows.items()) == [("cls", CLS), ("patch", PATCHES)]
+    assert [rows.count for rows in shape.group_rows.values()] == [1, 2, 4]
+    assert shape.name_of(shape.all_rows) == "cls + register + patch"
 
 
 @pytest.mark.parametrize(
@@ -39,7 +51,7 @@ def test_rows_are_counted():
         (lambda c: c.pop("embeds"), "plan must have the keys"),
         (lambda c: c.update(blocks=3), r"plan\.blocks must be"),
         (lambda c: c["shape"].update(width="6"), r"plan\.shape\.width must be"),
-        (lambda c: c["classifier"].update(rows="some"), r"plan\.classifier\.rows must be"),
+        (lambda c: c["classifier"]["rows"].update(end="5"), r"plan\.classifier\.rows\.end must be"),
         (lambda c: c["blocks"][0].update(extra=1), r"plan\.blocks\[0\] must have the keys"),
     ],
 )

@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import circuits, skipping_a_head, vits
-from tiny import random_pixels, random_table, random_vit
+from strategies import skipping_a_head, split_circuits, vits
+from tiny import random_fill, random_pixels, random_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,34 +13,29 @@ from vitcut.compact.macs import count_macs
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.verify import verify
 from vitcut.errors import CircuitError
-from vitcut.intervention.ablation import zero_table
 from vitcut.intervention.masking import full_run
-
-
-def table_for(weights, circuit):
-    return zero_table(weights) if circuit.ablation == "zero" else random_table(weights)
 
 
 @st.composite
 def cases(draw):
     weights = draw(vits())
-    return weights, draw(circuits(weights.graph))
+    return weights, draw(split_circuits(weights))
 
 
 @given(cases())
 @settings(max_examples=100, deadline=None)
 def test_compact_equals_masked(case):
     weights, circuit = case
-    table = table_for(weights, circuit)
-    compact = compile_circuit(weights, circuit, table, dtype=torch.float64)
-    verify(compact, weights, circuit, table, random_pixels(weights))
+    fill = random_fill(weights, circuit)
+    compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
+    verify(compact, weights, circuit, fill, random_pixels(weights))
 
 
 @given(vits())
 @settings(max_examples=15, deadline=None)
 def test_the_full_circuit_is_the_original(weights):
     circuit = Circuit.full(weights.graph)
-    compact = compile_circuit(weights, circuit, random_table(weights), dtype=torch.float64)
+    compact = compile_circuit(weights, circuit, random_fill(weights), dtype=torch.float64)
     pixels = random_pixels(weights)
     torch.testing.assert_close(
         compact(pixels), full_run(weights, pixels).logits, rtol=1e-9, atol=1e-9
@@ -49,40 +44,41 @@ def test_the_full_circuit_is_the_original(weights):
 
 def test_heads_that_are_no_neighbours_share_a_product():
     weights = random_vit(num_heads=3)
-    circuit, table = skipping_a_head(weights.graph), random_table(weights)
-    compact = compile_circuit(weights, circuit, table, dtype=torch.float64)
+    circuit, fill = skipping_a_head(weights.graph), random_fill(weights)
+    compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
     assert compact.plan.blocks[1].attention.outputs[0].heads == (0, 2)
-    verify(compact, weights, circuit, table, random_pixels(weights))
+    verify(compact, weights, circuit, fill, random_pixels(weights))
 
 
 def test_float32_weights_are_folded_in_float64():
     weights = random_vit().to(torch.float32)
     circuit = Circuit.full(weights.graph)
-    single = compile_circuit(weights, circuit, random_table(weights))
-    double = compile_circuit(weights.to(torch.float64), circuit, random_table(weights).double())
+    fill, precise = random_fill(weights), weights.to(torch.float64)
+    single = compile_circuit(weights, circuit, fill)
+    double = compile_circuit(precise, circuit, fill.like(precise.patch_weight))
     for name, tensor in single.state_dict().items():
         assert torch.equal(tensor, double.state_dict()[name])
 
 
 def test_compiling_draws_no_random_numbers():
     weights = random_vit()
-    table, before = random_table(weights), torch.get_rng_state()
-    compile_circuit(weights, Circuit.full(weights.graph), table)
+    fill, before = random_fill(weights), torch.get_rng_state()
+    compile_circuit(weights, Circuit.full(weights.graph), fill)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_training_a_compact_model_leaves_the_original_alone():
     weights = random_vit()
-    circuit, table, pixels = (
-        Circuit.full(weights.graph), random_table(weights), random_pixels(weights)
+    circuit, fill, pixels = (
+        Circuit.full(weights.graph), random_fill(weights), random_pixels(weights)
     )  # fmt: skip
     before = full_run(weights, pixels).logits
-    compact = compile_circuit(weights, circuit, table, dtype=torch.float64)
+    compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
     with torch.no_grad():
         for parameter in compact.parameters():
             parameter.zero_()
     assert torch.equal(full_run(weights, pixels).logits, before)
-    assert torch.equal(table, random_table(weights))
+    assert fill.fingerprint == random_fill(weights).fingerprint
     assert all(parameter.requires_grad for parameter in compact.parameters())
 
 
@@ -90,7 +86,7 @@ def test_training_a_compact_model_leaves_the_original_alone():
 @settings(max_examples=40, deadline=None)
 def test_the_plan_counts_the_products_that_torch_runs(case):
     weights, circuit = case
-    compact = compile_circuit(weights, circuit, table_for(weights, circuit), dtype=torch.float64)
+    compact = compile_circuit(weights, circuit, random_fill(weights, circuit), dtype=torch.float64)
     # Fused attention is one operation, which the counter does not know on the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compact(random_pixels(weights, 3))
@@ -100,7 +96,7 @@ def test_the_plan_counts_the_products_that_torch_runs(case):
 def test_an_empty_circuit_has_constant_logits():
     weights = random_vit()
     circuit = Circuit(graph=weights.graph, kept=np.zeros_like(weights.graph.edges), ablation="mean")
-    compact = compile_circuit(weights, circuit, random_table(weights), dtype=torch.float64)
+    compact = compile_circuit(weights, circuit, random_fill(weights), dtype=torch.float64)
     assert [name for name, _ in compact.named_parameters()] == ["logits"]
     assert len(compact(random_pixels(weights, 5))) == 5
 
@@ -110,7 +106,7 @@ def test_every_parameter_of_a_cut_model_is_trained():
     random = np.random.default_rng(0)
     kept = weights.graph.edges & (random.random(weights.graph.edges.shape) < 0.4)
     circuit = Circuit(graph=weights.graph, kept=kept, ablation="mean")
-    compact = compile_circuit(weights, circuit, random_table(weights), dtype=torch.float64)
+    compact = compile_circuit(weights, circuit, random_fill(weights), dtype=torch.float64)
     compact(random_pixels(weights)).square().sum().backward()
     untouched = [name for name, p in compact.named_parameters() if p.grad is None]
     assert untouched == []
@@ -120,24 +116,25 @@ def test_resample_circuits_are_refused_with_the_remedy():
     weights = random_vit()
     circuit = Circuit.full(weights.graph, ablation="resample")
     with pytest.raises(CircuitError, match=r"circuit\.with_ablation\('mean'\)"):
-        compile_circuit(weights, circuit, random_table(weights))
+        compile_circuit(weights, circuit, random_fill(weights))
 
 
 def test_a_circuit_of_another_model_is_refused():
     circuit = Circuit.full(random_vit(num_heads=3).graph)
     weights = random_vit(num_heads=2)
     with pytest.raises(CircuitError, match="2 blocks of 3 heads, this one has 2 of 2"):
-        compile_circuit(weights, circuit, random_table(weights))
+        compile_circuit(weights, circuit, random_fill(weights))
 
 
 def test_zero_ablation_takes_no_means():
     weights = random_vit()
     circuit = Circuit.full(weights.graph, ablation="zero")
     with pytest.raises(CircuitError, match="not all zero"):
-        compile_circuit(weights, circuit, random_table(weights))
+        compile_circuit(weights, circuit, random_fill(weights))
 
 
-def test_a_table_of_another_shape_is_refused():
+def test_a_fill_of_another_shape_is_refused():
     weights = random_vit()
+    fill = random_fill(random_vit(num_heads=3))
     with pytest.raises(CircuitError, match="must have shape"):
-        compile_circuit(weights, Circuit.full(weights.graph), random_table(weights)[1:])
+        compile_circuit(weights, Circuit.full(weights.graph), fill)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from strategies import skipping_a_head
-from tiny import random_pixels, random_table, random_vit
+from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.emit import compile_circuit
@@ -17,12 +17,12 @@ def compiled(density, *, letters_cut=""):
     kept = graph.edges & (np.random.default_rng(0).random(graph.edges.shape) < density)
     kept[:, [t.kind in letters_cut and t.layer == 1 and t.head < 2 for t in graph.targets]] = False
     circuit = Circuit(graph=graph, kept=kept, ablation="mean")
-    return compile_circuit(weights, circuit, random_table(weights)), weights
+    return compile_circuit(weights, circuit, random_fill(weights)), weights
 
 
 def with_gaps():
     weights = random_vit(num_layers=2, num_heads=3, width=8).to(torch.float32)
-    compact = compile_circuit(weights, skipping_a_head(weights.graph), random_table(weights))
+    compact = compile_circuit(weights, skipping_a_head(weights.graph), random_fill(weights))
     assert any(getattr(module, "has_gaps", False) for module in compact.modules())
     return compact, weights
 

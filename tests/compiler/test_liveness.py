@@ -5,58 +5,89 @@ from strategies import circuits
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.liveness import find_liveness
+from vitcut.compiler.reads import Reads
 from vitcut.graph import Graph
 
-graphs = st.builds(Graph, num_layers=st.integers(1, 3), num_heads=st.integers(1, 3))
+GROUPS = st.sampled_from([("cls", "patch"), ("cls", "register", "patch")])
+graphs = st.builds(
+    Graph,
+    num_layers=st.integers(1, 3),
+    num_heads=st.integers(1, 3),
+    groups=GROUPS,
+    readout=st.just(("cls",)),
+)
 
 
-def cut(graph, *names, keep=False):
+def split(num_layers, num_heads):
+    return Graph(
+        num_layers=num_layers, num_heads=num_heads, groups=("cls", "patch"), readout=("cls",)
+    )
+
+
+def cut(graph, *targets, neurons=None):
     """The full circuit without the edges into the named targets."""
     kept = graph.edges.copy()
-    kept[:, [graph.target_numbers[name] for name in names]] = keep
-    return Circuit(graph=graph, kept=kept & graph.edges, ablation="mean")
+    kept[:, [graph.target_numbers[name] for name in targets]] = False
+    return Circuit(graph=graph, kept=kept, ablation="mean", neurons=neurons)
 
 
-def needed(circuit):
-    names = [source.name for source in circuit.graph.sources]
-    return dict(zip(names, find_liveness(circuit).needed, strict=True))
+def liveness_of(circuit):
+    return find_liveness(Reads.of(circuit, 4, maps_differ=False))
 
 
-def test_the_last_block_computes_the_class_token_alone():
-    graph = Graph(num_layers=2, num_heads=1)
-    assert needed(Circuit.full(graph)) == {
-        "embed": "all",
-        "attn.0.0": "all",
-        "mlp.0": "all",
-        "attn.1.0": "readout",
-        "mlp.1": "readout",
+def names(circuit, masks):
+    """The sources of per-group masks, by name."""
+    graph = circuit.graph
+    return {
+        source.name
+        for number, source in enumerate(graph.sources)
+        if masks[number % graph.num_groups] >> number // graph.num_groups & 1
     }
 
 
-def test_a_part_whose_only_readers_are_class_only_is_class_only():
-    graph = Graph(num_layers=3, num_heads=1)
-    circuit = cut(graph, "attn.2.0.k", "attn.2.0.v")
-    assert needed(circuit)["mlp.1"] == "readout"
-    assert needed(circuit)["attn.1.0"] == "readout"
-    assert needed(circuit)["mlp.0"] == "all"
+def test_the_last_block_computes_the_class_token_alone():
+    circuit = Circuit.full(split(2, 1))
+    assert names(circuit, liveness_of(circuit).needed) == {
+        "embed.patch",
+        *("attn.0.0.cls", "mlp.0.cls", "attn.0.0.patch", "mlp.0.patch"),
+        *("attn.1.0.cls", "mlp.1.cls"),
+    }
+
+
+def test_patch_parts_that_no_key_or_value_reads_are_not_needed():
+    circuit = cut(split(3, 1), *(f"attn.2.0.{x}.patch" for x in "kv"))
+    needed = names(circuit, liveness_of(circuit).needed)
+    assert not {"mlp.1.patch", "attn.1.0.patch"} & needed
+    assert {"mlp.1.cls", "attn.1.0.cls", "mlp.0.patch"} <= needed
 
 
 def test_what_reads_only_constants_is_constant():
-    graph = Graph(num_layers=2, num_heads=1)
-    found = find_liveness(cut(graph, "attn.0.0.q", "attn.0.0.k", "attn.0.0.v"))
-    assert graph.source_numbers["attn.0.0"] in found.constant_sources
-    assert graph.source_numbers["mlp.0"] not in found.constant_sources
+    graph = split(2, 1)
+    inputs = [f"attn.0.0.{x}.{group}" for x in "qkv" for group in ("cls", "patch")]
+    circuit = cut(graph, *inputs)
+    varying = names(circuit, liveness_of(circuit).varying)
+    assert not {"attn.0.0.cls", "attn.0.0.patch", "mlp.0.cls"} & varying
+    assert {"mlp.0.patch", "attn.1.0.cls"} <= varying
 
 
 def test_the_class_token_is_constant_until_it_attends():
-    graph = Graph(num_layers=1, num_heads=1)
-    found = find_liveness(Circuit.full(graph))
-    assert graph.target_numbers["attn.0.0.q"] in found.constant_targets
-    assert graph.target_numbers["attn.0.0.k"] not in found.constant_targets
+    circuit = cut(split(1, 1))
+    varying = names(circuit, liveness_of(circuit).varying)
+    assert "embed.cls" not in varying
+    assert {"embed.patch", "attn.0.0.cls", "mlp.0.cls"} <= varying
+
+
+def test_an_mlp_without_neurons_is_constant():
+    graph = split(1, 1)
+    neurons = np.ones((1, 2, 4), dtype=np.bool_)
+    neurons[0, 0] = False
+    circuit = cut(graph, neurons=neurons)
+    assert "mlp.0.cls" not in names(circuit, liveness_of(circuit).varying)
 
 
 @given(graphs.flatmap(circuits))
 @settings(max_examples=60, deadline=None)
 def test_only_what_lies_on_a_kept_path_is_needed(circuit):
-    rows = np.array([rows != "none" for rows in find_liveness(circuit).needed])
-    assert not (rows & ~(circuit.live_sources & circuit.reached_sources)).any()
+    needed = names(circuit, liveness_of(circuit).needed)
+    on_path = circuit.live_sources & circuit.reached_sources
+    assert needed <= {circuit.graph.sources[number].name for number in np.flatnonzero(on_path)}

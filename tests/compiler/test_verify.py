@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import random_pixels, random_table, random_vit
+from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.emit import compile_circuit
@@ -12,8 +12,8 @@ from vitcut.errors import ExactnessError
 def compiled():
     weights = random_vit()
     circuit = Circuit.full(weights.graph)
-    table = random_table(weights)
-    return compile_circuit(weights, circuit, table, dtype=torch.float64), weights, circuit, table
+    fill = random_fill(weights)
+    return compile_circuit(weights, circuit, fill, dtype=torch.float64), weights, circuit, fill
 
 
 def test_exactness_names_difference_tolerance_and_images(compiled):
@@ -23,8 +23,8 @@ def test_exactness_names_difference_tolerance_and_images(compiled):
 
 
 def test_single_precision_gets_its_own_tolerance(compiled):
-    compact, weights, circuit, table = compiled
-    exactness = verify(compact.float(), weights, circuit, table, random_pixels(weights))
+    compact, weights, circuit, fill = compiled
+    exactness = verify(compact.float(), weights, circuit, fill, random_pixels(weights))
     assert 1e-9 < exactness.max_abs_diff < 1e-4 <= exactness.tolerance
 
 

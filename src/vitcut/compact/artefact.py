@@ -1,4 +1,4 @@
-"""The model directory: config.json, model.safetensors, circuit.json, README.md. Never pickle.
+"""The model directory: config.json, tensors, circuit, fill and card. Never pickle.
 
 Building the module that the tensors belong to is left to ``model.py``.
 """
@@ -25,8 +25,9 @@ from vitcut.files import (
 )
 from vitcut.shapes import Tensor
 
-FORMAT_VERSION = 1
-CONFIG, TENSORS, CIRCUIT, CARD = "config.json", "model.safetensors", "circuit.json", "README.md"
+FORMAT_VERSION = 2
+CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
+CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HASH = "config_sha256"
 _UNHASHED = {"format_version", "model_sha256"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -60,18 +61,28 @@ class StoredModel:
     tensors: Mapping[str, Tensor]
 
 
-def save_folder(
-    folder: Path, model: StoredModel, *, circuit: Path | str | None, card: str | None
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Companions:
+    """What lies beside a model for people: where it comes from, and what it is."""
+
+    circuit: Path | str | None = None
+    """The ``circuit.json`` that the model was compiled from: its path or its text."""
+    fill: Path | None = None
+    """The ``fill.safetensors`` that stood in for what the circuit cuts."""
+    card: str | None = None
+    """The model card's text, for ``README.md``."""
+
+
+def save_folder(folder: Path, model: StoredModel, beside: Companions) -> None:
     """Write a model directory; it appears as a whole or not at all.
 
     Raises:
-        ArtefactError: ``folder`` exists and is no model directory, the circuit is missing, or the
-            tensors cannot be written.
+        ArtefactError: ``folder`` exists and is no model directory, the circuit or the
+            fill is missing, or the tensors cannot be written.
     """
     if folder.exists() and not (folder / CONFIG).is_file() and any(_children(folder)):
         raise ArtefactError(f"{folder} exists and is no model directory: choose another --out")
-    circuit_text = _read_circuit(circuit)
+    circuit, fill = _read_circuit(beside.circuit), _read_fill(beside.fill)
     with atomic_folder(folder) as temporary:
         described = {**asdict(model.info), "plan": model.plan.to_dict()}
         _write_tensors(temporary / TENSORS, model.tensors, config_sha256=sha256_json(described))
@@ -83,19 +94,27 @@ def save_folder(
                 **described,
             },
         )
-        if circuit_text is not None:
-            write_text(temporary / CIRCUIT, circuit_text)
-        if card is not None:
-            write_text(temporary / CARD, card)
+        if circuit is not None:
+            write_text(temporary / CIRCUIT, circuit)
+        if fill is not None:
+            with atomic_path(temporary / FILL) as path:
+                path.write_bytes(fill)
+        if beside.card is not None:
+            write_text(temporary / CARD, beside.card)
 
 
 def load_folder(folder: Path) -> StoredModel:
     """Read a model directory.
 
     Raises:
-        ArtefactError: A file is missing, damaged, altered or of a newer version.
+        ArtefactError: A file is missing, damaged, altered or of another version.
     """
     config = read_json(folder / CONFIG, kind="compact model", newest_version=FORMAT_VERSION)
+    if config["format_version"] < FORMAT_VERSION:
+        raise ArtefactError(
+            f"{folder / CONFIG} has format_version {config['format_version']}, this vitcut reads "
+            f"{FORMAT_VERSION}: cut the model again from its circuit"
+        )
     path = folder / TENSORS
     if not path.is_file():
         raise ArtefactError(f"{folder} lacks {TENSORS}: copy the whole model directory")
@@ -150,7 +169,7 @@ def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Pat
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    files = [CONFIG, TENSORS, CIRCUIT, CARD]
+    files = [CONFIG, TENSORS, CIRCUIT, FILL, CARD]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -175,6 +194,15 @@ def _read_circuit(circuit: Path | str | None) -> str | None:
         return circuit.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtefactError(f"cannot read the circuit {circuit}: {error}") from None
+
+
+def _read_fill(fill: Path | None) -> bytes | None:
+    if fill is None:
+        return None
+    try:
+        return fill.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"cannot read the fill {fill}: {error}") from None
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], *, config_sha256: str) -> None:

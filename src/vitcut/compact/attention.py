@@ -1,7 +1,6 @@
-"""Streams and attention of a compact model; the model around them is left to ``model.py``.
+"""What is left of an attention: projections, head groups, outputs.
 
-One forward pass keeps what has been written so far in a dictionary from the names of the plan to
-tensors of shape [images, rows, width].
+The streams that it reads stand in ``stream.py``.
 """
 
 import torch
@@ -12,35 +11,14 @@ from vitcut.compact.plan import (
     AttentionPlan,
     HeadGroupPlan,
     OutputPlan,
+    ProjectionPlan,
     Rows,
-    StreamPlan,
     ViTShape,
 )
+from vitcut.compact.routes import Routes
+from vitcut.compact.stream import Stream, Written, make_table, take_rows
 from vitcut.names import LETTERS
 from vitcut.shapes import Float, Tensor
-
-Written = dict[str, Tensor]
-
-
-class Stream(nn.Module):
-    """A sum of earlier writers and a constant, then LayerNorm without affine part."""
-
-    def __init__(self, plan: StreamPlan, shape: ViTShape) -> None:
-        super().__init__()
-        self.plan = plan
-        self.eps = shape.eps
-        # Constants are parameters, not buffers: fine-tuning trains them like any bias.
-        self.table = make_table(plan.table_rows, shape.width) if plan.table_rows else None
-
-    def forward(self, written: Written) -> Float[Tensor, "images rows width"]:
-        """Add up, remember the sum under this stream's name, and normalise it."""
-        total, *others = (take_rows(written[term], self.plan.rows) for term in self.plan.terms)
-        for other in others:
-            total = total + other
-        if self.table is not None:
-            total = total + self.table
-        written[self.plan.name] = total
-        return F.layer_norm(total, (total.shape[-1],), eps=self.eps)
 
 
 class HeadGroup(nn.Module):
@@ -50,29 +28,75 @@ class HeadGroup(nn.Module):
         super().__init__()
         self.plan = plan
         self.head_dim = shape.head_dim
-        heads, queries = len(plan.heads), shape.num_rows(plan.rows)
-        rows = {"q": queries, "k": shape.num_tokens, "v": shape.num_tokens}
-        letters = ("v",) if plan.fixed_pattern else LETTERS
-        self.tables = nn.ParameterDict(
-            {
-                letter: make_table(1, heads, rows[letter], shape.head_dim)
-                for letter in letters
-                if letter in plan.constant
-            }
-        )
+        heads, queries, width = len(plan.heads), plan.rows.count, shape.width
+        sizes: dict[str, tuple[int, ...]] = {
+            "q": (1, heads, queries, shape.head_dim),
+            "k": (1, heads, shape.num_tokens, shape.head_dim),
+            "v": (1, heads, shape.num_tokens, shape.head_dim),
+        }
+        if plan.keys:
+            sizes["q"] = (queries * heads, width)
+        chosen: list[str] = [letter for letter in LETTERS if letter in plan.constant]
         if plan.fixed_pattern:
-            self.tables["pattern"] = make_table(1, heads, queries, shape.num_tokens)
+            sizes["pattern"] = (1, heads, queries, shape.num_tokens)
+            chosen = ["pattern", *({"v"} & set(chosen))]
+        self.tables = nn.ParameterDict({name: make_table(*sizes[name]) for name in chosen})
+        self.key_weight = self.value_weight = None
+        if plan.keys and "q" not in plan.constant:
+            self.key_weight = make_table(heads, shape.head_dim, width)
+        if plan.values:
+            self.value_weight = make_table(heads, width, shape.head_dim)
 
     def forward(
         self, q: Tensor | None, k: Tensor | None, v: Tensor | None
     ) -> Float[Tensor, "images rows heads head_dim"]:
-        """Attend; q is already scaled, and what is a table here is None."""
-        values = self.tables["v"] if v is None else self._by_head(v)
+        """Attend.
+
+        Args:
+            q: Scaled queries; None where they are a table.
+            k: Keys, or the normalised tokens that stand in for them.
+            v: Values, or the normalised tokens.
+        """
+        if self.plan.keys or self.plan.values or self.plan.fixed_pattern:
+            return self._mix(self._pattern(q, k), v)
+        queries, keys, values = (
+            self.tables[letter] if flat is None else self._by_head(flat)
+            for letter, flat in zip(LETTERS, (q, k, v), strict=True)
+        )
+        return _attend(queries, keys, values).transpose(1, 2)
+
+    def _pattern(self, q: Tensor | None, k: Tensor | None) -> Float[Tensor, "#images mixed keys"]:
+        """What each query of each head takes from each token, the heads of a row together."""
         if self.plan.fixed_pattern:
-            return (self.tables["pattern"] @ values).transpose(1, 2)
+            return self.tables["pattern"].transpose(1, 2).flatten(1, 2)
+        if k is not None and self.plan.keys:
+            if q is None:
+                return F.linear(k, self.tables["q"]).transpose(1, 2).softmax(-1)
+            queries = self._each_head(q, self.key_weight)
+            return (queries @ k.transpose(1, 2)).softmax(-1)
         queries = self.tables["q"] if q is None else self._by_head(q)
         keys = self.tables["k"] if k is None else self._by_head(k)
-        return _attend(queries, keys, values).transpose(1, 2)
+        return (queries @ keys.transpose(-1, -2)).softmax(-1).transpose(1, 2).flatten(1, 2)
+
+    def _mix(self, pattern: Tensor, v: Tensor | None) -> Tensor:
+        heads = len(self.plan.heads)
+        if v is not None and self.plan.values:
+            z = self._each_head((pattern @ v).flatten(1), self.value_weight)
+            return z.unflatten(1, (-1, heads))
+        values = self.tables["v"] if v is None else self._by_head(v)
+        by_head = pattern.unflatten(1, (-1, heads)).transpose(1, 2)
+        return (by_head @ values).transpose(1, 2)
+
+    def _each_head(
+        self, flat: Float[Tensor, "images ..."], weight: Tensor | None
+    ) -> Float[Tensor, "images mixed outputs"]:
+        """A product of its own for each head of each row; the heads of a row stay together."""
+        if weight is None:
+            raise TypeError("this head group has no product per head")
+        heads, inputs, outputs = weight.shape
+        by_head = flat.reshape(-1, heads, inputs).transpose(0, 1)
+        product = (by_head @ weight).transpose(0, 1)
+        return product.reshape(-1, self.plan.rows.count * heads, outputs)
 
     def _by_head(self, flat: Float[Tensor, "images rows columns"]) -> Tensor:
         return flat.view(-1, flat.shape[1], len(self.plan.heads), self.head_dim).transpose(1, 2)
@@ -86,6 +110,7 @@ class HeadOutput(nn.Module):
     def __init__(self, plan: OutputPlan, group: HeadGroupPlan, shape: ViTShape) -> None:
         super().__init__()
         self.plan = plan
+        self.own_rows = group.rows
         self.product = nn.Linear(len(plan.heads) * shape.head_dim, shape.width)
         places = [group.heads.index(head) for head in plan.heads]
         self.first, self.end = places[0], places[-1] + 1
@@ -98,7 +123,7 @@ class HeadOutput(nn.Module):
         self, z: Float[Tensor, "images queries heads head_dim"]
     ) -> Float[Tensor, "images rows width"]:
         """Choose rows and heads, and multiply."""
-        z = take_rows(z, self.plan.rows)
+        z = take_rows(z, self.own_rows, self.plan.rows)
         if self.has_gaps:
             z = z.index_select(2, self.places)
         elif self.end - self.first < z.shape[2]:
@@ -120,35 +145,35 @@ class CompactAttention(nn.Module):
         self.outputs = nn.ModuleList(
             HeadOutput(item, plan.groups[item.group], shape) for item in plan.outputs
         )
-        self.sizes, self.pieces = _route(plan, shape.head_dim)
+        self.routes = Routes(plan, shape.head_dim)
 
     def forward(self, written: Written) -> None:
         """Read the streams, attend, and write the outputs."""
         normed = [stream(written) for stream in self.streams]
-        parts: list[tuple[Tensor, ...]] = []
-        for plan, product, sizes in zip(
-            self.plan.projections, self.projections, self.sizes, strict=True
-        ):
-            columns = product(take_rows(normed[plan.stream], plan.rows))
-            parts.append(columns.split(sizes, dim=-1) if len(sizes) > 1 else (columns,))
-        mixed = [
-            group(*(_join([parts[i][j] for i, j in pieces]) for pieces in by_letter))
-            for group, by_letter in zip(self.groups, self.pieces, strict=True)
+        tokens = {
+            streams: _join([normed[number] for number in streams], dim=1)
+            for streams in self.routes.inputs
+        }
+        columns = [
+            product(self._rows_of(tokens[plan.streams], plan))
+            for plan, product in zip(self.plan.projections, self.projections, strict=True)
         ]
+        parts = self.routes.cut(columns)
+        mixed: list[Tensor] = []
+        for plan, group, by_letter in zip(
+            self.plan.groups, self.groups, self.routes.pieces, strict=True
+        ):
+            q, k, v = (
+                _join([parts[piece] for piece in pieces], dim=-1) if pieces else None
+                for pieces in by_letter
+            )
+            mixed.append(group(q, tokens.get(plan.keys, k), tokens.get(plan.values, v)))
         for plan, output in zip(self.plan.outputs, self.outputs, strict=True):
             written[plan.name] = output(mixed[plan.group])
 
-
-def make_table(*sizes: int) -> nn.Parameter:
-    """A trainable constant, initialised like a ViT's position embedding."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(sizes), std=0.02))
-
-
-def take_rows(
-    values: Float[Tensor, "images tokens ..."], rows: Rows
-) -> Float[Tensor, "images rows ..."]:
-    """The class token's row where only it is needed."""
-    return values[:, :1] if rows == "readout" and values.shape[1] > 1 else values
+    def _rows_of(self, tokens: Tensor, plan: ProjectionPlan) -> Tensor:
+        streams = [self.plan.streams[number].rows for number in plan.streams]
+        return take_rows(tokens, Rows(first=streams[0].first, end=streams[-1].end), plan.rows)
 
 
 def _attend(
@@ -162,39 +187,5 @@ def _attend(
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
 
-def _join(pieces: list[Tensor]) -> Tensor | None:
-    if not pieces:
-        return None
-    return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
-
-
-Pieces = list[tuple[int, int]]
-"""Projection and number of the part of its columns."""
-
-
-def _route(plan: AttentionPlan, head_dim: int) -> tuple[list[list[int]], list[tuple[Pieces, ...]]]:
-    """Where each group finds its q, k and v.
-
-    Returns:
-        The sizes of the parts that each projection's columns are split into, and per group and
-        letter the parts to be joined, in the order of its heads.
-    """
-    owner = {
-        (letter, head): number
-        for number, projection in enumerate(plan.projections)
-        for letter in LETTERS
-        for head in getattr(projection, letter)
-    }
-    sizes: list[list[int]] = [[] for _ in plan.projections]
-    by_letter: dict[str, list[Pieces]] = {letter: [] for letter in LETTERS}
-    for letter in LETTERS:
-        for group in plan.groups:
-            pieces: Pieces = []
-            for head in group.heads if letter not in group.constant else ():
-                number = owner[letter, head]
-                if not pieces or pieces[-1][0] != number:
-                    pieces.append((number, len(sizes[number])))
-                    sizes[number].append(0)
-                sizes[number][-1] += head_dim
-            by_letter[letter].append(pieces)
-    return sizes, list(zip(*by_letter.values(), strict=True))
+def _join(pieces: list[Tensor], *, dim: int) -> Tensor:
+    return torch.cat(pieces, dim=dim) if len(pieces) > 1 else pieces[0]

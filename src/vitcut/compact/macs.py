@@ -1,25 +1,38 @@
 """What a plan costs: multiply-accumulates of every matrix product, per image, part by part."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
-from vitcut.compact.plan import AttentionPlan, BlockPlan, MlpPlan, Plan, ViTShape
+from vitcut.compact.plan import (
+    AttentionPlan,
+    BlockPlan,
+    HeadGroupPlan,
+    Plan,
+    Rows,
+    StreamPlan,
+    ViTShape,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One line of the table that shows a plan to a person."""
+    """One line of the table that shows a plan to a person: a part of the model, for some tokens."""
 
     part: str
     """``embed``, ``block 0``, ..., ``classifier``."""
-    streams: int
+    tokens: str = ""
+    """The token groups that it computes, such as ``cls`` or ``cls + patch``."""
+    streams: int = 0
     """Sums with a LayerNorm each."""
-    heads: int
-    query_rows: int
-    """Tokens that ask, at most; 1 where only the class token does."""
-    neurons: int
-    mlp_rows: int
+    heads: int = 0
+    query_rows: int = 0
+    """Tokens that ask; 1 where only the class token does."""
+    absorbed: int = 0
+    """Heads among them that compute no keys or no values, as few tokens ask."""
+    neurons: int = 0
+    mlp_rows: int = 0
     """Tokens that the MLP computes."""
-    macs: int
+    macs: int = 0
     """Multiply-accumulates per image."""
 
 
@@ -32,13 +45,15 @@ def count_macs(plan: Plan) -> int:
 
 
 def describe(plan: Plan) -> tuple[PlanRow, ...]:
-    """A plan as lines of a table: the embedding, each block, the classifier."""
+    """A plan as lines of a table: the embedding, the tokens of each block, the classifier."""
     shape = plan.shape
-    rows = [_row("embed", macs=_embed_macs(shape) if plan.embeds else 0)]
-    rows += [_describe_block(shape, i, block) for i, block in enumerate(plan.blocks)]
+    rows = [PlanRow(part="embed", macs=_embed_macs(shape) if plan.embeds else 0)]
+    for number, block in enumerate(plan.blocks):
+        rows += _Block(shape, f"block {number}", block).rows()
     if plan.classifier is None:
-        return (*rows, _row("classifier", macs=0))
-    return (*rows, _row("classifier", macs=shape.width * shape.num_classes, streams=1))
+        return (*rows, PlanRow(part="classifier"))
+    macs = shape.width * shape.num_classes
+    return (*rows, PlanRow(part="classifier", tokens="cls", streams=1, macs=macs))
 
 
 def dense_macs(shape: ViTShape) -> int:
@@ -47,48 +62,93 @@ def dense_macs(shape: ViTShape) -> int:
     return _embed_macs(shape) + blocks + shape.width * shape.num_classes
 
 
-def _describe_block(shape: ViTShape, number: int, block: BlockPlan) -> PlanRow:
-    attention, mlp = block.attention, block.mlp
-    groups = attention.groups if attention else ()
-    macs = _attention_macs(shape, attention) if attention else 0
-    macs += _mlp_macs(shape, mlp) if mlp else 0
-    return PlanRow(
-        part=f"block {number}",
-        streams=(len(attention.streams) if attention else 0) + (mlp is not None),
-        heads=sum(len(group.heads) for group in groups),
-        query_rows=max((shape.num_rows(group.rows) for group in groups), default=0),
-        neurons=mlp.hidden if mlp else 0,
-        mlp_rows=shape.num_rows(mlp.stream.rows) if mlp else 0,
-        macs=macs,
-    )
+def group_macs(shape: ViTShape, group: HeadGroupPlan) -> int:
+    """What a head group computes itself: all between its projections and its outputs."""
+    each = group.rows.count * len(group.heads)
+    small, large = shape.head_dim, shape.width
+    total = 0
+    if not group.fixed_pattern:
+        total += each * shape.num_tokens * (large if group.keys else small)
+    if group.keys and "q" not in group.constant:
+        total += each * small * large
+    total += each * shape.num_tokens * (large if group.values else small)
+    return total + (each * small * large if group.values else 0)
 
 
-def _row(part: str, *, macs: int, streams: int = 0) -> PlanRow:
-    return PlanRow(
-        part=part, streams=streams, heads=0, query_rows=0, neurons=0, mlp_rows=0, macs=macs
-    )
+@dataclass(kw_only=True)
+class _Line:
+    """What some tokens of a block compute."""
+
+    heads: set[int] = field(default_factory=set[int])
+    absorbed: set[int] = field(default_factory=set[int])
+    row: PlanRow
+
+
+class _Block:
+    """Gathers the lines of a block: one per range of tokens that ask or have an own MLP."""
+
+    def __init__(self, shape: ViTShape, part: str, plan: BlockPlan) -> None:
+        self._shape = shape
+        self._part = part
+        self._plan = plan
+        self._lines: dict[Rows, _Line] = {}
+
+    def rows(self) -> Iterable[PlanRow]:
+        if self._plan.attention is not None:
+            self._attention(self._plan.attention)
+        for mlp in self._plan.mlps:
+            macs = 2 * mlp.stream.rows.count * self._shape.width * mlp.hidden
+            rows = mlp.stream.rows
+            self._add(rows, streams=1, neurons=mlp.hidden, mlp_rows=rows.count, macs=macs)
+        for rows, line in sorted(self._lines.items(), key=_place):
+            asking = rows.count if line.heads else 0
+            yield replace(
+                line.row, heads=len(line.heads), absorbed=len(line.absorbed), query_rows=asking
+            )
+        if not self._lines:
+            yield PlanRow(part=self._part)
+
+    def _attention(self, plan: AttentionPlan) -> None:
+        shape = self._shape
+        for group in plan.groups:
+            line = self._add(group.rows, macs=group_macs(shape, group))
+            line.heads |= set(group.heads)
+            line.absorbed |= set(group.heads if group.keys or group.values else ())
+        for item in plan.projections:
+            macs = item.rows.count * item.num_columns * shape.width * shape.head_dim
+            self._add(self._asking(item.rows), macs=macs)
+        for output in plan.outputs:
+            macs = output.rows.count * len(output.heads) * shape.width * shape.head_dim
+            self._add(plan.groups[output.group].rows, macs=macs)
+        for stream in plan.streams:
+            self._stream(stream)
+
+    def _stream(self, stream: StreamPlan) -> None:
+        self._add(self._asking(stream.rows), streams=1)
+
+    def _asking(self, rows: Rows) -> Rows:
+        """The line of a range: its own, or that of the most tokens within it that ask."""
+        if rows in self._lines or not self._lines:
+            return rows
+        return max(self._lines, key=lambda own: min(own.end, rows.end) - max(own.first, rows.first))
+
+    def _add(self, rows: Rows, **counts: int) -> _Line:
+        if rows not in self._lines:
+            tokens = self._shape.name_of(rows)
+            self._lines[rows] = _Line(row=PlanRow(part=self._part, tokens=tokens))
+        line = self._lines[rows]
+        sums = {name: getattr(line.row, name) + count for name, count in counts.items()}
+        line.row = replace(line.row, **sums)
+        return line
+
+
+def _place(item: tuple[Rows, _Line]) -> tuple[int, int]:
+    rows, _ = item
+    return rows.first, rows.end
 
 
 def _embed_macs(shape: ViTShape) -> int:
     return shape.num_patches * shape.width * shape.channels * shape.patch_size**2
-
-
-def _attention_macs(shape: ViTShape, plan: AttentionPlan) -> int:
-    width, head_dim = shape.width, shape.head_dim
-    total = 0
-    for projection in plan.projections:
-        total += shape.num_rows(projection.rows) * projection.num_columns * width * head_dim
-    for group in plan.groups:
-        products = 1 if group.fixed_pattern else 2
-        pairs = shape.num_rows(group.rows) * shape.num_tokens
-        total += products * pairs * len(group.heads) * head_dim
-    for output in plan.outputs:
-        total += shape.num_rows(output.rows) * len(output.heads) * width * head_dim
-    return total
-
-
-def _mlp_macs(shape: ViTShape, plan: MlpPlan) -> int:
-    return 2 * shape.num_rows(plan.stream.rows) * shape.width * plan.hidden
 
 
 def _dense_block_macs(shape: ViTShape) -> int:

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vitcut.compact.activations import ACTIVATIONS
 from vitcut.compact.artefact import (
+    Companions,
     ModelInfo,
     StoredModel,
     load_folder,
@@ -20,15 +20,16 @@ from vitcut.compact.artefact import (
     save_folder,
     upload_folder,
 )
-from vitcut.compact.attention import CompactAttention, Stream, Written, make_table
+from vitcut.compact.attention import CompactAttention
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
+from vitcut.compact.stream import Stream, Written, make_table
 from vitcut.errors import ModelError
 from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
 
 
 class CompactMlp(nn.Module):
-    """What is left of a block's MLP."""
+    """What is left of a block's MLP for some tokens."""
 
     def __init__(self, plan: MlpPlan, shape: ViTShape) -> None:
         super().__init__()
@@ -50,14 +51,14 @@ class CompactBlock(nn.Module):
     def __init__(self, plan: BlockPlan, shape: ViTShape) -> None:
         super().__init__()
         self.attention = CompactAttention(plan.attention, shape) if plan.attention else None
-        self.mlp = CompactMlp(plan.mlp, shape) if plan.mlp else None
+        self.mlps = nn.ModuleList(CompactMlp(item, shape) for item in plan.mlps)
 
     def forward(self, written: Written) -> None:
         """Run what is left."""
         if self.attention is not None:
             self.attention(written)
-        if self.mlp is not None:
-            self.mlp(written)
+        for mlp in self.mlps:
+            mlp(written)
 
 
 class CompactViT(nn.Module):
@@ -107,8 +108,7 @@ class CompactViT(nn.Module):
         written: Written = {}
         if self.patch_embed is not None:
             # The prefix tokens and all positions stand in the tables of the streams that read this.
-            patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
-            written[EMBED] = F.pad(patches, (0, 0, self.plan.shape.num_prefix, 0))
+            written[EMBED] = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         for block in self.blocks:
             block(written)
         return self._classify(written)
@@ -118,6 +118,7 @@ class CompactViT(nn.Module):
         folder: str | Path,
         *,
         circuit: Path | str | None = None,
+        fill: Path | None = None,
         card: str | None = None,
     ) -> None:
         """Write a model directory; it appears as a whole or not at all.
@@ -125,13 +126,14 @@ class CompactViT(nn.Module):
         Args:
             folder: Where; an earlier model directory of that name is replaced.
             circuit: The ``circuit.json`` that the model was compiled from: its path or its text.
+            fill: The ``fill.safetensors`` that it was compiled with.
             card: The model card's text, for ``README.md``.
 
         Raises:
             ArtefactError: ``folder`` exists and is no model directory.
         """
         stored = StoredModel(plan=self.plan, info=self.info, tensors=self.state_dict())
-        save_folder(Path(folder), stored, circuit=circuit, card=card)
+        save_folder(Path(folder), stored, Companions(circuit=circuit, fill=fill, card=card))
 
     @classmethod
     def from_pretrained(
@@ -140,7 +142,7 @@ class CompactViT(nn.Module):
         """Load a model directory, or a model of the Hugging Face hub; in eval mode, trainable.
 
         Raises:
-            ArtefactError: There is none, or it is damaged, altered or of a newer version.
+            ArtefactError: There is none, or it is damaged, altered or of another version.
         """
         folder = resolve_folder(folder_or_hub_id, revision=revision)
         stored = load_folder(folder)
@@ -156,6 +158,7 @@ class CompactViT(nn.Module):
         *,
         private: bool = False,
         circuit: Path | str | None = None,
+        fill: Path | None = None,
         card: str | None = None,
     ) -> str:
         """Upload the model directory to the Hugging Face hub.
@@ -164,6 +167,7 @@ class CompactViT(nn.Module):
             hub_id: ``owner/name``; created if it does not exist.
             private: Whether a newly created repository is private.
             circuit: As for ``save_pretrained``.
+            fill: As for ``save_pretrained``.
             card: As for ``save_pretrained``.
 
         Returns:
@@ -171,7 +175,7 @@ class CompactViT(nn.Module):
         """
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
-            self.save_pretrained(folder, circuit=circuit, card=card)
+            self.save_pretrained(folder, circuit=circuit, fill=fill, card=card)
             return upload_folder(folder, hub_id, private=private)
 
     def _classify(self, written: Written) -> Tensor:

@@ -9,15 +9,25 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitcut.errors import ArtefactError
-from vitcut.names import Activation, Letter
-
-Rows = Literal["all", "readout"]
-"""Which tokens are computed: every one, or only the class token that the classifier reads."""
+from vitcut.names import Activation, Letter, TokenGroup
 
 EMBED = "embed"
 """What the patch embedding is called among the terms of a stream."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A range of tokens."""
+
+    first: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """How many tokens there are."""
+        return self.end - self.first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +64,44 @@ class ViTShape:
         """All tokens of an image."""
         return self.num_prefix + self.num_patches
 
-    def num_rows(self, rows: Rows) -> int:
-        """How many tokens ``rows`` stands for."""
-        return self.num_tokens if rows == "all" else 1
+    @property
+    def all_rows(self) -> Rows:
+        """Every token."""
+        return Rows(first=0, end=self.num_tokens)
+
+    @property
+    def patch_rows(self) -> Rows:
+        """The patch tokens."""
+        return Rows(first=self.num_prefix, end=self.num_tokens)
+
+    @property
+    def group_rows(self) -> dict[TokenGroup, Rows]:
+        """The tokens of each group that there is, in their order."""
+        found: dict[TokenGroup, Rows] = {
+            "cls": Rows(first=0, end=1),
+            "register": Rows(first=1, end=self.num_prefix),
+            "patch": self.patch_rows,
+        }
+        return {group: rows for group, rows in found.items() if rows.count}
+
+    def name_of(self, rows: Rows) -> str:
+        """The token groups of a range, in words."""
+        inside = [
+            group
+            for group, own in self.group_rows.items()
+            if own.first >= rows.first and own.end <= rows.end
+        ]
+        return " + ".join(inside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermPlan:
+    """Something written earlier that a stream adds."""
+
+    name: str
+    """An earlier stream, the embedding, the output of an attention or an MLP."""
+    rows: Rows
+    """The tokens that it was written for. The stream takes its own; those that lack count as 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +111,18 @@ class StreamPlan:
     name: str
     """What later streams call it when they build on it."""
     rows: Rows
-    terms: tuple[str, ...]
-    """Names of what is added: an earlier stream, the embedding, outputs of attentions and MLPs."""
+    terms: tuple[TermPlan, ...]
+    """What is added; nothing where the stream is the same for every image."""
     table_rows: int
     """Rows of the constant that is added: 0 for none, 1 for the same vector at every token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionPlan:
-    """One product from a normalised stream to queries, keys and values of heads."""
+    """One product from normalised streams to queries, keys and values of heads."""
 
-    stream: int
-    """Number of the stream within the attention."""
+    streams: tuple[int, ...]
+    """Numbers of the streams within the attention, whose tokens are put one after the other."""
     rows: Rows
     q: tuple[int, ...]
     """Heads whose queries it computes; columns are ordered q, k, v, heads as listed."""
@@ -99,6 +144,12 @@ class HeadGroupPlan:
     """Of the queries; keys and values always cover all tokens."""
     constant: tuple[Letter, ...]
     """Inputs that are tables. Where q and k both are, the attention pattern is the table."""
+    keys: tuple[int, ...]
+    """Streams whose normalised tokens the queries meet directly, with no product to keys: the
+    weight of the keys is applied to the few queries instead. Empty where there are keys."""
+    values: tuple[int, ...]
+    """Streams whose normalised tokens are mixed directly: the weight of the values is applied to
+    the few mixtures. Empty where there are values."""
 
     @property
     def fixed_pattern(self) -> bool:
@@ -129,11 +180,12 @@ class AttentionPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MlpPlan:
-    """What is left of a block's MLP."""
+    """What is left of a block's MLP for some tokens."""
 
     name: str
     stream: StreamPlan
     hidden: int
+    """Neurons that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +193,8 @@ class BlockPlan:
     """What is left of a block."""
 
     attention: AttentionPlan | None
-    mlp: MlpPlan | None
+    mlps: tuple[MlpPlan, ...]
+    """One for each range of tokens that keeps neurons of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

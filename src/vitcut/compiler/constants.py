@@ -1,28 +1,67 @@
 """Values that depend on no image, computed once: constant sources, inputs and attention patterns.
 
-All tables are [tokens, width] in the precision of the weights. Rows that nothing reads may hold
-arbitrary numbers: a source that is constant in the class token's row alone is one such case.
+All are per token group, [tokens of the group, width], in the precision of the weights.
 """
 
-from collections.abc import Mapping
 from functools import cache
 
 import torch
 
 from vitcut.circuit import Circuit
-from vitcut.compiler.liveness import Liveness
-from vitcut.compiler.streams import EMBED_SOURCE, Item, input_items
+from vitcut.compact.plan import Rows
+from vitcut.compiler.reads import EMBED_SOURCE, Reads
+from vitcut.compiler.streams import Stream
+from vitcut.intervention.fill import Fill
 from vitcut.intervention.forward import (
+    activate,
     attend,
     embed,
     normalise,
+    output_bias,
     project_head,
-    run_mlp,
-    write_head,
 )
 from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
+
+
+class Writers:
+    """Output weights of heads and MLPs as a circuit and its fill leave them, per token group."""
+
+    def __init__(self, weights: ViTWeights, circuit: Circuit, fill: Fill) -> None:
+        self._weights = weights
+        self._fill = fill
+        self._neurons = circuit.neurons
+        self.rows = tuple(weights.group_rows.values())
+        """The tokens of each group."""
+
+    def head(self, layer: int, head: int, group: int) -> Float[Tensor, "width head_dim"]:
+        """What a head writes of its z, for itself and for cut heads."""
+        own = self._weights.blocks[layer].attn.out_weight[head]
+        maps = self._fill.head_maps
+        return own if maps is None else own + maps[layer, group, head]
+
+    def mlp(self, layer: int, group: int) -> Float[Tensor, "width kept"]:
+        """What kept neurons write, for themselves and for cut ones."""
+        own = self._weights.blocks[layer].mlp.out_weight
+        maps, kept = self._fill.neuron_maps, self.kept_neurons(layer, group)
+        # As in the masked model, a fill's maps mean nothing where no neuron can be cut.
+        total = own if maps is None or self._neurons is None else own + maps[layer, group]
+        return total[:, kept]
+
+    def cut_neurons(self, layer: int, group: int) -> Float[Tensor, "tokens width"]:
+        """What the cut neurons of a group write: constants."""
+        cut = ~self.kept_neurons(layer, group)
+        own = self._weights.blocks[layer].mlp.out_weight[:, cut]
+        if self._fill.neurons is None:
+            return own.new_zeros(1, len(own))
+        return self._fill.neurons[layer][self.rows[group]][:, cut] @ own.T
+
+    def kept_neurons(self, layer: int, group: int) -> Tensor:
+        """Which neurons are kept, shape [neurons]."""
+        if self._neurons is None:
+            return torch.ones(self._weights.num_neurons, dtype=torch.bool)
+        return torch.from_numpy(self._neurons[layer, group].copy())
 
 
 class Constants:
@@ -31,63 +70,102 @@ class Constants:
     def __init__(
         self,
         weights: ViTWeights,
-        circuit: Circuit,
-        liveness: Liveness,
-        ablated: Float[Tensor, "sources tokens width"],
+        reads: Reads,
+        fill: Fill,
+        writers: Writers,
     ) -> None:
         self._weights = weights
-        self._circuit = circuit
-        self._liveness = liveness
-        self._ablated = ablated
+        self._reads = reads
+        self._fill = fill
+        self._writers = writers
         self._value = cache(self._compute_value)
+        side = weights.image_size
+        blank = fill.sources.new_zeros(1, weights.channels, side, side)
+        self._embedding = embed(weights, blank)[0]
 
-    def table(self, items: Mapping[Item, int]) -> Float[Tensor, "tokens width"]:
-        """The sum of some constants."""
-        total = torch.zeros_like(self._ablated[EMBED_SOURCE])
-        for item, count in items.items():
-            total = total + count * self._item(item)
-        return total
+    def table(self, stream: Stream) -> Float[Tensor, "rows width"]:
+        """All constants that a stream adds to its terms."""
+        parts = [self._added(stream, group) for group in range(stream.run[0], stream.run[1] + 1)]
+        return torch.cat(parts)
 
-    def normalised_input(self, target: int) -> Float[Tensor, "tokens width"]:
+    def normalised_input(self, target: int, group: int) -> Float[Tensor, "tokens width"]:
         """What a constant target reads, after its LayerNorm."""
-        item = self._circuit.graph.targets[target]
-        table = self.table(input_items(self._circuit, self._liveness, target))
+        item = self._reads.graph.targets[target]
+        num_sources = self._reads.graph.num_written(target)
+        table = self._sum(self._reads.masks[group][target], 0, num_sources, group)
         if item.kind == "classifier":
             return normalise(self._weights.norm, table)
         block = self._weights.blocks[item.layer]
         return normalise(block.mlp_norm if item.kind == "mlp" else block.attn_norm, table)
 
-    def projected(self, layer: int, letter: Letter, head: int) -> Float[Tensor, "tokens head_dim"]:
+    def projected(
+        self, layer: int, letter: Letter, head: int, rows: Rows
+    ) -> Float[Tensor, "tokens head_dim"]:
         """The constant q, k or v of a head; the attention scale is left out."""
-        normed = self.normalised_input(self._circuit.graph.head_target(layer, head, letter))
+        target = self._reads.graph.head_target(layer, head, letter)
+        groups = [
+            g for g, own in enumerate(self._writers.rows) if rows.first <= own.start < rows.end
+        ]
+        normed = torch.cat([self.normalised_input(target, group) for group in groups])
         return project_head(self._weights.blocks[layer].attn, letter, head, normed[None])[0]
 
-    def pattern(self, layer: int, head: int) -> Float[Tensor, "queries keys"]:
+    def pattern(self, layer: int, head: int, rows: Rows) -> Float[Tensor, "queries keys"]:
         """The attention pattern of a head whose q and k are constant."""
-        q, k = self.projected(layer, "q", head), self.projected(layer, "k", head)
+        everything = Rows(first=0, end=self._weights.num_tokens)
+        q = self.projected(layer, "q", head, rows)
+        k = self.projected(layer, "k", head, everything)
         return attend(q, k, self._weights.blocks[layer].attn.scale)
 
-    def _item(self, item: Item) -> Float[Tensor, "*tokens width"]:
-        kind, number = item
-        if kind == "position":
-            return self._position()
-        if kind == "ablated":
-            return self._ablated[number]
-        if kind == "value":
-            return self._value(number)
-        block = self._weights.blocks[number]
-        return block.attn.out_bias if kind == "attention_bias" else block.mlp.out_bias
+    def _added(self, stream: Stream, group: int) -> Float[Tensor, "tokens width"]:
+        """A stream's constants less those that come with its terms."""
+        place = group - stream.run[0]
+        total = self._sum(stream.keys[place], stream.live, stream.num_sources, group)
+        parent = stream.parent
+        if parent:
+            key = parent.keys[group - parent.run[0]]
+            total = total - self._sum(key, parent.live, parent.num_sources, group)
+        for product in stream.products:
+            total = total - self._bias(product.bias)
+        return total
 
-    def _position(self) -> Float[Tensor, "tokens width"]:
-        side = self._weights.image_size
-        blank = self._ablated.new_zeros(1, self._weights.channels, side, side)
-        return embed(self._weights, blank)[0]
+    def _sum(
+        self, kept: int, live: int, num_sources: int, group: int
+    ) -> Float[Tensor, "tokens width"]:
+        """The constants in the input of a target that keeps some sources, of which some live."""
+        rows = self._writers.rows[group]
+        total = output_bias(self._weights, num_sources).expand_as(self._embedding[rows])
+        for source in range(num_sources):
+            if not kept >> source & 1:
+                total = total + self._fill.sources[source][rows]
+            elif not live >> source & 1 or source == EMBED_SOURCE:
+                total = total + self._value(source, group)
+            elif self._reads.cut_neurons[group] >> source & 1:
+                layer = self._reads.graph.sources[source].layer
+                total = total + self._writers.cut_neurons(layer, group)
+        return total
 
-    def _compute_value(self, source: int) -> Float[Tensor, "tokens width"]:
-        item = self._circuit.graph.sources[source]
-        block = self._weights.blocks[item.layer]
+    def _bias(self, number: int) -> Float[Tensor, "width"]:
+        block = self._weights.blocks[number // 2]
+        return block.mlp.out_bias if number % 2 else block.attn.out_bias
+
+    def _compute_value(self, source: int, group: int) -> Float[Tensor, "tokens width"]:
+        if source == EMBED_SOURCE:
+            return self._embedding[self._writers.rows[group]]
+        item = self._reads.graph.sources[source]
         if item.kind == "mlp":
-            target = self._circuit.graph.mlp_target(item.layer)
-            return run_mlp(block.mlp, self.normalised_input(target)[None])[0]
-        z = self.pattern(item.layer, item.head) @ self.projected(item.layer, "v", item.head)
-        return write_head(block.attn, item.head, z[None])[0]
+            return self._mlp_value(item.layer, group)
+        own = self._writers.rows[group]
+        rows = Rows(first=own.start, end=own.stop)
+        everything = Rows(first=0, end=self._weights.num_tokens)
+        v = self.projected(item.layer, "v", item.head, everything)
+        z = self.pattern(item.layer, item.head, rows) @ v
+        return z @ self._writers.head(item.layer, item.head, group).T
+
+    def _mlp_value(self, layer: int, group: int) -> Float[Tensor, "tokens width"]:
+        total = self._writers.cut_neurons(layer, group)
+        kept = self._writers.kept_neurons(layer, group)
+        if not kept.any():
+            return total
+        normed = self.normalised_input(self._reads.graph.mlp_target(layer), group)
+        hidden = activate(self._weights.blocks[layer].mlp, normed[None])[0]
+        return total + hidden[:, kept] @ self._writers.mlp(layer, group).T

@@ -8,7 +8,7 @@ import torch
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.folding import fold
-from vitcut.compiler.planning import draft_circuit, shape_of
+from vitcut.compiler.planning import draft_circuit, shape_of, split_circuit
 from vitcut.intervention.fill import Fill
 from vitcut.shapes import Tensor
 from vitcut.vits.weights import ViTWeights
@@ -38,10 +38,11 @@ def compile_circuit(
             constants.
     """
     fill.require_fit(circuit)
-    draft = draft_circuit(shape_of(weights), circuit)
+    shape = shape_of(weights)
+    draft = draft_circuit(shape, circuit)
     with torch.device("meta"):
         model = CompactViT(draft.plan)
-    tensors = fold(draft, weights, circuit, fill.sources)
+    tensors = fold(draft, weights, split_circuit(shape, circuit), fill)
     model.load_state_dict({name: _own(t, dtype) for name, t in tensors.items()}, assign=True)
     return model.eval()
 

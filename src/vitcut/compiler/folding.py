@@ -1,78 +1,80 @@
-"""Folding: the tensors of a compact model from a draft, weights and ablated values, in float64.
+"""Folding: the tensors of a compact model from a draft, weights and a fill, in float64.
 
 LayerNorm's affine part goes into the product that follows, the attention scale into q, constants
-into tables. A target's LayerNorm is applied to the same sum as in the masked model, so this is
-exact up to rounding.
+into tables, the maps of a fill into the output weights. A target's LayerNorm is applied to the same
+sum as in the masked model, so this is exact up to rounding.
 """
+
+from dataclasses import replace
 
 import torch
 
 from vitcut.circuit import Circuit
-from vitcut.compact.plan import (
-    AttentionPlan,
-    HeadGroupPlan,
-    MlpPlan,
-    ProjectionPlan,
-    StreamPlan,
-    ViTShape,
-)
-from vitcut.compiler.constants import Constants
-from vitcut.compiler.liveness import find_liveness
+from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, MlpPlan, OutputPlan, Rows, StreamPlan
+from vitcut.compiler.constants import Constants, Writers
 from vitcut.compiler.planning import Draft
 from vitcut.errors import CircuitError
-from vitcut.names import LETTERS
+from vitcut.intervention.fill import Fill
+from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import AttentionWeights, NormWeights, ViTWeights
+from vitcut.vits.weights import NormWeights, ViTWeights
 
 Tensors = dict[str, Tensor]
 """Tensors by their name in the module's ``state_dict``."""
 
 
-def fold(
-    draft: Draft,
-    weights: ViTWeights,
-    circuit: Circuit,
-    ablated: Float[Tensor, "sources tokens width"],
-) -> Tensors:
+def fold(draft: Draft, weights: ViTWeights, circuit: Circuit, fill: Fill) -> Tensors:
     """The compact model's ``state_dict``, in float64.
 
     Args:
         draft: The circuit's plan.
         weights: The model.
-        circuit: The circuit.
-        ablated: What each source writes along cut edges; zeros under ``zero``.
+        circuit: The circuit, over the token groups of the model.
+        fill: What stands in for cut parts.
 
     Raises:
-        CircuitError: ``ablated`` does not fit the model or the ablation.
+        CircuitError: The fill does not fit the model.
     """
-    _require_table(weights, circuit, ablated)
-    return _Folder(draft, weights.to(torch.float64, "cpu"), circuit, ablated.double().cpu()).fold()
+    plain = weights.to(torch.float64, "cpu")
+    double = _over_groups(fill.like(plain.patch_weight), circuit.graph.num_groups)
+    _require_tables(plain, double)
+    return _Folder(draft, plain, Writers(plain, circuit, double), double).fold()
 
 
-def _require_table(weights: ViTWeights, circuit: Circuit, ablated: Tensor) -> None:
-    expected = (len(circuit.graph.sources), weights.num_tokens, weights.width)
-    if tuple(ablated.shape) != expected:
+def _over_groups(fill: Fill, groups: int) -> Fill:
+    """A fill whose maps, if any, are per token group."""
+
+    def expand(maps: Tensor | None) -> Tensor | None:
+        if maps is None:
+            return None
+        return maps.expand(-1, groups, *maps.shape[2:])
+
+    return replace(fill, head_maps=expand(fill.head_maps), neuron_maps=expand(fill.neuron_maps))
+
+
+def _require_tables(weights: ViTWeights, fill: Fill) -> None:
+    expected = (len(weights.graph.sources), weights.num_tokens, weights.width)
+    if tuple(fill.sources.shape) != expected:
         raise CircuitError(
-            f"ablated values must have shape {expected} (sources, tokens, width), got "
-            f"{tuple(ablated.shape)}"
+            f"the fill's sources must have shape {expected} (sources, tokens, width), got "
+            f"{tuple(fill.sources.shape)}"
         )
-    if circuit.ablation == "zero" and bool(ablated.any()):
+    hidden = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
+    if fill.neurons is not None and tuple(fill.neurons.shape) != hidden:
         raise CircuitError(
-            "the circuit is under zero ablation, but the ablated values are not all zero: pass "
-            "zeros, or circuit.with_ablation('mean')"
+            f"the fill's neurons must have shape {hidden} (blocks, tokens, neurons), got "
+            f"{tuple(fill.neurons.shape)}"
         )
 
 
 class _Folder:
     """Walks the plan and gathers the tensors."""
 
-    def __init__(
-        self, draft: Draft, weights: ViTWeights, circuit: Circuit, ablated: Tensor
-    ) -> None:
+    def __init__(self, draft: Draft, weights: ViTWeights, writers: Writers, fill: Fill) -> None:
         self.draft = draft
         self.weights = weights
-        self.graph = circuit.graph
-        self.constants = Constants(weights, circuit, find_liveness(circuit), ablated)
+        self.writers = writers
+        self.constants = Constants(weights, draft.reads, fill, writers)
         self.tensors: Tensors = {}
 
     def fold(self) -> Tensors:
@@ -82,81 +84,119 @@ class _Folder:
         for layer, block in enumerate(plan.blocks):
             if block.attention is not None:
                 self._attention(layer, block.attention)
-            if block.mlp is not None:
-                self._mlp(layer, block.mlp)
-        weight, bias = _after_norm(
-            self.weights.norm, self.weights.head_weight, self.weights.head_bias
-        )
+            for number, mlp in enumerate(block.mlps):
+                self._mlp(f"blocks.{layer}.mlps.{number}", layer, mlp)
         if plan.classifier is not None:
+            weight, bias = _after_norm(
+                self.weights.norm, self.weights.head_weight, self.weights.head_bias
+            )
             self._stream("stream", plan.classifier)
             self._linear("classifier", weight, bias)
         else:
-            readout = self.constants.normalised_input(self.graph.classifier)[0]
+            (group,) = self.draft.reads.readout
+            readout = self.constants.normalised_input(self.weights.graph.classifier, group)[0]
             self.tensors["logits"] = self.weights.head_weight @ readout + self.weights.head_bias
         return self.tensors
 
     def _attention(self, layer: int, plan: AttentionPlan) -> None:
         prefix = f"blocks.{layer}.attention"
-        attn = self.weights.blocks[layer].attn
         for number, stream in enumerate(plan.streams):
             self._stream(f"{prefix}.streams.{number}", stream)
         for number, projection in enumerate(plan.projections):
-            weight, bias = _projection(attn, projection)
-            self._linear(
-                f"{prefix}.projections.{number}",
-                *_after_norm(self.weights.blocks[layer].attn_norm, weight, bias),
-            )
+            columns = [
+                self._letter(layer, letter, head)
+                for letter in LETTERS
+                for head in getattr(projection, letter)
+            ]
+            weight, bias = (torch.cat(parts) for parts in zip(*columns, strict=True))
+            self._linear(f"{prefix}.projections.{number}", weight, bias)
         for number, group in enumerate(plan.groups):
             self._group_tables(f"{prefix}.groups.{number}", layer, group)
         for number, output in enumerate(plan.outputs):
-            weight = torch.cat([attn.out_weight[head] for head in output.heads], dim=1)
-            self._linear(f"{prefix}.outputs.{number}.product", weight, attn.out_bias)
+            self._output(f"{prefix}.outputs.{number}.product", layer, output, plan)
+
+    def _letter(self, layer: int, letter: Letter, head: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a head's q, k or v behind a LayerNorm; q is scaled."""
+        block = self.weights.blocks[layer]
+        scale = block.attn.scale if letter == "q" else 1.0
+        weight = getattr(block.attn, f"{letter}_weight")[head]
+        bias = getattr(block.attn, f"{letter}_bias")[head]
+        return _after_norm(block.attn_norm, weight * scale, bias * scale)
 
     def _group_tables(self, prefix: str, layer: int, group: HeadGroupPlan) -> None:
-        shape: ViTShape = self.draft.plan.shape
-        queries = shape.num_rows(group.rows)
-        if group.fixed_pattern:
-            patterns = [self.constants.pattern(layer, head)[:queries] for head in group.heads]
-            self.tensors[f"{prefix}.tables.pattern"] = torch.stack(patterns)[None]
-        scales = {"q": self.weights.blocks[layer].attn.scale, "k": 1.0, "v": 1.0}
-        for letter in LETTERS:
-            if letter not in group.constant or (group.fixed_pattern and letter != "v"):
-                continue
-            rows = queries if letter == "q" else shape.num_tokens
-            tables = [
-                self.constants.projected(layer, letter, head)[:rows] * scales[letter]
-                for head in group.heads
+        everything = self.draft.plan.shape.all_rows
+        tables: dict[Letter, list[Tensor]] = {}
+        for letter in group.constant:
+            rows = group.rows if letter == "q" else everything
+            tables[letter] = [
+                self.constants.projected(layer, letter, head, rows) for head in group.heads
             ]
-            self.tensors[f"{prefix}.tables.{letter}"] = torch.stack(tables)[None]
+        q = [table * self.weights.blocks[layer].attn.scale for table in tables.get("q", ())]
+        keys, values = (
+            [self._letter(layer, letter, head)[0] for head in group.heads] for letter in ("k", "v")
+        )
+        found: dict[str, Tensor] = {}
+        if group.fixed_pattern:
+            found["tables.pattern"] = torch.softmax(
+                torch.stack(q) @ torch.stack(tables["k"]).mT, -1
+            )
+        elif group.keys and q:
+            products = torch.stack([one @ key for one, key in zip(q, keys, strict=True)])
+            self.tensors[f"{prefix}.tables.q"] = products.transpose(0, 1).flatten(0, 1)
+        elif q:
+            found["tables.q"] = torch.stack(q)
+        elif "k" in tables:
+            found["tables.k"] = torch.stack(tables["k"])
+        if "v" in tables:
+            found["tables.v"] = torch.stack(tables["v"])
+        self.tensors |= {f"{prefix}.{name}": table[None] for name, table in found.items()}
+        if group.keys and not q:
+            self.tensors[f"{prefix}.key_weight"] = torch.stack(keys)
+        if group.values:
+            self.tensors[f"{prefix}.value_weight"] = torch.stack(values).mT
 
-    def _mlp(self, layer: int, plan: MlpPlan) -> None:
+    def _output(self, prefix: str, layer: int, plan: OutputPlan, attention: AttentionPlan) -> None:
+        group = attention.groups[plan.group]
+        number = self._group_of(group.rows)
+        parts = [self.writers.head(layer, head, number) for head in plan.heads]
+        bias = self._output_bias(plan.name, self.weights.blocks[layer].attn.out_bias)
+        if group.values:
+            # A mixture of tokens takes each with a share, and the shares add up to 1.
+            for head, part in zip(plan.heads, parts, strict=True):
+                bias = bias + part @ self._letter(layer, "v", head)[1]
+        self._linear(prefix, torch.cat(parts, dim=1), bias)
+
+    def _mlp(self, prefix: str, layer: int, plan: MlpPlan) -> None:
         block = self.weights.blocks[layer]
-        prefix = f"blocks.{layer}.mlp"
+        group = self._group_of(plan.stream.rows)
+        kept = self.writers.kept_neurons(layer, group)
         self._stream(f"{prefix}.stream", plan.stream)
-        weight, bias = _after_norm(block.mlp_norm, block.mlp.in_weight, block.mlp.in_bias)
+        weight, bias = _after_norm(
+            block.mlp_norm, block.mlp.in_weight[kept], block.mlp.in_bias[kept]
+        )
         self._linear(f"{prefix}.fc1", weight, bias)
-        self._linear(f"{prefix}.fc2", block.mlp.out_weight, block.mlp.out_bias)
+        bias = self._output_bias(plan.name, block.mlp.out_bias)
+        self._linear(f"{prefix}.fc2", self.writers.mlp(layer, group), bias)
+
+    def _output_bias(self, product: str, bias: Float[Tensor, "width"]) -> Float[Tensor, "width"]:
+        """A product's bias, with the constant of the stream that it takes over."""
+        if product not in self.draft.biases:
+            return bias
+        return bias + self.constants.table(self.draft.streams[self.draft.biases[product]])[0]
+
+    def _group_of(self, rows: Rows) -> int:
+        """The first token group of a range; the others of a range write alike."""
+        starts = [own.start for own in self.writers.rows]
+        return starts.index(rows.first)
 
     def _stream(self, prefix: str, plan: StreamPlan) -> None:
         if plan.table_rows:
-            table = self.constants.table(self.draft.tables[plan.name])
+            table = self.constants.table(self.draft.streams[plan.name])
             self.tensors[f"{prefix}.table"] = table[: plan.table_rows]
 
     def _linear(self, prefix: str, weight: Tensor, bias: Tensor) -> None:
         self.tensors[f"{prefix}.weight"] = weight
         self.tensors[f"{prefix}.bias"] = bias
-
-
-def _projection(attn: AttentionWeights, plan: ProjectionPlan) -> tuple[Tensor, Tensor]:
-    """The rows of q, k and v that a projection computes, the attention scale in q's."""
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    for letter in LETTERS:
-        scale = attn.scale if letter == "q" else 1.0
-        for head in getattr(plan, letter):
-            weights.append(getattr(attn, f"{letter}_weight")[head] * scale)
-            biases.append(getattr(attn, f"{letter}_bias")[head] * scale)
-    return torch.cat(weights), torch.cat(biases)
 
 
 def _after_norm(

@@ -1,96 +1,89 @@
-"""Passes a and b of planning: which rows of which sources are needed, and what is constant.
+"""Passes a and b of planning: what depends on the image, and what of it is needed.
 
-A constant depends on no image. Which sums and products follow is left to ``streams.py``.
+Both are known per token group. Which groups share a tensor is left to ``joining.py``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
-
-from vitcut.circuit import Circuit
-from vitcut.compact.plan import Rows
-from vitcut.graph import Graph
-
-Needed = Literal["none", "readout", "all"]
-"""Rows of a source that must be computed: none, the class token's, or every token's."""
+from vitcut.compiler.reads import EMBED_BIT, Reads
+from vitcut.names import LETTERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Liveness:
-    """What a compact model has to compute for a circuit."""
+    """What a compact model has to compute for a circuit, as masks of sources per group."""
 
-    needed: tuple[Needed, ...]
-    """Per source; none for what is constant or reaches nothing."""
-    constant_sources: frozenset[int]
-    """Sources that write the same for every image, at least in the rows that are read."""
-    constant_targets: frozenset[int]
-    """Targets that read the same for every image."""
+    varying: tuple[int, ...]
+    """Sources that depend on the image; all others write constants."""
+    needed: tuple[int, ...]
+    """Those of them that a needed target reads."""
+    useful: tuple[int, ...]
+    """Sources that would be needed if whatever varies in some group varied in all."""
 
-    def rows(self, source: int) -> Rows:
-        """The rows of a source that is needed."""
-        return "all" if self.needed[source] == "all" else "readout"
-
-
-def find_liveness(circuit: Circuit) -> Liveness:
-    """Constants forwards and needed rows backwards, in turn, until nothing changes.
-
-    They depend on each other: the class token's own row of ``embed`` is a constant, so what reads
-    nothing else, and is needed in that row alone, is one too.
-    """
-    graph = circuit.graph
-    needed: tuple[Needed, ...] = ("all",) * len(graph.sources)
-    while True:
-        targets, sources = _find_constants(circuit, needed)
-        found = _find_needed(circuit, targets, sources)
-        if found == needed:
-            return Liveness(needed=needed, constant_sources=sources, constant_targets=targets)
-        needed = found
+    @property
+    def somewhere(self) -> int:
+        """Sources that depend on the image in some group."""
+        return _union(self.varying)
 
 
-def _input_rows(graph: Graph, target: int, output: Needed) -> Needed:
-    """The rows that a target has to read, given those needed of the source that it feeds."""
-    keys_or_values = graph.targets[target].kind in {"k", "v"}
-    return "all" if keys_or_values and output != "none" else output
+def find_liveness(reads: Reads) -> Liveness:
+    """Constants forwards, then needs backwards."""
+    varying = _find_varying(reads)
+    everywhere = [_union(varying)] * reads.num_groups
+    return Liveness(
+        varying=tuple(varying),
+        needed=tuple(_find_needed(reads, varying)),
+        useful=tuple(_find_needed(reads, everywhere)),
+    )
 
 
-def _find_constants(
-    circuit: Circuit, needed: Sequence[Needed]
-) -> tuple[frozenset[int], frozenset[int]]:
-    """Targets and sources that are constant, given the rows that are needed of each source."""
-    graph = circuit.graph
-    targets: set[int] = set()
-    sources: set[int] = set()
-
-    def visit(target: int, rows: Needed) -> None:
-        same = sources if rows == "all" else {*sources, 0}
-        if set(np.flatnonzero(circuit.kept[:, target]).tolist()) <= same:
-            targets.add(target)
-
-    for source in range(1, len(graph.sources)):
-        readers = graph.targets_of(source)
-        for target in readers:
-            visit(target, _input_rows(graph, target, needed[source]))
-        if targets.issuperset(readers):
-            sources.add(source)
-    visit(graph.classifier, "readout")
-    return frozenset(targets), frozenset(sources)
+def _find_varying(reads: Reads) -> list[int]:
+    graph = reads.graph
+    # Class token and registers enter block 0 the same for every image.
+    varying = [0] * reads.num_groups
+    varying[-1] = EMBED_BIT
+    for layer in range(graph.num_layers):
+        before = tuple(varying)
+        for head, source in reads.heads(layer):
+            q, k, v = (graph.head_target(layer, head, letter) for letter in LETTERS)
+            mixed = any(reads.masks[g][t] & before[g] for g in reads.groups for t in (k, v))
+            for group in reads.groups:
+                if mixed or reads.masks[group][q] & before[group]:
+                    varying[group] |= 1 << source
+        for group in reads.groups:
+            target = graph.mlp_target(layer)
+            if reads.masks[group][target] & varying[group] and reads.hidden[layer][group]:
+                varying[group] |= 1 << graph.mlp_source(layer)
+    return varying
 
 
-def _find_needed(
-    circuit: Circuit, constant_targets: frozenset[int], constant_sources: frozenset[int]
-) -> tuple[Needed, ...]:
-    """Rows that some target reads which is neither constant nor dead."""
-    graph = circuit.graph
-    needed: list[Needed] = ["none"] * len(graph.sources)
-    inputs: list[Needed] = ["none"] * len(graph.targets)
-    inputs[graph.classifier] = "readout"
-    for source in reversed(range(len(graph.sources))):
-        if source not in constant_sources:
-            readers = set(np.flatnonzero(circuit.kept[source]).tolist()) - constant_targets
-            rows = {inputs[target] for target in readers}
-            needed[source] = "all" if "all" in rows else "readout" if "readout" in rows else "none"
-        for target in graph.targets_of(source):
-            inputs[target] = _input_rows(graph, target, needed[source])
-    return tuple(needed)
+def _find_needed(reads: Reads, alive: Sequence[int]) -> list[int]:
+    """Sources that some target reads which is not dead, as far as they are alive."""
+    graph = reads.graph
+    needed = [0] * reads.num_groups
+
+    def read(group: int, target: int) -> None:
+        needed[group] |= reads.masks[group][target] & alive[group]
+
+    for group in reads.readout:
+        read(group, graph.classifier)
+    for layer in reversed(range(graph.num_layers)):
+        for group in reads.groups:
+            if needed[group] >> graph.mlp_source(layer) & 1:
+                read(group, graph.mlp_target(layer))
+        for head, source in reads.heads(layer):
+            asking = [group for group in reads.groups if needed[group] >> source & 1]
+            for group in asking:
+                read(group, graph.head_target(layer, head, "q"))
+            for group in reads.groups if asking else ():
+                read(group, graph.head_target(layer, head, "k"))
+                read(group, graph.head_target(layer, head, "v"))
+    return needed
+
+
+def _union(masks: Sequence[int]) -> int:
+    total = 0
+    for mask in masks:
+        total |= mask
+    return total

@@ -8,43 +8,30 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from vitcut.circuit import Circuit
-from vitcut.compact.plan import (
-    AttentionPlan,
-    BlockPlan,
-    HeadGroupPlan,
-    Letter,
-    MlpPlan,
-    Plan,
-    ProjectionPlan,
-    Rows,
-    StreamPlan,
-    ViTShape,
-)
-from vitcut.compiler.liveness import Liveness, find_liveness
-from vitcut.compiler.streams import (
-    EMBED_SOURCE,
-    Items,
-    Stream,
-    StreamBuilder,
-    stream_plan,
-)
+from vitcut.compact.plan import BlockPlan, MlpPlan, OutputPlan, Plan, StreamPlan, ViTShape
+from vitcut.compiler.attention import draft_attention
+from vitcut.compiler.joining import Joins
+from vitcut.compiler.liveness import find_liveness
+from vitcut.compiler.reads import EMBED_BIT, Reads
+from vitcut.compiler.streams import Stream, StreamBuilder, stream_plan, table_rows
 from vitcut.errors import CircuitError, UnsupportedModelError
-from vitcut.names import LETTERS
+from vitcut.names import TokenGroup
 from vitcut.vits.weights import ViTWeights
 
 T = TypeVar("T")
-
-Read = tuple[Letter, int]
-"""A letter and a head of the block at hand."""
+_READOUT: tuple[TokenGroup, ...] = ("cls",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A plan, and which constants its tables are made of."""
+    """A plan, and what folding needs besides."""
 
     plan: Plan
-    tables: dict[str, Items]
-    """The constants that each stream adds, by its name."""
+    reads: Reads
+    streams: dict[str, Stream]
+    """By name, what each stream adds up."""
+    biases: dict[str, str]
+    """Per product the stream whose constant its bias takes over, if any."""
 
 
 def plan_circuit(shape: ViTShape, circuit: Circuit) -> Plan:
@@ -63,7 +50,19 @@ def draft_circuit(shape: ViTShape, circuit: Circuit) -> Draft:
         CircuitError: The circuit is of another graph, or its cut edges carry no constants.
     """
     _require_compilable(shape, circuit)
-    return _Drafter(shape, circuit).draft()
+    over_groups = split_circuit(shape, circuit)
+    # The maps of a fill over whole tokens are the same for all groups.
+    differ = circuit.ablation == "linear" and bool(circuit.graph.groups)
+    return _Drafter(shape, Reads.of(over_groups, shape.hidden, maps_differ=differ)).draft()
+
+
+def split_circuit(shape: ViTShape, circuit: Circuit) -> Circuit:
+    """The same circuit over the token groups of a model.
+
+    Raises:
+        CircuitError: It has other token groups.
+    """
+    return circuit.split(tuple(shape.group_rows), _READOUT)
 
 
 def shape_of(weights: ViTWeights) -> ViTShape:
@@ -105,6 +104,11 @@ def _require_compilable(shape: ViTShape, circuit: Circuit) -> None:
             f"the circuit is of a model with {graph.num_layers} blocks of {graph.num_heads} heads, "
             f"this one has {shape.num_layers} of {shape.num_heads}: use the model it was found in"
         )
+    if circuit.neurons is not None and circuit.neurons.shape[2] != shape.hidden:
+        raise CircuitError(
+            f"the circuit is of a model with {circuit.neurons.shape[2]} neurons per MLP, this one "
+            f"has {shape.hidden}: use the model it was found in"
+        )
     if circuit.ablation == "resample":
         raise CircuitError(
             "a circuit under 'resample' ablation cannot be compiled, its cut edges differ by "
@@ -115,143 +119,92 @@ def _require_compilable(shape: ViTShape, circuit: Circuit) -> None:
 class _Drafter:
     """Walks the blocks from the first to the classifier."""
 
-    def __init__(self, shape: ViTShape, circuit: Circuit) -> None:
+    def __init__(self, shape: ViTShape, reads: Reads) -> None:
         self.shape = shape
-        self.graph = circuit.graph
-        self.kept = circuit.kept
-        self.liveness: Liveness = find_liveness(circuit)
-        self.builder = StreamBuilder(circuit=circuit, liveness=self.liveness)
+        self.reads = reads
+        self.liveness = find_liveness(reads)
+        self.joins = Joins(reads, self.liveness)
+        self.builder = StreamBuilder(
+            shape=shape, reads=reads, liveness=self.liveness, joins=self.joins
+        )
 
     def draft(self) -> Draft:
-        graph = self.graph
-        halves = [(self._attention(i), self._mlp(i)) for i in range(graph.num_layers)]
-        classifier = None
-        if graph.classifier not in self.liveness.constant_targets:
-            classifier = self._stream_plan(self.builder.build(graph.classifier, "readout"))
+        graph, builder = self.reads.graph, self.builder
+        halves = [
+            (draft_attention(builder, layer), self._mlps(layer))
+            for layer in range(graph.num_layers)
+        ]
+        classifier = self._classifier()
+        tables = {stream.name: table_rows(stream) for stream in builder.streams}
+        biases = _move_into_biases(builder.streams, tables)
+
+        def plan_of(stream: Stream) -> StreamPlan:
+            return stream_plan(stream, self.shape, table_rows=tables[stream.name])
+
         blocks = [
-            BlockPlan(attention=attention and self._with_outputs(attention, layer), mlp=mlp)
-            for layer, (attention, mlp) in enumerate(halves)
+            BlockPlan(
+                attention=attention
+                and replace(
+                    attention.plan(map(plan_of, attention.streams)), outputs=self._outputs(layer)
+                ),
+                mlps=tuple(
+                    MlpPlan(name=name, stream=plan_of(stream), hidden=hidden)
+                    for name, stream, hidden in mlps
+                ),
+            )
+            for layer, (attention, mlps) in enumerate(halves)
         ]
         plan = Plan(
             shape=self.shape,
-            embeds=self.liveness.needed[EMBED_SOURCE] != "none",
+            embeds=any(needed & EMBED_BIT for needed in self.liveness.needed),
             blocks=tuple(blocks),
-            classifier=classifier,
+            classifier=classifier and plan_of(classifier),
         )
-        return Draft(plan=plan, tables={item.name: item.added for item in self.builder.streams})
+        streams = {stream.name: stream for stream in builder.streams}
+        return Draft(plan=plan, reads=self.reads, streams=streams, biases=biases)
 
-    def _attention(self, layer: int) -> AttentionPlan | None:
-        """A block's attention, yet without its outputs: later streams decide on them."""
-        graph = self.graph
-        heads = [
-            head
-            for head in range(graph.num_heads)
-            if self.liveness.needed[graph.head_source(layer, head)] != "none"
-        ]
-        if not heads:
+    def _mlps(self, layer: int) -> list[tuple[str, Stream, int]]:
+        """The MLPs of a block: name, stream and neurons of each."""
+        graph = self.reads.graph
+        runs = self.joins.written.get(graph.mlp_source(layer), ())
+        found: list[tuple[str, Stream, int]] = []
+        for number, run in enumerate(runs):
+            name = f"mlp.{layer}" if len(runs) == 1 else f"mlp.{layer}.{number}"
+            stream = self.builder.build(graph.mlp_target(layer), run)
+            found.append((name, stream, self.reads.hidden[layer][run[0]]))
+        for (name, *_), run in zip(found, runs, strict=True):
+            self.builder.add_mlp(layer, run, name)
+        return found
+
+    def _classifier(self) -> Stream | None:
+        (group,) = self.reads.readout
+        target = self.reads.graph.classifier
+        if not self.joins.live(target, (group, group)):
             return None
-        streams, reads = self._attention_streams(layer, heads)
-        groups = self._head_groups(layer, heads, reads)
-        self.builder.groups[layer] = groups
-        return AttentionPlan(
-            streams=tuple(self._stream_plan(stream) for stream in streams),
-            projections=_projections(groups, reads),
-            groups=groups,
-            outputs=(),
-        )
+        return self.builder.build(target, (group, group))
 
-    def _with_outputs(self, plan: AttentionPlan, layer: int) -> AttentionPlan:
-        return replace(plan, outputs=self.builder.output_plans(layer))
-
-    def _attention_streams(
-        self, layer: int, heads: list[int]
-    ) -> tuple[list[Stream], dict[Read, int]]:
-        """A block's streams, and which of them each letter of each head reads."""
-        alike: dict[bytes, list[Read]] = {}
-        for letter in LETTERS:
-            for head in heads:
-                target = self.graph.head_target(layer, head, letter)
-                if target not in self.liveness.constant_targets:
-                    alike.setdefault(self.kept[:, target].tobytes(), []).append((letter, head))
-
-        def size(members: list[Read]) -> int:
-            return len(self.builder.live_sources(self._target(layer, members[0])))
-
-        # Small sums first: larger ones of the same block can then build on them.
-        streams: list[Stream] = []
-        reads: dict[Read, int] = {}
-        for members in sorted(alike.values(), key=size):
-            reads |= dict.fromkeys(members, len(streams))
-            needs = {self._input_rows(layer, *member) for member in members}
-            rows: Rows = "all" if "all" in needs else "readout"
-            streams.append(self.builder.build(self._target(layer, members[0]), rows))
-        return streams, reads
-
-    def _head_groups(
-        self, layer: int, heads: list[int], reads: dict[Read, int]
-    ) -> tuple[HeadGroupPlan, ...]:
-        """Heads with the same query rows and the same constant inputs, in the order of streams."""
-        members: dict[tuple[Rows, tuple[Letter, ...]], list[int]] = {}
-        for head in heads:
-            constant: tuple[Letter, ...] = tuple(
-                letter for letter in LETTERS if (letter, head) not in reads
-            )
-            members.setdefault((self._input_rows(layer, "q", head), constant), []).append(head)
-
-        def order(head: int) -> list[int]:
-            return [*(reads.get((letter, head), -1) for letter in LETTERS), head]
-
+    def _outputs(self, layer: int) -> tuple[OutputPlan, ...]:
         return tuple(
-            HeadGroupPlan(
-                heads=tuple(sorted(group, key=order)),
-                rows=rows,
-                constant=constant,
-            )
-            for (rows, constant), group in members.items()
+            OutputPlan(name=item.name, group=item.group, heads=item.heads, rows=item.rows)
+            for item in self.builder.products.get(layer, ())
+            if item.group >= 0
         )
 
-    def _mlp(self, layer: int) -> MlpPlan | None:
-        source = self.graph.mlp_source(layer)
-        if self.liveness.needed[source] == "none":
-            return None
-        stream = self.builder.build(self.graph.mlp_target(layer), self.liveness.rows(source))
-        return MlpPlan(
-            name=f"mlp.{layer}", stream=self._stream_plan(stream), hidden=self.shape.hidden
-        )
 
-    def _stream_plan(self, stream: Stream) -> StreamPlan:
-        return stream_plan(stream, self.shape.num_tokens)
+def _move_into_biases(streams: Iterable[Stream], tables: dict[str, int]) -> dict[str, str]:
+    """Let products take over constants that are the same in all rows, which saves an addition.
 
-    def _target(self, layer: int, member: Read) -> int:
-        letter, head = member
-        return self.graph.head_target(layer, head, letter)
+    Args:
+        streams: All of a model.
+        tables: Rows of each stream's table; those that go are set to 0.
 
-    def _input_rows(self, layer: int, letter: Letter, head: int) -> Rows:
-        if letter != "q":
-            return "all"
-        return self.liveness.rows(self.graph.head_source(layer, head))
-
-
-def _projections(
-    groups: tuple[HeadGroupPlan, ...],
-    reads: dict[Read, int],
-) -> tuple[ProjectionPlan, ...]:
-    """One product per stream, and one more where only some of its queries need all rows."""
-    columns: dict[tuple[int, Rows], dict[str, list[int]]] = {}
-    for letter in LETTERS:
-        for group in groups:
-            for head in group.heads if letter not in group.constant else ():
-                stream = reads[letter, head]
-                rows = group.rows if letter == "q" else "all"
-                lists = columns.setdefault((stream, rows), {name: [] for name in LETTERS})
-                lists[letter].append(head)
-    return tuple(
-        ProjectionPlan(
-            stream=stream,
-            rows=rows,
-            q=tuple(lists["q"]),
-            k=tuple(lists["k"]),
-            v=tuple(lists["v"]),
-        )
-        for (stream, rows), lists in sorted(columns.items())
-    )
+    Returns:
+        Per product the stream whose constant its bias takes over.
+    """
+    biases: dict[str, str] = {}
+    for stream in streams:
+        alone = [product for product in stream.products if product.readers == 1]
+        if tables[stream.name] == 1 and alone:
+            biases[alone[-1].name] = stream.name
+            tables[stream.name] = 0
+    return biases

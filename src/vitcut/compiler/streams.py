@@ -1,30 +1,32 @@
-"""Pass c of planning: streams, the sums that targets read, each built on an earlier one.
+"""Pass d of planning: streams, the sums that targets read, each built on an earlier one.
 
 What the products around them are is left to ``planning.py``, the numbers to ``folding.py``.
 """
 
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
-import numpy as np
-
-from vitcut.circuit import Circuit
-from vitcut.compact.plan import EMBED, HeadGroupPlan, OutputPlan, Rows, StreamPlan
+from vitcut.compact.plan import EMBED, HeadGroupPlan, Rows, StreamPlan, TermPlan, ViTShape
+from vitcut.compiler.joining import Joins, Run
 from vitcut.compiler.liveness import Liveness
+from vitcut.compiler.reads import EMBED_BIT, Reads
 
-EMBED_SOURCE = 0
-"""The number of ``embed`` among the sources of any graph."""
 
-Item = tuple[Literal["position", "attention_bias", "mlp_bias", "value", "ablated"], int]
-"""One constant that a target's input is made of.
+@dataclass(kw_only=True)
+class Product:
+    """What heads of a group or an MLP write; every stream that adds it shares it."""
 
-``position`` (0): the embedding of an image whose patches are all zero; ``attention_bias`` and
-``mlp_bias`` (block): output biases; ``value`` (source): what a constant source writes;
-``ablated`` (source): what stands in for a cut edge.
-"""
-Items = Counter[Item]
-"""How often each constant is added; a negative count takes it away again."""
+    name: str
+    layer: int
+    run: Run
+    rows: Rows
+    bias: int
+    """Which output bias it carries: 2 x block for attention, one more for the MLP."""
+    group: int = -1
+    """Number of the head group within the block's attention; -1 for an MLP."""
+    heads: tuple[int, ...] = ()
+    readers: int = 0
+    """How many streams add it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,147 +34,199 @@ class Stream:
     """A sum of sources and constants, and how it is made from what is there already."""
 
     name: str
+    run: Run
     rows: Rows
-    sources: frozenset[int]
-    """The sources that depend on the image."""
-    items: Items
-    """All constants in the sum."""
-    terms: tuple[str, ...]
-    added: Items
-    """The constants to be added to the terms."""
+    keys: tuple[int, ...]
+    """Per group the sources that are kept."""
+    num_sources: int
+    """How many sources are written before it."""
+    num_biases: int
+    """How many output biases are."""
+    live: int
+    """The sources that are added as they come, image by image; all others are constants."""
+    marks: tuple[int, ...]
+    """Per group its constants, biases left out, in one number: equal where they are."""
+    parent: "Stream | None"
+    embeds: bool
+    """Whether the patch embedding itself is among the terms."""
+    products: tuple[Product, ...]
 
+    @property
+    def adds_biases(self) -> bool:
+        """Whether its output biases are not just those of its parent and its products."""
+        first = self.parent.num_biases if self.parent else 0
+        carried = sorted(product.bias for product in self.products)
+        return carried != list(range(first, self.num_biases))
 
-@dataclass(kw_only=True)
-class Output:
-    """A product from some heads of a group to the stream; all streams share it."""
-
-    name: str
-    group: int
-    heads: tuple[int, ...]
-    rows: Rows
-
-
-def input_items(circuit: Circuit, liveness: Liveness, target: int) -> Items:
-    """The constants in a target's input, ``embed``'s included."""
-    graph = circuit.graph
-    readable = graph.num_written(target)
-    items: Items = Counter()
-    for source in range(readable):
-        kept = circuit.kept[source, target]
-        if kept and source == EMBED_SOURCE:
-            items["position", 0] += 1
-        elif kept and source in liveness.constant_sources:
-            items["value", source] += 1
-        elif not kept and circuit.ablation != "zero":
-            items["ablated", source] += 1
-    for layer in range(graph.num_layers):
-        if readable >= graph.mlp_source(layer):
-            items["attention_bias", layer] += 1
-        if readable > graph.mlp_source(layer):
-            items["mlp_bias", layer] += 1
-    return items
+    @property
+    def adds_tables(self) -> bool:
+        """Whether it adds constants that differ between tokens."""
+        before = (0,) * len(self.keys)
+        if self.parent:
+            skipped = self.run[0] - self.parent.run[0]
+            before = self.parent.marks[skipped : skipped + len(self.keys)]
+        return self.marks != before
 
 
 @dataclass(kw_only=True)
 class StreamBuilder:
     """Builds streams in the order in which a model needs them."""
 
-    circuit: Circuit
+    shape: ViTShape
+    reads: Reads
     liveness: Liveness
+    joins: Joins
     streams: list[Stream] = field(default_factory=list[Stream])
-    groups: dict[int, tuple[HeadGroupPlan, ...]] = field(
-        default_factory=dict[int, tuple[HeadGroupPlan, ...]]
+    products: dict[int, list[Product]] = field(default_factory=dict[int, list[Product]])
+    """By block: outputs of attention as streams ask for them, MLPs as they are planned."""
+    groups: dict[int, list[tuple[Run, HeadGroupPlan]]] = field(
+        default_factory=dict[int, list[tuple[Run, HeadGroupPlan]]]
     )
     """Head groups by block; added by the caller as soon as a block's are known."""
-    outputs: dict[int, list[Output]] = field(default_factory=dict[int, list[Output]])
-    """Products to the stream by block."""
 
-    def live_sources(self, target: int) -> frozenset[int]:
-        """The kept sources of a target that depend on the image."""
-        kept = np.flatnonzero(self.circuit.kept[:, target]).tolist()
-        return frozenset(kept) - self.liveness.constant_sources
+    def rows(self, run: Run) -> Rows:
+        """The tokens of a run of groups."""
+        spans = list(self.shape.group_rows.values())
+        return Rows(first=spans[run[0]].first, end=spans[run[1]].end)
 
-    def build(self, target: int, rows: Rows) -> Stream:
-        """The stream that a target, and all that read like it, reads in the given rows."""
-        items = input_items(self.circuit, self.liveness, target)
-        sources = self.live_sources(target)
-        parent = self._parent(sources, items, rows)
-        extra = sources - parent.sources if parent else sources
-        terms, carried = self._terms(extra, rows)
-        added = Counter(items)
-        added.subtract(carried)
-        if parent:
-            terms = [parent.name, *terms]
-            added.subtract(parent.items)
+    def keys(self, target: int, run: Run) -> tuple[int, ...]:
+        """What a target keeps in each group of a run: equal for targets that read the same."""
+        return tuple(self.reads.masks[group][target] for group in range(run[0], run[1] + 1))
+
+    def build(self, target: int, run: Run) -> Stream:
+        """The stream that a target, and all that read like it, reads in a run of groups."""
+        keys = self.keys(target, run)
+        graph = self.reads.graph
+        num_sources = graph.num_written(target)
+        layer, place = divmod(num_sources - 1, graph.num_heads + 1)
+        live = self.joins.live(target, run)
+        parent = self._parent(keys, live, run, num_sources)
+        seen = self._seen(parent, run) if parent else 0
+        extra, live = live & ~seen, live | seen
+        products = self._products(extra & ~EMBED_BIT, run)
+        for product in products:
+            product.readers += 1
         stream = Stream(
             name=f"stream.{len(self.streams)}",
-            rows=rows,
-            sources=sources,
-            items=items,
-            terms=tuple(terms),
-            added=Counter({item: count for item, count in added.items() if count}),
+            run=run,
+            rows=self.rows(run),
+            keys=keys,
+            num_sources=num_sources,
+            num_biases=2 * layer + (place > 0),
+            live=live,
+            marks=self._marks(keys, run, live, num_sources),
+            parent=parent,
+            embeds=bool(extra & EMBED_BIT),
+            products=tuple(products),
         )
         self.streams.append(stream)
         return stream
 
-    def output_plans(self, layer: int) -> tuple[OutputPlan, ...]:
-        """A block's products to the stream; complete once all streams are built."""
-        return tuple(
-            OutputPlan(name=item.name, group=item.group, heads=item.heads, rows=item.rows)
-            for item in self.outputs.get(layer, [])
-        )
+    def add_mlp(self, layer: int, run: Run, name: str) -> None:
+        """Make an MLP known, as soon as its stream is built."""
+        product = Product(name=name, layer=layer, run=run, rows=self.rows(run), bias=2 * layer + 1)
+        self.products.setdefault(layer, []).append(product)
 
-    def _parent(self, sources: frozenset[int], items: Items, rows: Rows) -> Stream | None:
+    def _seen(self, stream: Stream, run: Run) -> int:
+        """What a stream adds image by image within a run: in rows of no patch, embed is zero."""
+        return stream.live if run[1] == self.reads.num_groups - 1 else stream.live & ~EMBED_BIT
+
+    def _constants(self, keys: Iterable[int], run: Run) -> int:
+        """Kept sources that are constant in a run: they may come as they are computed, too."""
+        total = -1
+        for group, kept in enumerate(keys, run[0]):
+            total &= kept & ~self.liveness.varying[group]
+        return total
+
+    def _parent(
+        self, keys: tuple[int, ...], live: int, run: Run, num_sources: int
+    ) -> Stream | None:
         """The earlier stream that leaves the least to add: fewest sources, then constants."""
-        # The class token's row of the patch embedding is zero: there, embed adds nothing.
-        free = {EMBED_SOURCE} if rows == "readout" else set[int]()
-        fitting = [
-            stream
-            for stream in self.streams
-            if set() < stream.sources - free <= sources
-            and (rows == "readout" or stream.rows == "all")
-        ]
+        allowed = live | self._constants(keys, run)
+        best: tuple[int, int] | None = None
+        found: Stream | None = None
+        for stream in reversed(self.streams):
+            seen = self._seen(stream, run)
+            if not seen or seen & ~allowed or not _covers(stream.run, run):
+                continue
+            marks = self._marks(keys, run, live | seen, num_sources)
+            others = stream.marks[run[0] - stream.run[0] :]
+            different = sum((x ^ y).bit_count() for x, y in zip(marks, others, strict=False))
+            cost = (live & ~seen).bit_count(), different
+            if best is None or cost < best:
+                best, found = cost, stream
+        return found
 
-        def missing(stream: Stream) -> tuple[int, int]:
-            difference = Counter(items)
-            difference.subtract(stream.items)
-            return len(sources - free - stream.sources), sum(map(bool, difference.values()))
+    def _marks(self, keys: Iterable[int], run: Run, live: int, num_sources: int) -> tuple[int, ...]:
+        """Per group the constants of a sum: values, ablated sources, MLPs that lack neurons."""
+        full, width = (1 << num_sources) - 1, len(self.reads.graph.sources)
+        marks: list[int] = []
+        for group, kept in enumerate(keys, run[0]):
+            mark = kept & ~(live & ~EMBED_BIT)
+            if self.reads.ablates:
+                mark |= (full & ~kept) << width
+                mark |= (live & self.reads.cut_neurons[group]) << 2 * width
+            marks.append(mark)
+        return tuple(marks)
 
-        return min(reversed(fitting), key=missing, default=None)
-
-    def _terms(self, sources: frozenset[int], rows: Rows) -> tuple[list[str], Items]:
-        """Names of writers that add up to ``sources``, and the constants that they carry."""
-        graph = self.circuit.graph
-        terms: list[str] = []
-        carried: Items = Counter()
-        if EMBED_SOURCE in sources and rows == "all":
-            terms.append(EMBED)
+    def _products(self, sources: int, run: Run) -> list[Product]:
+        """What writes the given sources in a run of groups."""
+        found: list[Product] = []
+        graph = self.reads.graph
+        per_block = graph.num_heads + 1
         for layer in range(graph.num_layers):
-            heads = [h for h in range(graph.num_heads) if graph.head_source(layer, h) in sources]
-            for number, group in enumerate(self.groups.get(layer, ())):
-                chosen = tuple(head for head in group.heads if head in heads)
-                if chosen:
-                    terms.append(self._output(layer, number, chosen, rows))
-                    carried["attention_bias", layer] += 1
-            if graph.mlp_source(layer) in sources:
-                terms.append(f"mlp.{layer}")
-                carried["mlp_bias", layer] += 1
-        return terms, carried
+            bits = sources >> (1 + layer * per_block) & ((1 << per_block) - 1)
+            if not bits:
+                continue
+            for number, (own, group) in enumerate(self.groups.get(layer, ())):
+                heads = tuple(head for head in group.heads if bits >> head & 1)
+                if heads and _covers(own, run):
+                    found.append(self._output(layer, number, heads, run))
+                    bits &= ~sum(1 << head for head in heads)
+            if bits >> graph.num_heads:
+                found += [
+                    product
+                    for product in self.products.get(layer, ())
+                    if product.group < 0 and _covers(product.run, run)
+                ]
+        return found
 
-    def _output(self, layer: int, group: int, heads: tuple[int, ...], rows: Rows) -> str:
-        known = self.outputs.setdefault(layer, [])
-        for item in known:
-            if (item.group, item.heads) == (group, heads):
-                item.rows = "all" if rows == "all" else item.rows
-                return item.name
-        name = f"out.{layer}.{len(known)}"
-        known.append(Output(name=name, group=group, heads=heads, rows=rows))
-        return name
+    def _output(self, layer: int, group: int, heads: tuple[int, ...], run: Run) -> Product:
+        known = self.products.setdefault(layer, [])
+        rows = self.rows(run)
+        for product in known:
+            if (product.group, product.heads) == (group, heads):
+                old = product.rows
+                product.rows = Rows(first=min(old.first, rows.first), end=max(old.end, rows.end))
+                return product
+        outputs = sum(product.group >= 0 for product in known)
+        name = f"out.{layer}.{outputs}"
+        own = self.groups[layer][group][0]
+        made = Product(
+            name=name, layer=layer, run=own, rows=rows, bias=2 * layer, group=group, heads=heads
+        )
+        known.append(made)
+        return made
 
 
-def stream_plan(stream: Stream, num_tokens: int) -> StreamPlan:
-    """What the plan says of a stream."""
-    same_everywhere = all(kind in {"attention_bias", "mlp_bias"} for kind, _ in stream.added)
-    one_row = same_everywhere or stream.rows == "readout"
-    table_rows = 0 if not stream.added else 1 if one_row else num_tokens
-    return StreamPlan(name=stream.name, rows=stream.rows, terms=stream.terms, table_rows=table_rows)
+def stream_plan(stream: Stream, shape: ViTShape, *, table_rows: int) -> StreamPlan:
+    """What the plan says of a stream; complete once all streams are built."""
+    terms: list[TermPlan] = []
+    if stream.parent:
+        terms.append(TermPlan(name=stream.parent.name, rows=stream.parent.rows))
+    if stream.embeds:
+        terms.append(TermPlan(name=EMBED, rows=shape.patch_rows))
+    terms += [TermPlan(name=product.name, rows=product.rows) for product in stream.products]
+    return StreamPlan(name=stream.name, rows=stream.rows, terms=tuple(terms), table_rows=table_rows)
+
+
+def table_rows(stream: Stream) -> int:
+    """Rows of the constant that a stream adds."""
+    if stream.adds_tables:
+        return stream.rows.count
+    has_terms = stream.parent or stream.embeds or stream.products
+    return int(stream.adds_biases or not has_terms)
+
+
+def _covers(run: Run, other: Run) -> bool:
+    return run[0] <= other[0] and other[1] <= run[1]

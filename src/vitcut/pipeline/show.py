@@ -122,16 +122,22 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
 
 
 def print_plan(plan: Plan) -> None:
-    """What a compact model computes, block by block."""
+    """What a compact model computes, block by block, for which tokens."""
     table = Table(
-        "part", "streams", "heads", "query rows", "neurons", "MLP rows", "MACs", title="plan"
-    )
+        "part", "tokens", "streams", "heads", "query rows", "neurons", "MLP rows", "MACs",
+        title="plan",
+    )  # fmt: skip
+    part = ""
     for row in describe(plan):
-        cells = (row.streams, row.heads, row.query_rows, row.neurons, row.mlp_rows)
-        table.add_row(row.part, *(str(cell) for cell in cells), f"{row.macs:,}")
+        heads = f"{row.heads}{'*' if row.absorbed else ''}"
+        counts = (row.streams, heads, row.query_rows, row.neurons, row.mlp_rows)
+        name, part = row.part if row.part != part else "", row.part
+        table.add_row(name, row.tokens, *(str(cell) for cell in counts), f"{row.macs:,}")
     total, dense = count_macs(plan), dense_macs(plan.shape)
     table.add_section()
-    table.add_row("all", *[""] * 5, f"{total:,} ({total / dense:.1%} of dense)")
+    table.add_row("all", *[""] * 6, f"{total:,} ({total / dense:.1%} of dense)")
+    if any(row.absorbed for row in describe(plan)):
+        table.caption = "* few tokens ask: without keys and values of their own"
     Console().print(table)
 
 

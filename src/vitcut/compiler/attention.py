@@ -1,0 +1,215 @@
+"""Pass e of planning: a block's attention, from the streams that its heads read to head groups.
+
+Few queries need no keys and values: a head group whose weights of keys and values cost more than
+they save meets the normalised tokens directly (see ``HeadGroupPlan.keys``).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from vitcut.compact.macs import group_macs
+from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, ProjectionPlan, Rows, StreamPlan
+from vitcut.compiler.joining import Run
+from vitcut.compiler.streams import Stream, StreamBuilder
+from vitcut.names import LETTERS, Letter
+
+Want = tuple[Run, tuple[int, ...]]
+"""A stream by what it is: its groups, and the sources kept in each."""
+Column = tuple[Letter, int]
+"""A letter and a head."""
+_DIRECT: dict[Letter, str] = {"k": "keys", "v": "values"}
+"""What a head group's plan calls the streams that stand in for a letter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftAttention:
+    """A block's attention but for its outputs: later streams decide on them."""
+
+    streams: tuple[Stream, ...]
+    projections: tuple[ProjectionPlan, ...]
+    groups: tuple[HeadGroupPlan, ...]
+
+    def plan(self, streams: Iterable[StreamPlan]) -> AttentionPlan:
+        """The plan, yet without outputs."""
+        return AttentionPlan(
+            streams=tuple(streams), projections=self.projections, groups=self.groups, outputs=()
+        )
+
+
+def draft_attention(builder: StreamBuilder, layer: int) -> DraftAttention | None:
+    """Plan a block's attention, and make its head groups known to the builder."""
+    return _Drafter(builder, layer).draft()
+
+
+@dataclass(kw_only=True)
+class _Columns:
+    """What one product computes."""
+
+    q: list[int] = field(default_factory=list[int])
+    k: list[int] = field(default_factory=list[int])
+    v: list[int] = field(default_factory=list[int])
+
+
+class _Drafter:
+    """Finds streams, then head groups, then products."""
+
+    def __init__(self, builder: StreamBuilder, layer: int) -> None:
+        self.builder = builder
+        self.layer = layer
+        self.runs: dict[int, tuple[Run, ...]] = {
+            head: builder.joins.written[source]
+            for head, source in builder.reads.heads(layer)
+            if source in builder.joins.written
+        }
+        """Per head the groups that ask."""
+        self.reads: dict[tuple[Letter, int, Run | None], tuple[Want, ...]] = {}
+        """What q of a head reads for a run, and its k and v (None) for all tokens; constant inputs
+        are left out."""
+        self.numbers: dict[Want, int] = {}
+        """The number of each stream within the attention."""
+
+    def draft(self) -> DraftAttention | None:
+        if not self.runs:
+            return None
+        self._find_reads()
+        streams = self._build_streams()
+        groups = self._absorb(self._head_groups())
+        self.builder.groups[self.layer] = groups
+        plans = tuple(group for _, group in groups)
+        return DraftAttention(streams=streams, projections=self._projections(groups), groups=plans)
+
+    def _target(self, letter: Letter, head: int) -> int:
+        return self.builder.reads.graph.head_target(self.layer, head, letter)
+
+    def _find_reads(self) -> None:
+        joins = self.builder.joins
+        for head, runs in self.runs.items():
+            target = self._target("q", head)
+            for run in runs:
+                if joins.live(target, run):
+                    self.reads["q", head, run] = ((run, self.builder.keys(target, run)),)
+            for letter in ("k", "v"):
+                target = self._target(letter, head)
+                pieces = joins.runs(target, self.builder.reads.groups)
+                if any(joins.live(target, piece) for piece in pieces):
+                    self.reads[letter, head, None] = tuple(
+                        (piece, self.builder.keys(target, piece)) for piece in pieces
+                    )
+
+    def _build_streams(self) -> tuple[Stream, ...]:
+        """All streams, small sums first: larger ones can then build on them."""
+        targets = {
+            want: self._target(letter, head)
+            for (letter, head, run), wants in self.reads.items()
+            for want in wants
+            if run is None
+        }
+        for (letter, head, run), wants in self.reads.items():
+            if run is not None:
+                want = _within(wants[0], targets)
+                self.reads[letter, head, run] = (want,)
+                targets.setdefault(want, self._target(letter, head))
+
+        def size(want: Want) -> int:
+            return self.builder.joins.live(targets[want], want[0]).bit_count()
+
+        ordered = sorted(targets, key=size)
+        self.numbers = {want: number for number, want in enumerate(ordered)}
+        return tuple(self.builder.build(targets[want], want[0]) for want in ordered)
+
+    def _streams_of(self, letter: Letter, head: int, run: Run | None) -> tuple[int, ...]:
+        """The numbers of the streams that a head's input comes from; none where it is constant."""
+        return tuple(self.numbers[want] for want in self.reads.get((letter, head, run), ()))
+
+    def _head_groups(self) -> list[tuple[Run, HeadGroupPlan]]:
+        """Heads with the same query rows and the same constant inputs, in the order of streams."""
+        members: dict[tuple[Run, tuple[Letter, ...]], list[int]] = {}
+        for head, runs in self.runs.items():
+            for run in runs:
+                constant: tuple[Letter, ...] = tuple(
+                    letter for letter in LETTERS if not self._inputs(letter, head, run)
+                )
+                members.setdefault((run, constant), []).append(head)
+        return [
+            (run, self._head_group(run, constant, heads))
+            for (run, constant), heads in members.items()
+        ]
+
+    def _inputs(self, letter: Letter, head: int, run: Run) -> tuple[int, ...]:
+        return self._streams_of(letter, head, run if letter == "q" else None)
+
+    def _head_group(
+        self, run: Run, constant: tuple[Letter, ...], heads: Sequence[int]
+    ) -> HeadGroupPlan:
+        def order(head: int) -> list[tuple[int, ...]]:
+            return [*(self._inputs(letter, head, run) for letter in LETTERS), (head,)]
+
+        return HeadGroupPlan(
+            heads=tuple(sorted(heads, key=order)),
+            rows=self.builder.rows(run),
+            constant=constant,
+            keys=(),
+            values=(),
+        )
+
+    def _absorb(self, groups: list[tuple[Run, HeadGroupPlan]]) -> list[tuple[Run, HeadGroupPlan]]:
+        """Let groups of few queries do without keys or values, where that takes fewer MACs."""
+        shape = self.builder.shape
+        product = shape.num_tokens * shape.width * shape.head_dim
+        computed: dict[str, set[int]] = {"k": set(), "v": set()}
+        found = list(groups)
+        # What many queries need anyway costs few queries nothing.
+        order = sorted(range(len(groups)), key=lambda number: -groups[number][1].rows.count)
+        for number in order:
+            run, group = found[number]
+            for letter, name in _DIRECT.items():
+                if letter in group.constant:
+                    continue
+                own = set(group.heads) - computed[letter]
+                inputs = {self._streams_of(letter, head, None) for head in group.heads}
+                direct = replace(group, **{name: min(inputs)})
+                saved = group_macs(shape, group) + len(own) * product - group_macs(shape, direct)
+                if len(inputs) == 1 and saved > 0:
+                    group = direct
+                else:
+                    computed[letter] |= own
+            found[number] = run, group
+        return found
+
+    def _projections(
+        self, groups: Iterable[tuple[Run, HeadGroupPlan]]
+    ) -> tuple[ProjectionPlan, ...]:
+        """One product per input, and one more where only some of its queries need all rows."""
+        columns: dict[tuple[tuple[int, ...], Rows], _Columns] = {}
+        everything = self.builder.shape.all_rows
+        for letter in LETTERS:
+            for run, group in groups:
+                if letter in group.constant or (
+                    (group.keys, group.values)[letter == "v"] and (letter != "q")
+                ):
+                    continue
+                for head in group.heads:
+                    rows = group.rows if letter == "q" else everything
+                    key = self._inputs(letter, head, run), rows
+                    heads: list[int] = getattr(columns.setdefault(key, _Columns()), letter)
+                    if head not in heads:
+                        heads.append(head)
+        return tuple(
+            ProjectionPlan(
+                streams=streams, rows=rows, q=tuple(item.q), k=tuple(item.k), v=tuple(item.v)
+            )
+            for (streams, rows), item in sorted(
+                columns.items(), key=lambda pair: (pair[0][0], pair[0][1].first, pair[0][1].end)
+            )
+        )
+
+
+def _within(want: Want, others: Iterable[Want]) -> Want:
+    """One of the others that holds the same sums for more groups, or else the want itself."""
+    (first, last), keys = want
+    for run, others_keys in sorted(others):
+        if run[0] <= first and last <= run[1]:
+            skipped = first - run[0]
+            if others_keys[skipped : skipped + len(keys)] == keys:
+                return run, others_keys
+    return want
