@@ -3,6 +3,7 @@
 Choosing is left to ``selection/``, cutting and timing to ``stages``.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,16 +29,15 @@ from vitcut.errors import CircuitError
 from vitcut.files import read_json, write_json
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker
-from vitcut.pipeline.run import save_results
+from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, save_results
 from vitcut.pipeline.stages import CLASS_ONLY, DENSE, class_only, measure
 from vitcut.pipeline.subject import Origin, Subject
 from vitcut.progress import say
-from vitcut.results import Results
+from vitcut.results import Point, Results
 from vitcut.selection.rounds import Calibration, Selection, geometric
 from vitcut.selection.settings import SelectConfig
 
-PATH_FILE = "path.json"
+PATH_FILE, PATH_FOLDER = "path.json", "path"
 _FORMAT_VERSION = 1
 _MOST_ROUNDS = 16
 """Of a latency budget, which is met by steps."""
@@ -69,7 +69,7 @@ def budget_command(
 ) -> Results:
     """Cut a model to a budget into ``out/model``, and measure it beside the dense model.
 
-    Every round's circuit stays in ``out/points``; a killed run goes on after the last one.
+    Every round's circuit stays in ``out/path``; a killed run goes on after the last one.
 
     Raises:
         CircuitError: The budget cannot be met.
@@ -81,17 +81,40 @@ def budget_command(
         return Results.load(folder.results)
     subject = origin.load_subject()
     origin.loaded(subject).claim(folder)
-    maker = PointMaker(subject, folder, cut)
-    search = BudgetSearch(subject, folder, select, cut, maker.fills)
-    steps = list(search.run())
-    write_path(steps, out / PATH_FILE)
-    circuit = Circuit.load(out / steps[-1].circuit)
-    name = f"{select.scores}-{cut.ablation}-{steps[-1].name}"
-    point, model = maker.cut(name, circuit, into=out)
-    point = replace(point, budget=_budget(select))
-    results = measure(subject, {CLASS_ONLY: class_only(subject), name: (point, model)}, bench)
+    point, model = cut_to_budget(subject, folder, select, cut, into=out)
+    points = {CLASS_ONLY: class_only(subject), point.name: (point, model)}
+    results = measure(subject, points, bench)
     save_results(results, out)
     return results
+
+
+def cut_to_budget(
+    subject: Subject,
+    folder: RunFolder,
+    select: SelectConfig,
+    cut: CutConfig,
+    *,
+    into: Path | None = None,
+) -> tuple[Point, CompactViT]:
+    """Search a circuit within a budget, and compile it.
+
+    Args:
+        subject: The model and images.
+        folder: The run directory, for the path's circuits and ``path.json``.
+        select: How to choose.
+        cut: How to compile.
+        into: Where the model goes; its point's folder if None.
+
+    Raises:
+        CircuitError: The budget cannot be met.
+    """
+    maker = PointMaker(subject, folder, cut)
+    steps = list(BudgetSearch(subject, folder, select, cut, maker.fills).run())
+    write_path(steps, folder.path / PATH_FILE)
+    circuit = Circuit.load(folder.path / steps[-1].circuit)
+    name = f"{select.scores}-{cut.ablation}-{steps[-1].name}"
+    point, model = maker.cut(name, circuit, into=into)
+    return replace(point, budget=_budget(select)), model
 
 
 class BudgetSearch:
@@ -111,6 +134,8 @@ class BudgetSearch:
         self._select = select
         self._cut = cut
         self._fills = fills
+        self._start = time.perf_counter()
+        self._rounds = self._rounds_here = 0
         self._shape = shape_of(subject.weights)
         self._dense_macs = dense_macs(self._shape)
         tuning = subject.images.tuning
@@ -148,7 +173,7 @@ class BudgetSearch:
                 break
         raise CircuitError(
             f"a latency of {target:g} of dense was not reached: the last of the circuits in "
-            f"{self._folder.path / 'points'} is the nearest"
+            f"{self._folder.path / PATH_FOLDER} is the nearest"
         )
 
     def _selection(self) -> Selection:
@@ -188,12 +213,13 @@ class BudgetSearch:
 
     def _round(self, selection: Selection, fraction: float, *, timed: bool) -> PathStep:
         name = f"macs-{fraction:.4f}"
-        path = self._folder.point(name) / CIRCUIT_FILE
+        path = self._folder.path / PATH_FOLDER / name / CIRCUIT_FILE
         if path.exists():
             circuit = Circuit.load(path)
             selection.resume(circuit)
         else:
             selection.cut_to(fraction * self._dense_macs)
+            self._rounds_here += 1
             circuit = replace(
                 selection.circuit,
                 method=self._select.scores,
@@ -201,6 +227,7 @@ class BudgetSearch:
                 provenance=self._provenance(),
             )
             circuit.save(path)
+        self._rounds += 1
         step = self._measured(name, circuit, timed=timed)
         say(
             f"{name}: {step.macs_fraction:.1%} of the MACs, coarse accuracy "
@@ -214,7 +241,7 @@ class BudgetSearch:
         macs = count_macs(model.plan)
         return PathStep(
             name=name,
-            circuit=f"points/{name}/{CIRCUIT_FILE}",
+            circuit=f"{PATH_FOLDER}/{name}/{CIRCUIT_FILE}",
             macs=macs,
             macs_fraction=macs / self._dense_macs,
             accuracy_coarse=found.accuracy_coarse,
@@ -250,6 +277,10 @@ class BudgetSearch:
             "weight_hash": self._subject.model.weight_hash,
             "images_fingerprint": self._subject.images.fingerprint,
             "selection": as_plain(self._select),
+            # Not known of a search that was resumed.
+            "seconds": round(time.perf_counter() - self._start, 2)
+            if self._rounds_here > self._rounds
+            else None,
         }
 
 

@@ -16,8 +16,8 @@ from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, point_name
-from vitcut.pipeline.run import save_results, train_dense
+from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, point_name, save_results
+from vitcut.pipeline.run import train_dense
 from vitcut.pipeline.stages import CLASS_ONLY, DENSE_REPAIRED, class_only, measure
 from vitcut.pipeline.subject import ORIGIN_FILE, Origin
 from vitcut.progress import say
@@ -112,7 +112,13 @@ def find_circuit(path: Path, point: str | None) -> Path:
     """
     if path.is_file():
         return path
-    found = {item.parent.name: item for item in sorted(path.glob(f"points/*/{CIRCUIT_FILE}"))}
+    # Those on the way to a budget are found by name only.
+    folders = ("points",) if point is None else ("points", "path")
+    found = {
+        item.parent.name: item
+        for folder in folders
+        for item in sorted(path.glob(f"{folder}/*/{CIRCUIT_FILE}"))
+    }
     if not found:
         raise ArtefactError(
             f"no circuit at {path}: expected a circuit.json, or a run directory with points"

@@ -12,7 +12,9 @@ from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
+from vitcut.files import write_text
 from vitcut.names import Ablation
+from vitcut.pipeline.cards import compact_card
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.stages import Cut, Discovery, cut_circuit, cut_point
@@ -101,3 +103,11 @@ def save_cut(cut: Cut, folder: Path) -> None:
         fill = Path(temporary) / FILL
         cut.fill.save(fill)
         cut.model.save_pretrained(folder, circuit=circuit, fill=fill)
+
+
+def save_results(results: Results, folder: Path) -> None:
+    """Write every point's model card, then ``results.json``, whose presence says: complete."""
+    for point in results.points:
+        if point.model is not None:
+            write_text(folder / point.model / "README.md", compact_card(results, point))
+    results.save(folder / "results.json")

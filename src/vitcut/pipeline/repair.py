@@ -139,7 +139,7 @@ def finetune_command(
     origin.loaded(subject).claim(folder)
     before = cut.point_from(out)
     points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: class_only(subject)}
-    after, model, training = _repair_compact(subject, cut, config.finetune, out)
+    after, model, training = repair_compact(subject, cut, config.finetune, out, base=out)
     dense = _repaired_dense(subject, config, out)
     if dense is not None:
         points[DENSE_REPAIRED] = dense[:2]
@@ -158,15 +158,24 @@ def finetune_command(
     return results, told
 
 
-def _repair_compact(
-    subject: Subject, cut: StoredCut, config: FinetuneConfig, out: Path
+def repair_compact(
+    subject: Subject, cut: StoredCut, config: FinetuneConfig, into: Path, *, base: Path
 ) -> tuple[Point, CompactViT, TrainResult]:
+    """Repair a compact model into ``into/model``.
+
+    Args:
+        subject: The dense model, and images of its task.
+        cut: What is repaired.
+        config: The training.
+        into: Takes the training's files, too.
+        base: The folder of the results; the point's paths are relative to it.
+    """
     say(f"repairing {cut.folder}")
     model = deepcopy(cut.model)
-    result = repair(subject, model, config, out)
-    circuit = cut.folder / CIRCUIT
-    if not (out / MODEL_FOLDER).exists():
-        model.save_pretrained(out / MODEL_FOLDER, circuit=circuit if circuit.is_file() else None)
+    result = repair(subject, model, config, into)
+    circuit, folder = cut.folder / CIRCUIT, into / MODEL_FOLDER
+    if not folder.exists():
+        model.save_pretrained(folder, circuit=circuit if circuit.is_file() else None)
     earlier = cut.point.seconds
     point = replace(
         cut.point,
@@ -175,8 +184,8 @@ def _repair_compact(
         max_abs_diff=None,
         faithfulness=None,
         seconds=None if earlier is None else round(earlier + result.seconds, 2),
-        circuit=f"{MODEL_FOLDER}/{CIRCUIT}" if circuit.is_file() else None,
-        model=MODEL_FOLDER,
+        circuit=os.path.relpath(folder / CIRCUIT, base) if circuit.is_file() else None,
+        model=os.path.relpath(folder, base),
     )
     return point, model, result
 

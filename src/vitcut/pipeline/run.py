@@ -3,19 +3,23 @@
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from vitcut.circuit import Circuit
 from vitcut.config import as_plain
 from vitcut.data.images import TaskImages, load_images
 from vitcut.errors import ArtefactError
-from vitcut.files import write_text
-from vitcut.pipeline.cards import compact_card, dense_card
+from vitcut.pipeline.budget import cut_to_budget
+from vitcut.pipeline.cards import dense_card
 from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.points import PointMaker
+from vitcut.pipeline.points import MODEL_FOLDER, PointMaker, save_results
+from vitcut.pipeline.repair import repair_compact
 from vitcut.pipeline.settings import RunConfig
 from vitcut.pipeline.stages import CLASS_ONLY, class_only, measure
+from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Origin, Subject
 from vitcut.progress import say
-from vitcut.results import Results
+from vitcut.results import Point, Results
 from vitcut.task import load_task
 from vitcut.training.loop import train
 from vitcut.training.settings import TrainConfig
@@ -53,10 +57,28 @@ def run(config: RunConfig, out: Path) -> Results:
     for ablation in config.ablations:
         circuits |= maker.find(replace(config.discover, ablation=ablation), config.taus)
     points = {name: maker.cut(name, circuit) for name, circuit in circuits.items()}
-    points = {CLASS_ONLY: class_only(subject), **points}
+    points = {CLASS_ONLY: class_only(subject), **points, **_budget_points(config, subject, folder)}
     results = measure(subject, points, config.bench)
     save_results(results, folder.path)
     return results
+
+
+def _budget_points(
+    config: RunConfig, subject: Subject, folder: RunFolder
+) -> dict[str, tuple[Point, nn.Module]]:
+    """The point that is cut to a budget, and its repair."""
+    if not config.select.has_budget:
+        return {}
+    linear = replace(config.cut, ablation="linear")
+    point, model = cut_to_budget(subject, folder, config.select, linear)
+    points: dict[str, tuple[Point, nn.Module]] = {point.name: (point, model)}
+    if config.repair is not None:
+        stored = StoredCut.load(folder.point(point.name) / MODEL_FOLDER)
+        into = folder.point(f"{point.name}-repaired")
+        known = replace(stored, point=point)
+        after, repaired, _ = repair_compact(subject, known, config.repair, into, base=folder.path)
+        points[after.name] = after, repaired
+    return points
 
 
 def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder: RunFolder) -> None:
@@ -79,11 +101,3 @@ def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder:
         text=dense_card(task, result, config),
     )
     save_dense(model, folder.dense, card=card)
-
-
-def save_results(results: Results, folder: Path) -> None:
-    """Write every point's model card, then ``results.json``, whose presence says: complete."""
-    for point in results.points:
-        if point.model is not None:
-            write_text(folder / point.model / "README.md", compact_card(results, point))
-    results.save(folder / "results.json")

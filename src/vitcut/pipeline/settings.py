@@ -9,6 +9,7 @@ from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
 from vitcut.names import Ablation
+from vitcut.selection.settings import SelectConfig
 from vitcut.training.settings import FinetuneConfig, TrainConfig
 from vitcut.vits.settings import VitConfig
 
@@ -31,12 +32,18 @@ class RunConfig:
     """ACDC's thresholds in nats; one point each."""
     ablations: tuple[Ablation, ...] = ("resample",)
     """What stands in for cut edges while searching; each at every tau."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """One more point, cut to a budget under linear ablation; none where there is no budget."""
+    repair: FinetuneConfig | None = None
+    """The repair of that point; none if None."""
     cut: CutConfig = field(default_factory=CutConfig)
     """The compilation."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     """The timing."""
 
     def __post_init__(self) -> None:
+        if self.repair is not None and not self.select.has_budget:
+            raise ConfigError("repair needs a budget: give select.target_macs")
         for tau in self.taus:
             require_positive("taus", tau)
         for name, values in (("taus", self.taus), ("ablations", self.ablations)):
