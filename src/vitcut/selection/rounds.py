@@ -66,10 +66,13 @@ class Selection:
         self._ablation: Ablation = ablation
         self.graph = weights.graph_of(config.tokens)
         self._alive = useful_parts(self.graph, weights.num_neurons)
+        self._scorer: Scorer | None = None
         self.smallest = smallest_cost(self.graph, weights.num_neurons, cost)
 
     def resume(self, circuit: Circuit) -> None:
         """Go on from the circuit of an earlier round."""
+        if not self._config.rescore and self._scorer is None:
+            self._scorer = self._score()
         self._alive = parts_of(circuit, self._alive)
 
     @property
@@ -93,7 +96,9 @@ class Selection:
                 f"image costs {self.smallest:.4g}"
             )
         before = self.cost()
-        cuts = cut_down(self.graph, self._alive, self._scorer(), self._cost, budget=budget)
+        if self._scorer is None or self._config.rescore:
+            self._scorer = self._score()
+        cuts = cut_down(self.graph, self._alive, self._scorer, self._cost, budget=budget)
         with Meter("cutting", 100, unit="%") as meter:
             done = 0
             for number, left in enumerate(cuts, start=1):
@@ -101,7 +106,7 @@ class Selection:
                 meter.advance(now - done, note=f"{number} cuts")
                 done = now
 
-    def _scorer(self) -> Scorer:
+    def _score(self) -> Scorer:
         config, calibration = self._config, self._calibration
         if config.scores != "fisher":
             return Additive(by_site(self._control()))

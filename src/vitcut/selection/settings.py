@@ -32,7 +32,9 @@ class SelectConfig:
     """Of linear fills: part of a layer's and group's heads or neurons that is cut before the
     residuals of its others are brought up to date (OBS); 0 scores all as if they got the mean."""
     rounds: int = 5
-    """How often the cut model is measured anew on the way to the budget."""
+    """Steps on the way to the budget; each is a point of the path."""
+    rescore: bool = True
+    """Whether the cut model is scored anew for every step; otherwise the first scores hold."""
     score_images: int = 290
     """Training images, as many of each class, on which parts are scored."""
     tokens: Tokens = "split"
