@@ -165,12 +165,12 @@ class _Drafter:
 
     def _mlps(self, layer: int) -> list[tuple[str, Stream, int]]:
         """The MLPs of a block: name, stream and neurons of each."""
-        graph = self.reads.graph
-        runs = self.joins.written.get(graph.mlp_source(layer), ())
+        block = self.reads.blocks[layer]
+        runs = self.joins.written.get(block.mlp_source, ())
         found: list[tuple[str, Stream, int]] = []
         for number, run in enumerate(runs):
             name = f"mlp.{layer}" if len(runs) == 1 else f"mlp.{layer}.{number}"
-            stream = self.builder.build(graph.mlp_target(layer), run)
+            stream = self.builder.build(block.mlp_target, run)
             found.append((name, stream, self.reads.hidden[layer][run[0]]))
         for (name, *_), run in zip(found, runs, strict=True):
             self.builder.add_mlp(layer, run, name)
