@@ -39,7 +39,7 @@ def test_a_fixed_pattern_is_one_product_and_the_class_token_one_query():
         head_group((0,), ALL, "q", "k"),
         head_group((1,), CLS, "k"),
         projections=(ProjectionPlan(streams=(0,), rows=ALL, q=(), k=(), v=(0, 1)),),
-        outputs=(OutputPlan(name="out.0.0", group=0, heads=(0,), rows=CLS),),
+        outputs=(OutputPlan(name="out.0.0", group=0, heads=(0,), rows=CLS, bias=True),),
     )
     values, fixed, attended, output = 5 * 6 * 2 * 3, 5 * 5 * 3, 2 * 5 * 3, 3 * 6
     assert count_macs(plan) == values + fixed + attended + output + 6 * 4

@@ -27,7 +27,11 @@ PLAN = Plan(
         num_classes=4,
     ),
     embeds=True,
-    blocks=(BlockPlan(attention=None, mlps=(MlpPlan(name="mlp.0", stream=STREAM, hidden=7),)),),
+    blocks=(
+        BlockPlan(
+            attention=None, mlps=(MlpPlan(name="mlp.0", stream=STREAM, hidden=7, bias=True),)
+        ),
+    ),
     classifier=StreamPlan(
         name="stream.1", rows=CLS, terms=(TermPlan(name="mlp.0", rows=ALL),), table_rows=1
     ),

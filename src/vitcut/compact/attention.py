@@ -16,8 +16,8 @@ from vitcut.compact.plan import (
     ViTShape,
 )
 from vitcut.compact.routes import Routes
-from vitcut.compact.stream import Stream, Written, make_table, take_rows
-from vitcut.names import LETTERS
+from vitcut.compact.stream import Stream, Written, make_table, take_rows, with_rows
+from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
 
 
@@ -49,7 +49,7 @@ class HeadGroup(nn.Module):
 
     def forward(
         self, q: Tensor | None, k: Tensor | None, v: Tensor | None
-    ) -> Float[Tensor, "images rows heads head_dim"]:
+    ) -> Float[Tensor, "images *rows heads head_dim"]:
         """Attend.
 
         Args:
@@ -59,11 +59,9 @@ class HeadGroup(nn.Module):
         """
         if self.plan.keys or self.plan.values or self.plan.fixed_pattern:
             return self._mix(self._pattern(q, k), v)
-        queries, keys, values = (
-            self.tables[letter] if flat is None else self._by_head(flat)
-            for letter, flat in zip(LETTERS, (q, k, v), strict=True)
+        return self._rows_first(
+            _attend(self._queries(q), self._by_head("k", k), self._by_head("v", v))
         )
-        return _attend(queries, keys, values).transpose(1, 2)
 
     def _pattern(self, q: Tensor | None, k: Tensor | None) -> Float[Tensor, "#images mixed keys"]:
         """What each query of each head takes from each token, the heads of a row together."""
@@ -73,33 +71,48 @@ class HeadGroup(nn.Module):
             if q is None:
                 return F.linear(k, self.tables["q"]).transpose(1, 2).softmax(-1)
             queries = self._each_head(q, self.key_weight)
+            if self.plan.rows.count > 1:
+                queries = queries.reshape(-1, self.plan.rows.count * queries.shape[1], k.shape[2])
             return (queries @ k.transpose(1, 2)).softmax(-1)
-        queries = self.tables["q"] if q is None else self._by_head(q)
-        keys = self.tables["k"] if k is None else self._by_head(k)
-        return (queries @ keys.transpose(-1, -2)).softmax(-1).transpose(1, 2).flatten(1, 2)
+        keys = self._by_head("k", k)
+        pattern = (self._queries(q) @ keys.transpose(-1, -2)).softmax(-1)
+        return pattern.transpose(1, 2).flatten(1, 2)
 
     def _mix(self, pattern: Tensor, v: Tensor | None) -> Tensor:
         heads = len(self.plan.heads)
         if v is not None and self.plan.values:
-            z = self._each_head((pattern @ v).flatten(1), self.value_weight)
-            return z.unflatten(1, (-1, heads))
-        values = self.tables["v"] if v is None else self._by_head(v)
+            z = self._each_head(pattern @ v, self.value_weight)
+            return z if self.plan.rows.count == 1 else z.unflatten(0, (-1, self.plan.rows.count))
         by_head = pattern.unflatten(1, (-1, heads)).transpose(1, 2)
-        return (by_head @ values).transpose(1, 2)
+        return self._rows_first(by_head @ self._by_head("v", v))
 
     def _each_head(
         self, flat: Float[Tensor, "images ..."], weight: Tensor | None
-    ) -> Float[Tensor, "images mixed outputs"]:
-        """A product of its own for each head of each row; the heads of a row stay together."""
+    ) -> Float[Tensor, "all_rows heads outputs"]:
+        """A product of its own for each head, of all rows of all images."""
         if weight is None:
             raise TypeError("this head group has no product per head")
-        heads, inputs, outputs = weight.shape
-        by_head = flat.reshape(-1, heads, inputs).transpose(0, 1)
-        product = (by_head @ weight).transpose(0, 1)
-        return product.reshape(-1, self.plan.rows.count * heads, outputs)
+        by_head = flat.reshape(-1, weight.shape[0], weight.shape[1]).transpose(0, 1)
+        return (by_head @ weight).transpose(0, 1)
 
-    def _by_head(self, flat: Float[Tensor, "images rows columns"]) -> Tensor:
+    def _queries(self, flat: Tensor | None) -> Float[Tensor, "#images heads rows head_dim"]:
+        if flat is None:
+            return self.tables["q"]
+        if self.plan.rows.count > 1:
+            return self._by_head("q", flat)
+        return flat.view(-1, len(self.plan.heads), 1, self.head_dim)
+
+    def _by_head(
+        self, letter: Letter, flat: Float[Tensor, "images rows columns"] | None
+    ) -> Float[Tensor, "#images heads rows head_dim"]:
+        if flat is None:
+            return self.tables[letter]
         return flat.view(-1, flat.shape[1], len(self.plan.heads), self.head_dim).transpose(1, 2)
+
+    def _rows_first(
+        self, z: Float[Tensor, "images heads rows head_dim"]
+    ) -> Float[Tensor, "images *rows heads head_dim"]:
+        return z.squeeze(2) if self.plan.rows.count == 1 else z.transpose(1, 2)
 
 
 class HeadOutput(nn.Module):
@@ -111,7 +124,8 @@ class HeadOutput(nn.Module):
         super().__init__()
         self.plan = plan
         self.own_rows = group.rows
-        self.product = nn.Linear(len(plan.heads) * shape.head_dim, shape.width)
+        inputs = len(plan.heads) * shape.head_dim
+        self.product = nn.Linear(inputs, shape.width, bias=plan.bias)
         places = [group.heads.index(head) for head in plan.heads]
         self.first, self.end = places[0], places[-1] + 1
         self.has_gaps = len(places) < self.end - self.first
@@ -120,15 +134,15 @@ class HeadOutput(nn.Module):
             self.register_buffer("places", torch.tensor(places, device="cpu"), persistent=False)
 
     def forward(
-        self, z: Float[Tensor, "images queries heads head_dim"]
-    ) -> Float[Tensor, "images rows width"]:
+        self, z: Float[Tensor, "images *queries heads head_dim"]
+    ) -> Float[Tensor, "images *rows width"]:
         """Choose rows and heads, and multiply."""
         z = take_rows(z, self.own_rows, self.plan.rows)
         if self.has_gaps:
-            z = z.index_select(2, self.places)
-        elif self.end - self.first < z.shape[2]:
-            z = z[:, :, self.first : self.end]
-        return self.product(z.reshape(-1, z.shape[1], self.product.in_features))
+            z = z.index_select(-2, self.places)
+        elif self.end - self.first < z.shape[-2]:
+            z = z[..., self.first : self.end, :]
+        return self.product(z.flatten(-2))
 
 
 class CompactAttention(nn.Module):
@@ -151,7 +165,7 @@ class CompactAttention(nn.Module):
         """Read the streams, attend, and write the outputs."""
         normed = [stream(written) for stream in self.streams]
         tokens = {
-            streams: _join([normed[number] for number in streams], dim=1)
+            streams: self._tokens([normed[number] for number in streams], streams)
             for streams in self.routes.inputs
         }
         columns = [
@@ -164,12 +178,19 @@ class CompactAttention(nn.Module):
             self.plan.groups, self.groups, self.routes.pieces, strict=True
         ):
             q, k, v = (
-                _join([parts[piece] for piece in pieces], dim=-1) if pieces else None
+                _join([parts[piece] for piece in pieces]) if pieces else None
                 for pieces in by_letter
             )
             mixed.append(group(q, tokens.get(plan.keys, k), tokens.get(plan.values, v)))
         for plan, output in zip(self.plan.outputs, self.outputs, strict=True):
             written[plan.name] = output(mixed[plan.group])
+
+    def _tokens(self, normed: list[Tensor], streams: tuple[int, ...]) -> Tensor:
+        """The normalised tokens of some streams, one after the other."""
+        if len(normed) == 1:
+            return normed[0]
+        rows = [self.plan.streams[number].rows for number in streams]
+        return torch.cat([with_rows(*item) for item in zip(normed, rows, strict=True)], dim=1)
 
     def _rows_of(self, tokens: Tensor, plan: ProjectionPlan) -> Tensor:
         streams = [self.plan.streams[number].rows for number in plan.streams]
@@ -182,10 +203,12 @@ def _attend(
     v: Float[Tensor, "#images heads tokens head_dim"],
 ) -> Float[Tensor, "images heads rows head_dim"]:
     # ONNX Runtime's fused operator is no faster at one image, and 5 % slower at 64.
-    if torch.onnx.is_in_onnx_export():
+    # Torch's fused one is 3 to 5 times slower in training in bfloat16 on the CPU.
+    slow = q.device.type == "cpu" and torch.bfloat16 in {q.dtype, k.dtype, v.dtype}
+    if slow or torch.onnx.is_in_onnx_export():
         return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
 
-def _join(pieces: list[Tensor], *, dim: int) -> Tensor:
-    return torch.cat(pieces, dim=dim) if len(pieces) > 1 else pieces[0]
+def _join(pieces: list[Tensor]) -> Tensor:
+    return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]

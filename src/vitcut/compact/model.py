@@ -37,7 +37,7 @@ class CompactMlp(nn.Module):
         self.activation: Activation = shape.activation
         self.stream = Stream(plan.stream, shape)
         self.fc1 = nn.Linear(shape.width, plan.hidden)
-        self.fc2 = nn.Linear(plan.hidden, shape.width)
+        self.fc2 = nn.Linear(plan.hidden, shape.width, bias=plan.bias)
 
     def forward(self, written: Written) -> None:
         """Read the stream and write the output."""
@@ -108,7 +108,8 @@ class CompactViT(nn.Module):
         written: Written = {}
         if self.patch_embed is not None:
             # The prefix tokens and all positions stand in the tables of the streams that read this.
-            written[EMBED] = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+            patches = self.patch_embed(pixels).flatten(2)
+            written[EMBED] = patches.transpose(1, 2) if patches.shape[2] > 1 else patches[..., 0]
         for block in self.blocks:
             block(written)
         return self._classify(written)
@@ -181,7 +182,7 @@ class CompactViT(nn.Module):
     def _classify(self, written: Written) -> Tensor:
         if self.stream is None or self.classifier is None:
             raise ModelError("the plan has neither a classifier nor constant logits")
-        return self.classifier(self.stream(written).flatten(1))
+        return self.classifier(self.stream(written))
 
     def _check(self, pixels: Tensor) -> None:
         shape = self.plan.shape
@@ -196,4 +197,5 @@ class CompactViT(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        for bias in [value for name, value in module.named_parameters() if name == "bias"]:
+            nn.init.zeros_(bias)

@@ -166,6 +166,8 @@ class OutputPlan:
     """Number of the head group within the attention."""
     heads: tuple[int, ...]
     rows: Rows
+    bias: bool
+    """Whether it has one; if not, the table of its only reader holds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,8 @@ class MlpPlan:
     stream: StreamPlan
     hidden: int
     """Neurons that are kept."""
+    bias: bool
+    """As for ``OutputPlan``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Streams of a compact model: sums of what was written, each with its LayerNorm.
 
 One forward pass keeps what has been written so far in a dictionary from the names of the plan to
-tensors of shape [images, rows, width].
+tensors of shape [images, rows, width], or [images, width] for a single row: a product of matrices
+is one operation in every runtime, that of a batch of rows with its bias often two.
 """
 
 import torch
@@ -24,7 +25,7 @@ class Stream(nn.Module):
         # Constants are parameters, not buffers: fine-tuning trains them like any bias.
         self.table = make_table(plan.table_rows, shape.width) if plan.table_rows else None
 
-    def forward(self, written: Written) -> Float[Tensor, "images rows width"]:
+    def forward(self, written: Written) -> Float[Tensor, "images *rows width"]:
         """Add up, remember the sum under this stream's name, and normalise it."""
         total = self.table
         for term in reversed(self.plan.terms):
@@ -33,8 +34,9 @@ class Stream(nn.Module):
         if total is None:
             raise TypeError(f"{self.plan.name} has neither terms nor a table")
         if not self.plan.terms:
-            images = next(iter(written.values())).shape[0]
-            return _normalise(total, self.eps).expand(images, self.plan.rows.count, -1)
+            images, rows = next(iter(written.values())).shape[0], self.plan.rows.count
+            shape = (images, -1) if rows == 1 else (images, rows, -1)
+            return _normalise(total, self.eps).expand(*shape)
         written[self.plan.name] = total
         return _normalise(total, self.eps)
 
@@ -45,15 +47,28 @@ def make_table(*sizes: int) -> nn.Parameter:
 
 
 def take_rows(
-    values: Float[Tensor, "images tokens ..."], own: Rows, wanted: Rows
-) -> Float[Tensor, "images rows ..."]:
-    """The wanted tokens of values that were computed for their own; zeros for all others."""
+    values: Float[Tensor, "images ..."], own: Rows, wanted: Rows
+) -> Float[Tensor, "images ..."]:
+    """The wanted tokens of values that were computed for their own; zeros for all others.
+
+    A single row has no dimension of its own.
+    """
+    if own == wanted:
+        return values
+    if wanted.count == 1:
+        return values[:, wanted.first - own.first]
+    values = with_rows(values, own)
     before, after = own.first - wanted.first, wanted.end - own.end
     if before < 0 or after < 0:
         values = values[:, max(0, -before) : own.count - max(0, -after)]
     if before > 0 or after > 0:
         return F.pad(values, (0, 0, max(0, before), max(0, after)))
     return values
+
+
+def with_rows(values: Float[Tensor, "images ..."], own: Rows) -> Float[Tensor, "images rows ..."]:
+    """Values with a dimension for rows, also where there is one."""
+    return values.unsqueeze(1) if own.count == 1 else values
 
 
 def _normalise(total: Tensor, eps: float) -> Tensor:

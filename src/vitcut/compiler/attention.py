@@ -57,16 +57,16 @@ class _Drafter:
         self.builder = builder
         self.layer = layer
         self.runs: dict[int, tuple[Run, ...]] = {
-            head: builder.joins.written[source]
-            for head, source in builder.reads.heads(layer)
-            if source in builder.joins.written
+            head.number: builder.joins.written[head.source]
+            for head in builder.reads.blocks[layer].heads
+            if head.source in builder.joins.written
         }
         """Per head the groups that ask."""
         self.reads: dict[tuple[Letter, int, Run | None], tuple[Want, ...]] = {}
         """What q of a head reads for a run, and its k and v (None) for all tokens; constant inputs
         are left out."""
-        self.numbers: dict[Want, int] = {}
-        """The number of each stream within the attention."""
+        self.inputs: dict[tuple[Letter, int, Run | None], tuple[int, ...]] = {}
+        """The same by the streams' numbers within the attention."""
 
     def draft(self) -> DraftAttention | None:
         if not self.runs:
@@ -79,22 +79,26 @@ class _Drafter:
         return DraftAttention(streams=streams, projections=self._projections(groups), groups=plans)
 
     def _target(self, letter: Letter, head: int) -> int:
-        return self.builder.reads.graph.head_target(self.layer, head, letter)
+        return self.builder.reads.blocks[self.layer].heads[head].targets[letter]
 
     def _find_reads(self) -> None:
-        joins = self.builder.joins
+        joins, builder = self.builder.joins, self.builder
+        everything = (0, builder.reads.num_groups - 1)
+        known: dict[tuple[int, ...], tuple[Want, ...]] = {}
         for head, runs in self.runs.items():
             target = self._target("q", head)
             for run in runs:
                 if joins.live(target, run):
-                    self.reads["q", head, run] = ((run, self.builder.keys(target, run)),)
+                    self.reads["q", head, run] = ((run, builder.keys(target, run)),)
             for letter in ("k", "v"):
                 target = self._target(letter, head)
-                pieces = joins.runs(target, self.builder.reads.groups)
-                if any(joins.live(target, piece) for piece in pieces):
-                    self.reads[letter, head, None] = tuple(
-                        (piece, self.builder.keys(target, piece)) for piece in pieces
-                    )
+                if not joins.live(target, everything):
+                    continue
+                keys = builder.keys(target, everything)
+                if keys not in known:
+                    pieces = joins.runs(target, builder.reads.groups)
+                    known[keys] = tuple((piece, builder.keys(target, piece)) for piece in pieces)
+                self.reads[letter, head, None] = known[keys]
 
     def _build_streams(self) -> tuple[Stream, ...]:
         """All streams, small sums first: larger ones can then build on them."""
@@ -114,12 +118,11 @@ class _Drafter:
             return self.builder.joins.live(targets[want], want[0]).bit_count()
 
         ordered = sorted(targets, key=size)
-        self.numbers = {want: number for number, want in enumerate(ordered)}
+        numbers = {want: number for number, want in enumerate(ordered)}
+        self.inputs = {
+            key: tuple(numbers[want] for want in wants) for key, wants in self.reads.items()
+        }
         return tuple(self.builder.build(targets[want], want[0]) for want in ordered)
-
-    def _streams_of(self, letter: Letter, head: int, run: Run | None) -> tuple[int, ...]:
-        """The numbers of the streams that a head's input comes from; none where it is constant."""
-        return tuple(self.numbers[want] for want in self.reads.get((letter, head, run), ()))
 
     def _head_groups(self) -> list[tuple[Run, HeadGroupPlan]]:
         """Heads with the same query rows and the same constant inputs, in the order of streams."""
@@ -136,7 +139,8 @@ class _Drafter:
         ]
 
     def _inputs(self, letter: Letter, head: int, run: Run) -> tuple[int, ...]:
-        return self._streams_of(letter, head, run if letter == "q" else None)
+        """The numbers of the streams that a head's input comes from; none where it is constant."""
+        return self.inputs.get((letter, head, run if letter == "q" else None), ())
 
     def _head_group(
         self, run: Run, constant: tuple[Letter, ...], heads: Sequence[int]
@@ -166,7 +170,7 @@ class _Drafter:
                 if letter in group.constant:
                     continue
                 own = set(group.heads) - computed[letter]
-                inputs = {self._streams_of(letter, head, None) for head in group.heads}
+                inputs = {self._inputs(letter, head, run) for head in group.heads}
                 direct = replace(group, **{name: min(inputs)})
                 saved = group_macs(shape, group) + len(own) * product - group_macs(shape, direct)
                 if len(inputs) == 1 and saved > 0:

@@ -76,6 +76,8 @@ class _Folder:
         self.writers = writers
         self.constants = Constants(weights, draft.reads, fill, writers)
         self.tensors: Tensors = {}
+        self.moved: dict[str, Tensor] = {}
+        """Biases that go into the table of their product's only reader."""
 
     def fold(self) -> Tensors:
         plan = self.draft.plan
@@ -159,12 +161,12 @@ class _Folder:
         group = attention.groups[plan.group]
         number = self._group_of(group.rows)
         parts = [self.writers.head(layer, head, number) for head in plan.heads]
-        bias = self._output_bias(plan.name, self.weights.blocks[layer].attn.out_bias)
+        bias = self.weights.blocks[layer].attn.out_bias
         if group.values:
             # A mixture of tokens takes each with a share, and the shares add up to 1.
             for head, part in zip(plan.heads, parts, strict=True):
                 bias = bias + part @ self._letter(layer, "v", head)[1]
-        self._linear(prefix, torch.cat(parts, dim=1), bias)
+        self._product(prefix, plan.name, torch.cat(parts, dim=1), bias)
 
     def _mlp(self, prefix: str, layer: int, plan: MlpPlan) -> None:
         block = self.weights.blocks[layer]
@@ -175,14 +177,18 @@ class _Folder:
             block.mlp_norm, block.mlp.in_weight[kept], block.mlp.in_bias[kept]
         )
         self._linear(f"{prefix}.fc1", weight, bias)
-        bias = self._output_bias(plan.name, block.mlp.out_bias)
-        self._linear(f"{prefix}.fc2", self.writers.mlp(layer, group), bias)
+        weight = self.writers.mlp(layer, group)
+        self._product(f"{prefix}.fc2", plan.name, weight, block.mlp.out_bias)
 
-    def _output_bias(self, product: str, bias: Float[Tensor, "width"]) -> Float[Tensor, "width"]:
-        """A product's bias, with the constant of the stream that it takes over."""
-        if product not in self.draft.biases:
-            return bias
-        return bias + self.constants.table(self.draft.streams[self.draft.biases[product]])[0]
+    def _product(self, prefix: str, name: str, weight: Tensor, bias: Tensor) -> None:
+        """A product to the stream, whose bias may take over a table or be taken over by one."""
+        if name in self.draft.unbiased:
+            self.tensors[f"{prefix}.weight"] = weight
+            self.moved[name] = bias
+            return
+        if name in self.draft.biases:
+            bias = bias + self.constants.table(self.draft.streams[self.draft.biases[name]])[0]
+        self._linear(prefix, weight, bias)
 
     def _group_of(self, rows: Rows) -> int:
         """The first token group of a range; the others of a range write alike."""
@@ -192,6 +198,8 @@ class _Folder:
     def _stream(self, prefix: str, plan: StreamPlan) -> None:
         if plan.table_rows:
             table = self.constants.table(self.draft.streams[plan.name])
+            for term in plan.terms:
+                table = table + self.moved.get(term.name, 0.0)
             self.tensors[f"{prefix}.table"] = table[: plan.table_rows]
 
     def _linear(self, prefix: str, weight: Tensor, bias: Tensor) -> None:

@@ -38,12 +38,11 @@ class Joins:
         self.written: dict[int, tuple[Run, ...]] = {}
         """Per source the runs of groups that it has to be computed for."""
         wanted = _find_wanted(reads, liveness)
-        for layer in range(reads.graph.num_layers):
-            for head, source in reads.heads(layer):
-                target = reads.graph.head_target(layer, head, "q")
-                self._decide(source, target, wanted.heads[layer])
-            source, target = reads.graph.mlp_source(layer), reads.graph.mlp_target(layer)
-            self._decide(source, target, self._same_neurons(layer, wanted.mlps[layer]))
+        for layer, block in enumerate(reads.blocks):
+            for _, source, targets in block.heads:
+                self._decide(source, targets["q"], wanted.heads[layer])
+            same = self._same_neurons(layer, wanted.mlps[layer])
+            self._decide(block.mlp_source, block.mlp_target, same)
 
     def runs(self, target: int, groups: Sequence[int]) -> tuple[Run, ...]:
         """The groups of a target in runs whose inputs are one tensor each."""
@@ -74,7 +73,7 @@ class Joins:
     def _same_neurons(self, layer: int, wanted: Sequence[int]) -> list[int]:
         """The MLP's bit in the masks of pairs in which it may be joined."""
         neurons, varying = self._reads.neurons[layer], self._liveness.varying
-        bit = 1 << self._reads.graph.mlp_source(layer)
+        bit = 1 << self._reads.blocks[layer].mlp_source
         return [
             bit & (mask | varying[pair] & varying[pair + 1])
             if neurons[pair] == neurons[pair + 1]
@@ -110,22 +109,20 @@ class Joins:
 
 
 def _find_wanted(reads: Reads, liveness: Liveness) -> _Wanted:
-    graph = reads.graph
     found = _Wanted(heads=[], mlps=[])
     total = [0] * (reads.num_groups - 1)
-    for layer in reversed(range(graph.num_layers)):
+    for block in reversed(reads.blocks):
         found.mlps.insert(0, list(total))
         for pair in range(len(total)):
             both = liveness.useful[pair] & liveness.useful[pair + 1]
-            if both >> graph.mlp_source(layer) & 1:
-                total[pair] |= _alike(reads, liveness, pair, graph.mlp_target(layer))
+            if both >> block.mlp_source & 1:
+                total[pair] |= _alike(reads, liveness, pair, block.mlp_target)
         found.heads.insert(0, list(total))
-        for pair, (head, source) in product(range(len(total)), reads.heads(layer)):
+        for pair, (_, source, targets) in product(range(len(total)), block.heads):
             asking = [group for group in reads.groups if liveness.useful[group] >> source & 1]
             letters = LETTERS if {pair, pair + 1} <= set(asking) else LETTERS[1:] if asking else ()
             for letter in letters:
-                target = graph.head_target(layer, head, letter)
-                total[pair] |= _alike(reads, liveness, pair, target)
+                total[pair] |= _alike(reads, liveness, pair, targets[letter])
     return found
 
 

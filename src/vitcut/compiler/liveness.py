@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitcut.compiler.reads import EMBED_BIT, Reads
-from vitcut.names import LETTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,46 +38,46 @@ def find_liveness(reads: Reads) -> Liveness:
 
 
 def _find_varying(reads: Reads) -> list[int]:
-    graph = reads.graph
     # Class token and registers enter block 0 the same for every image.
     varying = [0] * reads.num_groups
     varying[-1] = EMBED_BIT
-    for layer in range(graph.num_layers):
+    for block, hidden in zip(reads.blocks, reads.hidden, strict=True):
         before = tuple(varying)
-        for head, source in reads.heads(layer):
-            q, k, v = (graph.head_target(layer, head, letter) for letter in LETTERS)
-            mixed = any(reads.masks[g][t] & before[g] for g in reads.groups for t in (k, v))
-            for group in reads.groups:
-                if mixed or reads.masks[group][q] & before[group]:
+        for _, source, targets in block.heads:
+            q, k, v = targets.values()
+            mixed = any(
+                masks[k] & seen or masks[v] & seen
+                for masks, seen in zip(reads.masks, before, strict=True)
+            )
+            for group, masks in enumerate(reads.masks):
+                if mixed or masks[q] & before[group]:
                     varying[group] |= 1 << source
-        for group in reads.groups:
-            target = graph.mlp_target(layer)
-            if reads.masks[group][target] & varying[group] and reads.hidden[layer][group]:
-                varying[group] |= 1 << graph.mlp_source(layer)
+        for group, masks in enumerate(reads.masks):
+            if masks[block.mlp_target] & varying[group] and hidden[group]:
+                varying[group] |= 1 << block.mlp_source
     return varying
 
 
 def _find_needed(reads: Reads, alive: Sequence[int]) -> list[int]:
     """Sources that some target reads which is not dead, as far as they are alive."""
-    graph = reads.graph
     needed = [0] * reads.num_groups
 
     def read(group: int, target: int) -> None:
         needed[group] |= reads.masks[group][target] & alive[group]
 
     for group in reads.readout:
-        read(group, graph.classifier)
-    for layer in reversed(range(graph.num_layers)):
+        read(group, reads.graph.classifier)
+    for block in reversed(reads.blocks):
         for group in reads.groups:
-            if needed[group] >> graph.mlp_source(layer) & 1:
-                read(group, graph.mlp_target(layer))
-        for head, source in reads.heads(layer):
+            if needed[group] >> block.mlp_source & 1:
+                read(group, block.mlp_target)
+        for _, source, targets in block.heads:
             asking = [group for group in reads.groups if needed[group] >> source & 1]
             for group in asking:
-                read(group, graph.head_target(layer, head, "q"))
+                read(group, targets["q"])
             for group in reads.groups if asking else ():
-                read(group, graph.head_target(layer, head, "k"))
-                read(group, graph.head_target(layer, head, "v"))
+                read(group, targets["k"])
+                read(group, targets["v"])
     return needed
 
 

@@ -32,6 +32,8 @@ class Draft:
     """By name, what each stream adds up."""
     biases: dict[str, str]
     """Per product the stream whose constant its bias takes over, if any."""
+    unbiased: frozenset[str]
+    """Products whose bias the table of their only reader takes over."""
 
 
 def plan_circuit(shape: ViTShape, circuit: Circuit) -> Plan:
@@ -137,6 +139,12 @@ class _Drafter:
         classifier = self._classifier()
         tables = {stream.name: table_rows(stream) for stream in builder.streams}
         biases = _move_into_biases(builder.streams, tables)
+        unbiased = frozenset(
+            product.name
+            for stream in builder.streams
+            for product in stream.products
+            if tables[stream.name] > 1 and product.readers == 1
+        )
 
         def plan_of(stream: Stream) -> StreamPlan:
             return stream_plan(stream, self.shape, table_rows=tables[stream.name])
@@ -145,10 +153,16 @@ class _Drafter:
             BlockPlan(
                 attention=attention
                 and replace(
-                    attention.plan(map(plan_of, attention.streams)), outputs=self._outputs(layer)
+                    attention.plan(map(plan_of, attention.streams)),
+                    outputs=self._outputs(layer, unbiased),
                 ),
                 mlps=tuple(
-                    MlpPlan(name=name, stream=plan_of(stream), hidden=hidden)
+                    MlpPlan(
+                        name=name,
+                        stream=plan_of(stream),
+                        hidden=hidden,
+                        bias=name not in unbiased,
+                    )
                     for name, stream, hidden in mlps
                 ),
             )
@@ -161,16 +175,16 @@ class _Drafter:
             classifier=classifier and plan_of(classifier),
         )
         streams = {stream.name: stream for stream in builder.streams}
-        return Draft(plan=plan, reads=self.reads, streams=streams, biases=biases)
+        return Draft(plan=plan, reads=self.reads, streams=streams, biases=biases, unbiased=unbiased)
 
     def _mlps(self, layer: int) -> list[tuple[str, Stream, int]]:
         """The MLPs of a block: name, stream and neurons of each."""
-        graph = self.reads.graph
-        runs = self.joins.written.get(graph.mlp_source(layer), ())
+        block = self.reads.blocks[layer]
+        runs = self.joins.written.get(block.mlp_source, ())
         found: list[tuple[str, Stream, int]] = []
         for number, run in enumerate(runs):
             name = f"mlp.{layer}" if len(runs) == 1 else f"mlp.{layer}.{number}"
-            stream = self.builder.build(graph.mlp_target(layer), run)
+            stream = self.builder.build(block.mlp_target, run)
             found.append((name, stream, self.reads.hidden[layer][run[0]]))
         for (name, *_), run in zip(found, runs, strict=True):
             self.builder.add_mlp(layer, run, name)
@@ -183,9 +197,15 @@ class _Drafter:
             return None
         return self.builder.build(target, (group, group))
 
-    def _outputs(self, layer: int) -> tuple[OutputPlan, ...]:
+    def _outputs(self, layer: int, unbiased: frozenset[str]) -> tuple[OutputPlan, ...]:
         return tuple(
-            OutputPlan(name=item.name, group=item.group, heads=item.heads, rows=item.rows)
+            OutputPlan(
+                name=item.name,
+                group=item.group,
+                heads=item.heads,
+                rows=item.rows,
+                bias=item.name not in unbiased,
+            )
             for item in self.builder.products.get(layer, ())
             if item.group >= 0
         )

@@ -4,18 +4,54 @@ Sources and targets have the numbers of the unsplit graph here; each exists once
 Bit n of a mask stands for source n.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from vitcut.circuit import Circuit
 from vitcut.graph import Graph
+from vitcut.names import LETTERS, Letter
 
 EMBED_SOURCE = 0
 """The number of ``embed`` among the sources of any unsplit graph."""
 EMBED_BIT = 1 << EMBED_SOURCE
+
+
+class Head(NamedTuple):
+    """A head of a block."""
+
+    number: int
+    source: int
+    targets: dict[Letter, int]
+
+
+class Block(NamedTuple):
+    """The numbers of a block's sources and targets."""
+
+    heads: tuple[Head, ...]
+    mlp_source: int
+    mlp_target: int
+
+
+@cache
+def _number_blocks(graph: Graph) -> tuple[Block, ...]:
+    return tuple(
+        Block(
+            heads=tuple(
+                Head(
+                    number=head,
+                    source=graph.head_source(layer, head),
+                    targets={x: graph.head_target(layer, head, x) for x in LETTERS},
+                )
+                for head in range(graph.num_heads)
+            ),
+            mlp_source=graph.mlp_source(layer),
+            mlp_target=graph.mlp_target(layer),
+        )
+        for layer in range(graph.num_layers)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +119,10 @@ class Reads:
         """Numbers of all groups."""
         return range(self.num_groups)
 
-    def heads(self, layer: int) -> Iterator[tuple[int, int]]:
-        """The heads of a block with their sources."""
-        first = self.graph.head_source(layer, 0)
-        return ((head, first + head) for head in range(self.graph.num_heads))
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The numbers of each block's sources and targets."""
+        return _number_blocks(self.graph)
 
 
 def _group_masks(circuit: Circuit, group: int, readout: tuple[int, ...]) -> tuple[int, ...]:

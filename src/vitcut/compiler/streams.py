@@ -84,10 +84,12 @@ class StreamBuilder:
     )
     """Head groups by block; added by the caller as soon as a block's are known."""
 
+    def __post_init__(self) -> None:
+        self._spans = tuple(self.shape.group_rows.values())
+
     def rows(self, run: Run) -> Rows:
         """The tokens of a run of groups."""
-        spans = list(self.shape.group_rows.values())
-        return Rows(first=spans[run[0]].first, end=spans[run[1]].end)
+        return Rows(first=self._spans[run[0]].first, end=self._spans[run[1]].end)
 
     def keys(self, target: int, run: Run) -> tuple[int, ...]:
         """What a target keeps in each group of a run: equal for targets that read the same."""
