@@ -265,7 +265,7 @@ class Circuit:
                 tau=content["tau"],
                 provenance=content["provenance"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError, CircuitError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, CircuitError) as error:
             raise ArtefactError(f"{path} is not a valid circuit: {error!r}") from None
         if not sound:
             raise ArtefactError(
@@ -319,6 +319,12 @@ class Circuit:
                     f"{own!r} and {others!r}"
                 )
         neurons = [item.neurons for item in (self, other) if item.neurons is not None]
+        if len({item.shape for item in neurons}) > 1:
+            raise CircuitError(
+                "only circuits of one model can be combined, got "
+                + " and ".join(f"{item.shape[2]}" for item in neurons)
+                + " neurons per MLP"
+            )
         if len(neurons) == 1:
             neurons.append(np.ones_like(neurons[0]))
         return replace(
@@ -348,7 +354,8 @@ def _checked_neurons(graph: Graph, neurons: NDArray[np.bool_] | None) -> NDArray
     if neurons is None:
         return None
     checked = np.array(neurons, dtype=np.bool_)
-    if checked.ndim != 3 or checked.shape[:2] != (graph.num_layers, graph.num_groups):
+    places = (graph.num_layers, graph.num_groups)
+    if checked.ndim != 3 or checked.shape[:2] != places or checked.shape[2] < 1:
         raise CircuitError(
             f"neurons has shape {checked.shape}, this graph needs ({graph.num_layers}, "
             f"{graph.num_groups}, neurons) (blocks, groups, neurons)"

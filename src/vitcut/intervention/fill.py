@@ -16,6 +16,7 @@ from vitcut.files import atomic_path, sha256_json
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import hash_tensors
 
+_TABLES = ("sources", "neurons")
 _MAPS = ("head_maps", "neuron_maps")
 _METADATA = "sha256_and_circuit"
 
@@ -107,9 +108,14 @@ class Fill:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ArtefactError(f"{path} is no readable fill: {error}") from None
-        if content != _content_hash(tensors, circuit or None) or "sources" not in tensors:
+        if content != _content_hash(tensors, circuit or None):
             raise ArtefactError(
                 f"{path} was altered: its hash is not the one that it was written with; cut again"
+            )
+        if not {"sources"} <= set(tensors) <= {*_TABLES, *_MAPS}:
+            raise ArtefactError(
+                f"{path} is no fill: it holds {', '.join(sorted(tensors)) or 'nothing'}, expected "
+                f"sources and perhaps {', '.join((*_TABLES[1:], *_MAPS))}"
             )
         return cls(**tensors, circuit=circuit or None)
 
@@ -120,7 +126,7 @@ class Fill:
         return _content_hash(tensors, self.circuit)
 
     def _tensors(self) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in ("sources", "neurons", *_MAPS)}
+        return {name: getattr(self, name) for name in (*_TABLES, *_MAPS)}
 
 
 def _content_hash(tensors: dict[str, Tensor], circuit: str | None) -> str:

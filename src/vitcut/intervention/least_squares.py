@@ -8,6 +8,7 @@ fitted. R = 0 is the mean.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from vitcut.circuit import Circuit
@@ -20,6 +21,9 @@ from vitcut.vits.weights import ViTWeights
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """What cross-validation chooses from, as fractions of the mean variance."""
+
+_LEAST_TO_VALIDATE = 4
+"""Images: two in each half, since one alone has no variance around its own mean."""
 
 _SAMPLES_PER_FEATURE = 100
 """Tokens times images that a covariance is taken over; more would not change it."""
@@ -164,33 +168,44 @@ def site_statistics(
         features: Activations.
         ridge: As a fraction of the mean variance; None chooses the one with which either half of
             the images predicts every feature of the other half best from all others.
+            With fewer images than can be halved it is the largest choice.
     """
     means = features.double().mean(0)
-    enough = _SAMPLES_PER_FEATURE * features.shape[2]
-    step = max(1, features.shape[0] * features.shape[1] // enough)
-    centred = features[::step].double() - means
-    halves = [half.flatten(0, 1) for half in (centred[::2], centred[1::2])]
-    products = [half.T @ half for half in halves]
-    count = centred.shape[0] * centred.shape[1]
-    covariance = (products[0] + products[1]) / count
+    images, tokens, size = features.shape
+    step = min(images * tokens // (_SAMPLES_PER_FEATURE * size), images // _LEAST_TO_VALIDATE)
+    centred = features[:: max(1, step)].double() - means
+    halves = centred[::2], centred[1::2]
+    moments = [half.flatten(0, 1).T @ half.flatten(0, 1) for half in halves]
+    covariance = (moments[0] + moments[1]) / (centred.shape[0] * tokens)
     if ridge is None:
-        scaled = [p / len(half) for p, half in zip(products, halves, strict=True)]
-        errors = [
-            _error(add_ridge(own, option), other)
-            for option in _RIDGES
-            for own, other in (scaled, scaled[::-1])
-        ]
-        sums = torch.tensor(errors).view(len(_RIDGES), 2).sum(1)
-        ridge = _RIDGES[int(sums.argmin())]
+        ridge = _RIDGES[-1]
+        if len(centred) >= _LEAST_TO_VALIDATE:
+            ridge = _validated_ridge(
+                [_around_own_mean(*pair) for pair in zip(halves, moments, strict=True)]
+            )
     return SiteStatistics(means=means, covariance=add_ridge(covariance, ridge))
+
+
+def _around_own_mean(half: Tensor, moment: Tensor) -> Tensor:
+    """The covariance of half of the images, which knows nothing of the other half."""
+    off = half.mean(0)
+    return (moment / len(half) - off.T @ off) / half.shape[1]
+
+
+def _validated_ridge(halves: list[Tensor]) -> float:
+    errors = [
+        sum(_error(add_ridge(own, ridge), other) for own, other in (halves, halves[::-1]))
+        for ridge in _RIDGES
+    ]
+    return _RIDGES[int(np.argmin(errors))]
 
 
 def add_ridge(
     covariance: Float[Tensor, "features features"], ridge: float
 ) -> Float[Tensor, "features features"]:
     """A covariance with a fraction of its mean variance added to the diagonal."""
-    # Dead features have no variance: a floor keeps the system solvable.
-    scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+    # A site where nothing varies: a floor, large enough for its inverse to be finite.
+    scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
     return covariance + ridge * scale * torch.eye(len(covariance)).to(covariance)
 
 

@@ -215,7 +215,15 @@ class PartMask:
         self._fill = fill
         self._kept: Tensor | None = None
         if neurons is not None:
-            shape = (len(weights.blocks), weights.num_tokens, neurons.shape[2])
+            expected = (len(weights.blocks), len(self.rows), weights.num_neurons)
+            if neurons.shape != expected:
+                raise CircuitError(
+                    f"neurons has shape {neurons.shape}, this model needs {expected} (blocks, "
+                    "groups, neurons)"
+                )
+            if fill is None or fill.neurons is None:
+                raise CircuitError("the circuit cuts neurons, the fill has no values for them")
+            shape = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
             self._kept = torch.ones(shape, dtype=torch.bool, device=weights.device)
             for group, span in enumerate(self.rows):
                 self._kept[:, span] = torch.from_numpy(neurons[:, group].copy())[:, None]

@@ -69,6 +69,16 @@ class Alive:
         found.cut(candidate)
         return found
 
+    def keep_live(self, circuit: Circuit) -> None:
+        """Cut what a circuit cuts, and what has no path to its classifier."""
+        graph = circuit.graph
+        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
+        live = circuit.live_sources[graph.num_groups :].reshape(shape)
+        self.heads &= live[:, :-1]
+        self.neurons &= live[:, -1, :, None]
+        if circuit.neurons is not None:
+            self.neurons &= circuit.neurons
+
     def circuit(self, graph: Graph, ablation: Ablation) -> Circuit:
         """The circuit that keeps what is alive."""
         return Circuit.of_parts(graph, heads=self.heads, neurons=self.neurons, ablation=ablation)
@@ -149,18 +159,30 @@ class Savings:
     def cut(self, candidate: Candidate) -> None:
         """Take notice of a cut; neurons save what was predicted, the rest is measured anew."""
         [(site, parts), *others] = candidate
-        if site[1] == "neurons" and len(parts) == 1 and not others and self._alive.left(site):
-            self.total -= self.of_neuron(site)
-            return
         layers = {place[0] for place, _ in candidate}
+        if not all(self._alive.left(place) for place, _ in candidate):
+            # Other layers may now reach nothing, or be constant.
+            self._forget(lambda _: True)
+        elif site in self._neurons and len(parts) == 1 and not others:
+            self.total -= self._neurons[site]
+            self._known = {
+                item: saving
+                for item, saving in self._known.items()
+                if all(place != site for place, _ in item)
+            }
+            return
+        else:
+            self._forget(lambda layer: layer in layers)
         self.total = self.measure()
+
+    def _forget(self, stale: Callable[[int], bool]) -> None:
         self._known = {
             item: saving
             for item, saving in self._known.items()
-            if not {place[0] for place, _ in item} & layers
+            if not any(stale(place[0]) for place, _ in item)
         }
         self._neurons = {
-            place: saving for place, saving in self._neurons.items() if place[0] not in layers
+            place: saving for place, saving in self._neurons.items() if not stale(place[0])
         }
 
 
@@ -168,6 +190,9 @@ def cut_down(
     graph: Graph, alive: Alive, scorer: Scorer, cost: Cost, *, budget: float
 ) -> Iterator[float]:
     """Cut the cheapest candidate per saving until the cost is within the budget.
+
+    Parts that come to reach nothing go too; the last head that shows the class token the image
+    stays.
 
     Args:
         graph: Of the model, per token group or over whole tokens.
@@ -180,7 +205,7 @@ def cut_down(
         The cost after each cut.
 
     Raises:
-        CircuitError: Even with nothing left to cut the cost is above the budget.
+        CircuitError: With nothing left to cut the cost is still above the budget.
     """
     savings = Savings(graph, cost, alive)
     steps = count()
@@ -198,6 +223,8 @@ def cut_down(
             continue
         alive.cut(candidate)
         scorer.cut(candidate)
+        if not all(alive.left(site) for site, _ in candidate):
+            alive.keep_live(alive.circuit(graph, "mean"))
         savings.cut(candidate)
         yield savings.total
 
@@ -215,15 +242,27 @@ def _best(
             gained = np.full(len(parts), savings.of_neuron(site))
         else:
             gained = np.array([savings.of(((site, (part,)),)) for part in parts.tolist()])
-        ratios = np.where(gained > 0, rises / np.maximum(gained, 1e-12), np.inf)
+        ratios = np.full(len(parts), np.inf)
+        np.divide(rises, gained, out=ratios, where=gained > 0)
         chosen = int(ratios.argmin())
-        if ratios[chosen] < least:
-            best, least = ((site, (int(parts[chosen]),)),), float(ratios[chosen])
+        candidate: Candidate = ((site, (int(parts[chosen]),)),)
+        if ratios[chosen] < least and not _is_blind(graph, alive.without(candidate)):
+            best, least = candidate, float(ratios[chosen])
     for candidate in _together(graph, alive) if together else ():
         gained = savings.of(candidate)
-        if gained > 0 and (ratio := scorer.rise(candidate) / gained) < least:
+        if gained <= 0 or _is_blind(graph, alive.without(candidate)):
+            continue
+        if (ratio := scorer.rise(candidate) / gained) < least:
             best, least = candidate, ratio
     return best
+
+
+def _is_blind(graph: Graph, alive: Alive) -> bool:
+    """Whether the classifier reads neither patches nor a head that could tell it of them."""
+    if "patch" in graph.readout:
+        return False
+    groups = [graph.group_number(graph.targets[target]) for target in graph.classifiers]
+    return not alive.heads[:, :, groups].any()
 
 
 def _sites(graph: Graph) -> Iterator[SiteKey]:

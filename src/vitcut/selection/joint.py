@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vitcut.errors import ModelError
 from vitcut.names import SiteKey
 from vitcut.selection.greedy import Candidate
 from vitcut.selection.sites import Objective, Site
@@ -28,13 +29,16 @@ class Joint:
             objective: Turns responses into nats.
             refresh_fraction: Of a site's parts, how many are cut before the others take over (OBS);
                 0: never.
+
+        Raises:
+            ModelError: A response is not finite.
         """
         self._objective = objective
         self._refresh_fraction = refresh_fraction
         self._sites = {(site.layer, site.kind, site.group): site for site in sites}
-        self._settled = torch.zeros_like(objective.curvature)
-        self._pending = {key: torch.zeros_like(self._settled) for key in self._sites}
-        self._chosen = self._settled.clone()
+        self._nothing = torch.zeros_like(objective.curvature)
+        self._chosen = self._nothing
+        self._pending = dict.fromkeys(self._sites, self._nothing)
         self._responses: dict[SiteKey, Tensor] = {}
         self._whole: dict[SiteKey, Tensor] = {}
         self._own: dict[SiteKey, NDArray[np.float64]] = {}
@@ -44,7 +48,7 @@ class Joint:
 
     def rises(self, site: SiteKey) -> NDArray[np.float64]:
         """In nats, of cutting each part of a site alone; shape [parts]."""
-        return self._own[site] + self._crossed[site].double().numpy()
+        return self._own[site] + self._crossed[site].double().cpu().numpy()
 
     def alone(self) -> dict[SiteKey, NDArray[np.float64]]:
         """In nats, what each part costs if nothing else is cut."""
@@ -72,7 +76,7 @@ class Joint:
         if fraction == 0 or found.num_pending < max(1.0, enough):
             return False
         self._add(self._sites[site].refresh() - self._pending[site])
-        self._pending[site] = torch.zeros_like(self._settled)
+        self._pending[site] = self._nothing
         self._respond(site)
         return True
 
@@ -85,12 +89,19 @@ class Joint:
         responses = self._sites[site].responses()
         self._responses[site] = responses
         self._whole.pop(site, None)
-        self._own[site] = self._objective.of(responses).double().numpy()
+        self._own[site] = self._objective.of(responses).double().cpu().numpy()
+        if not np.isfinite(self._own[site]).all():
+            layer, kind, _ = site
+            raise ModelError(
+                f"scores of the {kind} of block {layer} are not finite: the model's weights, "
+                "activations or gradients overflow"
+            )
         self._crossed[site] = self._objective.interaction(responses, self._chosen)
 
     def _response(self, site: SiteKey, parts: tuple[int, ...]) -> Tensor:
         if len(parts) > 1 and len(parts) == int(self._sites[site].alive.sum()):
             if site not in self._whole:
-                self._whole[site] = self._sites[site].whole_response()
+                # Parts that were cut before no longer have these to be predicted from.
+                self._whole[site] = self._sites[site].whole_response() - self._pending[site]
             return self._whole[site]
         return self._responses[site][list(parts)].sum(0)

@@ -4,7 +4,7 @@ What one round chooses is left to ``greedy.py``; measuring and saving what comes
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -70,10 +70,26 @@ class Selection:
         self.smallest = smallest_cost(self.graph, weights.num_neurons, cost)
 
     def resume(self, circuit: Circuit) -> None:
-        """Go on from the circuit of an earlier round."""
+        """Go on from the circuit of an earlier round.
+
+        Raises:
+            CircuitError: It is a circuit of another model, or of other token groups.
+        """
+        neurons = self._alive.neurons.shape
+        if circuit.graph != self.graph or (
+            circuit.neurons is not None and circuit.neurons.shape != neurons
+        ):
+            raise CircuitError(
+                "the circuit has other blocks, heads, neurons or token groups than this "
+                f"selection of {self.graph.num_layers} blocks, {self.graph.num_heads} heads, "
+                f"{neurons[2]} neurons and {self.graph.num_groups} groups: use the model and "
+                "--tokens that it was found with"
+            )
+        alive = self._alive.copy()
         if not self._config.rescore and self._scorer is None:
             self._scorer = self._score()
-        self._alive = parts_of(circuit, self._alive)
+        alive.keep_live(circuit)
+        self._alive = alive
 
     @property
     def circuit(self) -> Circuit:
@@ -88,7 +104,7 @@ class Selection:
         """One round: cut down to a budget in the unit of the cost.
 
         Raises:
-            CircuitError: The budget cannot be met.
+            CircuitError: The budget cannot be met; nothing is cut then.
         """
         if budget < self.smallest:
             raise CircuitError(
@@ -96,23 +112,27 @@ class Selection:
                 f"image costs {self.smallest:.4g}"
             )
         before = self.cost()
+        if before <= budget:
+            return
         if self._scorer is None or self._config.rescore:
             self._scorer = self._score()
-        cuts = cut_down(self.graph, self._alive, self._scorer, self._cost, budget=budget)
+        alive = self._alive.copy()
+        cuts = cut_down(self.graph, alive, self._scorer, self._cost, budget=budget)
         with Meter("cutting", 100, unit="%") as meter:
             done = 0
             for number, left in enumerate(cuts, start=1):
                 now = min(100, round(100 * (before - left) / (before - budget)))
                 meter.advance(now - done, note=f"{number} cuts")
                 done = now
+        self._alive = alive
 
     def _score(self) -> Scorer:
         config, calibration = self._config, self._calibration
         if config.scores != "fisher":
             return Additive(by_site(self._control()))
         fill, statistics = calibration.fill(self.circuit)
-        if not config.refresh_fraction:
-            statistics = None
+        if statistics is not None and not config.refresh_fraction:
+            statistics = {place: uncorrelated(site) for place, site in statistics.items()}
         sites, objective = trace_sites(
             self._weights,
             calibration.score_pixels,
@@ -121,9 +141,8 @@ class Selection:
             alive=(self._alive.heads, self._alive.neurons),
             statistics=statistics,
         )
-        joint = Joint(
-            sites, objective, refresh_fraction=config.refresh_fraction if statistics else 0.0
-        )
+        refresh_fraction = 0.0 if statistics is None else config.refresh_fraction
+        joint = Joint(sites, objective, refresh_fraction=refresh_fraction)
         return joint if config.joint else Additive(joint.alone())
 
     def _control(self) -> PartScores:
@@ -147,18 +166,14 @@ def by_site(scores: PartScores) -> dict[SiteKey, NDArray[np.float64]]:
 
 def useful_parts(graph: Graph, num_neurons: int) -> Alive:
     """Every part from which the classifier can be reached."""
-    return parts_of(Circuit.full(graph), Alive.everything(graph, num_neurons))
+    alive = Alive.everything(graph, num_neurons)
+    alive.keep_live(Circuit.full(graph))
+    return alive
 
 
-def parts_of(circuit: Circuit, alive: Alive) -> Alive:
-    """Of some parts those that a circuit keeps, if they reach the classifier."""
-    graph = circuit.graph
-    shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-    live = circuit.live_sources[graph.num_groups :].reshape(shape)
-    kept = np.True_ if circuit.neurons is None else circuit.neurons
-    return Alive(
-        heads=alive.heads & live[:, :-1], neurons=alive.neurons & live[:, -1, :, None] & kept
-    )
+def uncorrelated(site: SiteStatistics) -> SiteStatistics:
+    """The same site, as if no part said anything of another: cut ones get their mean."""
+    return replace(site, covariance=site.covariance.diagonal().diag())
 
 
 def smallest_cost(graph: Graph, num_neurons: int, cost: Cost) -> float:

@@ -5,10 +5,11 @@ To second order on an already cut model q of the full model p, cutting the parts
     sum_u b_u + || sum_u r_u ||^2,  r_u[(x,y)] = sqrt(q(y|x) / 2N) s_u(x,y),
     b_u = - mean_x sum_y p(y|x) s_u(x,y),  s_u(x,y) = < grad log q(y|x), d_u(x) >
 
-so a part's response s_u, one number per image and coarse class, is all that is needed of it. With a
-linear fill d_u is what the parts that are still kept cannot predict of it. Cutting parts then
-changes the others: their precision matrix is downdated and the gradients take over what the cut
-parts' fill passes on (optimal brain surgeon). Which parts to cut is left to ``greedy.py``.
+so a part's response s_u, one number per image and coarse class, is all that is needed of it. Under
+``mean`` or ``zero`` ablation d_u is the fill's value minus the part's; with a linear fill it is
+what the parts that are still kept cannot predict of it. Cutting parts then changes the others:
+their precision matrix is downdated and the gradients take over what the cut parts' fill passes on
+(optimal brain surgeon). Which parts to cut is left to ``greedy.py``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
 from vitcut.discovery.fisher import trace_gradients
+from vitcut.errors import CircuitError
+from vitcut.graph import Graph
 from vitcut.intervention.fill import Fill
 from vitcut.intervention.least_squares import SiteStatistics
 from vitcut.intervention.masking import full_run
@@ -63,27 +66,28 @@ class Site:
         alive: Bool[Tensor, "parts"],
         activations: Float[Tensor, "images tokens features"],
         gradients: Float[Tensor, "classes images tokens features"],
-        statistics: SiteStatistics | None,
+        replaced: Float[Tensor, "tokens features"],
+        covariance: Float[Tensor, "features features"] | None = None,
     ) -> None:
         """Take over the activations and gradients of all parts, cut ones included.
 
         Args:
             place: Where the site is.
             alive: True for the parts that are not cut yet.
-            activations: z of the heads, or hidden units; centred per token here, in place.
+            activations: z of the heads, or hidden units; centred here, in place.
             gradients: Of log q(y|x) by those, changed as parts are cut.
-            statistics: Of other images, to predict parts from others; None leaves them the mean.
+            replaced: What a cut part becomes where nothing predicts it.
+            covariance: Positive definite, to predict parts from others; None predicts nothing.
         """
         self.layer, self.kind, self.group = place
-        self.alive = alive.clone()
+        self.alive = alive.to(activations.device, copy=True)
         self._size = activations.shape[2] // len(alive)
         self._gradients = gradients
-        means = activations.mean(0) if statistics is None else statistics.means
-        self._centred = activations.sub_(means.to(activations.dtype))
+        self._centred = activations.sub_(replaced.to(activations.dtype))
         self._precision = None
-        if statistics is not None:
-            self._precision = _precision(statistics.covariance, self._features(self.alive))
-        self._pending = torch.zeros_like(alive)
+        if covariance is not None:
+            self._precision = _precision(covariance, self._features(self.alive))
+        self._pending = torch.zeros_like(self.alive)
 
     def responses(self) -> Float[Tensor, "parts responses"]:
         """The response to cutting each part alone; zero for those that are cut."""
@@ -92,8 +96,12 @@ class Site:
         return found.T.contiguous() * self.alive[:, None]
 
     def whole_response(self) -> Float[Tensor, "responses"]:
-        """The response to cutting all that is left: nothing is there to predict from."""
-        return self._along_gradients(-self._centred * self._features(self.alive)).sum(1)
+        """The response to cutting all that is left, and what was cut since the last refresh.
+
+        Nothing is there to predict from.
+        """
+        gone = self._features(self.alive | self._pending)
+        return self._along_gradients(-self._centred * gone).sum(1)
 
     def cut(self, parts: Sequence[int]) -> None:
         """Mark parts as cut; the others know of it after ``refresh``."""
@@ -166,38 +174,66 @@ def trace_sites(
         group_of_class: The group number of each class of the model.
         masked: The circuit so far, and its fill.
         alive: Heads [blocks, heads, groups] and neurons [blocks, groups, neurons] not cut yet.
-        statistics: Of each site, to predict parts from others; None leaves them the mean.
+        statistics: Of each site under a linear fill, to predict parts from others; None where cut
+            parts get the values of the fill.
     """
-    store = _Store(weights, len(pixels), int(group_of_class.max()) + 1)
+    graph = masked[0].graph
+    heads, neurons = (torch.from_numpy(item.copy()) for item in alive)
+    left: dict[SiteKey, Tensor] = {}
+    for layer, group in product(range(graph.num_layers), range(graph.num_groups)):
+        left[layer, "heads", group] = heads[layer, :, group]
+        left[layer, "neurons", group] = neurons[layer, group]
+    left = {place: parts for place, parts in left.items() if bool(parts.any())}
+    store = _Store(weights, graph, list(left), (int(group_of_class.max()) + 1, len(pixels)))
     starts = range(0, len(pixels), _CHUNK)
     for start in track(starts, "gradients", len(starts), unit="batches"):
-        chunk = pixels[start : start + _CHUNK]
+        chunk = pixels[start : start + _CHUNK].to(weights.device, weights.dtype)
         store.add(start, chunk, group_of_class, masked)
     sites: list[Site] = []
-    rows = weights.rows_of(masked[0].graph)
-    heads, neurons = (torch.from_numpy(item.copy()) for item in alive)
-    for layer, (group, span) in product(range(len(weights.blocks)), enumerate(rows)):
-        for kind, left in (("heads", heads[layer, :, group]), ("neurons", neurons[layer, group])):
-            if bool(left.any()):
-                place = (layer, kind, group)
-                known = None if statistics is None else statistics[place]
-                sites.append(Site(place, left, *store.take(layer, kind, span), known))
+    for place, parts in left.items():
+        if statistics is None:
+            predicted = (_fill_values(weights, graph, masked[1], place), None)
+        else:
+            predicted = (statistics[place].means, statistics[place].covariance)
+        sites.append(Site(place, parts, *store.take(place), *predicted))
     return sites, store.objective()
 
 
-class _Store:
-    """Activations and gradients of all images."""
+def _fill_values(
+    weights: ViTWeights, graph: Graph, fill: Fill, place: SiteKey
+) -> Float[Tensor, "tokens features"]:
+    """What a fill without maps makes of the parts of a site."""
+    layer, kind, group = place
+    rows = weights.rows_of(graph)[group]
+    if kind == "neurons":
+        if fill.neurons is None:
+            raise CircuitError("neurons are to be cut, the fill has no values for them")
+        return fill.neurons[layer, rows]
+    first = weights.graph.head_source(layer, 0)
+    tables = fill.sources[first : first + weights.num_heads, rows].double()
+    # The fill holds what heads write; any z that writes it has the same effect.
+    inverse = torch.linalg.pinv(weights.blocks[layer].attn.out_weight.double())
+    return torch.einsum("hdw,htw->thd", inverse, tables).flatten(1)
 
-    def __init__(self, weights: ViTWeights, images: int, classes: int) -> None:
+
+class _Store:
+    """Activations and gradients of some sites, of all images."""
+
+    def __init__(
+        self, weights: ViTWeights, graph: Graph, places: Sequence[SiteKey], size: tuple[int, int]
+    ) -> None:
+        classes, images = size
         self._weights = weights
-        like, tokens = weights.patch_weight, weights.num_tokens
+        self._rows = weights.rows_of(graph)
+        like, tokens = weights.patch_weight, range(weights.num_tokens)
         width = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
-        self._values: dict[tuple[int, str], Tensor] = {}
-        self._gradients: dict[tuple[int, str], Tensor] = {}
-        sizes = (("heads", width), ("neurons", weights.num_neurons))
-        for layer, (kind, size) in product(range(len(weights.blocks)), sizes):
-            self._values[layer, kind] = like.new_empty(images, tokens, size)
-            self._gradients[layer, kind] = like.new_empty(classes, images, tokens, size)
+        self._values: dict[SiteKey, Tensor] = {}
+        self._gradients: dict[SiteKey, Tensor] = {}
+        for place in places:
+            features = width if place[1] == "heads" else weights.num_neurons
+            shape = (images, len(tokens[self._rows[place[2]]]), features)
+            self._values[place] = like.new_empty(shape)
+            self._gradients[place] = like.new_empty(classes, *shape)
         self._log_p = like.new_empty(classes, images)
         self._log_q = like.new_empty(classes, images)
 
@@ -218,19 +254,21 @@ class _Store:
             masked=masked,
         )
         blocks = len(run.heads)
-        for layer in range(blocks):
-            self._values[layer, "heads"][images] = _flat(run.heads[layer].detach())
-            self._values[layer, "neurons"][images] = run.neurons[layer].detach()
+        for place, values in self._values.items():
+            values[images] = self._of(place, run.heads, run.neurons).detach()
         for y, found in enumerate(passes):
             self._log_q[y, images] = found.log_prob
-            for layer in range(blocks):
-                self._gradients[layer, "heads"][y, images] = _flat(found.by[layer])
-                self._gradients[layer, "neurons"][y, images] = found.by[blocks + layer]
+            for place, gradients in self._gradients.items():
+                gradients[y, images] = self._of(place, found.by[:blocks], found.by[blocks:])
 
-    def take(self, layer: int, kind: str, rows: slice) -> tuple[Tensor, Tensor]:
-        """The activations and gradients of a site, as its own."""
-        values, gradients = self._values[layer, kind], self._gradients[layer, kind]
-        return values[:, rows].clone(), gradients[:, :, rows].clone()
+    def _of(self, place: SiteKey, heads: Sequence[Tensor], neurons: Sequence[Tensor]) -> Tensor:
+        layer, kind, group = place
+        values = _flat(heads[layer]) if kind == "heads" else neurons[layer]
+        return values[:, self._rows[group]]
+
+    def take(self, place: SiteKey) -> tuple[Tensor, Tensor]:
+        """Hand over the activations and gradients of a site."""
+        return self._values.pop(place), self._gradients.pop(place)
 
     def objective(self) -> Objective:
         """The weights of responses."""
