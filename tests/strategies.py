@@ -25,6 +25,21 @@ def skipping_a_head(graph: Graph) -> Circuit:
     return Circuit(graph=graph, kept=kept, ablation="mean")
 
 
+def parts_per_group(weights: ViTWeights) -> Circuit:
+    """All class-token heads; of the patches one head and some neurons, in the first block only."""
+    graph = weights.split_graph
+    patch = graph.num_groups - 1
+    kept = graph.edges.copy()
+    neurons = np.ones((graph.num_layers, graph.num_groups, weights.num_neurons), dtype=np.bool_)
+    neurons[0, patch, ::2] = False
+    for layer in range(graph.num_layers):
+        for head in range(1 if layer == 0 else 0, graph.num_heads):
+            kept[graph.head_source(layer, head, patch)] = False
+        if layer:
+            kept[graph.mlp_source(layer, patch)] = False
+    return Circuit(graph=graph, kept=kept, neurons=neurons, ablation="linear")
+
+
 def undisturbed(draw_value):
     """Restore the global generator: beartype draws from it, and Hypothesis refuses that."""
 

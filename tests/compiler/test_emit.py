@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import skipping_a_head, split_circuits, vits
+from strategies import parts_per_group, skipping_a_head, split_circuits, vits
 from tiny import random_fill, random_pixels, random_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,6 +48,26 @@ def test_heads_that_are_no_neighbours_share_a_product():
     compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
     assert compact.plan.blocks[1].attention.outputs[0].heads == (0, 2)
     verify(compact, weights, circuit, fill, random_pixels(weights))
+
+
+def test_one_single_patch_is_a_row_too():
+    weights = random_vit(patches_per_side=1, num_heads=3)
+    for circuit in (Circuit.full(weights.graph), parts_per_group(weights)):
+        fill = random_fill(weights, circuit)
+        compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
+        verify(compact, weights, circuit, fill, random_pixels(weights))
+
+
+def test_bfloat16_autocast_gives_the_logits_roughly_and_trains():
+    weights = random_vit(num_heads=3).to(torch.float32)
+    for circuit in (Circuit.full(weights.graph), parts_per_group(weights)):
+        compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
+        pixels = random_pixels(weights)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = compact(pixels)
+        torch.testing.assert_close(logits.float(), compact(pixels), rtol=0.1, atol=0.3)
+        logits.float().square().sum().backward()
+        assert all(parameter.grad is not None for parameter in compact.parameters())
 
 
 def test_float32_weights_are_folded_in_float64():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from strategies import skipping_a_head
+from strategies import parts_per_group, skipping_a_head
 from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
@@ -33,7 +33,19 @@ def with_tables(density, letters_cut):
     return compact, weights
 
 
+def per_group():
+    """Block 0 keeps parts of both groups, block 1 of the class token alone."""
+    weights = random_vit(num_layers=2, num_heads=3, width=16, hidden=9).to(torch.float32)
+    circuit = parts_per_group(weights)
+    compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
+    groups = [group for block in compact.plan.blocks for group in block.attention.groups]
+    assert any(group.keys for group in groups)
+    assert any(not group.keys for group in groups)
+    return compact, weights
+
+
 CASES = {
+    "token groups and neurons": per_group,
     "head gaps": with_gaps,
     "a table of keys": lambda: with_tables(0.5, "k"),
     "a table of queries": lambda: with_tables(0.7, "q"),
@@ -52,8 +64,9 @@ def test_the_onnx_file_of_a_compact_model_gives_its_logits_at_any_batch_size(cas
         torch.testing.assert_close(got, compact(pixels).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_it_exports_with_a_dynamic_batch():
-    compact, weights = compiled(0.6)
+@pytest.mark.parametrize("make", [per_group, lambda: compiled(0.6)])
+def test_it_exports_with_a_dynamic_batch(make):
+    compact, weights = make()
     shapes = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(
         compact, (random_pixels(weights, 2),), dynamic_shapes=shapes
@@ -62,8 +75,9 @@ def test_it_exports_with_a_dynamic_batch():
     torch.testing.assert_close(exported(pixels), compact(pixels))
 
 
-def test_it_compiles_as_one_graph():
-    compact, weights = compiled(0.6)
+@pytest.mark.parametrize("make", [per_group, lambda: compiled(0.6)])
+def test_it_compiles_as_one_graph(make):
+    compact, weights = make()
     pixels = random_pixels(weights)
     whole = torch.compile(compact, fullgraph=True, backend="eager")
     torch.testing.assert_close(whole(pixels), compact(pixels))

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import circuits
+from strategies import circuits, parts_per_group
 from tiny import REFERENCE, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.plan import Plan
 from vitcut.compiler.planning import plan_circuit, shape_of
-from vitcut.errors import UnsupportedModelError
+from vitcut.errors import CircuitError, UnsupportedModelError
 from vitcut.graph import Graph
 
 GRAPH = Graph(num_layers=6, num_heads=8)
@@ -122,6 +122,68 @@ def test_blocks_that_differ_are_refused():
     mixed = dataclasses.replace(weights, blocks=(weights.blocks[0], block))
     with pytest.raises(UnsupportedModelError, match="same activation, got gelu, relu"):
         shape_of(mixed)
+
+
+def parts_plan(**changes):
+    weights = random_vit(num_layers=3, num_heads=4, width=32, head_dim=8, hidden=20)
+    circuit = dataclasses.replace(parts_per_group(weights), **changes)
+    return plan_circuit(shape_of(weights), circuit)
+
+
+def test_token_groups_that_keep_other_parts_have_their_own_streams_heads_and_mlps():
+    first, second, third = parts_plan().blocks
+    assert [(group.rows.count, len(group.heads)) for group in first.attention.groups] == [
+        (1, 4),
+        (4, 1),
+    ]
+    assert [(mlp.stream.rows.count, mlp.hidden) for mlp in first.mlps] == [(1, 20), (4, 10)]
+    assert [stream.rows.count for stream in second.attention.streams] == [4, 1]
+    for block in (second, third):
+        (mlp,) = block.mlps
+        assert (mlp.stream.rows.count, mlp.hidden) == (1, 20)
+
+
+def test_one_query_meets_the_tokens_directly_and_many_have_keys_and_values():
+    first, second, _ = parts_plan().blocks
+    alone, patches = first.attention.groups
+    assert (alone.keys, alone.values) == ((0,), (0,))
+    assert (patches.keys, patches.values) == ((), ())
+    (group,) = second.attention.groups
+    tokens = [second.attention.streams[number].rows.first for number in group.keys]
+    assert (tokens, group.keys == group.values) == ([0, 1], True)
+    assert [(item.q, item.k) for item in second.attention.projections] == [((0, 1, 2, 3), ())]
+
+
+def test_what_a_linear_fill_may_write_differently_per_group_is_not_written_jointly():
+    graph = Graph(num_layers=2, num_heads=2, groups=("cls", "patch"), readout=("cls",))
+    shape = dataclasses.replace(REFERENCE, num_layers=2, num_heads=2)
+    joint, apart = (
+        plan_circuit(shape, Circuit.full(graph, ablation=ablation)).blocks[0]
+        for ablation in ("mean", "linear")
+    )
+    assert (len(joint.attention.outputs), len(joint.mlps)) == (1, 1)
+    assert (len(apart.attention.outputs), len(apart.mlps)) == (2, 2)
+
+
+def test_a_circuit_over_whole_tokens_and_the_same_per_group_have_one_plan():
+    for circuit in (Circuit.full(GRAPH), without_heads([(0, 3), (4, 1), (5, 5)])):
+        split = circuit.split(("cls", "patch"), ("cls",))
+        assert plan_circuit(REFERENCE, split) == plan_circuit(REFERENCE, circuit)
+
+
+def test_a_table_takes_over_the_biases_of_what_its_stream_adds():
+    kept = GRAPH.edges.copy()
+    kept[GRAPH.head_source(0, 0), GRAPH.mlp_target(0) :] = False
+    plan = plan_circuit(REFERENCE, Circuit(graph=GRAPH, kept=kept, ablation="mean"))
+    (mlp,), (output,) = plan.blocks[0].mlps, plan.blocks[0].attention.outputs
+    assert (mlp.stream.table_rows, output.bias, mlp.bias) == (65, False, True)
+
+
+def test_neurons_of_another_model_are_refused():
+    neurons = np.ones((6, 1, 7), dtype=np.bool_)
+    circuit = dataclasses.replace(Circuit.full(GRAPH), neurons=neurons)
+    with pytest.raises(CircuitError, match="7 neurons per MLP, this one has 256"):
+        plan_circuit(REFERENCE, circuit)
 
 
 def test_nothing_is_planned_for_an_empty_circuit():

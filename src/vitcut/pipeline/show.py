@@ -123,10 +123,9 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
 
 def print_plan(plan: Plan) -> None:
     """What a compact model computes, block by block, for which tokens."""
-    table = Table(
-        "part", "tokens", "streams", "heads", "query rows", "neurons", "MLP rows", "MACs",
-        title="plan",
-    )  # fmt: skip
+    table = Table(title="plan")
+    for name in ("part", "tokens", "streams", "heads", "query rows", "neurons", "MLP rows", "MACs"):
+        table.add_column(name, no_wrap=name in {"part", "tokens", "MACs"})
     part = ""
     for row in describe(plan):
         heads = f"{row.heads}{'*' if row.absorbed else ''}"
@@ -135,7 +134,7 @@ def print_plan(plan: Plan) -> None:
         table.add_row(name, row.tokens, *(str(cell) for cell in counts), f"{row.macs:,}")
     total, dense = count_macs(plan), dense_macs(plan.shape)
     table.add_section()
-    table.add_row("all", *[""] * 6, f"{total:,} ({total / dense:.1%} of dense)")
+    table.add_row("all", f"{total / dense:.1%} of dense", *[""] * 5, f"{total:,}")
     if any(row.absorbed for row in describe(plan)):
         table.caption = "* few tokens ask: without keys and values of their own"
     Console().print(table)
