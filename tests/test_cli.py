@@ -115,7 +115,7 @@ ERRORS = {
         "--memory-gib: Expected a float. Got value: much",
     ),
     "a word too many": (["discover", "extra"], "unrecognized arguments: extra"),
-    "a word too few": (["cut"], "the following arguments are required: circuit"),
+    "neither circuit nor budget": (["cut"], "cut needs a circuit"),
     "a missing recipe file": (["run", "nope.yaml"], "no recipe file at nope.yaml"),
     "an unknown recipe": (["run", "nope"], "expected one of animals, animals-quick, demo"),
     "a recipe with an unknown key": (["run", "bogus.yaml"], "'bogus' is not accepted"),

@@ -13,14 +13,13 @@ from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
-from vitcut.compiler.settings import CutConfig
 from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
+from vitcut.intervention.ablation import zero_fill
 from vitcut.pipeline import repair as repairing
 from vitcut.pipeline import show
 from vitcut.pipeline.commands import bench_command, find_origin, resolve_origin
 from vitcut.pipeline.repair import REPAIR_FILE, Repair, finetune_command
 from vitcut.pipeline.settings import RepairConfig
-from vitcut.pipeline.stages import ablation_table
 from vitcut.pipeline.stored import StoredCut, require_sight
 from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
@@ -260,8 +259,8 @@ def test_a_model_that_sees_nothing_is_refused(finished, tmp_path):
     subject = Origin.load(finished).load_subject()
     circuit = Circuit.full(subject.weights.graph, ablation="zero")
     blind = replace(circuit, kept=circuit.kept & False)
-    table = ablation_table(subject, "zero", CutConfig(images=32))
-    model = compile_circuit(subject.weights, blind, table)
+    fill = zero_fill(subject.weights)
+    model = compile_circuit(subject.weights, blind, fill)
     with pytest.raises(ModelError, match=r"gives every image the same logits.*: cut less"):
         require_sight(model)
     model.save_pretrained(tmp_path / "blind")

@@ -238,18 +238,8 @@ def cut_point(
         circuit: Path of the circuit, relative to the results file.
         model: Path of the model directory, relative to the results file.
     """
-    found = cut.circuit
-    return Point(
-        name=name,
-        method=found.method,
-        granularity="edge" if found.neurons is None else "part",
-        ablation=found.ablation,
-        tau=found.tau,
-        edges_total=found.graph.num_useful_edges,
-        edges_kept=found.num_kept,
-        heads_total=found.graph.num_layers * found.graph.num_heads,
-        heads_kept=found.num_heads_kept,
-        neurons_kept_fraction=found.neurons_kept_fraction,
+    return replace(
+        circuit_point(name, cut.circuit),
         macs=count_macs(cut.model.plan),
         max_abs_diff=cut.exactness.max_abs_diff,
         seconds=seconds,
@@ -258,6 +248,23 @@ def cut_point(
         model=model,
         params=num_params(cut.model),
         bytes=num_bytes(cut.model),
+    )
+
+
+def circuit_point(name: str, circuit: Circuit) -> Point:
+    """What a circuit says of itself."""
+    graph = circuit.graph
+    return Point(
+        name=name,
+        method=circuit.method,
+        granularity="edge" if circuit.neurons is None else "part",
+        ablation=circuit.ablation,
+        tau=circuit.tau,
+        edges_total=graph.num_useful_edges,
+        edges_kept=circuit.num_kept,
+        heads_total=graph.num_layers * graph.num_heads,
+        heads_kept=circuit.num_heads_kept,
+        neurons_kept_fraction=circuit.neurons_kept_fraction,
     )
 
 

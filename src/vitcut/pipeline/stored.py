@@ -10,7 +10,7 @@ from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
 from vitcut.errors import ArtefactError, ModelError, TaskError
 from vitcut.pipeline.points import MODEL_FOLDER, RECORD_FILE, point_name
-from vitcut.pipeline.stages import num_bytes, num_params
+from vitcut.pipeline.stages import circuit_point, num_bytes, num_params
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
 from vitcut.vits.loading import weight_hash
@@ -142,18 +142,8 @@ def _known(folder: Path) -> Point:
     if not (folder / CIRCUIT).is_file():
         return Point(name=_UNKNOWN)
     circuit = Circuit.load(folder / CIRCUIT)
-    graph = circuit.graph
-    return Point(
-        name=point_name(circuit.method, circuit.discovered_under, circuit.tau),
-        method=circuit.method,
-        granularity="edge",
-        ablation=circuit.ablation,
-        tau=circuit.tau,
-        edges_total=graph.num_edges,
-        edges_kept=circuit.num_kept,
-        heads_total=graph.num_layers * graph.num_heads,
-        heads_kept=circuit.num_heads_kept,
-    )
+    name = point_name(circuit.method, circuit.discovered_under, circuit.tau)
+    return circuit_point(name, circuit)
 
 
 def _unmeasured(point: Point) -> Point:
