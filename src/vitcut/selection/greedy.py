@@ -7,7 +7,7 @@ go only with their last reader), and what is left of an attention, an MLP or a b
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,7 @@ class Alive:
         return Circuit.of_parts(graph, heads=self.heads, neurons=self.neurons, ablation=ablation)
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """How much the KL would rise, given what was cut so far."""
 
