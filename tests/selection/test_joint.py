@@ -123,7 +123,10 @@ def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ModelError, match="scores of the heads of block 0 are not finite"):
         Joint(
             sites(linear=False),
-            Objective(curvature=torch.full((RESPONSES,), np.nan), slope=objective().slope),
+            Objective(
+                curvature=torch.full((RESPONSES,), np.nan, dtype=torch.float64),
+                slope=objective().slope,
+            ),
             refresh_fraction=0,
         )
 
