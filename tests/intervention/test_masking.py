@@ -157,3 +157,27 @@ def test_mean_over_no_images_is_refused():
 def test_what_differs_by_image_or_circuit_has_no_fixed_fill(ablation):
     with pytest.raises(CircuitError, match="choose mean or zero"):
         fixed_fill(ablation, random_vit(), [])
+
+
+def test_neurons_of_another_model_are_refused():
+    weights = random_vit(hidden=5)
+    with pytest.raises(CircuitError, match=r"shape \(2, 1, 4\), this model needs \(2, 1, 5\)"):
+        masked_logits(
+            weights,
+            random_pixels(weights),
+            weights.graph.edges,
+            zero_fill(weights),
+            neurons=np.ones((2, 1, 4), dtype=bool),
+        )
+
+
+def test_neurons_are_not_cut_in_silence_without_values_for_them():
+    weights = random_vit(hidden=5)
+    with pytest.raises(CircuitError, match="the fill has no values for them"):
+        masked_logits(
+            weights,
+            random_pixels(weights),
+            weights.graph.edges,
+            Fill(sources=random_table(weights)),
+            neurons=np.zeros((2, 1, 5), dtype=bool),
+        )

@@ -85,20 +85,22 @@ def trace_gradients(
         else:
             run = masked_run(weights, leaf, *masked)
         log_probs = coarse_log_probs(run.logits, group_of_class, int(group_of_class.max()) + 1)
-    return run, _backward(log_probs, list(choose(run)))
+        sums = log_probs.sum(0).unbind()
+    return run, _backward(log_probs.detach(), sums, list(choose(run)))
 
 
-def _backward(log_probs: Tensor, wanted: list[Tensor]) -> Iterator[Gradients]:
-    groups = log_probs.shape[1]
-    for y in range(groups):
+def _backward(
+    log_probs: Tensor, sums: Sequence[Tensor], wanted: list[Tensor]
+) -> Iterator[Gradients]:
+    for y, total in enumerate(sums):
         found = torch.autograd.grad(
-            log_probs[:, y].sum(),
+            total,
             wanted,
-            retain_graph=y < groups - 1,
+            retain_graph=y < len(sums) - 1,
             allow_unused=True,
             materialize_grads=True,
         )
-        yield Gradients(log_prob=log_probs[:, y].detach(), by=found)
+        yield Gradients(log_prob=log_probs[:, y], by=found)
 
 
 def fisher_scores(

@@ -160,31 +160,32 @@ class Savings:
     def cut(self, candidate: Candidate) -> None:
         """Take notice of a cut; neurons save what was predicted, the rest is measured anew."""
         [(site, parts), *others] = candidate
-        layers = {place[0] for place, _ in candidate}
+        layers = _layers(candidate)
         if not all(self._alive.left(place) for place, _ in candidate):
             # Other layers may now reach nothing, or be constant.
             self._forget(lambda _: True)
+            self._neurons = {}
         elif site in self._neurons and len(parts) == 1 and not others:
             self.total -= self._neurons[site]
-            self._known = {
-                item: saving
-                for item, saving in self._known.items()
-                if all(place != site for place, _ in item)
-            }
+            self._forget(lambda item: any(place == site for place, _ in item))
             return
         else:
-            self._forget(lambda layer: layer in layers)
+            # What would empty a site saves what then reaches nothing, in whatever layer.
+            self._forget(lambda item: not layers.isdisjoint(_layers(item)) or self._empties(item))
+            self._neurons = {
+                place: saving for place, saving in self._neurons.items() if place[0] not in layers
+            }
         self.total = self.measure()
 
-    def _forget(self, stale: Callable[[int], bool]) -> None:
-        self._known = {
-            item: saving
-            for item, saving in self._known.items()
-            if not any(stale(place[0]) for place, _ in item)
-        }
-        self._neurons = {
-            place: saving for place, saving in self._neurons.items() if not stale(place[0])
-        }
+    def _forget(self, stale: Callable[[Candidate], bool]) -> None:
+        self._known = {item: saving for item, saving in self._known.items() if not stale(item)}
+
+    def _empties(self, candidate: Candidate) -> bool:
+        return any(len(parts) >= len(self._alive.left(site)) for site, parts in candidate)
+
+
+def _layers(candidate: Candidate) -> set[int]:
+    return {layer for (layer, _, _), _ in candidate}
 
 
 def cut_down(

@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+
+from vitcut.errors import ConfigError
+from vitcut.selection.settings import SelectConfig
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"target_macs": 0.0}, "target-macs must be above 0 and below 1 of dense, got 0.0"),
+        ({"target_macs": 1.0}, "target-macs must be above 0"),
+        ({"target_macs": -0.2}, "target-macs must be above 0"),
+        ({"target_macs": NAN}, "target-macs must be above 0"),
+        ({"target_latency": 0.0}, "target-latency must be above 0"),
+        ({"target_latency": 25.0}, "target-latency must be above 0"),
+        ({"target_latency": INF}, "target-latency must be above 0"),
+        ({"target_macs": 0.2, "target_latency": 0.2}, "or target-latency, got both"),
+        ({"batch": 0}, "batch must be >= 1, got 0"),
+        ({"rounds": 0}, "rounds must be >= 1, got 0"),
+        ({"score_images": 0}, "score_images must be >= 1, got 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"refresh_fraction": 1.5}, "refresh_fraction must be between 0 and 1"),
+        ({"refresh_fraction": NAN}, "refresh_fraction must be between 0 and 1"),
+        ({"scores": "random"}, "random scores add up: give --joint false"),
+        ({"scores": "magnitude", "joint": True}, "magnitude scores add up: give --joint false"),
+    ],
+)
+def test_bad_settings_are_refused(given, match):
+    with pytest.raises(ConfigError, match=match):
+        SelectConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "has_budget"),
+    [
+        ({}, False),
+        ({"target_macs": 0.2}, True),
+        ({"target_latency": 0.999}, True),
+        ({"scores": "random", "joint": False, "refresh_fraction": 0.0}, False),
+        ({"refresh_fraction": 1.0, "rounds": 1, "batch": 1, "score_images": 1}, False),
+    ],
+)
+def test_good_settings_are_taken(given, has_budget):
+    assert SelectConfig(**given).has_budget == has_budget
+
+
+def test_a_cut_takes_a_circuit_or_a_budget():
+    path, budget = Path("circuit.json"), SelectConfig(target_macs=0.2)
+    SelectConfig().require_budget_or_circuit(path)
+    budget.require_budget_or_circuit(None)
+    with pytest.raises(ConfigError, match=r"needs a circuit .* or a budget"):
+        SelectConfig().require_budget_or_circuit(None)
+    with pytest.raises(ConfigError, match=r"a circuit or a budget, got circuit\.json"):
+        budget.require_budget_or_circuit(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("runtime", "tensorrt", "runtime must be one of torch, .*got 'tensorrt'"),
+        ("scores", "acdc", "scores must be one of fisher, random, magnitude, got 'acdc'"),
+        ("tokens", "half", "tokens must be one of all, split, got 'half'"),
+    ],
+)
+def test_unknown_words_are_refused(name, value, match):
+    config = SelectConfig()
+    # Past the shape hook, which refuses them first in tests.
+    object.__setattr__(config, name, value)
+    with pytest.raises(ConfigError, match=match):
+        config.__post_init__()
