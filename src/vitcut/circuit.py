@@ -118,11 +118,19 @@ class Circuit:
         return self._combine(other, np.logical_or, "or")
 
     def __invert__(self) -> "Circuit":
-        """The complement: exactly the edges that this circuit cuts, and the neurons if any."""
+        """The complement: exactly the edges that this circuit cuts.
+
+        Raises:
+            CircuitError: The circuit cuts neurons: edges alone do not say what it is made of.
+        """
+        if self.neurons is not None:
+            raise CircuitError(
+                "a circuit that cuts neurons has no complement over edges: compare it with "
+                "circuits of edges, or of other parts"
+            )
         return replace(
             self,
             kept=self.graph.edges & ~self.kept,
-            neurons=None if self.neurons is None else ~self.neurons,
             method="complement",
             tau=None,
             provenance={**self._origin(), "not": self.fingerprint},
@@ -142,7 +150,7 @@ class Circuit:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what the circuit computes: graph, kept edges, ablation."""
+        """SHA-256 of what the circuit computes: graph, kept edges and neurons, ablation."""
         return sha256_json(self._content())
 
     def split(self, groups: tuple[TokenGroup, ...], readout: tuple[TokenGroup, ...]) -> "Circuit":

@@ -23,6 +23,19 @@ def require_at_least(name: str, value: float, least: float) -> None:
         raise ConfigError(f"{name} must be >= {least}, got {value}")
 
 
+def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
+    """Check that something fits into the memory that is allowed.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if needed_gib > memory_gib:
+        raise ConfigError(
+            f"{what} need about {needed_gib:.1f} GiB, memory-gib allows {memory_gib:g}: use fewer "
+            "images, or raise memory-gib"
+        )
+
+
 def require_fraction(name: str, value: float) -> None:
     """Refuse numbers outside 0 to 1, and NaN."""
     if not 0 <= value <= 1:

@@ -92,7 +92,7 @@ def test_the_fingerprint_does_not_depend_on_the_layout_in_memory():
         pytest.param(lambda p: rewrite(p, tensors={"more": torch.zeros(1)}), id="one tensor more"),
         pytest.param(lambda p: rewrite(p, metadata={}), id="no hash"),
         pytest.param(
-            lambda p: rewrite(p, metadata={"sha256_and_circuit": Fill.load(p).fingerprint + " "}),
+            lambda p: rewrite(p, metadata={"fill": f"1 {Fill.load(p).fingerprint} "}),
             id="another circuit",
         ),
     ],
@@ -100,6 +100,12 @@ def test_the_fingerprint_does_not_depend_on_the_layout_in_memory():
 def test_an_altered_fill_is_refused(file, change):
     change(file)
     with pytest.raises(ArtefactError, match="was altered"):
+        Fill.load(file)
+
+
+def test_a_newer_fill_is_refused(file):
+    rewrite(file, metadata={"fill": f"2 {Fill.load(file).fingerprint} "})
+    with pytest.raises(ArtefactError, match="format_version 2, this vitcut reads up to 1: update"):
         Fill.load(file)
 
 
@@ -125,7 +131,7 @@ def test_a_missing_fill_and_a_folder_are_refused(tmp_path):
 def test_tensors_of_other_names_are_refused_whatever_their_hash(file, monkeypatch):
     rewrite(file, tensors={"more": torch.zeros(1)})
     monkeypatch.setattr("vitcut.intervention.fill._content_hash", lambda *_: "hash")
-    rewrite(file, metadata={"sha256_and_circuit": "hash "})
+    rewrite(file, metadata={"fill": "1 hash "})
     with pytest.raises(ArtefactError, match="is no fill: it holds head_maps, more"):
         Fill.load(file)
 

@@ -22,6 +22,8 @@ class CutConfig:
     ridge: float | None = None
     """Of linear fills: added to the covariance's diagonal, as a fraction of its mean; chosen for
     each layer and token group by cross-validation if None."""
+    memory_gib: float = 16.0
+    """Most memory that the activations of a fit, or of scoring parts, may take, in GiB."""
     verify_images: int = 64
     """Images on which compact and masked model are compared."""
     seed: int = 0
@@ -31,6 +33,7 @@ class CutConfig:
         require_one_of("ablation of a cut", self.ablation, get_args(CutAblation))
         if self.ridge is not None:
             require_positive("ridge", self.ridge)
+        require_positive("memory-gib", self.memory_gib)
         require_at_least("images", self.images, 1)
         require_at_least("verify_images", self.verify_images, 1)
         require_at_least("seed", self.seed, 0)

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.config import config_hash
+from vitcut.discovery.cache import Cache
 from vitcut.discovery.decision_log import Decision, DecisionLog, Stage
-from vitcut.discovery.propagation import Cache, Propagation
+from vitcut.discovery.propagation import Propagation
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError, ExactnessError
 from vitcut.graph import Graph

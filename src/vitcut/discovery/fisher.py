@@ -169,10 +169,10 @@ class _Scorer:
         run, passes = trace_gradients(
             self._weights, pixels, group_of_class, choose, per_head=self._edges is not None
         )
-        changes: list[Tensor] = []
+        changes = pixels.new_zeros(0)
         if self._edges is not None:
             pairs = zip(fill.sources, run.sources, strict=True)
-            changes = [(then - now).detach() for then, now in pairs]
+            changes = torch.stack([(then - now).detach() for then, now in pairs])
         for found in passes:
             share = found.log_prob.exp() / 2
             heads, neurons, streams, inputs = _parts(found.by, len(blocks))
@@ -215,7 +215,7 @@ class _Scorer:
             total = change[:, rows].sum(1).double()
             self._neurons[layer, group] += share.double() @ total.square()
 
-    def _add_edges(self, share: Tensor, inputs: Sequence[Tensor], changes: list[Tensor]) -> None:
+    def _add_edges(self, share: Tensor, inputs: Sequence[Tensor], changes: Tensor) -> None:
         graph, own = self._graph, self._weights.graph
         reads = [
             targets
@@ -226,7 +226,7 @@ class _Scorer:
             )
         ]
         for targets, gradient in zip([*reads, [own.classifier]], inputs, strict=True):
-            written = torch.stack(changes[: own.num_written(targets[0])])
+            written = changes[: own.num_written(targets[0])]
             for group, rows in enumerate(self._rows):
                 numbers = [target * graph.num_groups + group for target in targets]
                 if numbers[-1] < len(graph.targets) and self._edges is not None:

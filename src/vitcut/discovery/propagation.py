@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcut.errors import ConfigError
+from vitcut.discovery.cache import Cache
 from vitcut.graph import Graph
 from vitcut.intervention.forward import (
     attend,
@@ -25,7 +25,6 @@ from vitcut.intervention.forward import (
     run_mlp,
     write_head,
 )
-from vitcut.intervention.masking import full_run
 from vitcut.intervention.oracle import Oracle
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.names import Letter
@@ -34,60 +33,9 @@ from vitcut.vits.weights import ViTWeights
 
 K = TypeVar("K")
 
-_TRACE_CHUNK = 32
 _READOUT = slice(0, 1)
 """The only row that the classifier reads."""
 _ALL = slice(None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cache:
-    """Activations that stay fixed during a discovery, one row per pair; serves any tau.
-
-    Sources are those of the unsplit graph, whatever the tokens of the search. Their values are kept
-    at stream width: sums over sources are what the search spends its time on. ``pairs`` stands for
-    images under ``mean`` and ``zero``.
-    """
-
-    change: Float[Tensor, "sources pairs tokens width"]
-    """Ablated minus clean value of every source."""
-    ablated: Float[Tensor, "sources pairs tokens width"]
-    """Ablated value of every source; expanded, not copied, under ``mean`` and ``zero``."""
-    full_log_probs: Float[Tensor, "pairs groups"]
-    """Task distribution of the uncut model, float64."""
-
-    @property
-    def precision(self) -> str:
-        """``float32`` or ``float64``."""
-        return str(self.change.dtype).removeprefix("torch.")
-
-    @classmethod
-    def build(
-        cls, weights: ViTWeights, oracle: Oracle, *, memory_gib: float, dtype: torch.dtype
-    ) -> "Cache":
-        """Trace the clean and the corrupted images.
-
-        Raises:
-            ConfigError: The activations would not fit into ``memory_gib``.
-        """
-        examples = oracle.examples
-        _check_memory(weights, len(examples.clean), memory_gib, dtype)
-        shape = (len(weights.graph.sources), len(examples.clean), weights.num_tokens, weights.width)
-        change = torch.empty(shape, dtype=dtype, device=weights.device)
-        table = None if oracle.fill is None else oracle.fill.sources
-        if table is None:
-            ablated = torch.empty_like(change)
-        else:
-            ablated = table.to(dtype)[:, None].expand(shape)
-        pixels = examples.pixels.to(weights.device, dtype)
-        low = weights.to(dtype)
-        for pairs in torch.arange(shape[1]).split(_TRACE_CHUNK):
-            span = slice(int(pairs[0]), int(pairs[-1]) + 1)
-            if table is None:
-                ablated[:, span] = _traced(low, pixels[examples.corrupted[span]])
-            change[:, span] = ablated[:, span] - _traced(low, pixels[examples.clean[span]])
-        full = oracle.full_log_probs[torch.from_numpy(examples.clean)]
-        return cls(change=change, ablated=ablated, full_log_probs=full)
 
 
 @dataclass(kw_only=True)
@@ -380,20 +328,3 @@ def _latest(key: K, pending: dict[K, Tensor], current: dict[K, Tensor]) -> Tenso
 def _joined(parts: list[Tensor]) -> Tensor:
     """The tokens of all groups; one group's without copying."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _traced(weights: ViTWeights, pixels: Tensor) -> Float[Tensor, "sources pairs tokens width"]:
-    with torch.no_grad():
-        return torch.stack(full_run(weights, pixels).sources)
-
-
-def _check_memory(weights: ViTWeights, pairs: int, memory_gib: float, dtype: torch.dtype) -> None:
-    graph = weights.graph
-    tensors = 2 * len(graph.sources) + 2 * len(graph.targets)
-    values = tensors * pairs * weights.num_tokens * weights.width
-    needed = values * torch.finfo(dtype).bits / 8 / 2**30
-    if needed > memory_gib:
-        raise ConfigError(
-            f"{pairs} pairs need about {needed:.1f} GiB of cached activations, memory-gib allows "
-            f"{memory_gib:g}: use fewer images, or raise memory-gib"
-        )

@@ -18,7 +18,9 @@ from vitcut.vits.weights import hash_tensors
 
 _TABLES = ("sources", "neurons")
 _MAPS = ("head_maps", "neuron_maps")
-_METADATA = "sha256_and_circuit"
+_FORMAT_VERSION = 1
+_METADATA = "fill"
+"""Format version, hash of the content, and fingerprint of the circuit, if any."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,8 +69,7 @@ class Fill:
                 f"the circuit is under {circuit.ablation} ablation, the fill is linear: pass "
                 "circuit.with_ablation('linear')"
             )
-        anything = any(bool(t.any()) for t in self._tensors().values() if t is not None)
-        if circuit.ablation == "zero" and anything:
+        if circuit.ablation == "zero" and self._is_anything:
             raise CircuitError(
                 "the circuit is under zero ablation, but the fill is not all zero: pass zeros, or "
                 "circuit.with_ablation('mean')"
@@ -88,7 +89,7 @@ class Fill:
             if value is not None
         }
         # One key of metadata: safetensors writes several in random order.
-        metadata = {_METADATA: f"{self.fingerprint} {self.circuit or ''}"}
+        metadata = {_METADATA: f"{_FORMAT_VERSION} {self.fingerprint} {self.circuit or ''}"}
         try:
             with atomic_path(path) as temporary:
                 save_file(tensors, temporary, metadata=metadata)
@@ -104,10 +105,16 @@ class Fill:
         """
         try:
             with safe_open(path, framework="pt") as stored:
-                content, _, circuit = (stored.metadata() or {}).get(_METADATA, "").partition(" ")
+                words = (stored.metadata() or {}).get(_METADATA, "").split(" ")
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ArtefactError(f"{path} is no readable fill: {error}") from None
+        version, content, circuit, *_ = [*words, "", ""]
+        if version.isdigit() and int(version) > _FORMAT_VERSION:
+            raise ArtefactError(
+                f"{path} has format_version {version}, this vitcut reads up to {_FORMAT_VERSION}: "
+                "update vitcut"
+            )
         if content != _content_hash(tensors, circuit or None):
             raise ArtefactError(
                 f"{path} was altered: its hash is not the one that it was written with; cut again"
@@ -124,6 +131,10 @@ class Fill:
         """SHA-256 of the tensors and of the circuit that they belong to."""
         tensors = {name: value for name, value in self._tensors().items() if value is not None}
         return _content_hash(tensors, self.circuit)
+
+    @property
+    def _is_anything(self) -> bool:
+        return any(bool(t.any()) for t in self._tensors().values() if t is not None)
 
     def _tensors(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in (*_TABLES, *_MAPS)}

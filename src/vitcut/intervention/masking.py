@@ -56,6 +56,16 @@ class Run:
     logits: Float[Tensor, "images classes"]
 
 
+def run_gib(weights: ViTWeights, images: int) -> float:
+    """The memory that a run of so many images holds together, in GiB."""
+    blocks, width = len(weights.blocks), weights.width
+    attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
+    per_token = (len(weights.graph.sources) + 2 * blocks + 1) * width
+    per_token += blocks * (attended + weights.num_neurons)
+    size = torch.finfo(weights.dtype).bits / 8
+    return images * weights.num_tokens * per_token * size / 2**30
+
+
 def full_run(
     weights: ViTWeights, pixels: Float[Tensor, "images channels y x"], *, per_head: bool = False
 ) -> Run:
@@ -174,8 +184,9 @@ class _Sum:
         self._alive = alive
         self._replaced = replaced
         self._per_head = per_head
-        self._added = 0
+        self._added = self._read_at = 0
         self._total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        self._stream = self._total
 
     def __call__(self, targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
         for number in range(self._added, len(written)):
@@ -184,7 +195,10 @@ class _Sum:
                 value = torch.where(self._alive[number], value, self._replaced[number])
             self._total = self._total + value
         self._added = len(written)
-        total = self._total + output_bias(self._weights, len(written))
+        if self._read_at != len(written):
+            self._read_at = len(written)
+            self._stream = self._total + output_bias(self._weights, len(written))
+        total = self._stream
         return total.expand(len(targets) if self._per_head else 1, *total.shape)
 
 

@@ -7,9 +7,11 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutConfig
+from vitcut.config import require_memory
 from vitcut.intervention.ablation import mean_fill, zero_fill
 from vitcut.intervention.fill import Fill
 from vitcut.intervention.least_squares import LinearFit, SiteStatistics, fit_fill
+from vitcut.intervention.masking import run_gib
 from vitcut.names import SiteKey
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import track
@@ -60,5 +62,10 @@ class Fills:
             return self.means, None
         if self._last is None or self._last.fill.circuit != circuit.fingerprint:
             pixels = self.pixels.to(weights.device, weights.dtype)
+            require_memory(
+                f"the activations of {len(pixels)} images",
+                needed_gib=run_gib(weights, len(pixels)),
+                memory_gib=self._config.memory_gib,
+            )
             self._last = fit_fill(weights, circuit, pixels, self.means, ridge=self._config.ridge)
         return self._last.fill, self._last.sites

@@ -14,7 +14,7 @@ from vitcut.files import write_text
 _WRITTEN_FIRST = {"config.yaml", "origin.json", "training.json"}
 """What stands there before any work is done: settings that proved wrong may be mended."""
 
-_WITHOUT_EFFECT = ("discover.memory_gib", "discover.precision")
+_WITHOUT_EFFECT = ("discover.memory_gib", "discover.precision", "cut.memory_gib")
 """Settings that change no result: a run may be continued with others."""
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
+from vitcut.config import require_memory
 from vitcut.discovery.controls import magnitude_scores, random_scores
 from vitcut.discovery.fisher import PartScores
 from vitcut.errors import CircuitError
@@ -37,6 +39,8 @@ class Calibration:
     """The group number of each class of the model."""
     fill: Callable[[Circuit], tuple[Fill, Mapping[SiteKey, SiteStatistics] | None]]
     """What stands in for what a circuit cuts, and the statistics of a linear fill."""
+    memory_gib: float = 16.0
+    """Most memory that activations and gradients may take, in GiB."""
 
 
 class Selection:
@@ -130,6 +134,11 @@ class Selection:
         config, calibration = self._config, self._calibration
         if config.scores != "fisher":
             return Additive(by_site(self._control()))
+        require_memory(
+            f"the gradients of {len(calibration.score_pixels)} images",
+            needed_gib=self._gradients_gib(),
+            memory_gib=calibration.memory_gib,
+        )
         fill, statistics = calibration.fill(self.circuit)
         if statistics is not None and not config.refresh_fraction:
             statistics = {place: uncorrelated(site) for place, site in statistics.items()}
@@ -144,6 +153,15 @@ class Selection:
         refresh_fraction = 0.0 if statistics is None else config.refresh_fraction
         joint = Joint(sites, objective, refresh_fraction=refresh_fraction)
         return joint if config.joint else Additive(joint.alone())
+
+    def _gradients_gib(self) -> float:
+        """Of one activation and a gradient per coarse class of every head and neuron."""
+        weights, calibration = self._weights, self._calibration
+        attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
+        features = len(weights.blocks) * (attended + weights.num_neurons)
+        values = len(calibration.score_pixels) * weights.num_tokens * features
+        classes = int(calibration.group_of_class.max()) + 1
+        return values * (1 + classes) * torch.finfo(weights.dtype).bits / 8 / 2**30
 
     def _control(self) -> PartScores:
         weights, config = self._weights, self._config

@@ -1,0 +1,78 @@
+"""Activations that stay fixed during a search: what every tau and token mode shares."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vitcut.config import require_memory
+from vitcut.intervention.masking import full_run
+from vitcut.intervention.oracle import Oracle
+from vitcut.shapes import Float, Tensor
+from vitcut.vits.weights import ViTWeights
+
+_TRACE_CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Activations that stay fixed during a discovery, one row per pair; serves any tau.
+
+    Sources are those of the unsplit graph, whatever the tokens of the search. Their values are kept
+    at stream width: sums over sources are what the search spends its time on. ``pairs`` stands for
+    images under ``mean`` and ``zero``.
+    """
+
+    change: Float[Tensor, "sources pairs tokens width"]
+    """Ablated minus clean value of every source."""
+    ablated: Float[Tensor, "sources pairs tokens width"]
+    """Ablated value of every source; expanded, not copied, under ``mean`` and ``zero``."""
+    full_log_probs: Float[Tensor, "pairs groups"]
+    """Task distribution of the uncut model, float64."""
+
+    @property
+    def precision(self) -> str:
+        """``float32`` or ``float64``."""
+        return str(self.change.dtype).removeprefix("torch.")
+
+    @classmethod
+    def build(
+        cls, weights: ViTWeights, oracle: Oracle, *, memory_gib: float, dtype: torch.dtype
+    ) -> "Cache":
+        """Trace the clean and the corrupted images.
+
+        Raises:
+            ConfigError: The activations would not fit into ``memory_gib``.
+        """
+        examples = oracle.examples
+        _check_memory(weights, len(examples.clean), memory_gib, dtype)
+        shape = (len(weights.graph.sources), len(examples.clean), weights.num_tokens, weights.width)
+        change = torch.empty(shape, dtype=dtype, device=weights.device)
+        table = None if oracle.fill is None else oracle.fill.sources
+        if table is None:
+            ablated = torch.empty_like(change)
+        else:
+            ablated = table.to(dtype)[:, None].expand(shape)
+        pixels = examples.pixels.to(weights.device, dtype)
+        low = weights.to(dtype)
+        for pairs in torch.arange(shape[1]).split(_TRACE_CHUNK):
+            span = slice(int(pairs[0]), int(pairs[-1]) + 1)
+            if table is None:
+                ablated[:, span] = _traced(low, pixels[examples.corrupted[span]])
+            change[:, span] = ablated[:, span] - _traced(low, pixels[examples.clean[span]])
+        full = oracle.full_log_probs[torch.from_numpy(examples.clean)]
+        return cls(change=change, ablated=ablated, full_log_probs=full)
+
+
+def _traced(weights: ViTWeights, pixels: Tensor) -> Float[Tensor, "sources pairs tokens width"]:
+    with torch.no_grad():
+        return torch.stack(full_run(weights, pixels).sources)
+
+
+def _check_memory(weights: ViTWeights, pairs: int, memory_gib: float, dtype: torch.dtype) -> None:
+    graph = weights.graph
+    tensors = 2 * len(graph.sources) + 2 * len(graph.targets)
+    values = tensors * pairs * weights.num_tokens * weights.width
+    needed = values * torch.finfo(dtype).bits / 8 / 2**30
+    require_memory(
+        f"the cached activations of {pairs} pairs", needed_gib=needed, memory_gib=memory_gib
+    )
