@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vitcut.config import require_at_least, require_one_of, require_positive
+from vitcut.errors import ConfigError
 
 CutAblation = Literal["mean", "zero", "linear"]
 """Ablations that fold into constants."""
+
+
+_LEAST_RIDGE = 1e-9
+"""Below it, features that are copies of each other cannot be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,8 @@ class CutConfig:
 
     def __post_init__(self) -> None:
         require_one_of("ablation of a cut", self.ablation, get_args(CutAblation))
-        if self.ridge is not None:
-            require_positive("ridge", self.ridge)
+        if self.ridge is not None and not self.ridge >= _LEAST_RIDGE:
+            raise ConfigError(f"ridge must be at least {_LEAST_RIDGE:g}, got {self.ridge}")
         require_positive("memory-gib", self.memory_gib)
         require_at_least("images", self.images, 1)
         require_at_least("verify_images", self.verify_images, 1)

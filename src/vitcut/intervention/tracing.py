@@ -25,6 +25,7 @@ def read_model(model: nn.Module) -> ViTWeights:
     weights = read_timm(model)
     _require_one_dtype(weights)
     _require_finite(weights)
+    _require_one_mlp_width(weights)
     _require_same_logits(model, weights)
     return weights
 
@@ -47,6 +48,15 @@ def _require_one_dtype(weights: ViTWeights) -> None:
         raise UnsupportedModelError(
             f"not supported: weights of type {names}; expected all float32 or all float64: "
             "convert the model with model.float()"
+        )
+
+
+def _require_one_mlp_width(weights: ViTWeights) -> None:
+    widths = {block.mlp.in_weight.shape[0] for block in weights.blocks}
+    if len(widths) > 1:
+        raise UnsupportedModelError(
+            f"not supported: MLPs of {', '.join(map(str, sorted(widths)))} hidden units in one "
+            "model; expected the same in every block"
         )
 
 
