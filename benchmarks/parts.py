@@ -26,8 +26,7 @@ from vitcut.pipeline.budget import PATH_FILE, cut_to_budget
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import MODEL_FOLDER, PointMaker
-from vitcut.pipeline.repair import repair
-from vitcut.pipeline.repair import repair_compact
+from vitcut.pipeline.repair import repair, repair_compact
 from vitcut.pipeline.stages import (
     CLASS_ONLY,
     class_only,
