@@ -9,7 +9,8 @@ import timm
 import torch
 
 import vitcut
-from vitcut.errors import ConfigError, ModelError, TaskError
+from vitcut.compact.macs import count_macs, dense_macs
+from vitcut.errors import ArtefactError, CircuitError, ConfigError, ModelError, TaskError
 from vitcut.intervention.tracing import read_model
 from vitcut.vits.loading import DenseCard, LoadedModel, save_dense, weight_hash
 from vitcut.vits.reference import build_reference
@@ -116,6 +117,49 @@ def test_the_uncut_circuit_evaluates_like_the_dense_model(model, images):
     dense, compact = vitcut.evaluate(model, images), vitcut.evaluate(cut.model, images)
     np.testing.assert_array_equal(compact.correct_coarse, dense.correct_coarse)
     torch.testing.assert_close(compact.log_probs, dense.log_probs, atol=1e-4, rtol=0)
+
+
+BUDGET = {"target_macs": 0.4, "rounds": 1, "images": 24, "score_images": 12, "verify_images": 8}
+
+
+def test_a_model_is_cut_to_a_budget_and_a_killed_search_goes_on(model, images, tmp_path):
+    before = weight_hash(model.model)
+    cut = vitcut.cut(model, images, ablation="linear", **BUDGET)
+    dense = dense_macs(cut.model.plan.shape)
+    assert count_macs(cut.model.plan) <= 0.4 * dense
+    assert cut.exactness.max_abs_diff <= cut.exactness.tolerance
+    assert cut.fill.circuit == cut.circuit.fingerprint
+    assert weight_hash(model.model) == before
+    again = vitcut.cut(model, images, ablation="linear", out=tmp_path / "cut", **BUDGET)
+    assert again.circuit == cut.circuit
+    (tmp_path / "cut" / "path.json").unlink()
+    assert (
+        vitcut.cut(model, images, ablation="linear", out=tmp_path / "cut", **BUDGET).circuit
+        == cut.circuit
+    )
+    with pytest.raises(ArtefactError, match=r"cut\.ablation was 'linear', now 'mean'"):
+        vitcut.cut(model, images, out=tmp_path / "cut", **BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({}, ConfigError, "needs a circuit .* or a budget: target-macs 0.2"),
+        ({"target_mac": 0.2}, ConfigError, "no setting 'target_mac': did you mean target_macs"),
+        ({"target_macs": 0.001}, CircuitError, "cannot be met: the smallest model"),
+        ({"target_macs": 0.999}, CircuitError, "leaves nothing to cut"),
+    ],
+)
+def test_a_cut_needs_a_budget_that_can_be_met(model, images, tmp_path, settings, kind, message):
+    with pytest.raises(kind, match=message):
+        vitcut.cut(model, images, out=tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_cut_takes_a_circuit_or_a_budget(model, images):
+    circuit = vitcut.Circuit.full(read_model(model.model).graph)
+    with pytest.raises(ConfigError, match="a circuit or a budget, got both"):
+        vitcut.cut(model, images, circuit, target_macs=0.2)
 
 
 def test_a_repair_changes_neither_the_cut_nor_the_model(model, images):

@@ -30,6 +30,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text("task: [\n")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "tau.yaml").write_text("task: drawn\ndata: {source: drawn}\ntaus: [-1.0]\n")
+    (tmp_path / "repair.yaml").write_text("task: drawn\nrepair: {epochs: 2}\n")
     (tmp_path / "patches.yaml").write_text("task: drawn\ndata: {source: drawn, image_size: 20}\n")
     return tmp_path
 
@@ -116,6 +117,42 @@ ERRORS = {
     ),
     "a word too many": (["discover", "extra"], "unrecognized arguments: extra"),
     "neither circuit nor budget": (["cut"], "cut needs a circuit"),
+    "both circuit and budget": (
+        ["cut", "empty", "--target-macs", "0.2"],
+        "cut takes a circuit or a budget, got both",
+    ),
+    "two budgets": (
+        ["cut", "--target-macs", "0.2", "--target-latency", "0.2"],
+        "give target-macs or target-latency, got both",
+    ),
+    "no MACs": (["cut", "--target-macs", "0"], "target-macs must be above 0 and below 1 of dense"),
+    "more MACs than dense": (["cut", "--target-macs", "1.5"], "below 1 of dense, got 1.5"),
+    "a latency that is .nan": (["cut", "--target-latency", ".nan"], "target-latency must be above"),
+    "MACs below the smallest model": (
+        ["cut", "--target-macs", "0.0001"],
+        "target-macs 0.0001 cannot be met: the smallest model that still sees the image has 0.0",
+    ),
+    "MACs above the uncut model": (
+        ["cut", "--target-macs", "0.9999"],
+        "target-macs 0.9999 leaves nothing to cut: compiled and uncut the model has 0.8",
+    ),
+    "a runtime that is not there": (
+        ["cut", "--target-latency", "0.2", "--runtime", "openvino"],
+        "runtime must be one of torch, torch-compile, onnxruntime, got 'openvino'",
+    ),
+    "an ablation that does not fold": (
+        ["cut", "--target-macs", "0.2", "--ablation", "resample"],
+        "--ablation",
+    ),
+    "joint scores of a control": (
+        ["cut", "--target-macs", "0.2", "--scores", "random"],
+        "random scores add up: give --joint false with them",
+    ),
+    "other joint scores of a control": (
+        ["cut", "--target-macs", "0.2", "--scores", "magnitude"],
+        "magnitude scores add up: give --joint false with them",
+    ),
+    "a repair without a budget": (["run", "repair.yaml"], "repair needs a budget"),
     "a missing recipe file": (["run", "nope.yaml"], "no recipe file at nope.yaml"),
     "an unknown recipe": (["run", "nope"], "expected one of animals, animals-quick, demo"),
     "a recipe with an unknown key": (["run", "bogus.yaml"], "'bogus' is not accepted"),

@@ -182,15 +182,16 @@ def _cut(_: ArgumentParser, namespace: Namespace) -> None:
 
     config, bench = take(namespace, CutConfig), BenchConfig(threads=namespace.threads)
     select, data = take(namespace, SelectConfig), data_of(namespace)
-    select.require_budget_or_circuit(namespace.circuit)
+    select.require_budget_or(namespace.circuit)
     from vitcut.circuit import Circuit
-    from vitcut.pipeline.budget import budget_command, show_path
+    from vitcut.pipeline.budget import budget_command
     from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
+    from vitcut.pipeline.path import PATH_FILE, load_path, print_path
 
     if namespace.circuit is None:
         origin = resolve_origin(namespace.model, namespace.task, data)
         results = budget_command(origin, select, config, bench, namespace.out)
-        show_path(namespace.out)
+        print_path(load_path(namespace.out / PATH_FILE))
     else:
         path = find_circuit(namespace.circuit, namespace.point)
         origin = resolve_origin(namespace.model, namespace.task, data, base=find_origin(path))

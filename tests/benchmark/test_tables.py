@@ -58,6 +58,26 @@ def test_a_row_says_what_was_cut_kept_and_gained():
     assert len(table.headers) == len(table.rows[1])
 
 
+def test_a_part_circuit_says_what_it_keeps_and_nothing_of_edges():
+    cut, dense = results().points[0], results().dense
+    part = replace(cut, tau=None, granularity="part", neurons_kept_fraction=0.125)
+    table = point_table(replace(results(), points=(part,), comparisons=()))
+    assert table.headers[:6] == (
+        "point", "heads kept", "neurons kept", "coarse accuracy", "KL", "MACs",
+    )  # fmt: skip
+    assert table.rows[1][:4] == ("tau-0.01", "7 of 48", "12.5 %", "72.9 %")
+    both = point_table(replace(results(), points=(cut, replace(part, name="part")), dense=dense))
+    assert both.headers[1:5] == ("tau", "edges cut", "heads kept", "neurons kept")
+    assert both.rows[1][1:5] == ("0.01", "94.5 %", "7 of 48", "-")
+    assert both.rows[2][1:5] == ("-", "-", "7 of 48", "12.5 %")
+
+
+def test_an_uncut_model_alone_has_no_columns_of_cuts():
+    whole = Point(name="class-only", edges_total=200, edges_kept=200)
+    table = point_table(Results(task="", machine={}, points=(whole,)))
+    assert table.headers == ("point", "heads kept", "coarse accuracy", "KL", "MACs")
+
+
 def test_the_dense_model_comes_first_with_dashes_where_nothing_was_cut():
     dense = point_table(results()).rows[0]
     assert dense == ("dense", "-", "-", "-", "73.7 %", "-", "23.20 M", "1061.00", "-")
@@ -113,7 +133,7 @@ def test_the_largest_batch_is_also_compared_with_the_class_only_model():
 
 def test_a_divergence_that_rounds_to_nothing_has_no_sign():
     row = point_table(Results(task="", machine={}, points=(Point(name="a", kl=-1e-9),))).rows[0]
-    assert row[5] == "0.000"
+    assert row[3] == "0.000"
 
 
 def test_markdown_has_a_line_per_point_and_equal_columns():

@@ -1,7 +1,12 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from vitcut.circuit import Circuit
 from vitcut.cli import main
+from vitcut.graph import Graph
+from vitcut.pipeline.show import print_circuit
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +51,47 @@ def test_a_run_is_shown_with_all_circuits_and_results(finished, capsys):
 def test_a_dense_model_is_told_from_a_compact_one(finished, capsys):
     assert main(["show", str(finished / "dense")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+GRAPH = Graph(num_layers=2, num_heads=2, groups=("cls", "patch"), readout=("cls",))
+
+
+def _cells(capsys):
+    """The rows of a printed table."""
+    lines = capsys.readouterr().out.splitlines()
+    return [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in lines if line[:1] == "│"
+    ]
+
+
+def _parts():
+    heads, neurons = np.ones((2, 2, 2), dtype=bool), np.ones((2, 2, 3), dtype=bool)
+    heads[0, 1, 1] = neurons[0, 1, :2] = neurons[1, 0] = False
+    origin = {"method": "fisher", "task": "shapes"}
+    return Circuit.of_parts(GRAPH, heads=heads, neurons=neurons, ablation="linear", **origin)
+
+
+def test_a_circuit_of_parts_is_shown_by_block_and_group(capsys):
+    print_circuit(_parts())
+    out = capsys.readouterr().out
+    assert "circuit by fisher, linear ablation, task shapes" in out
+    assert "heads kept 4 of 4 (in any token group), neurons kept 44.4%" in out
+    assert "edges kept" not in out
+    print_circuit(_parts())
+    assert _cells(capsys) == [
+        ["0", "cls", "2 / 2", "0 1", "3 / 3"],
+        ["", "patch", "1 / 2", "0", "1 / 3"],
+        ["1", "cls", "2 / 2", "0 1", "0 / 3"],
+        ["", "patch", "-", "", "-"],
+    ]
+
+
+def test_edges_are_shown_by_group_where_they_were_cut(capsys):
+    full = Circuit.full(GRAPH)
+    kept = full.kept.copy()
+    kept[GRAPH.embed_source(0), GRAPH.mlp_target(1, 0)] = False
+    print_circuit(replace(full, kept=kept))
+    rows = _cells(capsys)
+    assert rows[2] == ["1", "cls", "2 / 2", "8 / 8", "8 / 8", "8 / 8", "5 / 6"]
+    assert rows[3] == ["", "patch", "-", "-", "8 / 8", "8 / 8", "-"]
+    assert rows[4] == ["classifier", "cls", "", "", "", "", "7 / 7"]

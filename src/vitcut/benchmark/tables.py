@@ -10,12 +10,13 @@ from rich.table import Table
 from vitcut.names import RuntimeName
 from vitcut.results import Point, Results
 
-_HEADERS = ("point", "tau", "edges cut", "heads kept", "coarse accuracy", "KL", "MACs")
 _ABSENT = "-"
 _PREFERRED: RuntimeName = "onnxruntime"
 _CLASS_ONLY = "class-only"
 """The uncut model, compiled: it gains what class-token readout gives away for free."""
-_FILE_WIDTH = 240
+_PART = "part"
+"""The granularity of circuits that cut heads and neurons."""
+_FILE_WIDTH = 320
 """Characters per line where there is no terminal to fit into."""
 
 _Column = tuple[str, Callable[[Point], str]]
@@ -40,12 +41,12 @@ def point_table(results: Results, *, runtime: RuntimeName | None = None) -> Poin
         runtime: Whose latencies are shown; unless given, onnxruntime if it was measured, else the
             first that was.
     """
-    columns = _latency_columns(results, runtime or _main_runtime(results))
-    rows = tuple(
-        (*_description(point), *(cell(point) for _, cell in columns))
-        for point in results.all_points()
-    )
-    return PointTable(headers=(*_HEADERS, *(header for header, _ in columns)), rows=rows)
+    columns = [
+        *_description_columns(results),
+        *_latency_columns(results, runtime or _main_runtime(results)),
+    ]
+    rows = tuple(tuple(cell(point) for _, cell in columns) for point in results.all_points())
+    return PointTable(headers=tuple(header for header, _ in columns), rows=rows)
 
 
 def to_markdown(table: PointTable) -> str:
@@ -62,7 +63,7 @@ def print_table(table: PointTable, *, title: str | None = None) -> None:
     """Write a table to standard output."""
     drawn = Table(title=title)
     for position, header in enumerate(table.headers):
-        drawn.add_column(header, justify="right" if position else "left")
+        drawn.add_column(header, justify="right" if position else "left", no_wrap=not position)
     for row in table.rows:
         drawn.add_row(*row)
     console = Console(markup=False, highlight=False)
@@ -96,25 +97,44 @@ def _latency_columns(results: Results, runtime: RuntimeName) -> list[_Column]:
     return columns
 
 
-def _description(point: Point) -> tuple[str, ...]:
-    edges_cut = _ABSENT
-    if point.edges_total is not None and point.edges_kept is not None:
-        edges_cut = f"{100 * (1 - point.edges_kept / point.edges_total):.1f} %"
-    heads_kept = _ABSENT
-    if point.heads_total is not None and point.heads_kept is not None:
-        heads_kept = f"{point.heads_kept} of {point.heads_total}"
-    accuracy = _ABSENT
-    if point.accuracy_coarse is not None:
-        accuracy = f"{100 * point.accuracy_coarse:.1f} %"
-    return (
-        point.name,
-        _ABSENT if point.tau is None else f"{point.tau:g}",
-        edges_cut,
-        heads_kept,
-        accuracy,
-        _ABSENT if point.kl is None else f"{point.kl:z.3f}",
-        _ABSENT if point.macs is None else f"{point.macs / 1e6:.2f} M",
-    )
+def _description_columns(results: Results) -> list[_Column]:
+    """What points are and how good; a column that says nothing of any of them is left out."""
+    points = results.all_points()
+    searched = any(point.tau is not None for point in points)
+    edges = any(_edges_cut(point) not in {_ABSENT, _percent(0.0)} for point in points)
+    parts = any(point.granularity == _PART for point in points)
+    columns: list[tuple[str, Callable[[Point], str], bool]] = [
+        ("point", lambda point: point.name, True),
+        ("tau", lambda point: _ABSENT if point.tau is None else f"{point.tau:g}", searched),
+        ("edges cut", _edges_cut, edges),
+        ("heads kept", _heads_kept, True),
+        ("neurons kept", lambda point: _percent(point.neurons_kept_fraction), parts),
+        ("coarse accuracy", lambda point: _percent(point.accuracy_coarse), True),
+        ("KL", lambda point: _ABSENT if point.kl is None else f"{point.kl:z.3f}", True),
+        ("MACs", _macs, True),
+    ]
+    return [(header, cell) for header, cell, wanted in columns if wanted]
+
+
+def _edges_cut(point: Point) -> str:
+    """Of circuits over edges: where parts are cut, edges only follow."""
+    if point.edges_total is None or point.edges_kept is None or point.granularity == _PART:
+        return _ABSENT
+    return _percent(1 - point.edges_kept / point.edges_total)
+
+
+def _heads_kept(point: Point) -> str:
+    if point.heads_total is None or point.heads_kept is None:
+        return _ABSENT
+    return f"{point.heads_kept} of {point.heads_total}"
+
+
+def _macs(point: Point) -> str:
+    return _ABSENT if point.macs is None else f"{point.macs / 1e6:.2f} M"
+
+
+def _percent(fraction: float | None) -> str:
+    return _ABSENT if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def _milliseconds(point: Point, *, runtime: RuntimeName, batch: int) -> str:

@@ -21,17 +21,21 @@ from vitcut.benchmark.evaluation import Evaluation
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
-from vitcut.config import require_positive
+from vitcut.config import as_plain, require_positive
 from vitcut.data import images as task_images
 from vitcut.data.images import TaskImages, to_float
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError, TaskError
 from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.budget import BudgetSearch, require_possible
+from vitcut.pipeline.fills import Fills
+from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.repair import repair
 from vitcut.pipeline.stages import Cut, Discovery, cut_circuit
 from vitcut.pipeline.stored import require_cut_of
 from vitcut.pipeline.subject import Subject
+from vitcut.selection.settings import SelectConfig
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
 from vitcut.training.settings import FinetuneConfig
@@ -39,6 +43,9 @@ from vitcut.vits import loading
 from vitcut.vits.loading import LoadedModel, weight_hash
 
 T = TypeVar("T")
+U = TypeVar("U")
+
+_BUDGETS = {"target_macs", "target_latency"}
 
 
 def load_model(
@@ -127,25 +134,57 @@ def discover(
     return Discovery(_subject(model, images), config).find(config.tau, log=log)
 
 
-def cut(model: LoadedModel, images: TaskImages, circuit: Circuit, /, **settings: Any) -> Cut:
-    """Compile a circuit into a compact model, and check that it computes the masked model.
+def cut(
+    model: LoadedModel,
+    images: TaskImages,
+    circuit: Circuit | None = None,
+    /,
+    *,
+    out: Path | None = None,
+    **settings: Any,
+) -> Cut:
+    """Cut a model down to a circuit, or to a budget, and check that it computes the masked model.
 
     Args:
         model: The one that the circuit was found in.
-        images: Of the task; mean ablation averages over training images.
-        circuit: Under any ablation; the compact model's is a setting.
-        **settings: Those of `CutConfig`, such as ``ablation`` and ``images`` (how many).
+        images: Of the task; fills are fitted to training images.
+        circuit: Under any ablation; the compact model's is a setting. None: it is searched, within
+            ``target_macs`` or ``target_latency``.
+        out: Keeps the circuits on the way to a budget, and ``path.json``; after a kill the same
+            call continues it.
+        **settings: Those of `CutConfig`, such as ``ablation`` and ``images`` (how many); with a
+            budget those of `SelectConfig` too, such as ``rounds``.
 
     Returns:
         The compact model, its circuit, and by how much its logits differ from the masked model's.
 
     Raises:
-        ConfigError: A setting is unknown or out of range, or the images have another size.
-        CircuitError: The circuit is of another model.
+        ConfigError: A setting is unknown or out of range, there is not either a circuit or a
+            budget, or the images have another size.
+        CircuitError: The circuit is of another model, or the budget cannot be met.
         ExactnessError: The compact model does not compute the masked one.
+        ArtefactError: ``out`` belongs to another cut.
     """
-    config = _configured(CutConfig, settings)
-    return cut_circuit(_subject(model, images), circuit, config)
+    if circuit is not None and not settings.keys() & _BUDGETS:
+        return cut_circuit(_subject(model, images), circuit, _configured(CutConfig, settings))
+    config, select = _configured_both(CutConfig, SelectConfig, settings)
+    select.require_budget_or(circuit)
+    subject = _subject(model, images)
+    with TemporaryDirectory() as temporary:
+        folder = RunFolder(
+            Path(temporary) if out is None else out,
+            {
+                "weight_hash": model.weight_hash,
+                "images_fingerprint": images.fingerprint,
+                "select": as_plain(select),
+                "cut": as_plain(config),
+            },
+        )
+        fills = Fills(subject, config)
+        search = BudgetSearch(subject, folder, select, config, fills)
+        require_possible(subject.weights, select)
+        folder.claim()
+        return cut_circuit(subject, search.find(), config, fills=fills)
 
 
 def finetune(
@@ -253,13 +292,28 @@ def _subject(model: LoadedModel, images: TaskImages) -> Subject:
 
 
 def _configured(kind: type[T], given: dict[str, Any]) -> T:
-    known = [item.name for item in fields(kind)]  # pyright: ignore[reportArgumentType]
+    _require_known(given, _names_of(kind))
+    return kind(**given)
+
+
+def _configured_both(first: type[T], second: type[U], given: dict[str, Any]) -> tuple[T, U]:
+    """Two settings from one set of names; what both have goes to both."""
+    names = [_names_of(kind) for kind in (first, second)]
+    _require_known(given, [*names[0], *names[1]])
+    one, other = ({key: value for key, value in given.items() if key in own} for own in names)
+    return first(**one), second(**other)
+
+
+def _names_of(kind: type) -> list[str]:
+    return [item.name for item in fields(kind)]
+
+
+def _require_known(given: dict[str, Any], known: list[str]) -> None:
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
             raise ConfigError(f"no setting {name!r}: {hint}")
-    return kind(**given)
 
 
 def _require_size(image_size: int, images: TaskImages) -> None:

@@ -5,16 +5,15 @@ Choosing is left to ``selection/``, cutting and timing to ``stages``.
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from vitcut.benchmark.evaluation import evaluate
+from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
@@ -26,42 +25,38 @@ from vitcut.compiler.settings import CutConfig
 from vitcut.config import as_plain
 from vitcut.data.images import ImageSet
 from vitcut.errors import CircuitError
-from vitcut.files import read_json, write_json
+from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
+from vitcut.pipeline.path import (
+    PATH_FILE,
+    PATH_FOLDER,
+    STEP_FILE,
+    PathStep,
+    load_path,
+    save_path,
+)
 from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, save_results
 from vitcut.pipeline.stages import CLASS_ONLY, DENSE, class_only, measure
 from vitcut.pipeline.subject import Origin, Subject
 from vitcut.progress import say
 from vitcut.results import Point, Results
-from vitcut.selection.rounds import Calibration, Selection, geometric
+from vitcut.selection.rounds import (
+    Calibration,
+    Selection,
+    geometric,
+    smallest_cost,
+    useful_parts,
+)
 from vitcut.selection.settings import SelectConfig
+from vitcut.shapes import Float, Tensor
+from vitcut.vits.loading import load_model
+from vitcut.vits.weights import ViTWeights
 
-PATH_FILE, PATH_FOLDER = "path.json", "path"
-_FORMAT_VERSION = 1
 _MOST_ROUNDS = 16
 """Of a latency budget, which is met by steps."""
 _SLOWEST_STEP, _FASTEST_STEP = 0.97, 0.7
 """What the MACs are multiplied by from one such step to the next, at most and at least."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathStep:
-    """The model after one round of a selection; measured on the tuning images."""
-
-    name: str
-    circuit: str
-    """Path of the circuit, relative to the run directory."""
-    macs: int
-    macs_fraction: float
-    """Of the dense model's."""
-    accuracy_coarse: float
-    kl: float
-    """Mean KL(dense || cut) on the task distribution, in nats."""
-    heads_kept: int
-    neurons_kept_fraction: float
-    latency_fraction: float | None
-    """Of the dense model's, in the runtime and at the batch size of a latency budget."""
 
 
 def budget_command(
@@ -79,13 +74,45 @@ def budget_command(
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
-    subject = origin.load_subject()
+    model = load_model(origin.model)
+    # What cannot be met is refused before images are decoded and the folder is claimed.
+    require_possible(read_model(model.model), select)
+    subject = origin.load_subject(model)
     origin.loaded(subject).claim(folder)
-    point, model = cut_to_budget(subject, folder, select, cut, into=out)
-    points = {CLASS_ONLY: class_only(subject), point.name: (point, model)}
+    point, compact = cut_to_budget(subject, folder, select, cut, threads=bench.threads, into=out)
+    points = {CLASS_ONLY: class_only(subject), point.name: (point, compact)}
     results = measure(subject, points, bench)
     save_results(results, out)
     return results
+
+
+def require_possible(weights: ViTWeights, select: SelectConfig) -> None:
+    """Check that MACs can be brought to a budget; a latency shows only when it is measured.
+
+    Raises:
+        CircuitError: They cannot.
+    """
+    target = select.target_macs
+    if target is None:
+        return
+    shape, graph = shape_of(weights), weights.graph_of(select.tokens)
+    dense = dense_macs(shape)
+
+    def macs(circuit: Circuit) -> float:
+        return count_macs(plan_circuit(shape, circuit))
+
+    least = smallest_cost(graph, weights.num_neurons, macs) / dense
+    most = macs(useful_parts(graph, weights.num_neurons).circuit(graph, "mean")) / dense
+    if target < least:
+        raise CircuitError(
+            f"target-macs {target:g} cannot be met: the smallest model that still sees the image "
+            f"has {least:.3f} of the dense model's MACs"
+        )
+    if target > most:
+        raise CircuitError(
+            f"target-macs {target:g} leaves nothing to cut: compiled and uncut the model has "
+            f"{most:.3f} of the dense model's MACs"
+        )
 
 
 def cut_to_budget(
@@ -94,6 +121,7 @@ def cut_to_budget(
     select: SelectConfig,
     cut: CutConfig,
     *,
+    threads: int = 1,
     into: Path | None = None,
 ) -> tuple[Point, CompactViT]:
     """Search a circuit within a budget, and compile it.
@@ -103,18 +131,20 @@ def cut_to_budget(
         folder: The run directory, for the path's circuits and ``path.json``.
         select: How to choose.
         cut: How to compile.
+        threads: CPU threads that a latency is measured with.
         into: Where the model goes; its point's folder if None.
 
     Raises:
         CircuitError: The budget cannot be met.
     """
     maker = PointMaker(subject, folder, cut)
-    steps = list(BudgetSearch(subject, folder, select, cut, maker.fills).run())
-    write_path(steps, folder.path / PATH_FILE)
-    circuit = Circuit.load(folder.path / steps[-1].circuit)
-    name = f"{select.scores}-{cut.ablation}-{steps[-1].name}"
-    point, model = maker.cut(name, circuit, into=into)
-    return replace(point, budget=_budget(select)), model
+    search = BudgetSearch(subject, folder, select, cut, maker.fills, threads=threads)
+    circuit, budget = search.find(), _budget(select)
+    kind, target = next(iter(budget.items()))
+    name = f"{select.scores}-{cut.ablation}-{kind}-{target:g}"
+    if into is None:
+        circuit.save(folder.point(name) / CIRCUIT_FILE)
+    return maker.cut(name, circuit, into=into, budget=budget)
 
 
 class BudgetSearch:
@@ -127,33 +157,39 @@ class BudgetSearch:
         select: SelectConfig,
         cut: CutConfig,
         fills: Fills,
+        *,
+        threads: int = 1,
     ) -> None:
-        """Nothing is computed before ``run``."""
+        """Nothing is computed before ``find``."""
         self._subject = subject
         self._folder = folder
         self._select = select
         self._cut = cut
         self._fills = fills
+        self._threads = threads
         self._start = time.perf_counter()
-        self._rounds = self._rounds_here = 0
+        self._resumed = False
         self._shape = shape_of(subject.weights)
         self._dense_macs = dense_macs(self._shape)
-        tuning = subject.images.tuning
-        self._dense = self._evaluate(subject.model.model)
-        self._timed = subject.normalise(tuning.read(range(min(select.batch, len(tuning)))))
 
-    def run(self) -> Iterator[PathStep]:
-        """One round after the other; each is saved when it is given.
+    def find(self) -> Circuit:
+        """The circuit that meets the budget: searched, or read where the search was done.
 
         Raises:
-            CircuitError: The budget cannot be met.
+            CircuitError: No latency that was measured meets the budget.
         """
+        path = self._folder.path / PATH_FILE
+        if not path.exists():
+            save_path(list(self._run()), path)
+        return Circuit.load(self._folder.path / load_path(path)[-1].circuit)
+
+    def _run(self) -> Iterator[PathStep]:
+        """One round after the other; each is saved when it is given."""
         selection = self._selection()
-        start = self._macs(selection.circuit) / self._dense_macs
-        self._require_possible(selection, start)
+        start = selection.cost() / self._dense_macs
         if self._select.target_macs is not None:
             for fraction in geometric(start, self._select.target_macs, self._select.rounds):
-                yield self._round(selection, fraction, timed=False)
+                yield self._round(selection, fraction)
             return
         yield from self._until_fast(selection, start)
 
@@ -161,26 +197,28 @@ class BudgetSearch:
         """Steps towards a latency: MACs are scaled by what the time still lacks."""
         target = self._select.target_latency or 1.0
         fraction = max(start * _FASTEST_STEP, start * target)
+        nearest, fastest = "the uncut model", 1.0
         for _ in range(_MOST_ROUNDS):
-            step = self._round(selection, fraction, timed=True)
+            if fraction * self._dense_macs < selection.smallest:
+                break
+            step = self._round(selection, fraction)
             yield step
             reached = step.latency_fraction or 1.0
             if reached <= target:
                 return
+            if reached < fastest:
+                fastest, nearest = reached, f"{reached:.3f} of dense, {step.circuit}"
             ratio = min(_SLOWEST_STEP, max(_FASTEST_STEP, target / reached))
             fraction = step.macs_fraction * ratio
-            if fraction * self._dense_macs < selection.smallest:
-                break
         raise CircuitError(
-            f"a latency of {target:g} of dense was not reached: the last of the circuits in "
-            f"{self._folder.path / PATH_FOLDER} is the nearest"
+            f"target-latency {target:g} cannot be met: the nearest in {self._folder.path} is "
+            f"{nearest}; ask for more, or for another runtime or batch"
         )
 
     def _selection(self) -> Selection:
         subject, select = self._subject, self._select
-        weights = subject.weights
         return Selection(
-            weights,
+            subject.weights,
             Calibration(
                 score_pixels=subject.normalise(self._score_images().all()),
                 group_of_class=subject.group_of_class,
@@ -203,42 +241,47 @@ class BudgetSearch:
             else self._subject.calibration(many, seed=seed)
         )
 
-    def _require_possible(self, selection: Selection, start: float) -> None:
-        target, least = self._select.target_macs, selection.smallest / self._dense_macs
-        if target is not None and not least <= target <= start:
-            raise CircuitError(
-                f"target-macs {target:g} cannot be met: the smallest model that still sees the "
-                f"image has {least:.3f} of the dense MACs, the largest {start:.3f}"
-            )
-
-    def _round(self, selection: Selection, fraction: float, *, timed: bool) -> PathStep:
+    def _round(self, selection: Selection, fraction: float) -> PathStep:
         name = f"macs-{fraction:.4f}"
-        path = self._folder.path / PATH_FOLDER / name / CIRCUIT_FILE
-        if path.exists():
-            circuit = Circuit.load(path)
+        folder = self._folder.path / PATH_FOLDER / name
+        circuit_path, step_path = folder / CIRCUIT_FILE, folder / STEP_FILE
+        if circuit_path.exists() and self._select.rescore:
+            self._resumed = True
+            circuit = Circuit.load(circuit_path)
             selection.resume(circuit)
         else:
+            # Scores that are taken once know of every earlier cut: those rounds are made again.
             selection.cut_to(fraction * self._dense_macs)
-            self._rounds_here += 1
-            circuit = replace(
-                selection.circuit,
-                method=self._select.scores,
-                task=self._subject.task.name,
-                provenance=self._provenance(),
-            )
-            circuit.save(path)
-        self._rounds += 1
-        step = self._measured(name, circuit, timed=timed)
-        say(
-            f"{name}: {step.macs_fraction:.1%} of the MACs, coarse accuracy "
-            f"{step.accuracy_coarse:.1%}, KL {step.kl:.4f} on the tuning images"
-        )
+            circuit = self._described(selection.circuit)
+            if not circuit_path.exists():
+                circuit.save(circuit_path)
+        if not step_path.exists():
+            self._measured(name, circuit).save(step_path)
+        step = PathStep.load(step_path)
+        say(_line(step))
         return step
 
-    def _measured(self, name: str, circuit: Circuit, *, timed: bool) -> PathStep:
+    def _described(self, circuit: Circuit) -> Circuit:
+        took = round(time.perf_counter() - self._start, 2)
+        return replace(
+            circuit,
+            method=self._select.scores,
+            task=self._subject.task.name,
+            provenance={
+                "model": self._subject.model.name,
+                "weight_hash": self._subject.model.weight_hash,
+                "images_fingerprint": self._subject.images.fingerprint,
+                "selection": as_plain(self._select),
+                # Not known of a search that was resumed.
+                "seconds": None if self._resumed else took,
+            },
+        )
+
+    def _measured(self, name: str, circuit: Circuit) -> PathStep:
         model = compile_circuit(self._subject.weights, circuit, self._fills.of(circuit))
-        found = self._evaluate(model, self._dense.log_probs)
+        found = self._evaluate(model, self._dense)
         macs = count_macs(model.plan)
+        timed = self._select.target_latency is not None
         return PathStep(
             name=name,
             circuit=f"{PATH_FOLDER}/{name}/{CIRCUIT_FILE}",
@@ -253,58 +296,45 @@ class BudgetSearch:
 
     def _latency_fraction(self, model: CompactViT) -> float:
         config = BenchConfig(
-            runtimes=(self._select.runtime,), batches=(self._select.batch,), threads=1, seconds=1.0
+            runtimes=(self._select.runtime,),
+            batches=(self._select.batch,),
+            threads=self._threads,
+            seconds=1.0,
         )
         models: dict[str, torch.nn.Module] = {DENSE: self._subject.model.model, "cut": model}
         report = measure_latency(models, self._timed, config, baselines=(DENSE,))
         return 1 / report.comparisons[0].ratio
 
-    def _evaluate(self, model: torch.nn.Module, reference: Any = None) -> Any:
+    @cached_property
+    def _timed(self) -> Float[Tensor, "images channels y x"]:
+        tuning = self._subject.images.tuning
+        return self._subject.normalise(tuning.read(range(min(self._select.batch, len(tuning)))))
+
+    @cached_property
+    def _dense(self) -> Evaluation:
+        return self._evaluate(self._subject.model.model)
+
+    def _evaluate(self, model: torch.nn.Module, dense: Evaluation | None = None) -> Evaluation:
         return evaluate(
             model,
             self._subject.images.tuning,
             group_of_class=self._subject.task.group_of_class,
             preprocess=self._subject.normalise,
-            reference_log_probs=reference,
+            reference_log_probs=None if dense is None else dense.log_probs,
         )
 
     def _macs(self, circuit: Circuit) -> float:
         return count_macs(plan_circuit(self._shape, circuit))
 
-    def _provenance(self) -> dict[str, Any]:
-        return {
-            "model": self._subject.model.name,
-            "weight_hash": self._subject.model.weight_hash,
-            "images_fingerprint": self._subject.images.fingerprint,
-            "selection": as_plain(self._select),
-            # Not known of a search that was resumed.
-            "seconds": round(time.perf_counter() - self._start, 2)
-            if self._rounds_here > self._rounds
-            else None,
-        }
 
-
-def write_path(steps: list[PathStep], path: Path) -> None:
-    """Write what every round came to."""
-    write_json(path, {"format_version": _FORMAT_VERSION, "steps": [asdict(step) for step in steps]})
-
-
-def show_path(out: Path) -> None:
-    """Print a run directory's ``path.json`` as a table."""
-    content = read_json(out / PATH_FILE, kind="path", newest_version=_FORMAT_VERSION)
-    table = Table(
-        "point", "MACs", "coarse", "KL", "heads", "neurons", title="the path, on tuning images"
+def _line(step: PathStep) -> str:
+    latency = ""
+    if step.latency_fraction is not None:
+        latency = f", {step.latency_fraction:.1%} of the latency"
+    return (
+        f"{step.name}: {step.macs_fraction:.1%} of the MACs{latency}, coarse accuracy "
+        f"{step.accuracy_coarse:.1%}, KL {step.kl:z.4f} on the tuning images"
     )
-    for step in content["steps"]:
-        table.add_row(
-            step["name"],
-            f"{step['macs_fraction']:.1%}",
-            f"{step['accuracy_coarse']:.1%}",
-            f"{step['kl']:.4f}",
-            str(step["heads_kept"]),
-            f"{step['neurons_kept_fraction']:.1%}",
-        )
-    Console().print(table)
 
 
 def _budget(select: SelectConfig) -> dict[str, Any]:

@@ -12,6 +12,8 @@ _LICENCE_NOTE = (
     "these allow non-commercial research."
 )
 
+_NO_LONGER = "It no longer computes the masked original; `circuit.json` says what was cut."
+
 
 def dense_card(task: Task, result: TrainResult, config: TrainConfig) -> str:
     """The card of a trained dense model."""
@@ -55,7 +57,12 @@ repaired in the same way are compared with it.
 
 def compact_card(results: Results, point: Point) -> str:
     """The card of a cut model, with the table that it was measured in."""
-    made = f"""{_kept(point)} Its logits
+    if point.max_abs_diff is None:
+        made = f"""{_kept(point)}
+
+Then repaired: fine-tuned by distillation from the dense model. {_NO_LONGER}"""
+    else:
+        made = f"""{_kept(point)} Its logits
 differ from the masked original's by at most {point.max_abs_diff:.2g}."""
     return _card(results, point, made, shown=(point,))
 
@@ -67,7 +74,7 @@ def repaired_card(
     made = f"""{_kept(point)}
 
 Then repaired: fine-tuned by {_recipe(result, config)}.
-It no longer computes the masked original; `circuit.json` says what was cut."""
+{_NO_LONGER}"""
     others = tuple(item for item in results.points if item.name == DENSE_REPAIRED)
     return _card(results, point, made, shown=(*others, point))
 
@@ -82,9 +89,12 @@ with the labels, {config.augmentation} augmentation, seed {config.seed}"""
 def _kept(point: Point) -> str:
     if point.edges_kept is None:
         return "Cut by vitcut."
-    edges = f"{point.edges_kept} of {point.edges_total} edges"
-    return f"""Cut by vitcut: {edges} and {point.heads_kept} of
-{point.heads_total} heads are kept, {point.ablation} ablation stands in for the rest."""
+    heads = f"{point.heads_kept} of\n{point.heads_total} heads"
+    kept = f"{point.edges_kept} of {point.edges_total} edges and {heads}"
+    if point.granularity == "part" and point.neurons_kept_fraction is not None:
+        kept = f"{heads} (in any token group) and {point.neurons_kept_fraction:.1%} of the neurons"
+    return f"""Cut by vitcut: {kept} are kept, {point.ablation} ablation stands in
+for the rest."""
 
 
 def _card(results: Results, point: Point, made: str, *, shown: tuple[Point, ...]) -> str:

@@ -16,7 +16,14 @@ from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.points import CIRCUIT_FILE, PointMaker, point_name, save_results
+from vitcut.pipeline.path import PATH_FOLDER
+from vitcut.pipeline.points import (
+    CIRCUIT_FILE,
+    MODEL_FOLDER,
+    PointMaker,
+    point_name,
+    save_results,
+)
 from vitcut.pipeline.run import train_dense
 from vitcut.pipeline.stages import CLASS_ONLY, DENSE_REPAIRED, class_only, measure
 from vitcut.pipeline.subject import ORIGIN_FILE, Origin
@@ -105,7 +112,7 @@ def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circu
 
 
 def find_circuit(path: Path, point: str | None) -> Path:
-    """The circuit.json that a path means: itself, or the one of a run directory's point.
+    """The circuit.json that a path means: itself, or that of a run directory's point or model.
 
     Raises:
         ArtefactError: There is none, or several and ``point`` does not choose.
@@ -113,12 +120,15 @@ def find_circuit(path: Path, point: str | None) -> Path:
     if path.is_file():
         return path
     # Those on the way to a budget are found by name only.
-    folders = ("points",) if point is None else ("points", "path")
+    folders = ("points",) if point is None else ("points", PATH_FOLDER)
     found = {
         item.parent.name: item
         for folder in folders
         for item in sorted(path.glob(f"{folder}/*/{CIRCUIT_FILE}"))
     }
+    own = path / MODEL_FOLDER / CIRCUIT_FILE
+    if point is None and not found and own.exists():
+        return own
     if not found:
         raise ArtefactError(
             f"no circuit at {path}: expected a circuit.json, or a run directory with points"

@@ -4,7 +4,9 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import FILL
@@ -68,9 +70,21 @@ class PointMaker:
             yield name, circuit
 
     def cut(
-        self, name: str, circuit: Circuit, *, into: Path | None = None
+        self,
+        name: str,
+        circuit: Circuit,
+        *,
+        into: Path | None = None,
+        budget: dict[str, Any] | None = None,
     ) -> tuple[Point, CompactViT]:
-        """Compile a circuit into ``into`` (its point's folder if None) and check it."""
+        """Compile a circuit, check it and save the model.
+
+        Args:
+            name: Of the point.
+            circuit: Under any ablation.
+            into: Takes the model directory; the point's folder if None.
+            budget: What the circuit was searched for, if for one.
+        """
         into = self._folder.point(name) if into is None else into
         record, model_folder = into / RECORD_FILE, into / MODEL_FOLDER
         if record.exists():
@@ -85,6 +99,7 @@ class PointMaker:
             circuit=self._relative(model_folder / CIRCUIT_FILE),
             model=self._relative(model_folder),
         )
+        point = replace(point, budget=budget)
         task, machine = self._subject.task.name, describe_machine()
         Results(task=task, machine=machine, points=(point,)).save(record)
         return point, cut.model

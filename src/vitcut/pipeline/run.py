@@ -9,7 +9,8 @@ from vitcut.circuit import Circuit
 from vitcut.config import as_plain
 from vitcut.data.images import TaskImages, load_images
 from vitcut.errors import ArtefactError
-from vitcut.pipeline.budget import cut_to_budget
+from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.budget import cut_to_budget, require_possible
 from vitcut.pipeline.cards import dense_card
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import MODEL_FOLDER, PointMaker, save_results
@@ -49,6 +50,7 @@ def run(config: RunConfig, out: Path) -> Results:
     images = load_images(config.data, task)
     # What does not fit the images is refused before the folder is claimed and a model trained.
     images.calibration(config.discover.images, seed=config.discover.seed)
+    require_possible(read_model(_untrained(images, config.vit, config.train)), config.select)
     Origin.own(images, config.data).claim(folder)
     train_dense(images, config.vit, config.train, folder)
     subject = Subject.of(load_model(str(folder.dense)), images)
@@ -70,7 +72,9 @@ def _budget_points(
     if not config.select.has_budget:
         return {}
     linear = replace(config.cut, ablation="linear")
-    point, model = cut_to_budget(subject, folder, config.select, linear)
+    point, model = cut_to_budget(
+        subject, folder, config.select, linear, threads=config.bench.threads
+    )
     points: dict[str, tuple[Point, nn.Module]] = {point.name: (point, model)}
     if config.repair is not None:
         stored = StoredCut.load(folder.point(point.name) / MODEL_FOLDER)
@@ -86,9 +90,7 @@ def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder:
     if folder.dense.exists():
         return
     task = images.task
-    model = build_reference(
-        vit, num_classes=len(task.classes), image_size=images.image_size, seed=config.seed
-    )
+    model = _untrained(images, vit, config)
     result = train(model, images, config, folder.path)
     card = DenseCard(
         task_name=task.name,
@@ -101,3 +103,9 @@ def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder:
         text=dense_card(task, result, config),
     )
     save_dense(model, folder.dense, card=card)
+
+
+def _untrained(images: TaskImages, vit: VitConfig, config: TrainConfig) -> nn.Module:
+    return build_reference(
+        vit, num_classes=len(images.task.classes), image_size=images.image_size, seed=config.seed
+    )

@@ -1,6 +1,6 @@
 """Circuits, plans and results as text for a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -13,11 +13,15 @@ from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
+from vitcut.pipeline.path import PATH_FILE, load_path, print_path
 from vitcut.pipeline.repair import REPAIR_FILE, Repair
 from vitcut.results import Point, Results
 
 _SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
 """What the provenance of a circuit that was searched says."""
+
+_DEAD = "-"
+"""Of what can reach nothing, whatever is kept."""
 
 
 def show(path: Path) -> None:
@@ -34,6 +38,8 @@ def show(path: Path) -> None:
         print_circuit(Circuit.load(item))
     if model is not None:
         print_plan(CompactViT.from_pretrained(model).plan)
+    if (path / PATH_FILE).exists():
+        print_path(load_path(path / PATH_FILE))
     if results.exists():
         print_table(point_table(Results.load(results)))
     if (path / REPAIR_FILE).exists():
@@ -81,22 +87,36 @@ def _kls(point: Point) -> str:
 
 
 def print_circuit(circuit: Circuit) -> None:
-    """A circuit: a summary, and per block how many edges each kind of target keeps."""
+    """A circuit: a summary, and what each block keeps in each token group.
+
+    Heads and neurons where parts were cut, edges by the target that reads them where edges were.
+    """
     console = Console(soft_wrap=True, highlight=False)
     for line in circuit_lines(circuit):
         console.print(line)
-    table = Table("block", "heads kept", *LETTERS, "mlp", title="kept edges by target")
-    on_path = circuit.live_sources & circuit.reached_sources
-    for layer in range(circuit.graph.num_layers):
-        first, end = circuit.graph.head_source(layer, 0), circuit.graph.mlp_source(layer)
-        mlp = _kept_of(
-            circuit, range(circuit.graph.mlp_target(layer), circuit.graph.mlp_target(layer) + 1)
-        )
-        letters = [_kept_of(circuit, circuit.graph.letter_targets(layer, x)) for x in LETTERS]
-        heads = f"{int(on_path[first:end].sum())} / {circuit.graph.num_heads}"
-        table.add_row(str(layer), heads, *letters, mlp)
-    last = circuit.graph.classifier
-    table.add_row("classifier", "", "", "", "", _kept_of(circuit, range(last, last + 1)))
+    graph, edges, neurons = circuit.graph, _cuts_edges(circuit), circuit.neurons is not None
+    table = Table(
+        title=f"kept {'edges' if edges else 'parts'}, of those that could reach the classifier"
+    )
+    table.add_column("block")
+    headers = [
+        *(("tokens",) if graph.groups else ()),
+        *("heads", *(("which",) if neurons else ())),
+        *(("neurons",) if neurons else ()),
+        *((*(f"to {letter}" for letter in LETTERS), "to mlp") if edges else ()),
+    ]
+    for header in headers:
+        table.add_column(header, justify="left" if header in {"tokens", "which"} else "right")
+    for layer in range(graph.num_layers):
+        for group in range(graph.num_groups):
+            name = f"{layer}" if group == 0 else ""
+            table.add_row(name, *_block_cells(circuit, layer, group, edges=edges))
+    if edges:
+        table.add_section()
+        for target in graph.classifiers:
+            blank = [""] * (len(headers) - 1 - bool(graph.groups))
+            tokens = (graph.targets[target].group or "",) if graph.groups else ()
+            table.add_row("classifier", *tokens, *blank, _kept_of(circuit, [target]))
     console.print(table)
 
 
@@ -105,12 +125,17 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
     graph = circuit.graph
     tau = "" if circuit.tau is None else f", tau {circuit.tau:g}"
     yield f"circuit by {circuit.method}{tau}, {circuit.ablation} ablation, task {circuit.task}"
-    cut = 1 - circuit.num_kept / graph.num_edges
-    heads = graph.num_layers * graph.num_heads
-    yield (
-        f"edges kept {circuit.num_kept} of {graph.num_edges} ({cut:.1%} cut), heads kept "
-        f"{circuit.num_heads_kept} of {heads}"
-    )
+    heads = f"heads kept {circuit.num_heads_kept} of {graph.num_layers * graph.num_heads}"
+    if graph.groups:
+        heads += " (in any token group)"
+    if circuit.neurons is not None:
+        heads += f", neurons kept {circuit.neurons_kept_fraction:.1%}"
+    if _cuts_edges(circuit):
+        cut = 1 - circuit.num_kept / graph.num_useful_edges
+        edges = f"edges kept {circuit.num_kept} of {graph.num_useful_edges} ({cut:.1%} cut)"
+        yield f"{edges}, {heads}"
+    else:
+        yield heads
     found = circuit.provenance
     if set(found) >= _SEARCH_FACTS:
         took = "" if found["seconds"] is None else f", {found['seconds']} s"
@@ -140,9 +165,36 @@ def print_plan(plan: Plan) -> None:
     Console().print(table)
 
 
-def _kept_of(circuit: Circuit, targets: range) -> str:
+def _cuts_edges(circuit: Circuit) -> bool:
+    """Whether edges were cut one by one; those of cut heads and MLPs only follow."""
+    return circuit.neurons is None or circuit.read_by_all is None
+
+
+def _block_cells(circuit: Circuit, layer: int, group: int, *, edges: bool) -> Iterator[str]:
+    """The cells of a block and token group; a dash where nothing can reach the classifier."""
+    graph = circuit.graph
+    useful = graph.find_live(graph.edges)[1]
+    first, mlp = graph.head_source(layer, 0, group), graph.mlp_source(layer, group)
+    if graph.groups:
+        yield graph.groups[group]
+    kept = circuit.heads_on_path[layer, :, group]
+    yield f"{int(kept.sum())} / {len(kept)}" if useful[first] else _DEAD
+    if circuit.neurons is not None:
+        yield " ".join(str(head) for head in kept.nonzero()[0])
+        own = circuit.neurons[layer, group] & circuit.live_sources[mlp]
+        yield f"{int(own.sum())} / {len(own)}" if useful[mlp] else _DEAD
+    if edges:
+        for letter in LETTERS:
+            yield _kept_of(circuit, graph.letter_targets(layer, letter, group))
+        yield _kept_of(circuit, [graph.mlp_target(layer, group)])
+
+
+def _kept_of(circuit: Circuit, targets: Iterable[int]) -> str:
     columns = list(targets)
-    return f"{int(circuit.kept[:, columns].sum())} / {int(circuit.graph.edges[:, columns].sum())}"
+    useful = circuit.graph.useful_edges[:, columns]
+    if not useful.any():
+        return _DEAD
+    return f"{int((circuit.kept[:, columns] & useful).sum())} / {int(useful.sum())}"
 
 
 def _model_folder(path: Path) -> Path | None:

@@ -104,15 +104,18 @@ class Origin:
         """What a run directory's settings say of it."""
         return {"model": self.model, "task": self.task.to_dict(), "data": as_plain(self.data)}
 
-    def load_subject(self) -> "Subject":
+    def load_subject(self, model: LoadedModel | None = None) -> "Subject":
         """Load the model, then the images at the size that it takes.
+
+        Args:
+            model: This origin's, where it was loaded already.
 
         Raises:
             DataError: The source cannot be used.
             TaskError: The task does not fit the data or the model.
             ModelError: The model cannot be loaded.
         """
-        model = load_model(self.model)
+        model = load_model(self.model) if model is None else model
         data = replace(self.data, image_size=model.image_size)
         return Subject.of(model, load_images(data, self.task))
 

@@ -1,12 +1,12 @@
 """Settings of selection by budget; no torch, so that ``--help`` stays fast."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from vitcut.config import require_at_least, require_fraction, require_one_of
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName, Tokens
+from vitcut.runtimes.table import require_runtime
 
 Scores = Literal["fisher", "random", "magnitude"]
 """What parts are chosen by."""
@@ -40,7 +40,7 @@ class SelectConfig:
     tokens: Tokens = "split"
     """Parts over whole tokens, or per token group."""
     seed: int = 0
-    """Seed of the choice of images, and of random scores."""
+    """Seed of random scores; images are drawn with the seed of the cut."""
 
     def __post_init__(self) -> None:
         for name in ("target_macs", "target_latency"):
@@ -50,7 +50,7 @@ class SelectConfig:
                 raise ConfigError(f"{flag} must be above 0 and below 1 of dense, got {value!r}")
         if self.target_macs is not None and self.target_latency is not None:
             raise ConfigError("give target-macs or target-latency, got both")
-        require_one_of("runtime", self.runtime, get_args(RuntimeName))
+        require_runtime(self.runtime)
         require_one_of("scores", self.scores, get_args(Scores))
         require_one_of("tokens", self.tokens, get_args(Tokens))
         for name in ("batch", "rounds", "score_images"):
@@ -65,18 +65,16 @@ class SelectConfig:
         """Whether a budget is given."""
         return self.target_macs is not None or self.target_latency is not None
 
-    def require_budget_or_circuit(self, circuit: Path | None) -> None:
-        """Check that there is one of them.
+    def require_budget_or(self, circuit: object | None) -> None:
+        """Check that there is a budget or a circuit to cut to, not both.
 
         Raises:
             ConfigError: There is neither, or there are both.
         """
         if circuit is None and not self.has_budget:
             raise ConfigError(
-                "cut needs a circuit (a run directory or circuit.json), or a budget: "
-                "--target-macs 0.2, or --target-latency 0.25"
+                "cut needs a circuit (a run directory or circuit.json), or a budget: target-macs "
+                "0.2, or target-latency 0.25"
             )
         if circuit is not None and self.has_budget:
-            raise ConfigError(
-                f"cut takes a circuit or a budget, got {circuit} and a budget: leave one out"
-            )
+            raise ConfigError("cut takes a circuit or a budget, got both: leave one of them out")

@@ -1,0 +1,392 @@
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from vitcut.benchmark import settings as benchmark_settings
+from vitcut.benchmark.settings import BenchConfig
+from vitcut.circuit import Circuit
+from vitcut.cli import main
+from vitcut.compact.artefact import FILL
+from vitcut.compact.macs import count_macs
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.settings import CutConfig
+from vitcut.data.settings import DataConfig
+from vitcut.errors import ArtefactError, CircuitError
+from vitcut.intervention.fill import Fill
+from vitcut.intervention.masking import masked_run
+from vitcut.pipeline import budget as budgeting
+from vitcut.pipeline.budget import budget_command
+from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
+from vitcut.pipeline.path import PATH_FILE, STEP_FILE, PathStep, load_path
+from vitcut.pipeline.stored import StoredCut
+from vitcut.pipeline.subject import Origin
+from vitcut.results import Results
+from vitcut.selection.settings import SelectConfig
+
+SHORT = {
+    "runtimes": ("torch",),
+    "batches": (1,),
+    "seconds": 0.05,
+    "min_rounds": 3,
+    "min_sample_ms": 0.1,
+}
+BENCH = BenchConfig(**SHORT)
+SELECT = SelectConfig(target_macs=0.55, rounds=2, score_images=16)
+CUT = CutConfig(ablation="linear", images=48, verify_images=8)
+NAME = "fisher-linear-macs-0.55"
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def _cut(run, out, select=SELECT, cut=CUT):
+    return budget_command(resolve_origin(str(run), None, DataConfig()), select, cut, BENCH, out)
+
+
+def _told(out):
+    """The results without what differs from one time to the next."""
+    content = json.loads((out / "results.json").read_text())
+    for point in [content["dense"], *content["points"]]:
+        del point["seconds"], point["latency"]
+    return content["dense"], content["points"]
+
+
+def _circuits(out):
+    return {path.parent.name: Circuit.load(path) for path in out.glob("path/*/circuit.json")}
+
+
+def _same(one, other):
+    first, second = (load_file(out / "model" / "model.safetensors") for out in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert _circuits(one) == _circuits(other)
+    assert (one / PATH_FILE).read_bytes() == (other / PATH_FILE).read_bytes()
+    assert _told(one) == _told(other)
+
+
+@pytest.fixture(scope="module")
+def cut(finished, tmp_path_factory):
+    """What a cut to a budget writes, undisturbed."""
+    out = tmp_path_factory.mktemp("budget") / "cut"
+    _cut(finished, out)
+    return out
+
+
+def test_the_budget_is_met_and_the_point_says_how(cut):
+    results = Results.load(cut / "results.json")
+    assert [point.name for point in results.points] == ["class-only", NAME]
+    point = results.points[-1]
+    assert point.macs <= 0.55 * results.dense.macs
+    assert (point.method, point.granularity, point.ablation) == ("fisher", "part", "linear")
+    assert point.budget == {"macs": 0.55}
+    assert 0 < point.neurons_kept_fraction < 1
+    assert 0 <= point.max_abs_diff < 1e-4
+    assert (point.circuit, point.model, point.tau) == ("model/circuit.json", "model", None)
+    assert point.kl < 0.1
+    assert point.accuracy_coarse > 0.6
+
+
+def test_a_repair_knows_the_budget_of_its_cut(cut):
+    assert StoredCut.load(cut).point.budget == {"macs": 0.55}
+
+
+def test_the_path_has_a_step_per_round_and_each_costs_less(cut):
+    steps = load_path(cut / PATH_FILE)
+    assert len(steps) == 2
+    macs = [step.macs for step in steps]
+    assert macs == sorted(macs, reverse=True)
+    assert len(set(macs)) == 2
+    for step in steps:
+        circuit = Circuit.load(cut / step.circuit)
+        assert circuit.method == "fisher"
+        assert (step.heads_kept, step.neurons_kept_fraction) == (
+            circuit.num_heads_kept,
+            circuit.neurons_kept_fraction,
+        )
+        assert PathStep.load(cut / "path" / step.name / STEP_FILE) == step
+
+
+def test_every_circuit_of_the_path_can_be_cut_by_its_name(cut, tmp_path):
+    first = load_path(cut / PATH_FILE)[0]
+    path = find_circuit(cut, first.name)
+    results = cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, tmp_path / "out")
+    assert results.points[-1].macs == first.macs
+    assert find_circuit(cut, None) == cut / "model" / "circuit.json"
+
+
+def test_the_verb_prints_the_path_and_says_when_there_is_nothing_to_do(
+    finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(benchmark_settings, "BenchConfig", lambda threads: BENCH)
+    out = tmp_path / "out"
+    words = ["cut", "--model", str(finished), "--target-macs", "0.55", "--ablation", "mean"]
+    words += ["--rounds", "2", "--images", "32", "--score-images", "16", "--verify-images", "8"]
+    assert main([*words, "--out", str(out)]) == 0
+    first = capsys.readouterr()
+    assert "the path, on tuning images" in first.out
+    assert "fisher-mean-macs-0.55" in first.out
+    before = {item: item.stat().st_mtime_ns for item in out.rglob("*")}
+    assert main([*words, "--out", str(out)]) == 0
+    again = capsys.readouterr()
+    assert f"{out} is complete: nothing to do" in again.err
+    assert again.out == first.out
+    assert {item: item.stat().st_mtime_ns for item in out.rglob("*")} == before
+
+
+def test_the_saved_fill_is_the_circuits_and_gives_the_compact_model(cut):
+    circuit, fill = Circuit.load(cut / "model" / "circuit.json"), Fill.load(cut / "model" / FILL)
+    assert fill.circuit == circuit.fingerprint
+    assert circuit == _circuits(cut)["macs-0.5500"]
+    subject = Origin.load(cut).load_subject()
+    pixels = subject.normalise(subject.images.validation.read(range(16)))
+    model = CompactViT.from_pretrained(cut / "model")
+    with torch.no_grad():
+        masked = masked_run(subject.weights, pixels, circuit, fill).logits
+        torch.testing.assert_close(model(pixels), masked, atol=1e-4, rtol=1e-4)
+
+
+def test_two_cuts_come_out_the_same(finished, cut, tmp_path):
+    _cut(finished, tmp_path / "again")
+    _same(cut, tmp_path / "again")
+
+
+STAGES = {
+    "before the first round is measured": (PathStep, "save", 0),
+    "in the second round": (Circuit, "save", 0),
+    "before the path is written": (budgeting, "save_path", 0),
+    "before the model is saved": (CompactViT, "save_pretrained", 0),
+    "before anything is measured": (budgeting, "measure", 0),
+}
+
+
+def _killed(finished, out, stage, select=SELECT):
+    owner, name, times = stage
+    left, real = [times], getattr(owner, name)
+
+    def dying(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            _cut(finished, out, select)
+    assert not (out / "results.json").exists()
+
+
+def test_a_cut_that_is_killed_at_every_stage_ends_the_same(finished, cut, tmp_path):
+    out = tmp_path / "killed"
+    for stage in STAGES.values():
+        _killed(finished, out, stage)
+    _cut(finished, out)
+    _same(cut, out)
+
+
+def test_a_killed_cut_by_first_scores_ends_the_same(finished, tmp_path):
+    """Joint scores know what was cut since they were taken, so they are taken up in order."""
+    select = replace(SELECT, rescore=False, target_macs=0.65)
+    _cut(finished, tmp_path / "whole", select)
+    _killed(finished, tmp_path / "killed", (Circuit, "save", 1), select)
+    _cut(finished, tmp_path / "killed", select)
+    _same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
+def test_other_ablations_meet_the_budget_without_a_fill_of_their_own(finished, tmp_path, ablation):
+    select = replace(SELECT, rounds=1)
+    results = _cut(finished, tmp_path / "out", select, replace(CUT, ablation=ablation))
+    point = results.points[-1]
+    assert point.name == f"fisher-{ablation}-macs-0.55"
+    assert point.macs <= 0.55 * results.dense.macs
+    assert point.max_abs_diff < 1e-4
+    assert not (tmp_path / "out" / "model" / FILL).exists()
+
+
+@pytest.mark.parametrize("scores", ["random", "magnitude"])
+def test_controls_meet_the_budget_too(finished, tmp_path, scores):
+    select = replace(SELECT, rounds=1, scores=scores, joint=False)
+    results = _cut(finished, tmp_path / "out", select)
+    assert results.points[-1].method == scores
+    assert results.points[-1].macs <= 0.55 * results.dense.macs
+
+
+def test_parts_over_whole_tokens_meet_the_budget(finished, tmp_path):
+    _cut(finished, tmp_path / "out", replace(SELECT, rounds=1, tokens="all"))
+    assert Circuit.load(tmp_path / "out" / "model" / "circuit.json").graph.groups == ()
+
+
+def _clock(monkeypatch, milliseconds):
+    """Time models by a formula: of the MACs, and of how many were timed before."""
+    calls = []
+
+    def measure(models, images, config, *, baselines):
+        calls.append(config)
+        ratio = 1 / milliseconds(count_macs(models["cut"].plan), len(calls))
+        return SimpleNamespace(comparisons=(SimpleNamespace(ratio=ratio),))
+
+    monkeypatch.setattr(budgeting, "measure_latency", measure)
+    return calls
+
+
+LATENCY = SelectConfig(target_latency=0.5, runtime="torch", batch=8, score_images=16)
+MEAN = replace(CUT, ablation="mean")
+
+
+def test_a_latency_budget_ends_with_the_first_step_that_meets_it(finished, tmp_path, monkeypatch):
+    calls = _clock(monkeypatch, lambda macs, _: 0.3 + 0.4 * macs / 34_000)
+    results = _cut(finished, tmp_path / "out", LATENCY, MEAN)
+    steps = load_path(tmp_path / "out" / PATH_FILE)
+    assert steps[-1].latency_fraction <= 0.5
+    assert all(step.latency_fraction > 0.5 for step in steps[:-1])
+    assert [config.runtimes for config in calls] == [("torch",)] * len(steps)
+    point = results.points[-1]
+    assert point.name == "fisher-mean-latency-0.5"
+    assert point.budget == {"latency": 0.5, "runtime": "torch", "batch": 8}
+    assert point.macs == steps[-1].macs
+
+
+def test_a_killed_latency_search_keeps_what_it_measured(finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    _clock(monkeypatch, lambda macs, _: 0.4 + 0.2 * macs / 34_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(budgeting, "save_path", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            _cut(finished, out, LATENCY, MEAN)
+    steps = {path.parent.name: PathStep.load(path) for path in out.glob(f"path/*/{STEP_FILE}")}
+    calls = _clock(monkeypatch, lambda *_: 0.01)
+    _cut(finished, out, LATENCY, MEAN)
+    assert {step.name: step for step in load_path(out / PATH_FILE)} == steps
+    assert calls == []
+
+
+def test_a_latency_that_nothing_reaches_names_the_nearest(finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    _clock(monkeypatch, lambda macs, number: 0.9 + number / 100)
+    with pytest.raises(
+        CircuitError, match=r"target-latency 0\.5 cannot be met.*is 0\.910 of dense"
+    ):
+        _cut(finished, out, LATENCY, MEAN)
+    assert not (out / "results.json").exists()
+    assert Circuit.load(next(out.glob("path/*/circuit.json"))).method == "fisher"
+
+
+def test_a_latency_is_really_measured(finished, tmp_path):
+    """On a busy machine the target may be missed; then no path is written."""
+    select, out = replace(LATENCY, target_latency=0.95, batch=64), tmp_path / "out"
+    with suppress(CircuitError):
+        _cut(finished, out, select, MEAN)
+    measured = [PathStep.load(path).latency_fraction for path in out.glob(f"path/*/{STEP_FILE}")]
+    assert min(measured) > 0
+    assert (min(measured) <= 0.95) == (out / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [(0.0001, "smallest model that still sees"), (0.9999, "leaves nothing to cut")],
+)
+def test_an_impossible_budget_is_refused_before_anything_is_written(
+    finished, tmp_path, target, message
+):
+    with pytest.raises(CircuitError, match=message):
+        _cut(finished, tmp_path / "out", replace(SELECT, target_macs=target))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"steps": [{"name": 1}]}', '{"steps": []}'])
+def test_a_damaged_path_is_refused(tmp_path, content):
+    (tmp_path / PATH_FILE).write_text(json.dumps({"format_version": 1, **json.loads(content)}))
+    with pytest.raises(ArtefactError, match=r"path\.json is damaged"):
+        load_path(tmp_path / PATH_FILE)
+
+
+def test_a_circuit_over_edges_is_cut_with_a_linear_fill(finished, tmp_path):
+    path, out = find_circuit(finished, "acdc-resample-0.03"), tmp_path / "out"
+    results = cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, out)
+    point = results.points[-1]
+    assert (point.granularity, point.ablation, point.tau) == ("edge", "linear", 0.03)
+    assert point.max_abs_diff < 1e-4
+    fill = Fill.load(out / "model" / FILL)
+    assert fill.circuit == Circuit.load(out / "model" / "circuit.json").fingerprint
+    means = Results.load(finished / "results.json").points[1]
+    assert point.edges_kept == means.edges_kept
+
+
+@pytest.fixture(scope="module")
+def run_to_budget(recipe, tmp_path_factory):
+    """A run whose recipe ends with a budget and a repair."""
+    folder = tmp_path_factory.mktemp("budget")
+    settings = yaml.safe_load(recipe.read_text())
+    settings["train"] |= {"epochs": 2, "warmup_epochs": 0}
+    settings["taus"] = [0.03]
+    settings["select"] = {"target_macs": 0.55, "rounds": 2, "score_images": 16}
+    settings["repair"] = {"epochs": 1, "warmup_epochs": 0, "precision": "float32", "device": "cpu"}
+    (folder / "budget.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "budget.yaml"
+
+
+def test_a_run_ends_with_a_budget_and_its_repair(run_to_budget, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "run"
+    assert main(["run", str(run_to_budget), "--out", str(out)]) == 0
+    assert f"{NAME}-repaired" in capsys.readouterr().out
+    results = Results.load(out / "results.json")
+    names = ["class-only", "acdc-resample-0.03", NAME, f"{NAME}-repaired"]
+    assert [point.name for point in results.points] == names
+    before, after = results.points[2:]
+    assert before.macs == after.macs <= 0.55 * results.dense.macs
+    assert (after.budget, after.max_abs_diff) == ({"macs": 0.55}, None)
+    assert after.accuracy_coarse is not None
+    for point in (before, after):
+        CompactViT.from_pretrained(out / point.model)
+        card = (out / point.model / "README.md").read_text()
+        assert ("It no longer computes" in card) == (point is after)
+    assert find_circuit(out, NAME) == out / "points" / NAME / "circuit.json"
+    assert main(["show", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "circuit by fisher, linear ablation" in shown
+    assert "the path, on tuning images" in shown
+
+
+def test_a_run_that_is_killed_in_the_repair_does_not_select_again(
+    run_to_budget, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    words = ["run", str(run_to_budget), "--out", str(out)]
+
+    def dying(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vitcut.pipeline.run.repair_compact", dying)
+        with pytest.raises(Killed):
+            main(words)
+    monkeypatch.setattr(budgeting.BudgetSearch, "_selection", dying)
+    assert main(words) == 0
+    assert len(Results.load(out / "results.json").points) == 4
+
+
+def test_a_run_to_an_impossible_budget_stops_before_it_trains(run_to_budget, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["run", str(run_to_budget), "--out", str(out), "--select.target-macs", "0.001"]
+    assert main(words) == 2
+    assert "target-macs 0.001 cannot be met" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_folder_of_another_budget_is_refused(finished, cut, tmp_path):
+    with pytest.raises(ArtefactError, match=r"select\.target_macs was 0\.55, now 0\.3"):
+        _cut(finished, cut, replace(SELECT, target_macs=0.3))
+    moved = tmp_path / "moved"
+    shutil.copytree(cut, moved)
+    assert Results.load(moved / "results.json") == Results.load(cut / "results.json")
