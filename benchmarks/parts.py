@@ -23,9 +23,10 @@ from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.pipeline.budget import PATH_FILE, cut_to_budget
+from vitcut.pipeline.budget import cut_to_budget
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.folder import RunFolder
+from vitcut.pipeline.path import PATH_FILE, load_path
 from vitcut.pipeline.points import MODEL_FOLDER, PointMaker
 from vitcut.pipeline.repair import repair, repair_compact
 from vitcut.pipeline.stages import (
@@ -42,7 +43,6 @@ from vitcut.results import Point
 from vitcut.selection.settings import SelectConfig
 from vitcut.training.settings import FinetuneConfig
 
-SETTINGS = {"benchmark": "parts"}
 TARGET, ROUNDS = 0.05, 10
 ONE_ROUND = {"joint": False, "rescore": False}
 CONTROL = {**ONE_ROUND, "refresh_fraction": 0.0}
@@ -82,10 +82,10 @@ def main() -> None:
     parser.add_argument("--variant", default=None, help="Search this variant only.")
     arguments = parser.parse_args()
     out, only = arguments.out, arguments.only
-    claimed(out, SETTINGS)
     if only != "page":
         data = DataConfig(source=str(Path(arguments.source).resolve()))
         subject = resolve_origin("animals", "animals", data).load_subject()
+        claimed(out, settings_of(subject))
         if only in {None, "search"}:
             for variant in VARIANTS:
                 if arguments.variant in {None, variant.name}:
@@ -98,6 +98,15 @@ def main() -> None:
             measure_all(subject, out)
     if only in {None, "page"}:
         write_page(out)
+
+
+def settings_of(subject: Subject) -> dict:
+    """What every figure depends on."""
+    return {
+        "benchmark": "parts",
+        "weights": subject.model.weight_hash,
+        "images": subject.images.fingerprint,
+    }
 
 
 def search(subject: Subject, variant: Variant, out: Path) -> None:
@@ -125,15 +134,16 @@ def claimed(path: Path, settings: dict) -> RunFolder:
 
 
 def cuts(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
-    """Every circuit that was searched, compiled; read again where that was done."""
+    """The circuits of the best variant and half of the others', compiled or read again."""
     for variant in VARIANTS:
         cut = CutConfig(ablation=variant.ablation)
-        maker = PointMaker(subject, claimed(out, SETTINGS), cut)
-        for step in json.loads((out / variant.name / PATH_FILE).read_text())["steps"]:
-            circuit = Circuit.load(out / variant.name / step["circuit"])
-            name = f"{variant.name}-{step['name']}"
+        maker = PointMaker(subject, claimed(out, settings_of(subject)), cut)
+        steps = load_path(out / variant.name / PATH_FILE)
+        for step in steps if variant.name == BEST else steps[1::2]:
+            circuit = Circuit.load(out / variant.name / step.circuit)
+            name = f"{variant.name}-{step.name}"
             yield maker.cut(name, circuit, into=out / "points" / name)
-    maker = PointMaker(subject, claimed(out, SETTINGS), CutConfig())
+    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutConfig())
     for path in sorted((out / "acdc" / "points").glob("*/circuit.json")):
         name = path.parent.name
         yield maker.cut(name, Circuit.load(path), into=out / "points" / name)
@@ -157,7 +167,7 @@ def repaired_dense(subject: Subject, out: Path, seed: int) -> tuple[Point, nn.Mo
 
 def repairs(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
     """The repaired cuts."""
-    maker = PointMaker(subject, claimed(out, SETTINGS), CutConfig(ablation="linear"))
+    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutConfig(ablation="linear"))
     for step, seeds in REPAIRED.items():
         name = f"{BEST}-{step}"
         into = out / "points" / name
@@ -178,7 +188,7 @@ def measure_all(subject: Subject, out: Path) -> None:
     made += [repaired_dense(subject, out, seed) for seed in DENSE_SEEDS]
     points |= {point.name: (point, model) for point, model in made}
     evaluations = evaluate_points(subject, points)
-    bench = BenchConfig(runtimes=("onnxruntime",), seconds=1.0)
+    bench = BenchConfig(runtimes=("onnxruntime",), seconds=0.7)
     results = measure(subject, points, bench, evaluations=evaluations)
     results.save(out / "results.json")
     correct = {name: found.correct_coarse.tolist() for name, found in evaluations.items()}

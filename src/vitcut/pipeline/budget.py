@@ -188,7 +188,9 @@ class BudgetSearch:
         selection = self._selection()
         start = selection.cost() / self._dense_macs
         if self._select.target_macs is not None:
-            for fraction in geometric(start, self._select.target_macs, self._select.rounds):
+            fractions = geometric(start, self._select.target_macs, self._select.rounds)
+            # Budgets that round to one name are one round, to the smallest of them.
+            for fraction in {_name(fraction): fraction for fraction in fractions}.values():
                 yield self._round(selection, fraction)
             return
         yield from self._until_fast(selection, start)
@@ -223,6 +225,7 @@ class BudgetSearch:
                 score_pixels=subject.normalise(self._score_images().all()),
                 group_of_class=subject.group_of_class,
                 fill=self._fills.with_statistics,
+                memory_gib=self._cut.memory_gib,
             ),
             self._macs,
             select,
@@ -235,14 +238,16 @@ class BudgetSearch:
         fitted = self._subject.calibration(self._cut.images, seed=seed)
         images = self._subject.calibration(self._cut.images + many, seed=seed)
         unseen = np.flatnonzero(~np.isin(images.rows, fitted.rows))
-        return (
-            images.take(unseen)
-            if len(unseen) == many
-            else self._subject.calibration(many, seed=seed)
+        if len(unseen) == many:
+            return images.take(unseen)
+        say(
+            f"too few training images to score on {many} others than the {len(fitted)} that fills "
+            "are fitted to: scores are too good; give fewer --images"
         )
+        return self._subject.calibration(many, seed=seed)
 
     def _round(self, selection: Selection, fraction: float) -> PathStep:
-        name = f"macs-{fraction:.4f}"
+        name = _name(fraction)
         folder = self._folder.path / PATH_FOLDER / name
         circuit_path, step_path = folder / CIRCUIT_FILE, folder / STEP_FILE
         if circuit_path.exists() and self._select.rescore:
@@ -272,6 +277,7 @@ class BudgetSearch:
                 "weight_hash": self._subject.model.weight_hash,
                 "images_fingerprint": self._subject.images.fingerprint,
                 "selection": as_plain(self._select),
+                "cut": as_plain(self._cut),
                 # Not known of a search that was resumed.
                 "seconds": None if self._resumed else took,
             },
@@ -325,6 +331,10 @@ class BudgetSearch:
 
     def _macs(self, circuit: Circuit) -> float:
         return count_macs(plan_circuit(self._shape, circuit))
+
+
+def _name(fraction: float) -> str:
+    return f"macs-{fraction:.4f}"
 
 
 def _line(step: PathStep) -> str:
