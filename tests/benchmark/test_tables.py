@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from vitcut.benchmark.tables import point_table, print_table, to_markdown
+from vitcut.benchmark.tables import point_table, print_table, split_table, to_markdown
 from vitcut.results import Comparison, Latency, Point, Results
 
 
@@ -134,6 +134,21 @@ def test_the_largest_batch_is_also_compared_with_the_class_only_model():
 def test_a_divergence_that_rounds_to_nothing_has_no_sign():
     row = point_table(Results(task="", machine={}, points=(Point(name="a", kl=-1e-9),))).rows[0]
     assert row[3] == "0.000"
+
+
+def test_a_table_that_is_too_wide_comes_in_parts_with_every_cell_whole(capsys, monkeypatch):
+    table = point_table(results())
+    parts = list(split_table(table, 60))
+    assert len(parts) > 1
+    assert [part.headers[0] for part in parts] == ["point"] * len(parts)
+    assert sum((part.headers[1:] for part in parts), ()) == table.headers[1:]
+    monkeypatch.setattr("vitcut.benchmark.tables._FILE_WIDTH", 60)
+    print_table(table)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "4.00x (3.75-4.25)" in shown
+    assert "…" not in shown
+    assert list(split_table(table, 320)) == [table]
 
 
 def test_markdown_has_a_line_per_point_and_equal_columns():

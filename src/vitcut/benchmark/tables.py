@@ -1,6 +1,6 @@
 """Results as tables, for terminals and for Markdown; measuring is left to the other files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,8 @@ _CLASS_ONLY = "class-only"
 """The uncut model, compiled: it gains what class-token readout gives away for free."""
 _PART = "part"
 """The granularity of circuits that cut heads and neurons."""
+_FRAME = 3
+"""Characters around each cell: a line and two spaces."""
 _FILE_WIDTH = 320
 """Characters per line where there is no terminal to fit into."""
 
@@ -60,16 +62,51 @@ def to_markdown(table: PointTable) -> str:
 
 
 def print_table(table: PointTable, *, title: str | None = None) -> None:
-    """Write a table to standard output."""
-    drawn = Table(title=title)
-    for position, header in enumerate(table.headers):
-        drawn.add_column(header, justify="right" if position else "left", no_wrap=not position)
-    for row in table.rows:
-        drawn.add_row(*row)
+    """Write a table to standard output; in parts below each other where it is too wide."""
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    console.print(drawn)
+    for part in split_table(table, console.width):
+        drawn = Table(title=title)
+        for position, (header, width) in enumerate(zip(part.headers, _widths(part), strict=True)):
+            drawn.add_column(header, justify="right" if position else "left", width=width)
+        for row in part.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+
+
+def split_table(table: PointTable, width: int) -> Iterator[PointTable]:
+    """A table as narrower ones, each of which starts with the points' names.
+
+    Args:
+        table: The whole one.
+        width: Characters per line that no part exceeds, unless one column alone does.
+    """
+    first, *others = (size + _FRAME for size in _widths(table))
+    columns, used = [0], first + 1
+    for number, size in enumerate(others, start=1):
+        if used + size > width and len(columns) > 1:
+            yield _columns_of(table, columns)
+            columns, used = [0], first + 1
+        columns.append(number)
+        used += size
+    yield _columns_of(table, columns)
+
+
+def _columns_of(table: PointTable, columns: list[int]) -> PointTable:
+    headers, *rows = (
+        tuple(row[number] for number in columns) for row in (table.headers, *table.rows)
+    )
+    return PointTable(headers=headers, rows=tuple(rows))
+
+
+def _widths(table: PointTable) -> list[int]:
+    """Of each column: that of its longest cell, or of the longest word of its header."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headers)
+    return [
+        max(len(text) for text in (*header.split(), *cells))
+        for header, cells in zip(table.headers, columns, strict=True)
+    ]
 
 
 def _main_runtime(results: Results) -> RuntimeName:
