@@ -43,7 +43,7 @@ from vitcut.results import Point
 from vitcut.selection.settings import SelectConfig
 from vitcut.training.settings import FinetuneConfig
 
-TARGET, ROUNDS = 0.05, 10
+TARGET, ROUNDS, SCORE_IMAGES = 0.05, 10, 290
 ONE_ROUND = {"joint": False, "rescore": False}
 CONTROL = {**ONE_ROUND, "refresh_fraction": 0.0}
 
@@ -67,6 +67,7 @@ VARIANTS = (
     Variant(name="joint-linear-obs", ablation="linear", settings={}),
 )
 BEST = "joint-linear-obs"
+WHOLE = (BEST, "joint-linear")
 TAUS = (0.01, 0.003, 0.001)
 REPAIRED = {"macs-0.0880": (0,), "macs-0.0500": (0,), "macs-0.0663": (0,), "macs-0.1167": (0,)}
 """Points of the best variant, and the seeds of their repairs."""
@@ -111,7 +112,9 @@ def settings_of(subject: Subject) -> dict:
 
 def search(subject: Subject, variant: Variant, out: Path) -> None:
     """One variant's path of budgets; its last point is compiled, too."""
-    select = SelectConfig(target_macs=TARGET, rounds=ROUNDS, **variant.settings)
+    select = SelectConfig(
+        target_macs=TARGET, rounds=ROUNDS, score_images=SCORE_IMAGES, **variant.settings
+    )
     folder = claimed(out / variant.name, {"variant": variant.name, "select": str(select)})
     if not (folder.path / PATH_FILE).exists():
         say(f"searching {variant.name}")
@@ -134,12 +137,12 @@ def claimed(path: Path, settings: dict) -> RunFolder:
 
 
 def cuts(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
-    """The circuits of the best variant and half of the others', compiled or read again."""
+    """The circuits of two variants and half of the others', compiled or read again."""
     for variant in VARIANTS:
         cut = CutConfig(ablation=variant.ablation)
         maker = PointMaker(subject, claimed(out, settings_of(subject)), cut)
         steps = load_path(out / variant.name / PATH_FILE)
-        for step in steps if variant.name == BEST else steps[1::2]:
+        for step in steps if variant.name in WHOLE else steps[1::2]:
             circuit = Circuit.load(out / variant.name / step.circuit)
             name = f"{variant.name}-{step.name}"
             yield maker.cut(name, circuit, into=out / "points" / name)

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from functools import cached_property
 
-import torch
-
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutConfig
 from vitcut.config import require_memory
@@ -36,13 +34,13 @@ class Fills:
 
     @cached_property
     def means(self) -> Fill:
-        """The means of the uncut model, in float64."""
-        weights = self._subject.weights.to(torch.float64)
+        """The means of the uncut model, summed in float64."""
+        weights = self._subject.weights
         batches = self.pixels.split(_BATCH)
         return mean_fill(
             weights,
             (
-                batch.to(weights.device, torch.float64)
+                batch.to(weights.device, weights.dtype)
                 for batch in track(batches, "averaging", len(batches), unit="batches")
             ),
         )

@@ -35,7 +35,7 @@ class SelectConfig:
     """Steps on the way to the budget; each is a point of the path."""
     rescore: bool = True
     """Whether the cut model is scored anew for every step; otherwise the first scores hold."""
-    score_images: int = 290
+    score_images: int = 232
     """Training images, as many of each class, on which parts are scored."""
     tokens: Tokens = "split"
     """Parts over whole tokens, or per token group."""
