@@ -50,18 +50,18 @@ def test_good_settings_are_taken(given, has_budget):
 
 def test_a_cut_takes_a_circuit_or_a_budget():
     path, budget = Path("circuit.json"), SelectConfig(target_macs=0.2)
-    SelectConfig().require_budget_or_circuit(path)
-    budget.require_budget_or_circuit(None)
+    SelectConfig().require_budget_or(path)
+    budget.require_budget_or(None)
     with pytest.raises(ConfigError, match=r"needs a circuit .* or a budget"):
-        SelectConfig().require_budget_or_circuit(None)
+        SelectConfig().require_budget_or(None)
     with pytest.raises(ConfigError, match=r"a circuit or a budget, got circuit\.json"):
-        budget.require_budget_or_circuit(path)
+        budget.require_budget_or(path)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
-        ("runtime", "tensorrt", "runtime must be one of torch, .*got 'tensorrt'"),
+        ("runtime", "openvino", "runtime must be one of torch, .*got 'openvino'"),
         ("scores", "acdc", "scores must be one of fisher, random, magnitude, got 'acdc'"),
         ("tokens", "half", "tokens must be one of all, split, got 'half'"),
     ],
