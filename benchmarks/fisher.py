@@ -19,7 +19,8 @@ from matplotlib import pyplot as plt
 
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.exact import exact_edges, exact_heads, exact_neurons
-from vitcut.discovery.fisher import PartScores, fisher_scores
+from vitcut.discovery.fisher import fisher_scores
+from vitcut.discovery.scores import PartScores
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.intervention.masking import full_run
 from vitcut.intervention.oracle import Examples, Oracle
@@ -71,11 +72,10 @@ def compare(subject: Subject, examples: Examples, ablation: Ablation) -> list[Ro
     graph = oracle.graph
     fisher = fisher_scores(weights, examples, ablation, tokens="split", edges=True)
     random = np.random.default_rng(0)
-    live = graph.find_live(graph.edges)[1][graph.num_groups :]
-    live = live.reshape(graph.num_layers, graph.num_heads + 1, graph.num_groups)
-    neurons = np.broadcast_to(live[:, -1, :, None], fisher.neurons.shape)
+    heads, mlps = graph.by_block(graph.find_live(graph.edges)[1])
+    neurons = np.broadcast_to(mlps[:, :, None], fisher.neurons.shape)
     masks = {
-        "heads": live[:, :-1],
+        "heads": heads,
         "neurons": drawn(neurons, NEURONS, random),
         "edges": drawn(graph.useful_edges, EDGES, random),
     }

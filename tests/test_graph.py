@@ -174,7 +174,7 @@ def test_acdc_visits_a_targets_groups_in_their_order():
     ("groups", "readout", "message"),
     [
         (("patch", "cls"), ("cls",), "in this order"),
-        (("cls", "words"), ("cls",), "must be different ones of cls, register, patch"),
+        (("cls", "cls"), ("cls",), "must be different ones of cls, register, patch"),
         (("patch",), ("cls",), "readout must be different ones of patch"),
         (("cls", "patch"), (), "or neither"),
     ],

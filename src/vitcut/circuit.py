@@ -94,11 +94,9 @@ class Circuit:
             ablation: What stands in for the others.
             **origin: ``method``, ``task``, ``tau``, ``provenance``.
         """
-        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-        sources = np.ones(shape, dtype=np.bool_)
-        sources[:, :-1] = heads
-        kept = graph.edges.copy()
-        kept[graph.num_groups :][~sources.flatten()] = False
+        sources = np.ones(len(graph.sources), dtype=np.bool_)
+        graph.by_block(sources)[0][:] = heads
+        kept = graph.edges & sources[:, None]
         return cls(graph=graph, kept=kept, neurons=neurons, ablation=ablation, **origin)
 
     def __eq__(self, other: object) -> bool:
@@ -217,10 +215,7 @@ class Circuit:
     @cached_property
     def heads_on_path(self) -> NDArray[np.bool_]:
         """Heads on a kept path from embed to the classifier, shape [blocks, heads, groups]."""
-        graph = self.graph
-        on_path = (self.live_sources & self.reached_sources)[graph.num_groups :]
-        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-        return on_path.reshape(shape)[:, :-1]
+        return self.graph.by_block(self.live_sources & self.reached_sources)[0]
 
     @cached_property
     def num_heads_kept(self) -> int:
@@ -230,8 +225,8 @@ class Circuit:
     @cached_property
     def neurons_kept_fraction(self) -> float:
         """Kept neurons of MLPs that reach the classifier, of all that can; 0 to 1."""
-        live = self._mlps(self.live_sources)
-        useful = self._mlps(self.graph.find_live(self.graph.edges)[1])
+        _, live = self.graph.by_block(self.live_sources)
+        _, useful = self.graph.by_block(self.graph.find_live(self.graph.edges)[1])
         kept = live[:, :, None] if self.neurons is None else self.neurons & live[:, :, None]
         return float(kept.mean(axis=2).sum() / useful.sum())
 
@@ -307,12 +302,6 @@ class Circuit:
             for layer, group in np.ndindex(neurons.shape[:2])
         }
         return {"per_mlp": neurons.shape[2], "kept": kept}
-
-    def _mlps(self, sources: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Per block and group, what holds of its MLP's source."""
-        graph = self.graph
-        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-        return sources[graph.num_groups :].reshape(shape)[:, -1]
 
     def _origin(self) -> dict[str, Any]:
         return {key: self.provenance[key] for key in _ORIGIN if key in self.provenance}

@@ -279,6 +279,21 @@ class Graph:
                 targets[list(self.targets_of(source))] = True
         return targets, sources
 
+    def by_block(
+        self, of_sources: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """What holds of each source, by block; views where ``of_sources`` is contiguous.
+
+        Args:
+            of_sources: Shape [sources]; embed is left out.
+
+        Returns:
+            Of heads, shape [blocks, heads, groups], and of MLPs, shape [blocks, groups].
+        """
+        shape = (self.num_layers, self.num_heads + 1, self.num_groups)
+        found = of_sources[self.num_groups :].reshape(shape)
+        return found[:, :-1], found[:, -1]
+
     @cached_property
     def source_numbers(self) -> dict[str, int]:
         """Source names to numbers."""

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from strategies import split_circuits, vits
-from tiny import random_fill, random_vit
+from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.intervention.ablation import zero_fill
 from vitcut.intervention.fill import Fill
+from vitcut.intervention.masking import masked_run
 
 TENSORS = ("sources", "neurons", "head_maps", "neuron_maps")
 WEIGHTS = random_vit()
@@ -148,8 +149,10 @@ def test_a_fill_fits_the_circuit_that_it_was_made_for_alone():
 
 def test_means_fit_every_circuit_under_mean_and_linear_ablation():
     fill, circuit = random_fill(WEIGHTS), linear_circuit()
-    fill.require_fit(circuit)
-    fill.require_fit(circuit.with_ablation("mean"))
+    pixels = random_pixels(WEIGHTS)
+    linear = masked_run(WEIGHTS, pixels, circuit, fill).logits
+    mean = masked_run(WEIGHTS, pixels, circuit.with_ablation("mean"), fill).logits
+    assert torch.equal(linear, mean)
 
 
 def test_maps_are_refused_where_the_ablation_is_not_linear():

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from vitcut.discovery.fisher import PartScores
+from vitcut.discovery.scores import PartScores
 from vitcut.graph import Graph
 from vitcut.vits.weights import ViTWeights
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
+from vitcut.discovery.scores import PartScores
 from vitcut.graph import Graph
 from vitcut.intervention.ablation import fixed_fill, resample_fill
 from vitcut.intervention.fill import Fill
@@ -31,18 +31,6 @@ from vitcut.vits.weights import ViTWeights
 
 _CHUNK = 16
 """Pairs per forward pass: what is held at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartScores:
-    """One score in nats per part of a graph; NaN where there is no such part."""
-
-    heads: NDArray[np.float64]
-    """Shape [blocks, heads, groups]."""
-    neurons: NDArray[np.float64]
-    """Shape [blocks, groups, neurons]."""
-    edges: NDArray[np.float64] | None
-    """Shape [sources, targets]; None where they were not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

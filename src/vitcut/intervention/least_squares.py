@@ -104,15 +104,15 @@ class _Fitter(PartMask):
         self._weights = weights
         self._circuit = circuit
         self._ridge = ridge
-        live = torch.from_numpy(circuit.live_sources[groups:].copy())
-        self._live = live.view(blocks, graph.num_heads + 1, groups)
+        live = graph.by_block(circuit.live_sources)
+        self._live_heads, self._live_mlps = (torch.from_numpy(part.copy()) for part in live)
 
     def heads(self, layer: int, z: Tensor) -> Tensor | float:
         """Fit the heads of a block, then give what kept heads write for cut ones."""
         out = self._weights.blocks[layer].attn.out_weight.double()
         first, (heads, _, _, head_dim) = self._weights.graph.head_source(layer, 0), z.shape
         for group, rows in enumerate(self.rows):
-            alive = self._live[layer, :-1, group]
+            alive = self._live_heads[layer, :, group]
             features = z[:, :, rows].permute(1, 2, 0, 3).flatten(2)
             kept = alive.repeat_interleave(head_dim).to(z.device)
             site = site_statistics(features, self._ridge)
@@ -143,7 +143,7 @@ class _Fitter(PartMask):
             means, regression = site.means, regress(site.covariance, kept)
             self._neuron_maps[layer, group] = out @ regression
             self._neurons[layer, rows] = (means * ~kept - means @ regression.T).to(hidden.dtype)
-            if not self._live[layer, -1, group]:
+            if not self._live_mlps[layer, group]:
                 self._sources[graph.mlp_source(layer), rows] = (means @ out.T).to(hidden.dtype)
         return super().neurons(layer, hidden)
 

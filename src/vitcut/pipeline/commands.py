@@ -15,7 +15,7 @@ from vitcut.data.images import load_images
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
-from vitcut.pipeline.folder import RunFolder
+from vitcut.pipeline.folder import RunFolder, choose_point
 from vitcut.pipeline.path import PATH_FOLDER
 from vitcut.pipeline.points import (
     CIRCUIT_FILE,
@@ -133,12 +133,7 @@ def find_circuit(path: Path, point: str | None) -> Path:
         raise ArtefactError(
             f"no circuit at {path}: expected a circuit.json, or a run directory with points"
         )
-    if point is None and len(found) > 1:
-        raise ArtefactError(f"{path} has {len(found)} points: choose --point {', '.join(found)}")
-    name = next(iter(found)) if point is None else point
-    if name not in found:
-        raise ArtefactError(f"{path} has no point {name!r}: it has {', '.join(found)}")
-    return found[name]
+    return choose_point(found, point, path)
 
 
 def find_origin(path: Path) -> Origin | None:

@@ -3,6 +3,7 @@
 What the files hold is left to those who write them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,25 @@ class RunFolder:
                 f"{self.path} holds a run of other settings: {key} was {was!r}, now {now!r}; "
                 "choose another --out"
             )
+
+
+def choose_point(found: Mapping[str, Path], name: str | None, path: Path) -> Path:
+    """The point that a name means, or the only one there is.
+
+    Args:
+        found: At least one, by name.
+        name: Which; None takes the only one.
+        path: The run directory, for the message.
+
+    Raises:
+        ArtefactError: There is no such point, or several and ``name`` does not choose.
+    """
+    if name is None and len(found) > 1:
+        raise ArtefactError(f"{path} has {len(found)} points: choose --point {', '.join(found)}")
+    chosen = next(iter(found)) if name is None else name
+    if chosen not in found:
+        raise ArtefactError(f"{path} has no point {chosen!r}: it has {', '.join(found)}")
+    return found[chosen]
 
 
 def differences(earlier: Any, settings: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -9,6 +9,7 @@ from vitcut.compact.artefact import CIRCUIT, CONFIG, TENSORS
 from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
 from vitcut.errors import ArtefactError, ModelError, TaskError
+from vitcut.pipeline.folder import choose_point
 from vitcut.pipeline.points import MODEL_FOLDER, RECORD_FILE, point_name
 from vitcut.pipeline.stages import circuit_point, num_bytes, num_params
 from vitcut.pipeline.subject import Subject
@@ -119,12 +120,7 @@ def _find(path: Path, name: str | None) -> Path:
             f"no compact model at {path}: expected a run directory that `vitcut cut` wrote, or a "
             f"model directory with {CONFIG} and {TENSORS}"
         )
-    if name is None and len(found) > 1:
-        raise ArtefactError(f"{path} has {len(found)} points: choose --point {', '.join(found)}")
-    chosen = next(iter(found)) if name is None else name
-    if chosen not in found:
-        raise ArtefactError(f"{path} has no point {chosen!r}: it has {', '.join(found)}")
-    return found[chosen]
+    return choose_point(found, name, path)
 
 
 def _is_model(folder: Path) -> bool:

@@ -71,11 +71,9 @@ class Alive:
 
     def keep_live(self, circuit: Circuit) -> None:
         """Cut what a circuit cuts, and what has no path to its classifier."""
-        graph = circuit.graph
-        shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-        live = circuit.live_sources[graph.num_groups :].reshape(shape)
-        self.heads &= live[:, :-1]
-        self.neurons &= live[:, -1, :, None]
+        heads, mlps = circuit.graph.by_block(circuit.live_sources)
+        self.heads &= heads
+        self.neurons &= mlps[:, :, None]
         if circuit.neurons is not None:
             self.neurons &= circuit.neurons
 

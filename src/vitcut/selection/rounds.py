@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vitcut.circuit import Circuit
 from vitcut.config import require_memory
 from vitcut.discovery.controls import magnitude_scores, random_scores
-from vitcut.discovery.fisher import PartScores
+from vitcut.discovery.scores import PartScores
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 from vitcut.intervention.fill import Fill
