@@ -11,12 +11,20 @@ from vitcut.compact.plan import (
     AttentionPlan,
     HeadGroupPlan,
     OutputPlan,
-    ProjectionPlan,
     Rows,
     ViTShape,
 )
 from vitcut.compact.routes import Routes
-from vitcut.compact.stream import Stream, Written, make_table, take_rows, with_rows
+from vitcut.compact.stream import (
+    Product,
+    Stream,
+    Written,
+    by_image,
+    flatten,
+    make_table,
+    take_rows,
+    write,
+)
 from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
 
@@ -27,7 +35,6 @@ class HeadGroup(nn.Module):
     def __init__(self, plan: HeadGroupPlan, shape: ViTShape) -> None:
         super().__init__()
         self.plan = plan
-        self.head_dim = shape.head_dim
         heads, queries, width = len(plan.heads), plan.rows.count, shape.width
         sizes: dict[str, tuple[int, ...]] = {
             "q": (1, heads, queries, shape.head_dim),
@@ -35,84 +42,87 @@ class HeadGroup(nn.Module):
             "v": (1, heads, shape.num_tokens, shape.head_dim),
         }
         if plan.keys:
-            sizes["q"] = (queries * heads, width)
+            sizes["q"] = (heads * queries, width)
         chosen: list[str] = [letter for letter in LETTERS if letter in plan.constant]
         if plan.fixed_pattern:
             sizes["pattern"] = (1, heads, queries, shape.num_tokens)
             chosen = ["pattern", *({"v"} & set(chosen))]
         self.tables = nn.ParameterDict({name: make_table(*sizes[name]) for name in chosen})
-        self.key_weight = self.value_weight = None
-        if plan.keys and "q" not in plan.constant:
+        self.queries = self.key_weight = self.value_weight = None
+        if plan.queries:
+            self.queries = nn.Linear(width, heads * width)
+        elif plan.keys and "q" not in plan.constant:
             self.key_weight = make_table(heads, shape.head_dim, width)
-        if plan.values:
+        if plan.values and not plan.merged_values:
             self.value_weight = make_table(heads, width, shape.head_dim)
 
     def forward(
         self, q: Tensor | None, k: Tensor | None, v: Tensor | None
-    ) -> Float[Tensor, "images *rows heads head_dim"]:
+    ) -> Float[Tensor, "images *heads_rows outputs"]:
         """Attend.
 
         Args:
-            q: Scaled queries; None where they are a table.
-            k: Keys, or the normalised tokens that stand in for them.
-            v: Values, or the normalised tokens.
+            q: Scaled queries, shape [images, rows, heads * head_dim], or normalised tokens that
+                ask, shape [images, rows, width]; None where queries are a table.
+            k: Keys, shape [images, tokens, heads * head_dim], or the normalised tokens that stand
+                in for them, shape [images, tokens, width]; None where they are a table.
+            v: Values, likewise.
+
+        Returns:
+            What each head has mixed: values, or tokens where its output takes those. A single row
+            of mixed tokens has no dimension of its own, nor has a head that stands alone.
         """
-        if self.plan.keys or self.plan.values or self.plan.fixed_pattern:
-            return self._mix(self._pattern(q, k), v)
-        return self._rows_first(
-            _attend(self._queries(q), self._by_head("k", k), self._by_head("v", v))
-        )
-
-    def _pattern(self, q: Tensor | None, k: Tensor | None) -> Float[Tensor, "#images mixed keys"]:
-        """What each query of each head takes from each token, the heads of a row together."""
-        if self.plan.fixed_pattern:
-            return self.tables["pattern"].transpose(1, 2).flatten(1, 2)
-        if k is not None and self.plan.keys:
-            if q is None:
-                return F.linear(k, self.tables["q"]).transpose(1, 2).softmax(-1)
-            queries = self._each_head(q, self.key_weight)
-            if self.plan.rows.count > 1:
-                queries = queries.reshape(-1, self.plan.rows.count * queries.shape[1], k.shape[2])
-            return (queries @ k.transpose(1, 2)).softmax(-1)
-        keys = self._by_head("k", k)
-        pattern = (self._queries(q) @ keys.transpose(-1, -2)).softmax(-1)
-        return pattern.transpose(1, 2).flatten(1, 2)
-
-    def _mix(self, pattern: Tensor, v: Tensor | None) -> Tensor:
-        heads = len(self.plan.heads)
-        if v is not None and self.plan.values:
-            z = self._each_head(pattern @ v, self.value_weight)
-            return z if self.plan.rows.count == 1 else z.unflatten(0, (-1, self.plan.rows.count))
-        by_head = pattern.unflatten(1, (-1, heads)).transpose(1, 2)
-        return self._rows_first(by_head @ self._by_head("v", v))
-
-    def _each_head(
-        self, flat: Float[Tensor, "images ..."], weight: Tensor | None
-    ) -> Float[Tensor, "all_rows heads outputs"]:
-        """A product of its own for each head, of all rows of all images."""
-        if weight is None:
-            raise TypeError("this head group has no product per head")
-        by_head = flat.reshape(-1, weight.shape[0], weight.shape[1]).transpose(0, 1)
-        return (by_head @ weight).transpose(0, 1)
-
-    def _queries(self, flat: Tensor | None) -> Float[Tensor, "#images heads rows head_dim"]:
-        if flat is None:
-            return self.tables["q"]
+        if self.plan.stands_alone and q is not None and k is not None and v is not None:
+            return _attend(q, k, v)
+        if not (self.plan.keys or self.plan.values or self.plan.fixed_pattern):
+            return _attend(self._by_head("q", q), self._by_head("k", k), self._by_head("v", v))
+        pattern = self._pattern(q, k)
+        if v is None or not self.plan.values:
+            return pattern @ self._by_head("v", v)
+        mixed = pattern.flatten(1, -2) @ v
         if self.plan.rows.count > 1:
-            return self._by_head("q", flat)
-        return flat.view(-1, len(self.plan.heads), 1, self.head_dim)
+            mixed = mixed.unflatten(1, (-1, self.plan.rows.count))
+        return mixed if self.value_weight is None else _each_head(mixed, self.value_weight)
+
+    def _pattern(self, q: Tensor | None, k: Tensor | None) -> Tensor:
+        """What each query of each head takes from each token.
+
+        Returns:
+            Shape [images or 1, heads, rows, keys]; [images, heads * rows, keys] where queries meet
+            the tokens and so do what they take.
+        """
+        if self.plan.fixed_pattern:
+            return self.tables["pattern"]
+        if k is None or not self.plan.keys:
+            return (self._by_head("q", q) @ self._by_head("k", k).transpose(-1, -2)).softmax(-1)
+        if q is None:
+            scores = F.linear(k, self.tables["q"]).transpose(1, 2)
+        else:
+            scores = self._meeting(q) @ k.transpose(1, 2)
+        if self.plan.values:
+            return scores.softmax(-1)
+        return scores.softmax(-1).unflatten(1, (-1, self.plan.rows.count))
+
+    def _meeting(self, q: Tensor) -> Float[Tensor, "images heads_rows width"]:
+        """Queries that meet normalised tokens: the weight of the keys is applied to them."""
+        heads, rows = len(self.plan.heads), self.plan.rows.count
+        if self.queries is not None:
+            q = self.queries(q)
+        by_head = (
+            q.view(-1, heads, q.shape[-1] // heads)
+            if rows == 1
+            else q.unflatten(2, (heads, -1)).transpose(1, 2)
+        )
+        if self.key_weight is not None:
+            by_head = _each_head(by_head, self.key_weight)
+        return by_head.flatten(1, -2)
 
     def _by_head(
-        self, letter: Letter, flat: Float[Tensor, "images rows columns"] | None
+        self, letter: Letter, columns: Tensor | None
     ) -> Float[Tensor, "#images heads rows head_dim"]:
-        if flat is None:
+        if columns is None:
             return self.tables[letter]
-        return flat.view(-1, flat.shape[1], len(self.plan.heads), self.head_dim).transpose(1, 2)
-
-    def _rows_first(
-        self, z: Float[Tensor, "images heads rows head_dim"]
-    ) -> Float[Tensor, "images *rows heads head_dim"]:
-        return z.squeeze(2) if self.plan.rows.count == 1 else z.transpose(1, 2)
+        return columns.unflatten(-1, (len(self.plan.heads), -1)).transpose(1, 2)
 
 
 class HeadOutput(nn.Module):
@@ -123,9 +133,9 @@ class HeadOutput(nn.Module):
     def __init__(self, plan: OutputPlan, group: HeadGroupPlan, shape: ViTShape) -> None:
         super().__init__()
         self.plan = plan
-        self.own_rows = group.rows
-        inputs = len(plan.heads) * shape.head_dim
-        self.product = nn.Linear(inputs, shape.width, bias=plan.bias)
+        self.group = group
+        inputs = shape.width if group.merged_values else shape.head_dim
+        self.product = nn.Linear(len(plan.heads) * inputs, shape.width, bias=plan.bias)
         places = [group.heads.index(head) for head in plan.heads]
         self.first, self.end = places[0], places[-1] + 1
         self.has_gaps = len(places) < self.end - self.first
@@ -133,16 +143,22 @@ class HeadOutput(nn.Module):
             # Named device: a model that is built on "meta" and filled later needs the numbers.
             self.register_buffer("places", torch.tensor(places, device="cpu"), persistent=False)
 
-    def forward(
-        self, z: Float[Tensor, "images *queries heads head_dim"]
-    ) -> Float[Tensor, "images *rows width"]:
+    def forward(self, mixed: Float[Tensor, "images *heads_queries inputs"]) -> Tensor | Product:
         """Choose rows and heads, and multiply."""
-        z = take_rows(z, self.own_rows, self.plan.rows)
+        own, wanted = self.group.rows, self.plan.rows
+        if self.group.stands_alone:
+            return write(flatten(take_rows(mixed, own, wanted)), self.product)
+        if wanted != own:
+            mixed = mixed[:, :, wanted.first - own.first : wanted.end - own.first]
         if self.has_gaps:
-            z = z.index_select(-2, self.places)
-        elif self.end - self.first < z.shape[-2]:
-            z = z[..., self.first : self.end, :]
-        return self.product(z.flatten(-2))
+            mixed = mixed.index_select(1, self.places)
+        elif self.end - self.first < mixed.shape[1]:
+            mixed = mixed[:, self.first : self.end]
+        if wanted.count == 1:
+            return write(mixed.flatten(1), self.product)
+        if len(self.plan.heads) == 1:
+            return write(mixed.flatten(0, 2), self.product)
+        return write(mixed.transpose(1, 2).flatten(2).flatten(0, 1), self.product)
 
 
 class CompactAttention(nn.Module):
@@ -151,6 +167,7 @@ class CompactAttention(nn.Module):
     def __init__(self, plan: AttentionPlan, shape: ViTShape) -> None:
         super().__init__()
         self.plan = plan
+        self.routes = Routes(plan, shape.head_dim)
         self.streams = nn.ModuleList(Stream(item, shape) for item in plan.streams)
         self.projections = nn.ModuleList(
             nn.Linear(shape.width, item.num_columns * shape.head_dim) for item in plan.projections
@@ -159,56 +176,75 @@ class CompactAttention(nn.Module):
         self.outputs = nn.ModuleList(
             HeadOutput(item, plan.groups[item.group], shape) for item in plan.outputs
         )
-        self.routes = Routes(plan, shape.head_dim)
 
     def forward(self, written: Written) -> None:
         """Read the streams, attend, and write the outputs."""
-        normed = [stream(written) for stream in self.streams]
-        tokens = {
-            streams: self._tokens([normed[number] for number in streams], streams)
-            for streams in self.routes.inputs
-        }
-        columns = [
-            product(self._rows_of(tokens[plan.streams], plan))
-            for plan, product in zip(self.plan.projections, self.projections, strict=True)
+        normed = [
+            stream(written, per_image=number in self.routes.read_by_image)
+            for number, stream in enumerate(self.streams)
         ]
+        tokens = {streams: self._tokens(normed, streams) for streams in self.routes.read_together}
+        columns: list[Tensor] = []
+        for plan, product in zip(self.plan.projections, self.projections, strict=True):
+            (first, *others) = plan.streams
+            inputs = tokens[plan.streams] if others else normed[first]
+            inputs = take_rows(inputs, self._rows(plan.streams), plan.rows)
+            columns.append(product(flatten(inputs)))
         parts = self.routes.cut(columns)
         mixed: list[Tensor] = []
-        for plan, group, by_letter in zip(
-            self.plan.groups, self.groups, self.routes.pieces, strict=True
-        ):
-            q, k, v = (
-                _join([parts[piece] for piece in pieces]) if pieces else None
-                for pieces in by_letter
-            )
+        for number, (plan, group) in enumerate(zip(self.plan.groups, self.groups, strict=True)):
+            q, k, v = (parts.of(number, letter) for letter in LETTERS)
+            if plan.queries:
+                own = self._rows(plan.queries)
+                q = by_image(take_rows(normed[plan.queries[0]], own, plan.rows), plan.rows)
             mixed.append(group(q, tokens.get(plan.keys, k), tokens.get(plan.values, v)))
         for plan, output in zip(self.plan.outputs, self.outputs, strict=True):
             written[plan.name] = output(mixed[plan.group])
 
-    def _tokens(self, normed: list[Tensor], streams: tuple[int, ...]) -> Tensor:
-        """The normalised tokens of some streams, one after the other."""
-        if len(normed) == 1:
-            return normed[0]
-        rows = [self.plan.streams[number].rows for number in streams]
-        return torch.cat([with_rows(*item) for item in zip(normed, rows, strict=True)], dim=1)
+    def _rows(self, streams: tuple[int, ...]) -> Rows:
+        own = [self.plan.streams[number].rows for number in streams]
+        return Rows(first=own[0].first, end=own[-1].end)
 
-    def _rows_of(self, tokens: Tensor, plan: ProjectionPlan) -> Tensor:
-        streams = [self.plan.streams[number].rows for number in plan.streams]
-        return take_rows(tokens, Rows(first=streams[0].first, end=streams[-1].end), plan.rows)
+    def _tokens(
+        self, normed: list[Tensor], streams: tuple[int, ...]
+    ) -> Float[Tensor, "images rows width"]:
+        """The normalised tokens of some streams, one after the other."""
+        found = [by_image(normed[one], self.plan.streams[one].rows) for one in streams]
+        if len(found) == 1:
+            return found[0]
+        varying = [one for one, number in zip(found, streams, strict=True) if self._varies(number)]
+        images = varying[0].shape[0]
+        return torch.cat(
+            [
+                one if self._varies(number) else one.expand(images, -1, -1)
+                for one, number in zip(found, streams, strict=True)
+            ],
+            dim=1,
+        )
+
+    def _varies(self, stream: int) -> bool:
+        return bool(self.plan.streams[stream].terms)
+
+
+def _each_head(
+    values: Float[Tensor, "images heads *rows inputs"],
+    weight: Float[Tensor, "heads inputs outputs"],
+) -> Float[Tensor, "images heads *rows outputs"]:
+    """A product of its own for each head, of all rows of all images."""
+    by_head = values.transpose(0, 1).flatten(1, -2) @ weight
+    if values.ndim == 4:
+        by_head = by_head.unflatten(1, (-1, values.shape[2]))
+    return by_head.transpose(0, 1)
 
 
 def _attend(
-    q: Float[Tensor, "#images heads rows head_dim"],
-    k: Float[Tensor, "#images heads tokens head_dim"],
-    v: Float[Tensor, "#images heads tokens head_dim"],
-) -> Float[Tensor, "images heads rows head_dim"]:
+    q: Float[Tensor, "#images *heads rows head_dim"],
+    k: Float[Tensor, "#images *heads tokens head_dim"],
+    v: Float[Tensor, "#images *heads tokens head_dim"],
+) -> Float[Tensor, "images *heads rows head_dim"]:
     # ONNX Runtime's fused operator is no faster at one image, and 5 % slower at 64.
     # Torch's fused one is 3 to 5 times slower in training in bfloat16 on the CPU.
     slow = q.device.type == "cpu" and torch.bfloat16 in {q.dtype, k.dtype, v.dtype}
     if slow or torch.onnx.is_in_onnx_export():
         return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)
-
-
-def _join(pieces: list[Tensor]) -> Tensor:
-    return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]

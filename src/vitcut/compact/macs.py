@@ -7,6 +7,7 @@ from vitcut.compact.plan import (
     AttentionPlan,
     BlockPlan,
     HeadGroupPlan,
+    OutputPlan,
     Plan,
     Rows,
     StreamPlan,
@@ -69,10 +70,20 @@ def group_macs(shape: ViTShape, group: HeadGroupPlan) -> int:
     total = 0
     if not group.fixed_pattern:
         total += each * shape.num_tokens * (large if group.keys else small)
-    if group.keys and "q" not in group.constant:
+    if group.queries:
+        total += each * large * large
+    elif group.keys and "q" not in group.constant:
         total += each * small * large
     total += each * shape.num_tokens * (large if group.values else small)
-    return total + (each * small * large if group.values else 0)
+    if group.values and not group.merged_values:
+        total += each * small * large
+    return total
+
+
+def output_macs(shape: ViTShape, group: HeadGroupPlan, output: OutputPlan) -> int:
+    """What a product from the heads of a group to the stream computes."""
+    inputs = shape.width if group.merged_values else shape.head_dim
+    return output.rows.count * len(output.heads) * inputs * shape.width
 
 
 @dataclass(kw_only=True)
@@ -118,8 +129,8 @@ class _Block:
             macs = item.rows.count * item.num_columns * shape.width * shape.head_dim
             self._add(self._asking(item.rows), macs=macs)
         for output in plan.outputs:
-            macs = output.rows.count * len(output.heads) * shape.width * shape.head_dim
-            self._add(plan.groups[output.group].rows, macs=macs)
+            group = plan.groups[output.group]
+            self._add(group.rows, macs=output_macs(shape, group, output))
         for stream in plan.streams:
             self._stream(stream)
 

@@ -22,7 +22,7 @@ from vitcut.compact.artefact import (
 )
 from vitcut.compact.attention import CompactAttention
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
-from vitcut.compact.stream import Stream, Written, make_table
+from vitcut.compact.stream import Stream, Written, make_table, write
 from vitcut.errors import ModelError
 from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
@@ -42,7 +42,7 @@ class CompactMlp(nn.Module):
     def forward(self, written: Written) -> None:
         """Read the stream and write the output."""
         hidden = ACTIVATIONS[self.activation](self.fc1(self.stream(written)))
-        written[self.plan.name] = self.fc2(hidden)
+        written[self.plan.name] = write(hidden, self.fc2)
 
 
 class CompactBlock(nn.Module):
@@ -109,7 +109,7 @@ class CompactViT(nn.Module):
         if self.patch_embed is not None:
             # The prefix tokens and all positions stand in the tables of the streams that read this.
             patches = self.patch_embed(pixels).flatten(2)
-            written[EMBED] = patches.transpose(1, 2) if patches.shape[2] > 1 else patches[..., 0]
+            written[EMBED] = patches.transpose(1, 2)
         for block in self.blocks:
             block(written)
         return self._classify(written)

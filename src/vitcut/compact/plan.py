@@ -144,17 +144,27 @@ class HeadGroupPlan:
     """Of the queries; keys and values always cover all tokens."""
     constant: tuple[Letter, ...]
     """Inputs that are tables. Where q and k both are, the attention pattern is the table."""
+    queries: tuple[int, ...]
+    """The stream whose normalised tokens ask directly, where the weights of queries and keys are
+    merged into one product: at most one, and only with ``keys``."""
     keys: tuple[int, ...]
     """Streams whose normalised tokens the queries meet directly, with no product to keys: the
     weight of the keys is applied to the few queries instead. Empty where there are keys."""
     values: tuple[int, ...]
     """Streams whose normalised tokens are mixed directly: the weight of the values is applied to
     the few mixtures. Empty where there are values."""
+    merged_values: bool
+    """Whether the weights of values and output are merged into one product."""
 
     @property
     def fixed_pattern(self) -> bool:
         """Whether the attention pattern is the same for every image."""
         return "q" in self.constant and "k" in self.constant
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it is one head that computes queries, keys and values, and mixes these."""
+        return len(self.heads) == 1 and not (self.constant or self.keys or self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +177,8 @@ class OutputPlan:
     heads: tuple[int, ...]
     rows: Rows
     bias: bool
-    """Whether it has one; if not, the table of its only reader holds it."""
+    """Whether it has one; if not, its only reader adds the product to its sum in one operation, and
+    the reader's table or another of its products holds the bias."""
 
 
 @dataclass(frozen=True, kw_only=True)

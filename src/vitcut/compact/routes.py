@@ -1,14 +1,23 @@
 """Where each head group of an attention finds its queries, keys and values among the products."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
-from vitcut.compact.plan import AttentionPlan, HeadGroupPlan
+import torch
+
+from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, Rows
+from vitcut.compact.stream import by_image, take_rows
 from vitcut.names import LETTERS, Letter
-from vitcut.shapes import Tensor
+from vitcut.shapes import Float, Tensor
 
-Piece = tuple[int, int, int]
-"""Neighbouring columns of a projection: its number, the first, and the end."""
+
+class Piece(NamedTuple):
+    """Neighbouring columns of a projection."""
+
+    projection: int
+    first: int
+    end: int
 
 
 class Routes:
@@ -17,52 +26,91 @@ class Routes:
     def __init__(self, plan: AttentionPlan, head_dim: int) -> None:
         self._plan = plan
         self._head_dim = head_dim
-        read = [item.streams for item in plan.projections]
-        read += [streams for group in plan.groups for streams in (group.keys, group.values)]
-        self.inputs = [streams for streams in dict.fromkeys(read) if streams]
-        """Streams whose tokens are put one after the other, each once."""
-        self.pieces = [
-            tuple(self._find(group, letter) for letter in LETTERS) for group in plan.groups
+        self._pieces: list[dict[Letter, list[Piece]]] = [
+            {letter: self._find(group, letter) for letter in LETTERS} for group in plan.groups
         ]
-        """Per head group and letter, the columns to be joined, in the order of its heads."""
+        read = [streams for group in plan.groups for streams in (group.keys, group.values)]
+        read += [item.streams for item in plan.projections if len(item.streams) > 1]
+        self.read_together = [streams for streams in dict.fromkeys(read) if streams]
+        """Streams whose tokens are put one after the other, image by image."""
+        self.read_by_image = frozenset(one for streams in self.read_together for one in streams)
+        """Streams among them."""
 
-    def cut(self, columns: Sequence[Tensor]) -> dict[Piece, Tensor]:
-        """The pieces of all projections."""
-        used = {piece for by_letter in self.pieces for pieces in by_letter for piece in pieces}
+    def cut(self, columns: Sequence[Tensor]) -> "Parts":
+        """What all projections computed, each of shape [tokens, columns], in pieces."""
+        used = {
+            piece for by_letter in self._pieces for pieces in by_letter.values() for piece in pieces
+        }
         found: dict[Piece, Tensor] = {}
         for number, whole in enumerate(columns):
-            pieces = sorted(piece for piece in used if piece[0] == number)
+            pieces = sorted(piece for piece in used if piece.projection == number)
             if _partition(pieces):
-                sizes = [end - first for _, first, end in pieces]
-                parts = whole.split(sizes, dim=-1) if len(sizes) > 1 else (whole,)
+                sizes = [piece.end - piece.first for piece in pieces]
+                parts = whole.split(sizes, dim=1) if len(sizes) > 1 else (whole,)
                 found |= dict(zip(pieces, parts, strict=True))
             else:
-                found |= {piece: whole[..., piece[1] : piece[2]] for piece in pieces}
-        return found
+                found |= {piece: whole[:, piece.first : piece.end] for piece in pieces}
+        return Parts(self._plan, self._pieces, found)
 
     def _find(self, group: HeadGroupPlan, letter: Letter) -> list[Piece]:
-        absorbed = {"q": (), "k": group.keys, "v": group.values}[letter]
-        if letter in group.constant or absorbed:
+        """The pieces to be joined, in the order of a group's heads."""
+        direct = {"q": group.queries, "k": group.keys, "v": group.values}[letter]
+        if letter in group.constant or direct:
             return []
         pieces: list[Piece] = []
         for head in group.heads:
             number, place = self._owner(group, letter, head)
             first, end = place * self._head_dim, (place + 1) * self._head_dim
-            if pieces and pieces[-1][0] == number and pieces[-1][2] == first:
-                pieces[-1] = (number, pieces[-1][1], end)
+            if pieces and pieces[-1].projection == number and pieces[-1].end == first:
+                pieces[-1] = pieces[-1]._replace(end=end)
             else:
-                pieces.append((number, first, end))
+                pieces.append(Piece(projection=number, first=first, end=end))
         return pieces
 
     def _owner(self, group: HeadGroupPlan, letter: Letter, head: int) -> tuple[int, int]:
-        """The projection that computes a head's letter, and the place among its columns."""
+        """The projection that computes a head's letter, and the place among its head inputs."""
+        found: list[tuple[int, int, int]] = []
         for number, item in enumerate(self._plan.projections):
-            columns = [(name, one) for name in LETTERS for one in getattr(item, name)]
-            if (letter, head) in columns and (letter != "q" or item.rows == group.rows):
-                return number, columns.index((letter, head))
-        raise KeyError(f"no projection computes {letter} of head {head}")
+            inputs = [(name, one) for name in LETTERS for one in getattr(item, name)]
+            if (letter, head) in inputs and _covers(item.rows, group.rows):
+                found.append((item.rows.count, number, inputs.index((letter, head))))
+        if not found:
+            raise KeyError(f"no projection computes {letter} of head {head}")
+        _, number, place = min(found)
+        return number, place
+
+
+class Parts:
+    """What the projections of one attention computed, cut into pieces."""
+
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        pieces: Sequence[Mapping[Letter, Sequence[Piece]]],
+        found: Mapping[Piece, Tensor],
+    ) -> None:
+        self._plan = plan
+        self._pieces = pieces
+        self._found = found
+
+    def of(self, group: int, letter: Letter) -> Float[Tensor, "images rows columns"] | None:
+        """The queries, keys or values of a head group; None where no projection computes them."""
+        rows = self._plan.groups[group].rows if letter == "q" else None
+        parts = [self._part(piece, rows) for piece in self._pieces[group][letter]]
+        if not parts:
+            return None
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+    def _part(self, piece: Piece, rows: Rows | None) -> Tensor:
+        own = self._plan.projections[piece.projection].rows
+        found = by_image(self._found[piece], own)
+        return found if rows is None else by_image(take_rows(found, own, rows), rows)
+
+
+def _covers(rows: Rows, others: Rows) -> bool:
+    return rows.first <= others.first and others.end <= rows.end
 
 
 def _partition(pieces: Sequence[Piece]) -> bool:
     """Whether the pieces, in their order, are neighbours without overlap; they then are all."""
-    return pieces[0][1] == 0 and all(one[2] == other[1] for one, other in pairwise(pieces))
+    return pieces[0].first == 0 and all(one.end == other.first for one, other in pairwise(pieces))

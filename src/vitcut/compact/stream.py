@@ -1,9 +1,11 @@
 """Streams of a compact model: sums of what was written, each with its LayerNorm.
 
 One forward pass keeps what has been written so far in a dictionary from the names of the plan to
-tensors of shape [images, rows, width], or [images, width] for a single row: a product of matrices
-is one operation in every runtime, that of a batch of rows with its bias often two.
+values of shape [images * rows, width]: a product of two matrices, with what is added to it, is one
+operation in every runtime; that of a batch of matrices is two or three.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,24 @@ from torch import nn
 from vitcut.compact.plan import Rows, StreamPlan, ViTShape
 from vitcut.shapes import Float, Tensor
 
-Written = dict[str, Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product that is yet to be computed: its only reader computes it onto its own sum."""
+
+    inputs: Float[Tensor, "tokens inputs"]
+    weight: Float[Tensor, "width inputs"]
+
+    def alone(self) -> Float[Tensor, "tokens width"]:
+        """The product."""
+        return F.linear(self.inputs, self.weight)
+
+    def onto(self, total: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """A sum plus the product, in one operation."""
+        return torch.addmm(total, self.inputs, self.weight.t())
+
+
+Written = dict[str, Tensor | Product]
 
 
 class Stream(nn.Module):
@@ -22,23 +41,56 @@ class Stream(nn.Module):
         super().__init__()
         self.plan = plan
         self.eps = shape.eps
+        self.centred = False
+        """Whether the mean over the width is known to be 0: see ``deployment.py``."""
         # Constants are parameters, not buffers: fine-tuning trains them like any bias.
         self.table = make_table(plan.table_rows, shape.width) if plan.table_rows else None
 
-    def forward(self, written: Written) -> Float[Tensor, "images *rows width"]:
-        """Add up, remember the sum under this stream's name, and normalise it."""
-        total = self.table
-        for term in reversed(self.plan.terms):
-            value = take_rows(written[term.name], term.rows, self.plan.rows)
-            total = value if total is None else value + total
-        if total is None:
+    def forward(
+        self, written: Written, *, per_image: bool = False
+    ) -> Float[Tensor, "*tokens width"]:
+        """Add up, remember the sum under this stream's name, and normalise it.
+
+        Args:
+            written: What was written so far.
+            per_image: Whether the reader wants a dimension for images, where there is one at hand.
+
+        Returns:
+            The normalised tokens of all images; where nothing is added to the constant, those of
+            any one image.
+        """
+        if self.plan.terms:
+            total = self._sum(written)
+            written[self.plan.name] = flatten(total)
+            return self._normalise(total if per_image else flatten(total))
+        if self.table is None:
             raise TypeError(f"{self.plan.name} has neither terms nor a table")
-        if not self.plan.terms:
-            images, rows = next(iter(written.values())).shape[0], self.plan.rows.count
-            shape = (images, -1) if rows == 1 else (images, rows, -1)
-            return _normalise(total, self.eps).expand(*shape)
-        written[self.plan.name] = total
-        return _normalise(total, self.eps)
+        return self._normalise(self.table).expand(self.plan.rows.count, -1)
+
+    def _sum(self, written: Written) -> Tensor:
+        total = None
+        for term in self.plan.terms:
+            value = written[term.name]
+            if not isinstance(value, Product):
+                value = flatten(take_rows(value, term.rows, self.plan.rows))
+                total = value if total is None else total + value
+            elif total is None:
+                total = value.alone()
+            else:
+                # Under autocast addmm would round the sum itself to bfloat16.
+                total = total + value.alone() if self.training else value.onto(total)
+        if total is None:
+            raise TypeError(f"{self.plan.name} has no terms")
+        if self.table is None:
+            return total
+        if self.plan.table_rows == 1:
+            return total + self.table
+        return by_image(total, self.plan.rows) + self.table
+
+    def _normalise(self, total: Tensor) -> Tensor:
+        if self.centred and torch.onnx.is_in_onnx_export():
+            return rms_norm(total, self.eps)
+        return F.layer_norm(total, (total.shape[-1],), eps=self.eps)
 
 
 def make_table(*sizes: int) -> nn.Parameter:
@@ -46,18 +98,34 @@ def make_table(*sizes: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(sizes), std=0.02))
 
 
-def take_rows(
-    values: Float[Tensor, "images ..."], own: Rows, wanted: Rows
-) -> Float[Tensor, "images ..."]:
-    """The wanted tokens of values that were computed for their own; zeros for all others.
+def write(inputs: Float[Tensor, "tokens inputs"], product: nn.Linear) -> Tensor | Product:
+    """What a product writes; without a bias it is left to its only reader."""
+    if "bias" in dict(product.named_parameters()):
+        return product(inputs)
+    return Product(inputs=inputs, weight=product.weight)
 
-    A single row has no dimension of its own.
-    """
+
+def by_image(
+    values: Float[Tensor, "*tokens width"], rows: Rows
+) -> Float[Tensor, "images rows width"]:
+    """Tokens with a dimension of their own for images."""
+    return values if values.ndim == 3 else values.unflatten(0, (-1, rows.count))
+
+
+def flatten(values: Float[Tensor, "*tokens width"]) -> Float[Tensor, "all_tokens width"]:
+    """The tokens of all images, one after the other."""
+    return values if values.ndim == 2 else values.flatten(0, 1)
+
+
+def take_rows(
+    values: Float[Tensor, "*tokens width"], own: Rows, wanted: Rows
+) -> Float[Tensor, "*wanted_tokens width"]:
+    """The wanted tokens of values that were computed for their own; zeros for all others."""
     if own == wanted:
         return values
-    if wanted.count == 1:
+    values = by_image(values, own)
+    if wanted.count == 1 and own.first <= wanted.first < own.end:
         return values[:, wanted.first - own.first]
-    values = with_rows(values, own)
     before, after = own.first - wanted.first, wanted.end - own.end
     if before < 0 or after < 0:
         values = values[:, max(0, -before) : own.count - max(0, -after)]
@@ -66,10 +134,13 @@ def take_rows(
     return values
 
 
-def with_rows(values: Float[Tensor, "images ..."], own: Rows) -> Float[Tensor, "images rows ..."]:
-    """Values with a dimension for rows, also where there is one."""
-    return values.unsqueeze(1) if own.count == 1 else values
-
-
-def _normalise(total: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(total, (total.shape[-1],), eps=eps)
+def rms_norm(total: Float[Tensor, "tokens width"], eps: float) -> Float[Tensor, "tokens width"]:
+    """LayerNorm of what has mean 0, as the one ONNX operation that does not look for the mean."""
+    return torch.onnx.ops.symbolic(
+        "RMSNormalization",
+        (total, total.new_ones(total.shape[-1])),
+        {"axis": -1, "epsilon": eps},
+        dtype=total.dtype,
+        shape=total.shape,
+        version=23,
+    )

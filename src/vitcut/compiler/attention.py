@@ -6,6 +6,7 @@ they save meets the normalised tokens directly (see ``HeadGroupPlan.keys``).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vitcut.compact.macs import group_macs
 from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, ProjectionPlan, Rows, StreamPlan
@@ -73,7 +74,9 @@ class _Drafter:
             return None
         self._find_reads()
         streams = self._build_streams()
-        groups = self._absorb(self._head_groups())
+        groups = [
+            (run, self._merge(run, group)) for run, group in self._absorb(self._head_groups())
+        ]
         self.builder.groups[self.layer] = groups
         plans = tuple(group for _, group in groups)
         return DraftAttention(streams=streams, projections=self._projections(groups), groups=plans)
@@ -85,6 +88,8 @@ class _Drafter:
         joins, builder = self.builder.joins, self.builder
         everything = (0, builder.reads.num_groups - 1)
         known: dict[tuple[int, ...], tuple[Want, ...]] = {}
+        # Constant rows come beside the others after the LayerNorm, if no query needs them before.
+        apart = not any(everything in runs for runs in self.runs.values())
         for head, runs in self.runs.items():
             target = self._target("q", head)
             for run in runs:
@@ -96,7 +101,7 @@ class _Drafter:
                     continue
                 keys = builder.keys(target, everything)
                 if keys not in known:
-                    pieces = joins.runs(target, builder.reads.groups)
+                    pieces = joins.runs(target, builder.reads.groups, constants_apart=apart)
                     known[keys] = tuple((piece, builder.keys(target, piece)) for piece in pieces)
                 self.reads[letter, head, None] = known[keys]
 
@@ -152,8 +157,10 @@ class _Drafter:
             heads=tuple(sorted(heads, key=order)),
             rows=self.builder.rows(run),
             constant=constant,
+            queries=(),
             keys=(),
             values=(),
+            merged_values=False,
         )
 
     def _absorb(self, groups: list[tuple[Run, HeadGroupPlan]]) -> list[tuple[Run, HeadGroupPlan]]:
@@ -180,21 +187,32 @@ class _Drafter:
             found[number] = run, group
         return found
 
+    def _merge(self, run: Run, group: HeadGroupPlan) -> HeadGroupPlan:
+        """Let absorbed heads do with one product where two that follow each other are slower."""
+        inputs = {self._inputs("q", head, run) for head in group.heads}
+        merged: list[dict[str, Any]] = []
+        if group.keys and "q" not in group.constant and len(inputs) == 1:
+            merged.append({"queries": min(inputs)})
+        if group.values:
+            merged.append({"merged_values": True})
+        for change in merged:
+            other = replace(group, **change)
+            if self.builder.costs.prefers(self.builder.shape, other, group):
+                group = other
+        return group
+
     def _projections(
         self, groups: Iterable[tuple[Run, HeadGroupPlan]]
     ) -> tuple[ProjectionPlan, ...]:
-        """One product per input, and one more where only some of its queries need all rows."""
+        """One product per input; queries of most rows are computed with the keys and values."""
         columns: dict[tuple[tuple[int, ...], Rows], _Columns] = {}
-        everything = self.builder.shape.all_rows
-        for letter in LETTERS:
+        for letter in reversed(LETTERS):
             for run, group in groups:
-                if letter in group.constant or (
-                    (group.keys, group.values)[letter == "v"] and (letter != "q")
-                ):
+                direct = {"q": group.queries, "k": group.keys, "v": group.values}[letter]
+                if letter in group.constant or direct:
                     continue
                 for head in group.heads:
-                    rows = group.rows if letter == "q" else everything
-                    key = self._inputs(letter, head, run), rows
+                    key = self._place(letter, head, run, group.rows, columns)
                     heads: list[int] = getattr(columns.setdefault(key, _Columns()), letter)
                     if head not in heads:
                         heads.append(head)
@@ -206,6 +224,25 @@ class _Drafter:
                 columns.items(), key=lambda pair: (pair[0][0], pair[0][1].first, pair[0][1].end)
             )
         )
+
+    def _place(
+        self,
+        letter: Letter,
+        head: int,
+        run: Run,
+        rows: Rows,
+        known: Iterable[tuple[tuple[int, ...], Rows]],
+    ) -> tuple[tuple[int, ...], Rows]:
+        """The streams and rows of the product that a head input goes to."""
+        everything = self.builder.shape.all_rows
+        inputs = self._inputs(letter, head, run)
+        if letter != "q":
+            return inputs, everything
+        if 2 * rows.count > everything.count:
+            for streams, others in known:
+                if others == everything and set(inputs) <= set(streams):
+                    return streams, everything
+        return inputs, rows
 
 
 def _within(want: Want, others: Iterable[Want]) -> Want:

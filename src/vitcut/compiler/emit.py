@@ -7,6 +7,7 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
+from vitcut.compiler.cost import CostModel
 from vitcut.compiler.folding import fold
 from vitcut.compiler.planning import draft_circuit, shape_of, split_circuit
 from vitcut.intervention.fill import Fill
@@ -21,6 +22,7 @@ def compile_circuit(
     fill: Fill,
     *,
     dtype: torch.dtype = torch.float32,
+    costs: CostModel | None = None,
 ) -> CompactViT:
     """Compile a circuit into the small model that computes the same.
 
@@ -29,6 +31,7 @@ def compile_circuit(
         circuit: The circuit, under ``zero``, ``mean`` or ``linear`` ablation.
         fill: What stands in for cut parts.
         dtype: The precision of the compact model.
+        costs: Decides between ways to compute the same; the shipped costs if None.
 
     Returns:
         The compact model, on the CPU and in eval mode.
@@ -39,7 +42,7 @@ def compile_circuit(
     """
     fill.require_fit(circuit)
     shape = shape_of(weights)
-    draft = draft_circuit(shape, circuit)
+    draft = draft_circuit(shape, circuit, costs)
     with torch.device("meta"):
         model = CompactViT(draft.plan)
     tensors = fold(draft, weights, split_circuit(shape, circuit), fill)

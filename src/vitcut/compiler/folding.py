@@ -77,7 +77,9 @@ class _Folder:
         self.constants = Constants(weights, draft.reads, fill, writers)
         self.tensors: Tensors = {}
         self.moved: dict[str, Tensor] = {}
-        """Biases that go into the table of their product's only reader."""
+        """Biases that their product's only reader holds elsewhere."""
+        self.holders: dict[str, str] = {}
+        """Per stream without a table the bias that holds its constants, where one does."""
 
     def fold(self) -> Tensors:
         plan = self.draft.plan
@@ -98,6 +100,7 @@ class _Folder:
             (group,) = self.draft.reads.readout
             readout = self.constants.normalised_input(self.weights.graph.classifier, group)[0]
             self.tensors["logits"] = self.weights.head_weight @ readout + self.weights.head_bias
+        self._fill_holders()
         return self.tensors
 
     def _attention(self, layer: int, plan: AttentionPlan) -> None:
@@ -143,8 +146,8 @@ class _Folder:
                 torch.stack(q) @ torch.stack(tables["k"]).mT, -1
             )
         elif group.keys and q:
-            products = torch.stack([one @ key for one, key in zip(q, keys, strict=True)])
-            self.tensors[f"{prefix}.tables.q"] = products.transpose(0, 1).flatten(0, 1)
+            products = [one @ key for one, key in zip(q, keys, strict=True)]
+            self.tensors[f"{prefix}.tables.q"] = torch.cat(products)
         elif q:
             found["tables.q"] = torch.stack(q)
         elif "k" in tables:
@@ -152,9 +155,18 @@ class _Folder:
         if "v" in tables:
             found["tables.v"] = torch.stack(tables["v"])
         self.tensors |= {f"{prefix}.{name}": table[None] for name, table in found.items()}
-        if group.keys and not q:
+        if group.queries:
+            merged = [
+                (key.T @ weight, key.T @ bias)
+                for key, (weight, bias) in zip(
+                    keys, (self._letter(layer, "q", head) for head in group.heads), strict=True
+                )
+            ]
+            weight, bias = (torch.cat(parts) for parts in zip(*merged, strict=True))
+            self._linear(f"{prefix}.queries", weight, bias)
+        elif group.keys and not q:
             self.tensors[f"{prefix}.key_weight"] = torch.stack(keys)
-        if group.values:
+        if group.values and not group.merged_values:
             self.tensors[f"{prefix}.value_weight"] = torch.stack(values).mT
 
     def _output(self, prefix: str, layer: int, plan: OutputPlan, attention: AttentionPlan) -> None:
@@ -164,8 +176,11 @@ class _Folder:
         bias = self.weights.blocks[layer].attn.out_bias
         if group.values:
             # A mixture of tokens takes each with a share, and the shares add up to 1.
-            for head, part in zip(plan.heads, parts, strict=True):
-                bias = bias + part @ self._letter(layer, "v", head)[1]
+            letters = [self._letter(layer, "v", head) for head in plan.heads]
+            for part, (_, own) in zip(parts, letters, strict=True):
+                bias = bias + part @ own
+            if group.merged_values:
+                parts = [part @ weight for part, (weight, _) in zip(parts, letters, strict=True)]
         self._product(prefix, plan.name, torch.cat(parts, dim=1), bias)
 
     def _mlp(self, prefix: str, layer: int, plan: MlpPlan) -> None:
@@ -181,14 +196,23 @@ class _Folder:
         self._product(f"{prefix}.fc2", plan.name, weight, block.mlp.out_bias)
 
     def _product(self, prefix: str, name: str, weight: Tensor, bias: Tensor) -> None:
-        """A product to the stream, whose bias may take over a table or be taken over by one."""
+        """A product to the stream."""
+        self.tensors[f"{prefix}.weight"] = weight
         if name in self.draft.unbiased:
-            self.tensors[f"{prefix}.weight"] = weight
             self.moved[name] = bias
-            return
+        else:
+            self.tensors[f"{prefix}.bias"] = bias
         if name in self.draft.biases:
-            bias = bias + self.constants.table(self.draft.streams[self.draft.biases[name]])[0]
-        self._linear(prefix, weight, bias)
+            self.holders[self.draft.biases[name]] = f"{prefix}.bias"
+
+    def _fill_holders(self) -> None:
+        """Biases that hold the constants of a whole stream."""
+        for name, holder in self.holders.items():
+            stream = self.draft.streams[name]
+            moved = [self.moved.get(product.name, 0.0) for product in stream.products]
+            self.tensors[holder] = (
+                self.tensors[holder] + self.constants.table(stream)[0] + sum(moved)
+            )
 
     def _group_of(self, rows: Rows) -> int:
         """The first token group of a range; the others of a range write alike."""

@@ -7,7 +7,7 @@ source that is constant in one group alone may be computed there all the same.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from vitcut.compiler.liveness import Liveness
 from vitcut.compiler.reads import EMBED_BIT, Reads
@@ -44,9 +44,17 @@ class Joins:
             same = self._same_neurons(layer, wanted.mlps[layer])
             self._decide(block.mlp_source, block.mlp_target, same)
 
-    def runs(self, target: int, groups: Sequence[int]) -> tuple[Run, ...]:
-        """The groups of a target in runs whose inputs are one tensor each."""
-        return self._runs(target, groups, [True] * self._reads.num_groups)
+    def runs(self, target: int, groups: Sequence[int], *, constants_apart: bool) -> tuple[Run, ...]:
+        """The groups of a target in runs whose inputs are one tensor each.
+
+        Args:
+            target: Of the unsplit graph.
+            groups: In their order.
+            constants_apart: Whether groups in which it is constant stay out of the others' runs.
+        """
+        varies = [bool(self.live(target, (group, group))) for group in self._reads.groups]
+        may_join = [not constants_apart or one == other for one, other in pairwise(varies)]
+        return self._runs(target, groups, may_join)
 
     def live(self, target: int, run: Run) -> int:
         """The sources in a run's input that depend on the image, in some of its groups."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import BlockPlan, MlpPlan, OutputPlan, Plan, StreamPlan, ViTShape
 from vitcut.compiler.attention import draft_attention
+from vitcut.compiler.cost import CostModel
 from vitcut.compiler.joining import Joins
 from vitcut.compiler.liveness import find_liveness
 from vitcut.compiler.reads import EMBED_BIT, Reads
@@ -31,21 +32,26 @@ class Draft:
     streams: dict[str, Stream]
     """By name, what each stream adds up."""
     biases: dict[str, str]
-    """Per product the stream whose constant its bias takes over, if any."""
+    """Per product the stream whose constants its bias holds, if any."""
     unbiased: frozenset[str]
-    """Products whose bias the table of their only reader takes over."""
+    """Products without a bias: the table of their only reader holds it, or another product."""
 
 
-def plan_circuit(shape: ViTShape, circuit: Circuit) -> Plan:
+def plan_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = None) -> Plan:
     """The plan of a circuit's compact model.
+
+    Args:
+        shape: The model's sizes.
+        circuit: What to keep.
+        costs: Decides between ways to compute the same; the shipped costs if None.
 
     Raises:
         CircuitError: The circuit is of another graph, or its cut edges carry no constants.
     """
-    return draft_circuit(shape, circuit).plan
+    return draft_circuit(shape, circuit, costs).plan
 
 
-def draft_circuit(shape: ViTShape, circuit: Circuit) -> Draft:
+def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = None) -> Draft:
     """The plan of a circuit's compact model, and what folding needs besides.
 
     Raises:
@@ -55,7 +61,8 @@ def draft_circuit(shape: ViTShape, circuit: Circuit) -> Draft:
     over_groups = split_circuit(shape, circuit)
     # The maps of a fill over whole tokens are the same for all groups.
     differ = circuit.ablation == "linear" and bool(circuit.graph.groups)
-    return _Drafter(shape, Reads.of(over_groups, shape.hidden, maps_differ=differ)).draft()
+    reads = Reads.of(over_groups, shape.hidden, maps_differ=differ)
+    return _Drafter(shape, reads, costs or CostModel()).draft()
 
 
 def split_circuit(shape: ViTShape, circuit: Circuit) -> Circuit:
@@ -121,13 +128,13 @@ def _require_compilable(shape: ViTShape, circuit: Circuit) -> None:
 class _Drafter:
     """Walks the blocks from the first to the classifier."""
 
-    def __init__(self, shape: ViTShape, reads: Reads) -> None:
+    def __init__(self, shape: ViTShape, reads: Reads, costs: CostModel) -> None:
         self.shape = shape
         self.reads = reads
         self.liveness = find_liveness(reads)
         self.joins = Joins(reads, self.liveness)
         self.builder = StreamBuilder(
-            shape=shape, reads=reads, liveness=self.liveness, joins=self.joins
+            shape=shape, reads=reads, liveness=self.liveness, joins=self.joins, costs=costs
         )
 
     def draft(self) -> Draft:
@@ -138,13 +145,7 @@ class _Drafter:
         ]
         classifier = self._classifier()
         tables = {stream.name: table_rows(stream) for stream in builder.streams}
-        biases = _move_into_biases(builder.streams, tables)
-        unbiased = frozenset(
-            product.name
-            for stream in builder.streams
-            for product in stream.products
-            if tables[stream.name] > 1 and product.readers == 1
-        )
+        biases, unbiased = _place_biases(builder.streams, tables)
 
         def plan_of(stream: Stream) -> StreamPlan:
             return stream_plan(stream, self.shape, table_rows=tables[stream.name])
@@ -211,20 +212,31 @@ class _Drafter:
         )
 
 
-def _move_into_biases(streams: Iterable[Stream], tables: dict[str, int]) -> dict[str, str]:
-    """Let products take over constants that are the same in all rows, which saves an addition.
+def _place_biases(
+    streams: Iterable[Stream], tables: dict[str, int]
+) -> tuple[dict[str, str], frozenset[str]]:
+    """Decide which products have a bias: one less is an addition less.
+
+    A product that one stream alone reads is computed onto that stream's sum. The stream's table
+    holds its bias; where no table with a row per token is needed, one product's bias holds all.
 
     Args:
         streams: All of a model.
         tables: Rows of each stream's table; those that go are set to 0.
 
     Returns:
-        Per product the stream whose constant its bias takes over.
+        Per product the stream whose constants its bias holds, and the products without a bias.
     """
     biases: dict[str, str] = {}
+    unbiased: set[str] = set()
     for stream in streams:
-        alone = [product for product in stream.products if product.readers == 1]
-        if tables[stream.name] == 1 and alone:
-            biases[alone[-1].name] = stream.name
+        alone = [
+            product.name
+            for product in stream.products
+            if product.readers == 1 and product.rows == stream.rows
+        ]
+        if tables[stream.name] <= 1 and alone:
+            biases[alone.pop()] = stream.name
             tables[stream.name] = 0
-    return biases
+        unbiased |= set(alone)
+    return biases, frozenset(unbiased)

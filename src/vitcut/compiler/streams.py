@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vitcut.compact.plan import EMBED, HeadGroupPlan, Rows, StreamPlan, TermPlan, ViTShape
+from vitcut.compiler.cost import CostModel
 from vitcut.compiler.joining import Joins, Run
 from vitcut.compiler.liveness import Liveness
 from vitcut.compiler.reads import EMBED_BIT, Reads
@@ -76,6 +77,7 @@ class StreamBuilder:
     reads: Reads
     liveness: Liveness
     joins: Joins
+    costs: CostModel
     streams: list[Stream] = field(default_factory=list[Stream])
     products: dict[int, list[Product]] = field(default_factory=dict[int, list[Product]])
     """By block: outputs of attention as streams ask for them, MLPs as they are planned."""

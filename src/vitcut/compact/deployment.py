@@ -1,0 +1,48 @@
+"""What a compact model becomes before a runtime takes it over: the same function, shorter.
+
+The mean over the width of what a stream adds up never reaches a LayerNorm's output. Taken off every
+writer's weights, it need not be looked for image by image.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vitcut.compact.attention import HeadOutput
+from vitcut.compact.model import CompactMlp, CompactViT
+from vitcut.compact.stream import Stream
+
+
+@torch.no_grad()
+def centre_streams(model: CompactViT) -> None:
+    """Take the mean over the width off all that streams add up, in place.
+
+    Nothing changes but rounding: streams are read through LayerNorms alone. Training on is
+    possible, but brings the means back.
+
+    Source:
+        LayerNorm's invariance to a shift of its input: Ba et al. 2016, arXiv:1607.06450, section 5.
+    """
+    for writer in _writers(model):
+        # Output channels come first in the weights of convolutions and of products.
+        writer.sub_(writer.mean(0, keepdim=True))
+    for stream in _streams(model):
+        if stream.table is not None:
+            stream.table.sub_(stream.table.mean(-1, keepdim=True))
+        stream.centred = True
+
+
+def _writers(model: CompactViT) -> Iterator[nn.Parameter]:
+    """Weights and biases of the products that write into streams."""
+    if model.patch_embed is not None:
+        yield from model.patch_embed.parameters()
+    for module in model.modules():
+        if isinstance(module, HeadOutput):
+            yield from module.product.parameters()
+        if isinstance(module, CompactMlp):
+            yield from module.fc2.parameters()
+
+
+def _streams(model: CompactViT) -> Iterator[Stream]:
+    return (module for module in model.modules() if isinstance(module, Stream))

@@ -1,0 +1,237 @@
+"""What a plan costs in time: its operations counted by kind, and how long each kind takes.
+
+How long is calibrated against a runtime (``calibration.py``); MACs alone are counted in
+``compact/macs.py``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from vitcut.compact.plan import (
+    AttentionPlan,
+    HeadGroupPlan,
+    MlpPlan,
+    OutputPlan,
+    Plan,
+    ProjectionPlan,
+    Rows,
+    StreamPlan,
+    ViTShape,
+)
+
+Unit = Literal[
+    "call",
+    "operation",
+    "product",
+    "weight",
+    "small_product",
+    "small_mac",
+    "added",
+    "moved",
+    "normalised",
+    "exponential",
+    "activated",
+    "patch_mac",
+]
+"""What takes time: the call itself; an operation of any kind; a MAC of a product with weights, its
+columns rounded up to whole panels; a weight that is read; a product of two matrices per image and
+head, and its MACs; elements that are added, copied, normalised, in a softmax, in an activation; a
+MAC of the patch embedding."""
+Counts = dict[Unit, float]
+
+_PANEL = 16
+"""Columns that CPU kernels compute together: fewer take as long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Nanoseconds per unit, on one thread of some machine in some runtime."""
+
+    nanoseconds: dict[Unit, float] = field(default_factory=lambda: dict(_DEFAULT))
+    batch: int = 64
+    """Images per call."""
+
+    def latency_ms(self, plan: Plan) -> float:
+        """The predicted latency of a compact model for one call, in ms."""
+        return self._time(count_operations(plan, self.batch)) / 1e6
+
+    def prefers(self, shape: ViTShape, one: HeadGroupPlan, other: HeadGroupPlan) -> bool:
+        """Whether a head group with its own queries and outputs is faster than another."""
+        counts = [_Counter(shape, self.batch).whole_group(group) for group in (one, other)]
+        return self._time(counts[0]) < self._time(counts[1])
+
+    def _time(self, counts: Counts) -> float:
+        return sum(self.nanoseconds[unit] * number for unit, number in counts.items())
+
+
+_DEFAULT: dict[Unit, float] = {
+    "call": 3000.0,
+    "operation": 1000.0,
+    "product": 0.021,
+    "weight": 0.05,
+    "small_product": 500.0,
+    "small_mac": 0.03,
+    "added": 0.17,
+    "moved": 0.12,
+    "normalised": 0.4,
+    "exponential": 0.55,
+    "activated": 0.65,
+    "patch_mac": 0.019,
+}
+"""ONNX Runtime 1.31 on one core of an AMD EPYC with AVX2, by ``calibrate``."""
+
+
+def count_operations(plan: Plan, batch: int) -> Counts:
+    """What a compact model does in one call.
+
+    Args:
+        plan: The model.
+        batch: Images per call.
+    """
+    counter = _Counter(plan.shape, batch)
+    counter.counts["call"] = 1
+    if plan.embeds:
+        counter.embed()
+    for block in plan.blocks:
+        if block.attention is not None:
+            counter.attention(block.attention)
+        for mlp in block.mlps:
+            counter.mlp(mlp)
+    if plan.classifier is not None:
+        counter.stream(plan.classifier)
+        counter.product(1, plan.shape.width, plan.shape.num_classes)
+    return counter.counts
+
+
+class _Counter:
+    """Counts along the modules of ``compact/``, operation by operation."""
+
+    def __init__(self, shape: ViTShape, batch: int) -> None:
+        self.shape = shape
+        self.batch = batch
+        self.counts: Counts = dict.fromkeys(get_args(Unit), 0.0)
+
+    def add(self, unit: Unit, per_image: float) -> None:
+        """One operation that handles so many elements of each image."""
+        self.counts["operation"] += 1
+        self.counts[unit] += per_image * self.batch
+
+    def product(self, rows: int, inputs: int, outputs: int) -> None:
+        """A product of so many rows of each image with weights."""
+        self.add("product", rows * inputs * _PANEL * -(-outputs // _PANEL))
+        self.counts["weight"] += inputs * outputs
+
+    def per_head(self, heads: int, rows: int, inputs: int, outputs: int) -> None:
+        """A product of two matrices for each head of each image."""
+        self.add("small_product", heads)
+        self.counts["small_mac"] += self.batch * heads * rows * inputs * outputs
+
+    def embed(self) -> None:
+        shape = self.shape
+        patch = shape.channels * shape.patch_size**2
+        self.add("patch_mac", shape.num_patches * shape.width * patch)
+        self.add("moved", shape.num_patches * shape.width)
+
+    def stream(self, plan: StreamPlan) -> None:
+        """A sum and its LayerNorm."""
+        size = plan.rows.count * self.shape.width
+        if not plan.terms:
+            return
+        for term in plan.terms:
+            if term.rows != plan.rows:
+                self.add("moved", size)
+        for _ in plan.terms[1:]:
+            self.add("added", size)
+        if plan.table_rows:
+            self.add("added", size)
+        self.add("normalised", size)
+
+    def mlp(self, plan: MlpPlan) -> None:
+        rows, width = plan.stream.rows.count, self.shape.width
+        self.stream(plan.stream)
+        self.product(rows, width, plan.hidden)
+        self.add("activated", rows * plan.hidden)
+        self.product(rows, plan.hidden, width)
+        self._save_addition(bias=plan.bias, size=rows * width)
+
+    def attention(self, plan: AttentionPlan) -> None:
+        for stream in plan.streams:
+            self.stream(stream)
+        joined = {streams for group in plan.groups for streams in (group.keys, group.values)}
+        joined |= {projection.streams for projection in plan.projections}
+        for streams in joined:
+            if len(streams) > 1:
+                rows = sum(plan.streams[number].rows.count for number in streams)
+                self.add("moved", rows * self.shape.width)
+        for projection in plan.projections:
+            self._projection(plan, projection)
+        for group in plan.groups:
+            self.group(group)
+        for output in plan.outputs:
+            self.output(plan.groups[output.group], output)
+
+    def group(self, plan: HeadGroupPlan) -> None:
+        """What a head group computes itself."""
+        shape, heads, rows = self.shape, len(plan.heads), plan.rows.count
+        tokens = shape.num_tokens
+        if not plan.fixed_pattern:
+            if plan.queries:
+                self.product(rows, shape.width, heads * shape.width)
+            elif plan.keys and "q" not in plan.constant:
+                self._each_head(heads, rows, shape.head_dim, shape.width)
+            if plan.keys and "q" in plan.constant:
+                self.product(tokens, shape.width, heads * rows)
+                self.add("moved", heads * rows * tokens)
+            elif plan.keys:
+                self.per_head(1, heads * rows, shape.width, tokens)
+            else:
+                self.per_head(heads, rows, shape.head_dim, tokens)
+            self.add("exponential", heads * rows * tokens)
+        if plan.values:
+            self.per_head(1, heads * rows, tokens, shape.width)
+        else:
+            self.per_head(heads, rows, tokens, shape.head_dim)
+        if plan.values and not plan.merged_values:
+            self._each_head(heads, rows, shape.width, shape.head_dim)
+
+    def output(self, group: HeadGroupPlan, plan: OutputPlan) -> None:
+        """A product from heads to the stream."""
+        shape, rows = self.shape, plan.rows.count
+        inputs = len(plan.heads) * (shape.width if group.merged_values else shape.head_dim)
+        if rows > 1:
+            self.add("moved", rows * inputs)
+        self.product(rows, inputs, shape.width)
+        self._save_addition(bias=plan.bias, size=rows * shape.width)
+
+    def whole_group(self, plan: HeadGroupPlan) -> Counts:
+        """What a head group costs with its own queries and output."""
+        shape, heads = self.shape, len(plan.heads)
+        if not plan.queries and "q" not in plan.constant:
+            self.product(plan.rows.count, shape.width, heads * shape.head_dim)
+        self.group(plan)
+        self.output(plan, OutputPlan(name="", group=0, heads=plan.heads, rows=plan.rows, bias=True))
+        return self.counts
+
+    def _projection(self, attention: AttentionPlan, plan: ProjectionPlan) -> None:
+        shape, rows = self.shape, plan.rows
+        own = [attention.streams[number].rows for number in plan.streams]
+        if Rows(first=own[0].first, end=own[-1].end) != rows:
+            self.add("moved", rows.count * shape.width)
+        columns = plan.num_columns * shape.head_dim
+        self.product(rows.count, shape.width, columns)
+        if rows.count > 1:
+            self.add("moved", rows.count * columns)
+            self.add("moved", rows.count * columns)
+
+    def _each_head(self, heads: int, rows: int, inputs: int, outputs: int) -> None:
+        """A product of its own for each head, for all images at once."""
+        self.add("product", heads * rows * inputs * _PANEL * -(-outputs // _PANEL))
+        self.add("moved", heads * rows * outputs)
+        self.counts["weight"] += heads * inputs * outputs
+
+    def _save_addition(self, *, bias: bool, size: int) -> None:
+        """A product without a bias adds itself to its reader's sum: a copy, no operation."""
+        if not bias:
+            self.counts["operation"] -= 1
+            self.counts["added"] -= size * self.batch
+            self.counts["moved"] += size * self.batch
