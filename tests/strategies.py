@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tiny import random_vit
 
 from vitcut.circuit import Circuit
+from vitcut.compiler.cost import CostModel
 from vitcut.graph import Graph
 from vitcut.vits.weights import ViTWeights
 
@@ -67,6 +68,14 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
         num_prefix=draw(st.integers(1, 2)),
         activation=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])),
     )
+
+
+@st.composite
+def cost_models(draw: st.DrawFn) -> CostModel:
+    """Costs that prefer now one way to compute the same, now another."""
+    factors = st.sampled_from([0.0, 0.01, 1.0, 100.0])
+    nanoseconds = {unit: cost * draw(factors) for unit, cost in CostModel().nanoseconds.items()}
+    return CostModel(nanoseconds=nanoseconds, batch=draw(st.sampled_from([1, 64])))
 
 
 @st.composite

@@ -30,8 +30,9 @@ def with_attention(*groups, projections=(), outputs=()):
     return replace(PLAN, blocks=(block,), embeds=False)
 
 
-def head_group(heads, rows, *constant, keys=(), values=()):
-    return HeadGroupPlan(heads=heads, rows=rows, constant=constant, keys=keys, values=values)
+def head_group(heads, rows, *constant, **direct):
+    plain = {"queries": (), "keys": (), "values": (), "merged_values": False}
+    return HeadGroupPlan(heads=heads, rows=rows, constant=constant, **(plain | direct))
 
 
 def test_a_fixed_pattern_is_one_product_and_the_class_token_one_query():
@@ -51,6 +52,13 @@ def test_a_query_that_meets_the_tokens_directly_pays_width_instead_of_keys():
     assert count_macs(plan) == weights + tokens + 6 * 4
     constant = with_attention(head_group((0, 1), CLS, "q", keys=(0,), values=(0,)))
     assert count_macs(constant) == count_macs(plan) - 2 * 3 * 6
+
+
+def test_merged_weights_pay_the_width_twice():
+    group = head_group((0, 1), CLS, queries=(0,), keys=(0,), values=(0,), merged_values=True)
+    output = OutputPlan(name="out.0.0", group=0, heads=(0, 1), rows=CLS, bias=True)
+    plan = with_attention(group, outputs=(output,))
+    assert count_macs(plan) == 2 * (2 * 6 * 6) + 2 * (2 * 5 * 6) + 6 * 4
 
 
 def test_a_block_has_a_line_for_each_range_of_tokens():

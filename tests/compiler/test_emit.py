@@ -1,15 +1,19 @@
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import parts_per_group, skipping_a_head, split_circuits, vits
+from strategies import cost_models, parts_per_group, skipping_a_head, split_circuits, vits
 from tiny import random_fill, random_pixels, random_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcut.circuit import Circuit
+from vitcut.compact.deployment import centre_streams
 from vitcut.compact.macs import count_macs
+from vitcut.compact.stream import Stream
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.verify import verify
 from vitcut.errors import CircuitError
@@ -19,16 +23,48 @@ from vitcut.intervention.masking import full_run
 @st.composite
 def cases(draw):
     weights = draw(vits())
-    return weights, draw(split_circuits(weights))
+    return weights, draw(split_circuits(weights)), draw(cost_models())
+
+
+def check(case):
+    weights, circuit, costs = case
+    fill, pixels = random_fill(weights, circuit), random_pixels(weights)
+    compact = compile_circuit(weights, circuit, fill, dtype=torch.float64, costs=costs)
+    verify(compact, weights, circuit, fill, pixels)
+    # Training takes another way through the sums; a runtime gets streams without their means.
+    verify(compact.train(), weights, circuit, fill, pixels)
+    centre_streams(compact)
+    verify(compact.eval(), weights, circuit, fill, pixels)
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_compact_equals_masked(case):
-    weights, circuit = case
-    fill = random_fill(weights, circuit)
-    compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
-    verify(compact, weights, circuit, fill, random_pixels(weights))
+    check(case)
+
+
+@pytest.mark.slow
+@given(cases())
+@settings(max_examples=10_000, deadline=None)
+def test_compact_equals_masked_over_many_more_cases(case):
+    check(case)
+
+
+@given(cases())
+@settings(max_examples=30, deadline=None)
+def test_what_is_added_up_in_a_centred_model_has_mean_0(case):
+    weights, circuit, costs = case
+    compact = compile_circuit(
+        weights, circuit, random_fill(weights, circuit), dtype=torch.float64, costs=costs
+    )
+    centre_streams(compact)
+    means = []
+    with patch.object(
+        Stream, "_normalise", lambda self, total: means.append(total.mean(-1)) or total
+    ):
+        compact(random_pixels(weights))
+    for mean in means:
+        torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-9)
 
 
 @given(vits())
@@ -105,8 +141,10 @@ def test_training_a_compact_model_leaves_the_original_alone():
 @given(cases())
 @settings(max_examples=40, deadline=None)
 def test_the_plan_counts_the_products_that_torch_runs(case):
-    weights, circuit = case
-    compact = compile_circuit(weights, circuit, random_fill(weights, circuit), dtype=torch.float64)
+    weights, circuit, costs = case
+    compact = compile_circuit(
+        weights, circuit, random_fill(weights, circuit), dtype=torch.float64, costs=costs
+    )
     # Fused attention is one operation, which the counter does not know on the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compact(random_pixels(weights, 3))

@@ -12,6 +12,7 @@ from tiny import REFERENCE, random_vit
 from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.plan import Plan
+from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import plan_circuit, shape_of
 from vitcut.errors import CircuitError, UnsupportedModelError
 from vitcut.graph import Graph
@@ -124,10 +125,14 @@ def test_blocks_that_differ_are_refused():
         shape_of(mixed)
 
 
+NO_OVERHEAD = CostModel(nanoseconds=CostModel().nanoseconds | {"operation": 0.0, "moved": 0.0})
+"""Under it two products that follow each other are as good as one of as many MACs."""
+
+
 def parts_plan(**changes):
     weights = random_vit(num_layers=3, num_heads=4, width=32, head_dim=8, hidden=20)
     circuit = dataclasses.replace(parts_per_group(weights), **changes)
-    return plan_circuit(shape_of(weights), circuit)
+    return plan_circuit(shape_of(weights), circuit, NO_OVERHEAD)
 
 
 def test_token_groups_that_keep_other_parts_have_their_own_streams_heads_and_mlps():
@@ -146,7 +151,12 @@ def test_token_groups_that_keep_other_parts_have_their_own_streams_heads_and_mlp
 def test_one_query_meets_the_tokens_directly_and_many_have_keys_and_values():
     first, second, _ = parts_plan().blocks
     alone, patches = first.attention.groups
-    assert (alone.keys, alone.values) == ((0,), (0,))
+    streams = [first.attention.streams[number] for number in alone.keys]
+    assert [(stream.rows.count, bool(stream.terms)) for stream in streams] == [
+        (1, False),
+        (4, True),
+    ]
+    assert alone.keys == alone.values
     assert (patches.keys, patches.values) == ((), ())
     (group,) = second.attention.groups
     tokens = [second.attention.streams[number].rows.first for number in group.keys]
@@ -189,3 +199,23 @@ def test_neurons_of_another_model_are_refused():
 def test_nothing_is_planned_for_an_empty_circuit():
     circuit = Circuit(graph=GRAPH, kept=np.zeros_like(GRAPH.edges), ablation="mean")
     assert count_macs(plan_circuit(REFERENCE, circuit)) == 0
+
+
+def test_queries_of_most_rows_are_computed_with_keys_and_values():
+    (first, *_) = parts_plan().blocks
+    alone, patches = first.attention.groups
+    (joint,) = first.attention.projections
+    assert patches.heads == joint.q == joint.k == joint.v
+    assert (joint.rows.count, patches.rows.count, alone.rows.count) == (5, 4, 1)
+
+
+def test_a_product_that_one_stream_alone_reads_has_its_bias_elsewhere():
+    plan = plan_circuit(REFERENCE, Circuit.full(GRAPH))
+    for block in plan.blocks:
+        for product in (*block.attention.outputs, *block.mlps):
+            readers = [
+                stream
+                for stream in streams_of(plan)
+                if product.name in {term.name for term in stream.terms}
+            ]
+            assert product.bias or len(readers) == 1

@@ -39,9 +39,6 @@ head, and its MACs; elements that are added, copied, normalised, in a softmax, i
 MAC of the patch embedding."""
 Counts = dict[Unit, float]
 
-_PANEL = 16
-"""Columns that CPU kernels compute together: fewer take as long."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
@@ -50,19 +47,26 @@ class CostModel:
     nanoseconds: dict[Unit, float] = field(default_factory=lambda: dict(_DEFAULT))
     batch: int = 64
     """Images per call."""
+    smooth: bool = False
+    """For choices between small parts: each saves its share of what is saved only once several are
+    cut. Columns count one by one, not in panels; every stream has a table, and so no product has a
+    bias, though the first cut alone makes that so."""
 
     def latency_ms(self, plan: Plan) -> float:
         """The predicted latency of a compact model for one call, in ms."""
-        return self._time(count_operations(plan, self.batch)) / 1e6
+        return self._time(count_operations(plan, self)) / 1e6
 
     def prefers(self, shape: ViTShape, one: HeadGroupPlan, other: HeadGroupPlan) -> bool:
         """Whether a head group with its own queries and outputs is faster than another."""
-        counts = [_Counter(shape, self.batch).whole_group(group) for group in (one, other)]
+        counts = [_Counter(shape, self).whole_group(group) for group in (one, other)]
         return self._time(counts[0]) < self._time(counts[1])
 
     def _time(self, counts: Counts) -> float:
         return sum(self.nanoseconds[unit] * number for unit, number in counts.items())
 
+
+_PANEL = 16
+"""Columns of a product that CPU kernels compute together: fewer take as long."""
 
 _DEFAULT: dict[Unit, float] = {
     "call": 3000.0,
@@ -81,14 +85,9 @@ _DEFAULT: dict[Unit, float] = {
 """ONNX Runtime 1.31 on one core of an AMD EPYC with AVX2, by ``calibrate``."""
 
 
-def count_operations(plan: Plan, batch: int) -> Counts:
-    """What a compact model does in one call.
-
-    Args:
-        plan: The model.
-        batch: Images per call.
-    """
-    counter = _Counter(plan.shape, batch)
+def count_operations(plan: Plan, costs: CostModel) -> Counts:
+    """What a compact model does in one call, as a cost model sees it."""
+    counter = _Counter(plan.shape, costs)
     counter.counts["call"] = 1
     if plan.embeds:
         counter.embed()
@@ -106,9 +105,11 @@ def count_operations(plan: Plan, batch: int) -> Counts:
 class _Counter:
     """Counts along the modules of ``compact/``, operation by operation."""
 
-    def __init__(self, shape: ViTShape, batch: int) -> None:
+    def __init__(self, shape: ViTShape, costs: CostModel) -> None:
         self.shape = shape
-        self.batch = batch
+        self.batch = costs.batch
+        self.smooth = costs.smooth
+        self.panel = 1 if costs.smooth else _PANEL
         self.counts: Counts = dict.fromkeys(get_args(Unit), 0.0)
 
     def add(self, unit: Unit, per_image: float) -> None:
@@ -118,7 +119,7 @@ class _Counter:
 
     def product(self, rows: int, inputs: int, outputs: int) -> None:
         """A product of so many rows of each image with weights."""
-        self.add("product", rows * inputs * _PANEL * -(-outputs // _PANEL))
+        self.add("product", rows * inputs * self._columns(outputs))
         self.counts["weight"] += inputs * outputs
 
     def per_head(self, heads: int, rows: int, inputs: int, outputs: int) -> None:
@@ -142,7 +143,7 @@ class _Counter:
                 self.add("moved", size)
         for _ in plan.terms[1:]:
             self.add("added", size)
-        if plan.table_rows:
+        if plan.table_rows or self.smooth:
             self.add("added", size)
         self.add("normalised", size)
 
@@ -225,13 +226,16 @@ class _Counter:
 
     def _each_head(self, heads: int, rows: int, inputs: int, outputs: int) -> None:
         """A product of its own for each head, for all images at once."""
-        self.add("product", heads * rows * inputs * _PANEL * -(-outputs // _PANEL))
+        self.add("product", heads * rows * inputs * self._columns(outputs))
         self.add("moved", heads * rows * outputs)
         self.counts["weight"] += heads * inputs * outputs
 
+    def _columns(self, outputs: int) -> int:
+        return self.panel * -(-outputs // self.panel)
+
     def _save_addition(self, *, bias: bool, size: int) -> None:
         """A product without a bias adds itself to its reader's sum: a copy, no operation."""
-        if not bias:
+        if not bias or self.smooth:
             self.counts["operation"] -= 1
             self.counts["added"] -= size * self.batch
             self.counts["moved"] += size * self.batch

@@ -27,6 +27,9 @@ class CutConfig:
     ridge: float | None = None
     """Of linear fills: added to the covariance's diagonal, as a fraction of its mean; chosen for
     each layer and token group by cross-validation if None."""
+    batch: int = 64
+    """Images per call that the compact model is made for: of ways to compute the same the one that
+    is predicted to be fastest is taken, and a latency budget is measured with it."""
     memory_gib: float = 16.0
     """Most memory that the activations of a fit, or of scoring parts, may take, in GiB."""
     verify_images: int = 64
@@ -40,5 +43,6 @@ class CutConfig:
             raise ConfigError(f"ridge must be at least {_LEAST_RIDGE:g}, got {self.ridge}")
         require_positive("memory-gib", self.memory_gib)
         require_at_least("images", self.images, 1)
+        require_at_least("batch", self.batch, 1)
         require_at_least("verify_images", self.verify_images, 1)
         require_at_least("seed", self.seed, 0)

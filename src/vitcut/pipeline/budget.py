@@ -19,6 +19,7 @@ from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
+from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit, shape_of
 from vitcut.compiler.settings import CutConfig
@@ -56,7 +57,7 @@ from vitcut.vits.weights import ViTWeights
 _MOST_ROUNDS = 16
 """Of a latency budget, which is met by steps."""
 _SLOWEST_STEP, _FASTEST_STEP = 0.97, 0.7
-"""What the MACs are multiplied by from one such step to the next, at most and at least."""
+"""What the prediction is multiplied by from one such step to the next, at most and at least."""
 
 
 def budget_command(
@@ -139,7 +140,7 @@ def cut_to_budget(
     """
     maker = PointMaker(subject, folder, cut)
     search = BudgetSearch(subject, folder, select, cut, maker.fills, threads=threads)
-    circuit, budget = search.find(), _budget(select)
+    circuit, budget = search.find(), _budget(select, cut)
     kind, target = next(iter(budget.items()))
     name = f"{select.scores}-{cut.ablation}-{kind}-{target:g}"
     if into is None:
@@ -171,6 +172,8 @@ class BudgetSearch:
         self._resumed = False
         self._shape = shape_of(subject.weights)
         self._dense_macs = dense_macs(self._shape)
+        self._costs = CostModel(batch=cut.batch)
+        self._smooth_costs = replace(self._costs, smooth=True)
 
     def find(self) -> Circuit:
         """The circuit that meets the budget: searched, or read where the search was done.
@@ -186,24 +189,26 @@ class BudgetSearch:
     def _run(self) -> Iterator[PathStep]:
         """One round after the other; each is saved when it is given."""
         selection = self._selection()
-        start = selection.cost() / self._dense_macs
-        if self._select.target_macs is not None:
-            fractions = geometric(start, self._select.target_macs, self._select.rounds)
-            # Budgets that round to one name are one round, to the smallest of them.
-            for fraction in {_name(fraction): fraction for fraction in fractions}.values():
-                yield self._round(selection, fraction)
+        if self._select.target_macs is None:
+            yield from self._until_fast(selection)
             return
-        yield from self._until_fast(selection, start)
+        start = selection.cost() / self._dense_macs
+        fractions = geometric(start, self._select.target_macs, self._select.rounds)
+        # Budgets that round to one name are one round, to the smallest of them.
+        named = {f"macs-{fraction:.4f}": fraction for fraction in fractions}
+        for name, fraction in named.items():
+            yield self._round(selection, name, fraction * self._dense_macs)
 
-    def _until_fast(self, selection: Selection, start: float) -> Iterator[PathStep]:
-        """Steps towards a latency: MACs are scaled by what the time still lacks."""
+    def _until_fast(self, selection: Selection) -> Iterator[PathStep]:
+        """Steps towards a latency: the predicted one is scaled by what the measured one lacks."""
         target = self._select.target_latency or 1.0
-        fraction = max(start * _FASTEST_STEP, start * target)
+        uncut = selection.cost()
+        fraction = max(_FASTEST_STEP, target)
         nearest, fastest = "the uncut model", 1.0
         for _ in range(_MOST_ROUNDS):
-            if fraction * self._dense_macs < selection.smallest:
+            if fraction * uncut < selection.smallest:
                 break
-            step = self._round(selection, fraction)
+            step = self._round(selection, f"predicted-{fraction:.4f}", fraction * uncut)
             yield step
             reached = step.latency_fraction or 1.0
             if reached <= target:
@@ -211,7 +216,7 @@ class BudgetSearch:
             if reached < fastest:
                 fastest, nearest = reached, f"{reached:.3f} of dense, {step.circuit}"
             ratio = min(_SLOWEST_STEP, max(_FASTEST_STEP, target / reached))
-            fraction = step.macs_fraction * ratio
+            fraction = selection.cost() / uncut * ratio
         raise CircuitError(
             f"target-latency {target:g} cannot be met: the nearest in {self._folder.path} is "
             f"{nearest}; ask for more, or for another runtime or batch"
@@ -227,7 +232,7 @@ class BudgetSearch:
                 fill=self._fills.with_statistics,
                 memory_gib=self._cut.memory_gib,
             ),
-            self._macs,
+            self._cost,
             select,
             self._cut.ablation,
         )
@@ -246,8 +251,7 @@ class BudgetSearch:
         )
         return self._subject.calibration(many, seed=seed)
 
-    def _round(self, selection: Selection, fraction: float) -> PathStep:
-        name = _name(fraction)
+    def _round(self, selection: Selection, name: str, budget: float) -> PathStep:
         folder = self._folder.path / PATH_FOLDER / name
         circuit_path, step_path = folder / CIRCUIT_FILE, folder / STEP_FILE
         if circuit_path.exists() and self._select.rescore:
@@ -256,7 +260,7 @@ class BudgetSearch:
             selection.resume(circuit)
         else:
             # Scores that are taken once know of every earlier cut: those rounds are made again.
-            selection.cut_to(fraction * self._dense_macs)
+            selection.cut_to(budget)
             circuit = self._described(selection.circuit)
             if not circuit_path.exists():
                 circuit.save(circuit_path)
@@ -284,7 +288,8 @@ class BudgetSearch:
         )
 
     def _measured(self, name: str, circuit: Circuit) -> PathStep:
-        model = compile_circuit(self._subject.weights, circuit, self._fills.of(circuit))
+        fill = self._fills.of(circuit)
+        model = compile_circuit(self._subject.weights, circuit, fill, costs=self._costs)
         found = self._evaluate(model, self._dense)
         macs = count_macs(model.plan)
         timed = self._select.target_latency is not None
@@ -303,7 +308,7 @@ class BudgetSearch:
     def _latency_fraction(self, model: CompactViT) -> float:
         config = BenchConfig(
             runtimes=(self._select.runtime,),
-            batches=(self._select.batch,),
+            batches=(self._cut.batch,),
             threads=self._threads,
             seconds=1.0,
         )
@@ -314,7 +319,7 @@ class BudgetSearch:
     @cached_property
     def _timed(self) -> Float[Tensor, "images channels y x"]:
         tuning = self._subject.images.tuning
-        return self._subject.normalise(tuning.read(range(min(self._select.batch, len(tuning)))))
+        return self._subject.normalise(tuning.read(range(min(self._cut.batch, len(tuning)))))
 
     @cached_property
     def _dense(self) -> Evaluation:
@@ -329,12 +334,12 @@ class BudgetSearch:
             reference_log_probs=None if dense is None else dense.log_probs,
         )
 
-    def _macs(self, circuit: Circuit) -> float:
-        return count_macs(plan_circuit(self._shape, circuit))
-
-
-def _name(fraction: float) -> str:
-    return f"macs-{fraction:.4f}"
+    def _cost(self, circuit: Circuit) -> float:
+        """What the budget is of: MACs, or predicted milliseconds."""
+        plan = plan_circuit(self._shape, circuit, self._costs)
+        if self._select.target_latency is None:
+            return count_macs(plan)
+        return self._smooth_costs.latency_ms(plan)
 
 
 def _line(step: PathStep) -> str:
@@ -347,11 +352,11 @@ def _line(step: PathStep) -> str:
     )
 
 
-def _budget(select: SelectConfig) -> dict[str, Any]:
+def _budget(select: SelectConfig, cut: CutConfig) -> dict[str, Any]:
     if select.target_macs is not None:
         return {"macs": select.target_macs}
     return {
         "latency": select.target_latency,
         "runtime": select.runtime,
-        "batch": select.batch,
+        "batch": cut.batch,
     }

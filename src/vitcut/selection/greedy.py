@@ -23,6 +23,10 @@ Cost = Callable[[Circuit], float]
 _TOGETHER_EVERY = 8
 """Steps between looks at candidates of several parts, which change slowly and take long."""
 
+_APART: Ablation = "linear"
+"""Costs are those of token groups that are computed apart, as under maps of their own: else the
+first cut that tells two groups apart would cost more than it saves, and none would follow."""
+
 Candidate = tuple[tuple[SiteKey, tuple[int, ...]], ...]
 """What is cut together: per site the numbers of its heads or neurons."""
 
@@ -139,12 +143,12 @@ class Savings:
 
     def measure(self) -> float:
         """The cost of what is alive."""
-        return self._cost(self._alive.circuit(self._graph, "mean"))
+        return self._cost(self._alive.circuit(self._graph, _APART))
 
     def of(self, candidate: Candidate) -> float:
         """What cutting a candidate saves."""
         if candidate not in self._known:
-            after = self._cost(self._alive.without(candidate).circuit(self._graph, "mean"))
+            after = self._cost(self._alive.without(candidate).circuit(self._graph, _APART))
             self._known[candidate] = self.total - after
         return self._known[candidate]
 

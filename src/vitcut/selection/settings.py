@@ -22,8 +22,6 @@ class SelectConfig:
     """Latency of the compact model as a fraction of the dense model's, measured here."""
     runtime: RuntimeName = "onnxruntime"
     """Of the latency."""
-    batch: int = 64
-    """Of the latency."""
     scores: Scores = "fisher"
     """What parts are chosen by: the predicted rise of the KL, or a control."""
     joint: bool = True
@@ -53,7 +51,7 @@ class SelectConfig:
         require_runtime(self.runtime)
         require_one_of("scores", self.scores, get_args(Scores))
         require_one_of("tokens", self.tokens, get_args(Tokens))
-        for name in ("batch", "rounds", "score_images"):
+        for name in ("rounds", "score_images"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("seed", self.seed, 0)
         require_fraction("refresh_fraction", self.refresh_fraction)

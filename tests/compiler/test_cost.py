@@ -1,0 +1,63 @@
+from dataclasses import replace
+
+import pytest
+from strategies import parts_per_group
+from tiny import REFERENCE, random_vit
+
+from vitcut.circuit import Circuit
+from vitcut.compiler.cost import CostModel, count_operations
+from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.graph import Graph
+
+GRAPH = Graph(num_layers=6, num_heads=8, groups=("cls", "patch"), readout=("cls",))
+FULL = Circuit.full(GRAPH, ablation="linear")
+
+
+def only_class_heads():
+    """A circuit in which the class token alone is computed."""
+    kept = GRAPH.edges.copy()
+    for layer in range(GRAPH.num_layers):
+        kept[GRAPH.mlp_source(layer, 1)] = False
+        for head in range(GRAPH.num_heads):
+            kept[GRAPH.head_source(layer, head, 1)] = False
+    return Circuit(graph=GRAPH, kept=kept, ablation="linear")
+
+
+def merged(plan):
+    groups = [group for block in plan.blocks for group in block.attention.groups]
+    return {bool(group.queries) for group in groups if group.keys and "q" not in group.constant}
+
+
+def test_one_image_merges_weights_and_many_images_do_not():
+    circuit = only_class_heads()
+    assert merged(plan_circuit(REFERENCE, circuit, CostModel(batch=1))) == {True}
+    assert merged(plan_circuit(REFERENCE, circuit, CostModel(batch=64))) == {False}
+
+
+def test_a_wide_model_does_not_merge_even_for_one_image():
+    wide = replace(REFERENCE, width=768, head_dim=96)
+    assert merged(plan_circuit(wide, only_class_heads(), CostModel(batch=1))) == {False}
+
+
+def test_the_elements_of_a_plan_grow_with_the_batch_and_its_operations_do_not():
+    plan = plan_circuit(REFERENCE, FULL)
+    one, many = (count_operations(plan, CostModel(batch=batch)) for batch in (1, 64))
+    assert one["operation"] == many["operation"]
+    for unit in ("product", "small_mac", "added", "normalised", "exponential", "activated"):
+        assert many[unit] == pytest.approx(64 * one[unit])
+
+
+def test_a_product_pays_for_whole_panels():
+    weights = random_vit(hidden=20, width=32, num_heads=4, head_dim=8, num_layers=3)
+    plan = plan_circuit(shape_of(weights), parts_per_group(weights))
+    whole, spread = (
+        count_operations(plan, CostModel(batch=1, smooth=smooth))["product"]
+        for smooth in (False, True)
+    )
+    assert whole > spread
+
+
+def test_less_is_predicted_to_be_faster():
+    costs = CostModel()
+    full, less = (costs.latency_ms(plan_circuit(REFERENCE, c)) for c in (FULL, only_class_heads()))
+    assert 0 < less < 0.3 * full
