@@ -137,8 +137,8 @@ ERRORS = {
         "target-macs 0.9999 leaves nothing to cut: compiled and uncut the model has 0.8",
     ),
     "a runtime that is not there": (
-        ["cut", "--target-latency", "0.2", "--runtime", "openvino"],
-        "runtime must be one of torch, torch-compile, onnxruntime, got 'openvino'",
+        ["cut", "--target-latency", "0.2", "--runtime", "pt2"],
+        "runtime must be one of torch, torch-compile, onnxruntime, openvino, got 'pt2'",
     ),
     "an ablation that does not fold": (
         ["cut", "--target-macs", "0.2", "--ablation", "resample"],
@@ -297,7 +297,7 @@ import sys
 from vitcut.cli import VERBS, main
 for words in [["--help"], *([name, "--help"] for name in VERBS)]:
     assert main(words) == 0
-heavy = {"torch", "timm", "accelerate", "onnxruntime", "pyarrow"} & set(sys.modules)
+heavy = {"torch", "timm", "accelerate", "onnxruntime", "openvino", "pyarrow"} & set(sys.modules)
 sys.exit(f"loaded {heavy}" if heavy else 0)
 """
     done = subprocess.run(
