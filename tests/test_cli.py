@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from vitcut.cli import VERBS, main
 from vitcut.errors import ConfigError
@@ -289,6 +290,23 @@ def test_pictures_are_prepared_and_the_next_step_named(capsys):
     out, _ = capsys.readouterr()
     assert "2400 images of 12 classes, 0 skipped" in out
     assert "next: vitcut train" in out
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--runtimes", "torch,openvino", "--batches", "1,16"],
+        ["--runtimes=torch,openvino", "--batches=1,16"],
+        ["--runtimes", "[torch, openvino]", "--batches=[1,16]"],
+    ],
+)
+def test_bench_takes_lists_with_and_without_brackets(typed):
+    verb = VERBS["bench"]
+    parser = ArgumentParser(exit_on_error=False)
+    verb.add_flags(parser)
+    found = parser.parse_args(verb.arrange(["runs/cut", *typed]))
+    assert tuple(found.runtimes) == ("torch", "openvino")
+    assert tuple(found.batches) == (1, 16)
 
 
 def test_help_loads_no_torch():
