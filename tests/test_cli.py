@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from vitcut.cli import VERBS, main
 from vitcut.errors import ConfigError
@@ -137,8 +138,8 @@ ERRORS = {
         "target-macs 0.9999 leaves nothing to cut: compiled and uncut the model has 0.8",
     ),
     "a runtime that is not there": (
-        ["cut", "--target-latency", "0.2", "--runtime", "openvino"],
-        "runtime must be one of torch, torch-compile, onnxruntime, got 'openvino'",
+        ["cut", "--target-latency", "0.2", "--runtime", "pt2"],
+        "runtime must be one of torch, torch-compile, onnxruntime, openvino, got 'pt2'",
     ),
     "an ablation that does not fold": (
         ["cut", "--target-macs", "0.2", "--ablation", "resample"],
@@ -291,13 +292,30 @@ def test_pictures_are_prepared_and_the_next_step_named(capsys):
     assert "next: vitcut train" in out
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--runtimes", "torch,openvino", "--batches", "1,16"],
+        ["--runtimes=torch,openvino", "--batches=1,16"],
+        ["--runtimes", "[torch, openvino]", "--batches=[1,16]"],
+    ],
+)
+def test_bench_takes_lists_with_and_without_brackets(typed):
+    verb = VERBS["bench"]
+    parser = ArgumentParser(exit_on_error=False)
+    verb.add_flags(parser)
+    found = parser.parse_args(verb.arrange(["runs/cut", *typed]))
+    assert tuple(found.runtimes) == ("torch", "openvino")
+    assert tuple(found.batches) == (1, 16)
+
+
 def test_help_loads_no_torch():
     code = """
 import sys
 from vitcut.cli import VERBS, main
 for words in [["--help"], *([name, "--help"] for name in VERBS)]:
     assert main(words) == 0
-heavy = {"torch", "timm", "accelerate", "onnxruntime", "pyarrow"} & set(sys.modules)
+heavy = {"torch", "timm", "accelerate", "onnxruntime", "openvino", "pyarrow"} & set(sys.modules)
 sys.exit(f"loaded {heavy}" if heavy else 0)
 """
     done = subprocess.run(

@@ -77,4 +77,5 @@ def test_the_machine_is_described_in_json_values():
     assert set(machine) == {
         *("cpu", "cpu_flags", "cores", "load_1min", "gpu", "system", "python", "versions"),
     }
-    assert machine["versions"]["torch"] == version("torch")
+    for name in ("torch", "onnxruntime", "openvino"):
+        assert machine["versions"][name] == version(name)

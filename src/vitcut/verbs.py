@@ -19,6 +19,8 @@ from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, ta
 if TYPE_CHECKING:
     from vitcut.results import Results
 
+_LISTS = {"--runtimes", "--batches"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
@@ -249,6 +251,20 @@ def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
     _say_next(namespace.out, f"vitcut show {namespace.out}")
 
 
+def _arrange_bench(rest: list[str]) -> list[str]:
+    """``--runtimes torch,openvino`` and ``--batches 1,64`` become the lists that they mean."""
+    arranged: list[str] = []
+    for before, word in zip(["", *rest], rest, strict=False):
+        name, equals, value = word.partition("=")
+        if before in _LISTS and word[:1] not in {"-", "["}:
+            arranged.append(f"[{word}]")
+        elif name in _LISTS and equals and value[:1] != "[":
+            arranged.append(f"{name}=[{value}]")
+        else:
+            arranged.append(word)
+    return arranged
+
+
 def _add_bench(parser: ArgumentParser) -> None:
     from vitcut.benchmark.settings import BenchConfig
 
@@ -305,7 +321,12 @@ VERBS = {
         add_flags=_add_finetune,
         run=_finetune,
     ),
-    "bench": Verb(help="Measure the models of a run again.", add_flags=_add_bench, run=_bench),
+    "bench": Verb(
+        help="Measure the models of a run again.",
+        add_flags=_add_bench,
+        run=_bench,
+        arrange=_arrange_bench,
+    ),
     "show": Verb(
         help="Print a circuit, a plan or results as tables.", add_flags=_add_show, run=_show
     ),

@@ -7,7 +7,7 @@ from vitcut.errors import ConfigError
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"runtimes": ("openvino",)}, "runtime must be one of torch, .*'openvino'"),
+        ({"runtimes": ("pt2",)}, "runtime must be one of torch, .*'pt2'"),
         ({"runtimes": ()}, "runtimes .* got none"),
         ({"batches": (1, 1)}, "batches .* got 1, 1"),
         ({"batches": (0,)}, "batch must be >= 1, got 0"),

@@ -41,17 +41,21 @@ def test_later_training_does_not_reach_a_session():
 
 
 def test_an_unknown_runtime_is_refused_with_a_list_of_those_there():
-    with pytest.raises(ConfigError, match="torch, torch-compile, onnxruntime, got 'openvino'"):
-        prepare_sessions("openvino", tiny_model(), [IMAGES], threads=1)
+    with pytest.raises(ConfigError, match="torch, torch-compile, onnxruntime, openvino, got 'pt2'"):
+        prepare_sessions("pt2", tiny_model(), [IMAGES], threads=1)
 
 
-def test_a_runtime_whose_package_is_missing_says_what_to_install(monkeypatch):
-    def fail(_name):
-        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [("onnxruntime", "pip install onnxruntime"), ("openvino", r"pip install vitcut\[openvino\]")],
+)
+def test_a_runtime_whose_package_is_missing_says_what_to_install(monkeypatch, name, install):
+    def fail(_):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(session_module, "import_module", fail)
-    with pytest.raises(ConfigError, match="pip install onnxruntime"):
-        prepare_sessions("onnxruntime", tiny_model(), [IMAGES], threads=1)
+    with pytest.raises(ConfigError, match=f"{install}$"):
+        prepare_sessions(name, tiny_model(), [IMAGES], threads=1)
 
 
 def test_there_is_one_session_for_each_batch_size():

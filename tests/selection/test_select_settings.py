@@ -61,7 +61,7 @@ def test_a_cut_takes_a_circuit_or_a_budget():
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
-        ("runtime", "openvino", "runtime must be one of torch, .*got 'openvino'"),
+        ("runtime", "pt2", "runtime must be one of torch, .*got 'pt2'"),
         ("scores", "acdc", "scores must be one of fisher, random, magnitude, got 'acdc'"),
         ("tokens", "half", "tokens must be one of all, split, got 'half'"),
     ],

@@ -7,9 +7,13 @@ RUNTIME_MODULES: dict[RuntimeName, str] = {
     "torch": "vitcut.runtimes.torch_eager",
     "torch-compile": "vitcut.runtimes.torch_compile",
     "onnxruntime": "vitcut.runtimes.onnx_runtime",
+    "openvino": "vitcut.runtimes.open_vino",
 }
 """The module of each runtime; it has ``prepare(module, examples, *, threads)``, which
 gives one session per example."""
+
+RUNTIME_EXTRAS: dict[RuntimeName, str] = {"openvino": "openvino"}
+"""What to install with vitcut for a runtime that it does not bring along: ``vitcut[EXTRA]``."""
 
 
 def require_runtime(name: RuntimeName) -> None:
