@@ -4,7 +4,7 @@ Choosing is left to ``selection/``, cutting and timing to ``stages``.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -199,6 +199,17 @@ class BudgetSearch:
         for name, fraction in named.items():
             yield self._round(selection, name, fraction * self._dense_macs)
 
+    def walk(self, fractions: Sequence[float]) -> Iterator[PathStep]:
+        """Circuits at given predicted latencies, none of them measured; saved as they come.
+
+        Args:
+            fractions: Of the predicted latency of the uncut compact model; falling.
+        """
+        selection = self._selection()
+        uncut = selection.cost()
+        for fraction in fractions:
+            yield self._round(selection, f"predicted-{fraction:.4f}", fraction * uncut, timed=False)
+
     def _until_fast(self, selection: Selection) -> Iterator[PathStep]:
         """Steps towards a latency: the predicted one is scaled by what the measured one lacks."""
         target = self._select.target_latency or 1.0
@@ -251,7 +262,9 @@ class BudgetSearch:
         )
         return self._subject.calibration(many, seed=seed)
 
-    def _round(self, selection: Selection, name: str, budget: float) -> PathStep:
+    def _round(
+        self, selection: Selection, name: str, budget: float, *, timed: bool = True
+    ) -> PathStep:
         folder = self._folder.path / PATH_FOLDER / name
         circuit_path, step_path = folder / CIRCUIT_FILE, folder / STEP_FILE
         if circuit_path.exists() and self._select.rescore:
@@ -265,7 +278,7 @@ class BudgetSearch:
             if not circuit_path.exists():
                 circuit.save(circuit_path)
         if not step_path.exists():
-            self._measured(name, circuit).save(step_path)
+            self._measured(name, circuit, timed=timed).save(step_path)
         step = PathStep.load(step_path)
         say(_line(step))
         return step
@@ -287,12 +300,12 @@ class BudgetSearch:
             },
         )
 
-    def _measured(self, name: str, circuit: Circuit) -> PathStep:
+    def _measured(self, name: str, circuit: Circuit, *, timed: bool) -> PathStep:
         fill = self._fills.of(circuit)
         model = compile_circuit(self._subject.weights, circuit, fill, costs=self._costs)
         found = self._evaluate(model, self._dense)
         macs = count_macs(model.plan)
-        timed = self._select.target_latency is not None
+        timed = timed and self._select.target_latency is not None
         return PathStep(
             name=name,
             circuit=f"{PATH_FOLDER}/{name}/{CIRCUIT_FILE}",
