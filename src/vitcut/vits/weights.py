@@ -74,7 +74,7 @@ class ViTWeights:
     patch_weight: Float[Tensor, "width channels patch patch"]
     patch_bias: Float[Tensor, "width"]
     prefix: Float[Tensor, "prefix_tokens width"]
-    """Class token, its position embedding included."""
+    """Class token, then registers, their position embeddings included."""
     positions: Float[Tensor, "patches width"]
     """Position embeddings of the patch tokens."""
     blocks: tuple[BlockWeights, ...]
