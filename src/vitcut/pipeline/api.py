@@ -57,8 +57,8 @@ def load_model(
     """Load a dense model, or wrap one that was loaded already.
 
     Args:
-        model: "animals", a model or run directory, "timm:NAME", "hf-hub:REPOSITORY"; or a timm
-            ``VisionTransformer``, which is copied, not changed.
+        model: "animals", a model or run directory, "timm:NAME", "hf-hub:REPOSITORY"; or a ViT
+            of timm, torchvision or a class with an adapter, which is copied, not changed.
         mean: Per channel, on the scale 0 to 1: what the module's pixels are shifted by. Needed
             with a module, and refused without one.
         std: Per channel: what they are divided by afterwards. Likewise.

@@ -62,7 +62,7 @@ class Reading:
     def linear(self, module: Any, what: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of a linear layer; a missing bias is zero."""
         self.require(module, nn.Linear, what)
-        return self._weight_and_bias(module)
+        return self.weight_and_bias(module)
 
     def patches(self, module: Any, what: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of the convolution that embeds patches side by side."""
@@ -80,7 +80,7 @@ class Reading:
         )
         if not plain:
             self.refuse(f"{what} {module}, whose patches do not lie side by side")
-        return self._weight_and_bias(module)
+        return self.weight_and_bias(module)
 
     def norm(self, module: Any, what: str, *, like: Tensor, kinds: Any = ()) -> NormWeights:
         """A LayerNorm; one without weights takes type and device of ``like``.
@@ -127,7 +127,8 @@ class Reading:
             if id(tensor) not in self._tensors:
                 self.refuse(f"{name}, a tensor whose part in the model is unknown")
 
-    def _weight_and_bias(self, module: Any) -> tuple[Tensor, Tensor]:
+    def weight_and_bias(self, module: Any) -> tuple[Tensor, Tensor]:
+        """Of a module that was named already; a missing bias is zero."""
         weight = self.tensor(module.weight)
         if module.bias is None:
             return weight, weight.new_zeros(len(weight))
@@ -139,16 +140,6 @@ def scaled(weight: Tensor, bias: Tensor, layer_scale: Tensor | None) -> tuple[Te
     if layer_scale is None:
         return weight, bias
     return weight * layer_scale[:, None], bias * layer_scale
-
-
-def per_head(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of a projection, head by head: its first axis becomes heads and head_dim."""
-    return weight.unflatten(0, (num_heads, -1))
-
-
-def out_per_head(weight: Tensor, num_heads: int) -> Tensor:
-    """Columns of the output projection, head by head."""
-    return weight.unflatten(1, (num_heads, -1)).transpose(0, 1).contiguous()
 
 
 def _pair(size: Any) -> tuple[int, int]:

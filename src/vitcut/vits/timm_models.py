@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from vitcut.shapes import Tensor
-from vitcut.vits.reading import Reading, out_per_head, scaled
+from vitcut.vits.reading import Reading, scaled
 from vitcut.vits.weights import (
     Activation,
     AttentionWeights,
@@ -173,21 +173,9 @@ class _TimmReading(Reading):
             self.refuse("gated attention")
         for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
             self.inert(getattr(attn, name, nn.Identity()), f"attention with {name}")
-        heads = attn.num_heads
-        weight, bias = self.linear(attn.qkv, "attention's qkv")
-        qkv_weight, qkv_bias = (item.unflatten(0, (3, heads, -1)) for item in (weight, bias))
-        out_weight, out_bias = scaled(*self.linear(attn.proj, "attention's proj"), layer_scale)
-        return AttentionWeights(
-            q_weight=qkv_weight[0],
-            q_bias=qkv_bias[0],
-            k_weight=qkv_weight[1],
-            k_bias=qkv_bias[1],
-            v_weight=qkv_weight[2],
-            v_bias=qkv_bias[2],
-            out_weight=out_per_head(out_weight, heads),
-            out_bias=out_bias,
-            scale=attn.scale,
-        )
+        qkv = self.linear(attn.qkv, "attention's qkv")
+        out = scaled(*self.linear(attn.proj, "attention's proj"), layer_scale)
+        return AttentionWeights.split(qkv, out, num_heads=attn.num_heads, scale=attn.scale)
 
     def _mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
         if type(mlp).__name__ in _MLPS_NOT_YET:
