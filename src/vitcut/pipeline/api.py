@@ -40,6 +40,7 @@ from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
 from vitcut.training.settings import FinetuneConfig
 from vitcut.vits import loading
+from vitcut.vits.adapters import as_classifier
 from vitcut.vits.loading import LoadedModel, weight_hash
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def load_model(
 
     Args:
         model: "animals", a model or run directory, "timm:NAME", "hf-hub:REPOSITORY"; or a ViT
-            of timm, torchvision or a class with an adapter, which is copied, not changed.
+            of timm, torchvision, transformers or a class with an adapter, which is copied.
         mean: Per channel, on the scale 0 to 1: what the module's pixels are shifted by. Needed
             with a module, and refused without one.
         std: Per channel: what they are divided by afterwards. Likewise.
@@ -267,7 +268,7 @@ def _wrap(
         )
     for value in std:
         require_positive("std", value)
-    own = deepcopy(module).float().cpu().eval()
+    own = as_classifier(deepcopy(module).float().cpu().eval())
     weights = read_model(own)
     if not len(mean) == len(std) == weights.channels:
         raise ConfigError(

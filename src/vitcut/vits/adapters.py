@@ -18,6 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 _LIBRARIES: dict[str, tuple[str, str]] = {
     "timm": ("vitcut.vits.timm_models", "read_timm"),
     "torchvision": ("vitcut.vits.torchvision_models", "read_torchvision"),
+    "transformers": ("vitcut.vits.transformers_models", "read_transformers"),
 }
 """By the package that a model's class comes from: the file of its adapter, and the function."""
 
@@ -55,6 +56,8 @@ def read_weights(model: nn.Module) -> ViTWeights:
         UnsupportedModelError: No adapter knows the class, or it has a feature that is not
             understood.
     """
+    if _is_wrapped(model):
+        model = model.get_submodule("model")
     read = _registered.get(type(model))
     if read is None:
         if _library(type(model)) not in _LIBRARIES:
@@ -70,13 +73,22 @@ def read_weights(model: nn.Module) -> ViTWeights:
     return map_tensors(weights, lambda tensor: tensor.detach().clone())
 
 
+def as_classifier(model: nn.Module) -> nn.Module:
+    """The same model as a module from pixels to logits; only Hugging Face's are others."""
+    if _library(type(model)) != "transformers":
+        return model
+    from vitcut.vits.transformers_models import LogitsOnly
+
+    return LogitsOnly(model)
+
+
 def logits_of(model: nn.Module, pixels: Float[Tensor, "images channels y x"]) -> Tensor:
     """What a model answers.
 
     Raises:
         UnsupportedModelError: It is no tensor with a row per image.
     """
-    answer = model(pixels)
+    answer = as_classifier(model)(pixels)
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(pixels):
         kind = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise UnsupportedModelError(
@@ -94,6 +106,12 @@ def _require_adapter(kind: Any, read: Any) -> None:
             f"the adapter for {kind.__name__} must be a function from a module to ViTWeights, "
             f"got {read!r}"
         )
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    """Whether `as_classifier` made it; its class lives where transformers may be missing."""
+    kind = type(model)
+    return (kind.__module__, kind.__name__) == (_LIBRARIES["transformers"][0], "LogitsOnly")
 
 
 def _library(kind: type) -> str:
