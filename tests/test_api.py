@@ -76,6 +76,7 @@ def test_the_public_names_are_these():
         "load_images",
         "load_model",
         "load_task",
+        "register_adapter",
     ]
     assert dir(vitcut) == sorted(vitcut.__all__)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vitcut.errors import VitcutError
     from vitcut.pipeline.api import cut, discover, evaluate, finetune, load_images, load_model
     from vitcut.task import Task, load_task
+    from vitcut.vits.adapters import register_adapter
 
     __version__: str
 
@@ -29,6 +30,7 @@ __all__ = [
     "load_images",
     "load_model",
     "load_task",
+    "register_adapter",
 ]
 
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "load_images": "vitcut.pipeline.api",
     "load_model": "vitcut.pipeline.api",
     "load_task": "vitcut.task",
+    "register_adapter": "vitcut.vits.adapters",
 }
 """The module that each public name lives in."""
 

@@ -52,7 +52,20 @@ def add_subject(parser: ArgumentParser) -> None:
         "--model",
         type=str | None,
         default=None,
-        help="'animals' (the default), a model or run directory, timm:NAME or hf-hub:REPOSITORY.",
+        help="'animals' (the default), a model or run directory, timm:NAME, hf-hub:REPOSITORY, or "
+        "a file of weights (.safetensors, .pth) with --arch.",
+    )
+    parser.add_argument(
+        "--arch",
+        type=str | None,
+        default=None,
+        help="The timm architecture of a --model that is a file of weights.",
+    )
+    parser.add_argument(
+        "--random_weights",
+        type=bool,
+        default=False,
+        help="Build --model timm:NAME with random weights, without network.",
     )
 
 

@@ -17,6 +17,8 @@ from vitcut.errors import ConfigError
 from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, take
 
 if TYPE_CHECKING:
+    from vitcut.data.settings import DataConfig
+    from vitcut.pipeline.subject import Origin
     from vitcut.results import Results
 
 _LISTS = {"--runtimes", "--batches"}
@@ -43,6 +45,19 @@ def _report(results: "Results", out: Path, then: str) -> None:
 
 def _say_next(out: Path, then: str) -> None:
     sys.stdout.write(f"results: {out}\nnext: {then}\n")
+
+
+def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = None) -> "Origin":
+    from vitcut.pipeline.commands import resolve_origin
+
+    return resolve_origin(
+        namespace.model,
+        namespace.task,
+        data,
+        base=base,
+        arch=namespace.arch,
+        random_weights=namespace.random_weights,
+    )
 
 
 def _arrange_run(rest: list[str]) -> list[str]:
@@ -147,10 +162,10 @@ def _discover(_: ArgumentParser, namespace: Namespace) -> None:
 
     config = take(namespace, DiscoverConfig)
     data = data_of(namespace)
-    from vitcut.pipeline.commands import discover_command, resolve_origin
+    from vitcut.pipeline.commands import discover_command
     from vitcut.pipeline.show import circuit_lines
 
-    origin = resolve_origin(namespace.model, namespace.task, data)
+    origin = _origin(namespace, data)
     circuit = discover_command(origin, config, namespace.out)
     sys.stdout.write("\n".join(circuit_lines(circuit)) + "\n")
     _say_next(namespace.out, f"vitcut cut {namespace.out}")
@@ -187,16 +202,16 @@ def _cut(_: ArgumentParser, namespace: Namespace) -> None:
     select.require_budget_or(namespace.circuit)
     from vitcut.circuit import Circuit
     from vitcut.pipeline.budget import budget_command
-    from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
+    from vitcut.pipeline.commands import cut_command, find_circuit, find_origin
     from vitcut.pipeline.path import PATH_FILE, load_path, print_path
 
     if namespace.circuit is None:
-        origin = resolve_origin(namespace.model, namespace.task, data)
+        origin = _origin(namespace, data)
         results = budget_command(origin, select, config, bench, namespace.out)
         print_path(load_path(namespace.out / PATH_FILE))
     else:
         path = find_circuit(namespace.circuit, namespace.point)
-        origin = resolve_origin(namespace.model, namespace.task, data, base=find_origin(path))
+        origin = _origin(namespace, data, base=find_origin(path))
         results = cut_command(Circuit.load(path), origin, config, bench, namespace.out)
     _report(results, namespace.out, f"vitcut finetune {namespace.out}")
 
@@ -238,14 +253,14 @@ def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
         bench=BenchConfig(threads=namespace.threads or 1),
     )
     data = data_of(namespace)
-    from vitcut.pipeline.commands import find_origin, resolve_origin
+    from vitcut.pipeline.commands import find_origin
     from vitcut.pipeline.repair import finetune_command
     from vitcut.pipeline.show import report_repair
     from vitcut.pipeline.stored import StoredCut
 
     cut = StoredCut.load(namespace.run, namespace.point)
     base = find_origin(cut.folder)
-    origin = resolve_origin(namespace.model, namespace.task, data, base=base)
+    origin = _origin(namespace, data, base=base)
     results, repair = finetune_command(cut, origin, config, namespace.out)
     report_repair(results, repair)
     _say_next(namespace.out, f"vitcut show {namespace.out}")

@@ -6,7 +6,7 @@ from torch import nn
 from vitcut.errors import ModelError, UnsupportedModelError
 from vitcut.intervention.masking import full_run
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.timm_models import read_timm
+from vitcut.vits.adapters import logits_of, read_weights
 from vitcut.vits.weights import ViTWeights, map_tensors
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -22,7 +22,7 @@ def read_model(model: nn.Module) -> ViTWeights:
             not all float32 or all float64.
         ModelError: A weight is NaN or infinite.
     """
-    weights = read_timm(model)
+    weights = read_weights(model)
     _require_one_dtype(weights)
     _require_finite(weights)
     _require_one_mlp_width(weights)
@@ -81,11 +81,16 @@ def _require_same_logits(model: nn.Module, weights: ViTWeights) -> None:
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            expected = model.eval()(pixels)
+            expected = logits_of(model.eval(), pixels)
             got = full_run(weights, pixels).logits
     finally:
         for module, was_training in training.items():
             module.training = was_training
+    if got.shape != expected.shape:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives {expected.shape[1]} logits, what was read of it "
+            f"{got.shape[1]}: mend the adapter"
+        )
     difference = float((got - expected).abs().max())
     if not difference <= tolerance(weights.dtype, expected):
         raise UnsupportedModelError(

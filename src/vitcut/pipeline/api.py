@@ -40,6 +40,7 @@ from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
 from vitcut.training.settings import FinetuneConfig
 from vitcut.vits import loading
+from vitcut.vits.adapters import as_classifier
 from vitcut.vits.loading import LoadedModel, weight_hash
 
 T = TypeVar("T")
@@ -53,15 +54,20 @@ def load_model(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    arch: str | None = None,
+    random_weights: bool = False,
 ) -> LoadedModel:
     """Load a dense model, or wrap one that was loaded already.
 
     Args:
-        model: "animals", a model or run directory, "timm:NAME", "hf-hub:REPOSITORY"; or a timm
-            ``VisionTransformer``, which is copied, not changed.
+        model: "animals", a model or run directory, "timm:NAME", "hf-hub:REPOSITORY", a file of
+            bare weights; or a ViT of timm, torchvision, transformers or a class with an adapter,
+            which is copied, not changed.
         mean: Per channel, on the scale 0 to 1: what the module's pixels are shifted by. Needed
             with a module, and refused without one.
         std: Per channel: what they are divided by afterwards. Likewise.
+        arch: The timm architecture of a file of bare weights.
+        random_weights: Build "timm:NAME" without its weights, and without network.
 
     Raises:
         ModelError: There is no such model, it is damaged, or its weights are not finite.
@@ -75,7 +81,7 @@ def load_model(
             f"mean and std belong to a module, got them with {str(model)!r}: leave them out, the "
             "model brings its own"
         )
-    return loading.load_model(str(model))
+    return loading.load_model(str(model), arch=arch, random_weights=random_weights)
 
 
 def load_images(
@@ -267,7 +273,7 @@ def _wrap(
         )
     for value in std:
         require_positive("std", value)
-    own = deepcopy(module).float().cpu().eval()
+    own = as_classifier(deepcopy(module).float().cpu().eval())
     weights = read_model(own)
     if not len(mean) == len(std) == weights.channels:
         raise ConfigError(

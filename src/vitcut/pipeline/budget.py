@@ -51,7 +51,6 @@ from vitcut.selection.rounds import (
 )
 from vitcut.selection.settings import SelectConfig
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.loading import load_model
 from vitcut.vits.weights import ViTWeights
 
 _MOST_ROUNDS = 16
@@ -75,7 +74,7 @@ def budget_command(
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
-    model = load_model(origin.model)
+    model = origin.load_model()
     # What cannot be met is refused before images are decoded and the folder is claimed.
     require_possible(read_model(model.model), select)
     subject = origin.load_subject(model)

@@ -38,7 +38,13 @@ SHIPPED_MODEL = "animals"
 
 
 def resolve_origin(
-    model: str | None, task: str | None, data: DataConfig, *, base: Origin | None = None
+    model: str | None,
+    task: str | None,
+    data: DataConfig,
+    *,
+    base: Origin | None = None,
+    arch: str | None = None,
+    random_weights: bool = False,
 ) -> Origin:
     """What to work on: what was typed, and for the rest what a run directory brings along.
 
@@ -48,6 +54,8 @@ def resolve_origin(
         task: None is the task of the base, or the shipped one of the shipped model's name.
         data: The source and its flags; no source is the one of the base.
         base: The origin of the run directory at hand.
+        arch: The timm architecture of a model that is a file of bare weights.
+        random_weights: Build ``timm:NAME`` without its weights.
 
     Raises:
         TaskError: There is no such task.
@@ -56,12 +64,15 @@ def resolve_origin(
     if model is not None and model != SHIPPED_MODEL and (Path(model) / ORIGIN_FILE).exists():
         base = Origin.load(Path(model))
     elif model is not None and base is not None:
-        base = replace(base, model=_whereabouts(model))
+        base = replace(base, model=_whereabouts(model), arch=None, random_weights=False)
     if base is None:
-        return _fresh_origin(model or SHIPPED_MODEL, task, data)
+        fresh = _fresh_origin(model or SHIPPED_MODEL, task, data)
+        return replace(fresh, arch=arch, random_weights=random_weights)
     kept = replace(base.data, skip_bad_images=base.data.skip_bad_images or data.skip_bad_images)
     return Origin(
         model=base.model,
+        arch=arch or base.arch,
+        random_weights=random_weights or base.random_weights,
         task=base.task if task is None else load_task(task),
         data=kept if data.source is None else replace(kept, source=data.source),
     )

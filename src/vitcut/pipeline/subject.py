@@ -33,6 +33,10 @@ class Origin:
 
     model: str
     """As `load_model` takes it, or `OWN_MODEL`; paths are absolute."""
+    arch: str | None = None
+    """The timm architecture of a model that is a file of bare weights."""
+    random_weights: bool = False
+    """Whether ``timm:NAME`` is built without its weights."""
     task: Task
     data: DataConfig
     images_fingerprint: str | None = None
@@ -69,9 +73,7 @@ class Origin:
                 raise _changed(folder, "weights")
         folder.claim()
         content = {
-            "model": self.model,
-            "task": self.task.to_dict(),
-            "data": as_plain(self.data),
+            **self.settings(),
             "images_fingerprint": self.images_fingerprint,
             "weight_hash": self.weight_hash,
         }
@@ -92,6 +94,8 @@ class Origin:
             model = str(folder.resolve()) if own else content["model"]
             return cls(
                 model=model,
+                arch=content.get("arch"),
+                random_weights=content.get("random_weights", False),
                 task=task,
                 data=DataConfig(**content["data"]),
                 images_fingerprint=content["images_fingerprint"],
@@ -102,7 +106,20 @@ class Origin:
 
     def settings(self) -> dict[str, Any]:
         """What a run directory's settings say of it."""
-        return {"model": self.model, "task": self.task.to_dict(), "data": as_plain(self.data)}
+        # Named only where they were given: run directories of before knew neither.
+        given = {"arch": self.arch, "random_weights": self.random_weights}
+        special = {key: value for key, value in given.items() if value}
+        data = as_plain(self.data)
+        return {"model": self.model, **special, "task": self.task.to_dict(), "data": data}
+
+    def load_model(self) -> LoadedModel:
+        """Load the model.
+
+        Raises:
+            ModelError: It cannot be loaded.
+            ConfigError: ``arch`` or ``random_weights`` belong to another kind of model.
+        """
+        return load_model(self.model, arch=self.arch, random_weights=self.random_weights)
 
     def load_subject(self, model: LoadedModel | None = None) -> "Subject":
         """Load the model, then the images at the size that it takes.
@@ -115,7 +132,7 @@ class Origin:
             TaskError: The task does not fit the data or the model.
             ModelError: The model cannot be loaded.
         """
-        model = load_model(self.model) if model is None else model
+        model = self.load_model() if model is None else model
         data = replace(self.data, image_size=model.image_size)
         return Subject.of(model, load_images(data, self.task))
 

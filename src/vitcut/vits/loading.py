@@ -17,8 +17,9 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from vitcut.errors import ModelError
+from vitcut.errors import ConfigError, ModelError
 from vitcut.files import atomic_folder, sha256_file, write_json, write_text
+from vitcut.vits.checkpoints import SUFFIXES, build_random, load_checkpoint
 from vitcut.vits.weights import hash_tensors
 
 _FORMAT_VERSION = 1
@@ -114,18 +115,35 @@ def save_dense(model: nn.Module, folder: Path, *, card: DenseCard) -> None:
         write_text(fresh / "README.md", card.text)
 
 
-def load_model(spec: str) -> LoadedModel:
+def load_model(spec: str, *, arch: str | None = None, random_weights: bool = False) -> LoadedModel:
     """Load a dense model.
 
     Args:
         spec: A shipped model's name ("animals", whatever lies in the working directory: a folder
             of that name is ``./animals``), a timm local directory, a run directory (its
-            ``dense/`` is taken), or ``timm:NAME``, ``hf-hub:REPOSITORY``, ``local-dir:FOLDER``.
+            ``dense/`` is taken), ``timm:NAME``, ``hf-hub:REPOSITORY``, ``local-dir:FOLDER``, or a
+            file of bare weights.
+        arch: The timm architecture of a file of bare weights.
+        random_weights: Build ``timm:NAME`` without its weights, and without network.
 
     Raises:
         ModelError: There is no such model, it is damaged or of a newer version, or its weights
             are not finite.
+        ConfigError: ``arch`` or ``random_weights`` belong to another kind of model.
     """
+    path = Path(spec)
+    is_file = path.suffix in SUFFIXES and path.is_file()
+    if arch is not None and not is_file:
+        raise ConfigError(
+            f"arch is for a file of bare weights ({', '.join(SUFFIXES)}), got it with {spec!r}: "
+            "leave it out, or correct the path"
+        )
+    if random_weights and not spec.startswith("timm:"):
+        raise ConfigError(f"random-weights is for timm:NAME, got it with {spec!r}: leave it out")
+    if is_file:
+        return _described(load_checkpoint(path, arch), spec)
+    if random_weights:
+        return _described(build_random(spec.removeprefix("timm:")), spec)
     if spec.startswith(("timm:", "hf-hub:")):
         return _loaded(spec, spec.removeprefix("timm:"))
     folder = _folder(spec)
@@ -198,6 +216,10 @@ def _loaded(spec: str, timm_name: str) -> LoadedModel:
     except _LOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
+    return _described(model, spec)
+
+
+def _described(model: Any, spec: str) -> LoadedModel:
     _refuse_not_finite(model, spec)
     data: dict[str, Any] = resolve_model_data_config(model)
     _, height, width = data["input_size"]

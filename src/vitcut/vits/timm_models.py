@@ -1,17 +1,27 @@
-"""The adapter for timm's ``VisionTransformer``: plain, pre-norm, class token.
+"""The adapter for timm's ``VisionTransformer``: pre-norm, read from its class token.
 
 Whatever it does not understand it refuses by name. Checking that the weights reproduce the model's
 logits is left to ``intervention.tracing``.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
-from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed, QuickGELU
+import torch
+from timm.layers import (
+    GELU,
+    DropPath,
+    GELUTanh,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    QuickGELU,
+)
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
-from vitcut.errors import UnsupportedModelError
 from vitcut.shapes import Tensor
+from vitcut.vits.reading import Reading, scaled
 from vitcut.vits.weights import (
     Activation,
     AttentionWeights,
@@ -21,14 +31,33 @@ from vitcut.vits.weights import (
     ViTWeights,
 )
 
+_REMEDY = (
+    "expected a pre-norm timm VisionTransformer that classifies from its class token, such as "
+    "deit_tiny_patch16_224"
+)
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.GELU: "gelu",
     GELU: "gelu",
     GELUTanh: "gelu_tanh",
     QuickGELU: "quick_gelu",
     nn.SiLU: "silu",
     nn.ReLU: "relu",
 }
+_WINDOWS = "attention in windows, with relative position bias"
+_RELATIVE = "relative position bias"
+_KNOWN: dict[str, str] = {
+    "SwinTransformer": _WINDOWS,
+    "SwinTransformerV2": _WINDOWS,
+    "VisionTransformerRelPos": _RELATIVE,
+    "Beit": _RELATIVE,
+    "Cait": "talking heads",
+    "DeiTDistilled": "distillation token",
+}
+"""Architectures that are often asked for, and what keeps them out."""
+_NOT_YET: dict[str, str] = {
+    "VisionTransformerDistilled": "a distillation token that is read too",
+    "Eva": "rotary positions (RoPE), and mostly SwiGLU",
+}
+_MLPS_NOT_YET = {"SwiGLU", "SwiGLUPacked", "GluMlp"}
 
 
 def read_timm(model: nn.Module) -> ViTWeights:
@@ -37,164 +66,148 @@ def read_timm(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    if type(model) is not VisionTransformer:
-        _refuse(f"{type(model).__name__} (only timm's plain VisionTransformer is)")
-    _check_trunk(model)
-    return _read_trunk(model)
+    return _TimmReading(model, _REMEDY).weights()
 
 
-def _read_trunk(model: Any) -> ViTWeights:
-    position = _detached(model.pos_embed)[0]
-    class_token = _detached(model.cls_token)[0]
-    patches = position[-model.patch_embed.num_patches :]
-    prefix = class_token if model.no_embed_class else class_token + position[:1]
-    return ViTWeights(
-        patch_weight=_detached(model.patch_embed.proj.weight),
-        patch_bias=_bias(model.patch_embed.proj),
-        prefix=prefix,
-        positions=patches,
-        blocks=tuple(_read_block(block) for block in model.blocks),
-        norm=_read_norm(model.norm, like=class_token),
-        head_weight=_detached(model.head.weight),
-        head_bias=_bias(model.head),
-    )
+class _TimmReading(Reading):
+    def __init__(self, model: nn.Module, remedy: str) -> None:
+        super().__init__(model, remedy)
+        self._vit: Any = model
 
+    def weights(self) -> ViTWeights:
+        vit = self._vit
+        self._require_known()
+        self._require_class_token()
+        self._name_inert()
+        patch_weight, patch_bias = self.patches(vit.patch_embed.proj, "patch embedding")
+        prefix, positions = self._tokens()
+        head_weight, head_bias = self.linear(vit.head, "classifier")
+        self.require(vit.blocks, nn.Sequential, "list of blocks")
+        weights = ViTWeights(
+            patch_weight=patch_weight,
+            patch_bias=patch_bias,
+            prefix=prefix,
+            positions=positions,
+            blocks=tuple(self._block(block) for block in vit.blocks),
+            norm=self._final_norm(),
+            head_weight=head_weight,
+            head_bias=head_bias,
+        )
+        self.finish()
+        return weights
 
-def _check_trunk(model: Any) -> None:
-    if model.attn_pool is not None:
-        _refuse("attention pooling")
-    if model.global_pool != "token":
-        _refuse(f"global_pool={model.global_pool!r} (only 'token' is)")
-    _require_plain(model.patch_embed, PatchEmbed, "patch embedding")
-    _require_plain(model.head, nn.Linear, "classifier")
-    identities = {
-        "norm_pre": model.norm_pre,
-        "fc_norm": model.fc_norm,
-        "patch_drop": model.patch_drop,
-        "patch_embed.norm": model.patch_embed.norm,
-    }
-    for name, module in identities.items():
-        if not isinstance(module, nn.Identity):
-            _refuse(f"{name} ({type(module).__name__})")
-    if model.cls_token is None:
-        _refuse("a ViT without class token")
-    if model.num_prefix_tokens != 1:
-        _refuse(f"{model.num_prefix_tokens} prefix tokens: registers or distillation token")
-    if model.pos_embed is None:
-        _refuse("a ViT without position embedding")
-    if model.dynamic_img_size:
-        _refuse("dynamic_img_size")
-    _check_grid(model)
+    def _require_known(self) -> None:
+        name = type(self._vit).__name__
+        if type(self._vit) is VisionTransformer:
+            return
+        if name in _NOT_YET:
+            self.refuse(f"{name} ({_NOT_YET[name]})", yet=True)
+        self.refuse(f"{name} ({_KNOWN.get(name, 'only timm VisionTransformer is')})")
 
+    def _require_class_token(self) -> None:
+        vit = self._vit
+        if vit.attn_pool is not None:
+            self.refuse("attention pooling: only a linear classifier on the class token is read")
+        if vit.global_pool == "avg":
+            self.refuse("mean pooling (global_pool='avg'): patch tokens are read", yet=True)
+        if vit.global_pool != "token" or vit.cls_token is None:
+            self.refuse(f"global_pool={vit.global_pool!r} (only 'token' is)")
+        if not isinstance(vit.norm_pre, nn.Identity):
+            self.refuse(f"norm_pre ({type(vit.norm_pre).__name__}) before the blocks", yet=True)
+        if type(vit.patch_embed) is not PatchEmbed:
+            kind = type(vit.patch_embed).__name__
+            self.refuse(f"patch embedding {kind}: a convolutional stem (only PatchEmbed is)")
+        self.require(vit.patch_embed, PatchEmbed, "patch embedding")
+        self.grid(vit.patch_embed.img_size, vit.patch_embed.patch_size)
 
-def _check_grid(model: Any) -> None:
-    height, width = model.patch_embed.img_size
-    if height != width:
-        _refuse(f"image size {height} x {width}, which is not square")
-    patch_height, patch_width = model.patch_embed.patch_size
-    if patch_height != patch_width:
-        _refuse(f"patch size {patch_height} x {patch_width}, which is not square")
-    if height % patch_height:
-        _refuse(f"image size {height}, which is no multiple of the patch size {patch_height}")
+    def _name_inert(self) -> None:
+        vit = self._vit
+        if not isinstance(vit.patch_drop, nn.Identity):
+            self.refuse(f"patch_drop ({type(vit.patch_drop).__name__}): tokens that are left out")
+        for name in ("norm_pre", "patch_drop", "pos_drop", "head_drop"):
+            self.inert(getattr(vit, name), name)
+        self.inert(vit.patch_embed.norm, "patch_embed.norm")
 
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """Class token and registers, and the positions of the patches."""
+        vit = self._vit
+        prefix = self.tensor(vit.cls_token)[0]
+        if vit.reg_token is not None:
+            prefix = torch.cat([prefix, self.tensor(vit.reg_token)[0]])
+        patches = vit.patch_embed.num_patches
+        if vit.pos_embed is None:
+            return prefix, prefix.new_zeros(patches, prefix.shape[1])
+        position = self.tensor(vit.pos_embed)[0]
+        if not vit.no_embed_class:
+            prefix = prefix + position[:-patches]
+        return prefix, position[-patches:]
 
-def _read_block(block: Any) -> BlockWeights:
-    _require_plain(block, Block, "block")
-    _require_plain(block.attn, Attention, "attention")
-    _require_plain(block.mlp, Mlp, "MLP")
-    attn_scale = _layer_scale(block.ls1)
-    mlp_scale = _layer_scale(block.ls2)
-    return BlockWeights(
-        attn_norm=_read_norm(block.norm1, like=block.attn.qkv.weight),
-        attn=_read_attention(block.attn, attn_scale),
-        mlp_norm=_read_norm(block.norm2, like=block.attn.qkv.weight),
-        mlp=_read_mlp(block.mlp, mlp_scale),
-    )
+    def _final_norm(self) -> NormWeights:
+        """Before or after the class token is picked: a LayerNorm per token is the same."""
+        norm, fc_norm = self._vit.norm, self._vit.fc_norm
+        idle, used = (norm, fc_norm) if isinstance(norm, nn.Identity) else (fc_norm, norm)
+        if not isinstance(idle, nn.Identity):
+            self.refuse(f"two norms before the classifier, fc_norm ({type(idle).__name__}) is one")
+        self.inert(idle, "fc_norm")
+        return self._norm(used)
 
+    def _block(self, block: Any) -> BlockWeights:
+        if type(block).__name__.startswith("ResPost"):
+            self.refuse(f"block {type(block).__name__}: post-norm (only pre-norm is)")
+        self.require(block, Block, "block")
+        for name in ("drop_path1", "drop_path2"):
+            self.inert(getattr(block, name), name, also=(DropPath,))
+        return BlockWeights(
+            attn_norm=self._norm(block.norm1),
+            attn=self._attention(block.attn, self._layer_scale(block.ls1)),
+            mlp_norm=self._norm(block.norm2),
+            mlp=self._mlp(block.mlp, self._layer_scale(block.ls2)),
+        )
 
-def _read_attention(attn: Any, layer_scale: Tensor | None) -> AttentionWeights:
-    for name in ("q_norm", "k_norm", "norm"):
-        module = getattr(attn, name, nn.Identity())
-        if not isinstance(module, nn.Identity):
-            _refuse(f"attention with {name} ({type(module).__name__})")
-    if attn.gate is not None:
-        _refuse("gated attention")
-    heads, head_dim = attn.num_heads, attn.head_dim
-    qkv_weight = _detached(attn.qkv.weight).reshape(3, heads, head_dim, -1)
-    qkv_bias = _bias(attn.qkv).reshape(3, heads, head_dim)
-    out_weight, out_bias = _scaled(attn.proj, layer_scale)
-    return AttentionWeights(
-        q_weight=qkv_weight[0],
-        q_bias=qkv_bias[0],
-        k_weight=qkv_weight[1],
-        k_bias=qkv_bias[1],
-        v_weight=qkv_weight[2],
-        v_bias=qkv_bias[2],
-        out_weight=out_weight.reshape(-1, heads, head_dim).permute(1, 0, 2).contiguous(),
-        out_bias=out_bias,
-        scale=attn.scale,
-    )
+    def _attention(self, attn: Any, layer_scale: Tensor | None) -> AttentionWeights:
+        self.require(attn, Attention, "attention")
+        for name in ("q_norm", "k_norm"):
+            if not isinstance(getattr(attn, name), nn.Identity):
+                self.refuse(f"qk-norm: attention with {name}", yet=True)
+        if getattr(attn, "gate", None) is not None:
+            self.refuse("gated attention")
+        for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
+            self.inert(getattr(attn, name, nn.Identity()), f"attention with {name}")
+        qkv = self.linear(attn.qkv, "attention's qkv")
+        out = scaled(*self.linear(attn.proj, "attention's proj"), layer_scale)
+        return AttentionWeights.split(qkv, out, num_heads=attn.num_heads, scale=attn.scale)
 
+    def _mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
+        if type(mlp).__name__ in _MLPS_NOT_YET:
+            self.refuse(f"SwiGLU and other gated MLPs: MLP {type(mlp).__name__}", yet=True)
+        self.require(mlp, Mlp, "MLP")
+        for name in ("norm", "drop1", "drop2"):
+            self.inert(getattr(mlp, name), f"an MLP with {name}")
+        in_weight, in_bias = self.linear(mlp.fc1, "MLP's fc1")
+        out_weight, out_bias = scaled(*self.linear(mlp.fc2, "MLP's fc2"), layer_scale)
+        return MlpWeights(
+            in_weight=in_weight,
+            in_bias=in_bias,
+            out_weight=out_weight,
+            out_bias=out_bias,
+            activation=self._activation(mlp.act),
+        )
 
-def _read_mlp(mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
-    if not isinstance(mlp.norm, nn.Identity):
-        _refuse(f"an MLP with an inner norm ({type(mlp.norm).__name__})")
-    activation = _ACTIVATIONS.get(type(mlp.act))
-    if activation is None or getattr(mlp.act, "approximate", "none") != "none":
-        _refuse(f"activation {mlp.act}")
-    out_weight, out_bias = _scaled(mlp.fc2, layer_scale)
-    return MlpWeights(
-        in_weight=_detached(mlp.fc1.weight),
-        in_bias=_bias(mlp.fc1),
-        out_weight=out_weight,
-        out_bias=out_bias,
-        activation=activation,
-    )
+    def _activation(self, module: Any) -> Activation:
+        activation = _ACTIVATIONS.get(type(module))
+        if type(module) is nn.GELU:
+            activation = "gelu_tanh" if module.approximate == "tanh" else "gelu"
+        if activation is None:
+            self.refuse(f"activation {module}")
+        self.require(module, type(module), "activation")
+        return activation
 
+    def _layer_scale(self, module: Any) -> Tensor | None:
+        if isinstance(module, nn.Identity):
+            self.inert(module, "LayerScale")
+            return None
+        self.require(module, LayerScale, "LayerScale")
+        return self.tensor(module.gamma)
 
-def _read_norm(norm: Any, *, like: Tensor) -> NormWeights:
-    """A norm without weights takes type and device of ``like``."""
-    if type(norm) not in {nn.LayerNorm, LayerNorm}:
-        _refuse(f"norm {type(norm).__name__} (only LayerNorm is)")
-    width = norm.normalized_shape[0]
-    return NormWeights(
-        weight=like.new_ones(width) if norm.weight is None else _detached(norm.weight),
-        bias=like.new_zeros(width) if norm.bias is None else _detached(norm.bias),
-        eps=norm.eps,
-    )
-
-
-def _layer_scale(module: Any) -> Tensor | None:
-    if isinstance(module, nn.Identity):
-        return None
-    _require_plain(module, LayerScale, "LayerScale")
-    return _detached(module.gamma)
-
-
-def _scaled(linear: Any, layer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    weight, bias = _detached(linear.weight), _bias(linear)
-    if layer_scale is None:
-        return weight, bias
-    return weight * layer_scale[:, None], bias * layer_scale
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-def _bias(linear: Any) -> Tensor:
-    if linear.bias is None:
-        return _detached(linear.weight).new_zeros(linear.weight.shape[0])
-    return _detached(linear.bias)
-
-
-def _require_plain(module: Any, expected: type[nn.Module], what: str) -> None:
-    if type(module) is not expected:
-        _refuse(f"{what} {type(module).__name__} (only {expected.__name__} is)")
-
-
-def _refuse(feature: str) -> NoReturn:
-    raise UnsupportedModelError(
-        f"not supported: {feature}; expected a plain pre-norm timm VisionTransformer that "
-        "classifies from its class token, such as deit_tiny_patch16_224"
-    )
+    def _norm(self, module: Any) -> NormWeights:
+        return self.norm(module, "norm", like=self._vit.head.weight, kinds={LayerNorm})

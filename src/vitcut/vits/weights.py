@@ -44,6 +44,37 @@ class AttentionWeights:
     scale: float
     """What q . k is multiplied by before the softmax."""
 
+    @classmethod
+    def split(
+        cls,
+        qkv: tuple[Tensor, Tensor],
+        out: tuple[Tensor, Tensor],
+        *,
+        num_heads: int,
+        scale: float | None = None,
+    ) -> "AttentionWeights":
+        """Split what libraries keep in one piece into heads.
+
+        Args:
+            qkv: Weight [3 x heads x head_dim, width] and bias, first all of q, then k, then v.
+            out: Weight [width, heads x head_dim] and bias of the output projection.
+            num_heads: Heads.
+            scale: None is one over the root of head_dim.
+        """
+        weight, bias = (item.unflatten(0, (3, num_heads, -1)) for item in qkv)
+        out_weight = out[0].unflatten(1, (num_heads, -1)).transpose(0, 1).contiguous()
+        return cls(
+            q_weight=weight[0],
+            q_bias=bias[0],
+            k_weight=weight[1],
+            k_bias=bias[1],
+            v_weight=weight[2],
+            v_bias=bias[2],
+            out_weight=out_weight,
+            out_bias=out[1],
+            scale=bias.shape[2] ** -0.5 if scale is None else scale,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlpWeights:
@@ -74,7 +105,7 @@ class ViTWeights:
     patch_weight: Float[Tensor, "width channels patch patch"]
     patch_bias: Float[Tensor, "width"]
     prefix: Float[Tensor, "prefix_tokens width"]
-    """Class token, its position embedding included."""
+    """Class token, then registers, their position embeddings included."""
     positions: Float[Tensor, "patches width"]
     """Position embeddings of the patch tokens."""
     blocks: tuple[BlockWeights, ...]

@@ -1,0 +1,81 @@
+"""What must hold for every model that an adapter reads, and how a refusal looks."""
+
+import numpy as np
+import pytest
+import torch
+from strategies import parts_per_group
+from tiny import random_fill, random_pixels
+from torch import nn
+
+from vitcut.circuit import Circuit
+from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.verify import verify
+from vitcut.errors import UnsupportedModelError
+from vitcut.intervention.masking import full_run
+from vitcut.intervention.tracing import read_model
+from vitcut.vits.weights import ViTWeights, map_tensors
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """In float64 and eval mode, every parameter moved: libraries start many at 0 or 1."""
+    draw = torch.Generator().manual_seed(0)
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) * 0.3)
+    return model
+
+
+def logits_of(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        answer = model(pixels)
+    return answer if isinstance(answer, torch.Tensor) else answer.logits
+
+
+def check_reading(model: nn.Module) -> ViTWeights:
+    """Traced == original, compact == masked on random circuits, and the model is untouched."""
+    state, tensors = state_of(model), {k: v.clone() for k, v in model.state_dict().items()}
+    weights = read_model(model)
+    pixels = random_pixels(weights)
+    expected = logits_of(model, pixels)
+    difference = (full_run(weights, pixels).logits - expected).abs().max().item()
+    assert difference <= 1e-9 * max(1, expected.abs().max().item())
+    for circuit in random_circuits(weights):
+        fill = random_fill(weights, circuit)
+        compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
+        verify(compact, weights, circuit, fill, pixels)
+    assert state_of(model) == state
+    assert all(torch.equal(tensors[key], value) for key, value in model.state_dict().items())
+    return weights
+
+
+def random_circuits(weights: ViTWeights) -> list[Circuit]:
+    random = np.random.default_rng(0)
+    found = [Circuit.full(weights.split_graph, ablation="zero"), parts_per_group(weights)]
+    for graph in (weights.graph, weights.split_graph):
+        kept = graph.edges & (random.random(graph.edges.shape) < 0.7)
+        found.append(Circuit(graph=graph, kept=kept, ablation="mean"))
+    return found
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    return {
+        "training": [module.training for module in model.modules()],
+        "gradients": [parameter.requires_grad for parameter in model.parameters()],
+        "hooks": [
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()
+        ],
+    }
+
+
+def expect_refusal(model: nn.Module, match: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=match) as caught:
+        read_model(model)
+    assert "\n" not in str(caught.value)
+
+
+def tensors_of(weights: ViTWeights) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(weights, lambda tensor: found.append(tensor) or tensor)
+    return found

@@ -1,0 +1,138 @@
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from adapter_laws import check_reading, expect_refusal, shaken, tensors_of
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import vitcut
+from vitcut.errors import ConfigError
+from vitcut.intervention.tracing import read_model
+from vitcut.vits import adapters
+from vitcut.vits.timm_models import read_timm
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_vit.py"
+
+
+@pytest.fixture(autouse=True)
+def _own_table(monkeypatch):
+    monkeypatch.setattr(adapters, "_registered", {})
+
+
+@pytest.fixture
+def own():
+    spec = importlib.util.spec_from_file_location("own_vit", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    torch.manual_seed(0)
+    return example
+
+
+def test_the_example_reads_a_vit_of_its_own(own):
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+    expect_refusal(own.OwnViT(), r"^not supported: OwnViT; .*vitcut\.register_adapter")
+    vitcut.register_adapter(own.OwnViT, own.read)
+    check_reading(shaken(own.OwnViT()))
+
+
+def test_an_adapter_is_not_for_subclasses(own):
+    class Other(own.OwnViT):
+        pass
+
+    vitcut.register_adapter(own.OwnViT, own.read)
+    expect_refusal(Other(), "^not supported: Other;")
+
+
+def test_what_an_adapter_gives_is_copied(own):
+    vitcut.register_adapter(own.OwnViT, own.read)
+    model = own.OwnViT()
+    weights = read_model(model)
+    before = [tensor.clone() for tensor in tensors_of(weights)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for tensor, copy in zip(tensors_of(weights), before, strict=True):
+        assert torch.equal(tensor, copy)
+        assert not tensor.requires_grad
+
+
+def test_an_own_vit_is_cut_as_any_other(own):
+    vitcut.register_adapter(own.OwnViT, own.read)
+    model = vitcut.load_model(own.OwnViT(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    images = vitcut.load_images("drawn", task="drawn", image_size=16)
+    cut = vitcut.cut(model, images, target_macs=0.5, rounds=1, images=24, score_images=12)
+    assert cut.exactness.max_abs_diff <= cut.exactness.tolerance
+
+
+def test_an_adapter_that_is_wrong_is_noticed(own):
+    def wrong(model):
+        weights = own.read(model)
+        return replace(weights, positions=weights.positions.flip(0))
+
+    vitcut.register_adapter(own.OwnViT, wrong)
+    expect_refusal(own.OwnViT(), "OwnViT does something that was not understood")
+
+
+def test_the_last_adapter_registered_counts_and_goes_before_the_librarys():
+    called = []
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    for name in ("first", "last"):
+        vitcut.register_adapter(
+            VisionTransformer, lambda model, name=name: called.append(name) or read_timm(model)
+        )
+    check_reading(shaken(model))
+    assert called == ["last"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "read", "message"),
+    [
+        (nn.Linear(2, 2), read_timm, r"a subclass of torch\.nn\.Module, got Linear"),
+        (int, read_timm, r"a subclass of torch\.nn\.Module, got <class 'int'>"),
+        (nn.Linear, None, "must be a function from a module to ViTWeights, got None"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(kind, read, message):
+    with pytest.raises(ConfigError, match=message):
+        adapters._require_adapter(kind, read)  # types are checked before it, in tests alone
+
+
+def test_what_is_no_answer_of_an_adapter_is_refused(own):
+    vitcut.register_adapter(own.OwnViT, lambda model: model.state_dict())
+    expect_refusal(own.OwnViT(), "gave a OrderedDict, expected")
+
+
+def test_a_model_without_logits_is_refused(own):
+    class Talkative(own.OwnViT):
+        def forward(self, pixels):
+            return {"logits": super().forward(pixels)}
+
+    vitcut.register_adapter(Talkative, own.read)
+    expect_refusal(Talkative(), "Talkative answers with dict; expected a tensor of logits")
+
+
+def test_weights_with_other_classes_than_the_model_are_refused(own):
+    class Half(own.OwnViT):
+        def forward(self, pixels):
+            return super().forward(pixels)[:, :6]
+
+    vitcut.register_adapter(Half, own.read)
+    expect_refusal(Half(), "gives 6 logits, what was read of it 12: mend the adapter")
+
+
+def test_a_subclass_of_a_librarys_vit_may_differ_and_is_refused():
+    class Mine(VisionTransformer):
+        pass
+
+    model = Mine(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    expect_refusal(model, "Mine, a subclass of timm's VisionTransformer that may differ")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapper_is_refused_with_the_remedy(wrap):
+    model = timm.create_model("test_vit", num_classes=3)
+    expect_refusal(wrap(model), "a wrapper: give the model inside it")

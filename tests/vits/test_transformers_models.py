@@ -1,0 +1,156 @@
+import pytest
+import torch
+from adapter_laws import check_reading, expect_refusal, shaken
+from torch import nn
+
+import vitcut
+from vitcut.intervention.tracing import read_model
+from vitcut.vits.adapters import as_classifier
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_labels": 5,
+}
+
+
+def _build(family: str, **given) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {**SIZES, **({} if family == "Dinov2" else {"intermediate_size": 48}), **given}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    return shaken(getattr(transformers, f"{family}ForImageClassification")(config))
+
+
+def _dinov2(**given) -> nn.Module:
+    """Its classifier reads the class token alone, as one that was trained so."""
+    model = _build("Dinov2", mlp_ratio=2, **given)
+    with torch.no_grad():
+        model.classifier.weight[:, 32:] = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"qkv_bias": False, "hidden_act": "quick_gelu"}, id="no qkv bias"),
+        pytest.param({"num_channels": 1, "hidden_act": "gelu_new"}, id="one channel"),
+        pytest.param({"hidden_act": "gelu_pytorch_tanh", "patch_size": 16}, id="tanh GELU"),
+        pytest.param({"hidden_dropout_prob": 0.5, "layer_norm_eps": 1e-3}, id="dropout"),
+    ],
+)
+def test_a_read_vit_computes_the_same_and_compiles(variant):
+    weights = check_reading(_build("ViT", **variant))
+    assert (weights.image_size, weights.num_classes, weights.num_prefix) == (32, 5, 1)
+
+
+def test_deits_distillation_token_is_a_register():
+    weights = check_reading(_build("DeiT"))
+    assert weights.split_graph.groups == ("cls", "register", "patch")
+
+
+@pytest.mark.parametrize("variant", [{}, {"drop_path_rate": 0.2, "use_mask_token": False}])
+def test_dinov2_is_read_where_its_classifier_reads_the_class_token(variant):
+    assert check_reading(_dinov2(**variant)).num_classes == 5
+
+
+def test_the_librarys_own_hooks_are_no_obstacle():
+    model = _build("ViT")
+    model(torch.zeros(1, 3, 32, 32).double(), output_attentions=True, output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    check_reading(model)
+
+
+def test_a_model_that_answers_with_logits_alone_is_read_too():
+    model = _build("ViT")
+    wrapped = as_classifier(model)
+    pixels = torch.randn(2, 3, 32, 32).double()
+    assert torch.equal(wrapped(pixels), model(pixels).logits)
+    assert torch.equal(read_model(wrapped).prefix, read_model(model).prefix)
+    assert as_classifier(wrapped) is wrapped
+
+
+def test_an_image_classifier_is_cut_as_any_other():
+    module = _build("ViT", num_labels=12)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    model = vitcut.load_model(module, mean=(0.5,) * 3, std=(0.5,) * 3)
+    images = vitcut.load_images("drawn", task="drawn", image_size=32)
+    circuit = vitcut.Circuit.full(read_model(model.model).graph, ablation="zero")
+    cut = vitcut.cut(model, images, circuit, images=12)
+    dense, compact = vitcut.evaluate(model, images), vitcut.evaluate(cut.model, images)
+    torch.testing.assert_close(compact.log_probs, dense.log_probs, atol=1e-3, rtol=0)
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def _with_hook(model: nn.Module) -> None:
+    model.vit.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output)
+
+
+def _with_pooler(model: nn.Module) -> None:
+    model.vit.pooler = nn.Linear(2, 2)
+
+
+def _with_lora(model: nn.Module) -> None:
+    model.vit.layers[0].attention.q_proj = nn.Sequential(nn.Linear(32, 32).double())
+
+
+def _causal(model: nn.Module) -> None:
+    model.vit.layers[1].attention.is_causal = True
+
+
+def _with_unknown_attention(model: nn.Module) -> None:
+    model.config._attn_implementation = "paged|sdpa"
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        (_with_hook, r"a hook on vit\.layers\.0\.mlp \(ViTMLP\)"),
+        (_with_pooler, "a pooler before the classifier"),
+        (_with_lora, "attention's q_proj Sequential"),
+        (_causal, "causal attention"),
+        (_with_unknown_attention, r"attention 'paged\|sdpa': model\.set_attn_implementation"),
+    ],
+)
+def test_what_was_changed_in_a_model_is_refused_by_name(change, feature):
+    model = _build("ViT")
+    change(model)
+    expect_refusal(model, f"^not supported: {feature}.*expected a ViTForImageClassification")
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "feature"),
+    [
+        ("ViT", {"hidden_act": "gelu_fast"}, ": activation FastGELUActivation"),
+        ("ViT", {"image_size": 36}, ": image size 36, which is no multiple"),
+        ("Dinov2", {}, "yet: a classifier that reads the mean of the patch tokens"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(family, given, feature):
+    expect_refusal(_build(family, **given), f"^not supported ?{feature}")
+
+
+def test_swiglu_is_refused_by_name():
+    expect_refusal(_dinov2(use_swiglu_ffn=True), "^not supported yet: SwiGLU: MLP Dinov2SwiGLUFFN")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "feature"),
+    [
+        ("CLIPVisionModel", "CLIPVisionConfig", "yet: CLIPVisionModel .norm_pre"),
+        ("DeiTForImageClassificationWithTeacher", "DeiTConfig", "yet: .*distillation token"),
+        ("SwinForImageClassification", "SwinConfig", ": SwinForImageClassification .*windows"),
+        ("BeitForImageClassification", "BeitConfig", ": .*relative position bias"),
+        ("ViTModel", "ViTConfig", ": ViTModel .no classifier"),
+        ("ViTMAEModel", "ViTMAEConfig", ": ViTMAEModel; expected"),
+    ],
+)
+def test_another_architecture_is_refused_by_name(name, config, feature):
+    with torch.device("meta"):
+        model = getattr(transformers, name)(getattr(transformers, config)())
+    expect_refusal(model, f"^not supported ?{feature}")
