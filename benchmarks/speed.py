@@ -62,7 +62,7 @@ def main() -> None:
     if only != "page":
         data = DataConfig(source=str(Path(arguments.source).resolve()))
         subject = resolve_origin("animals", "animals", data).load_subject()
-        claimed(out, {"weights": subject.model.weight_hash, "images": subject.images.fingerprint})
+        home(subject, out)
         if only in {None, "search"}:
             for batch in PATHS:
                 search(subject, batch, out)
@@ -81,6 +81,12 @@ def claimed(path: Path, settings: dict) -> RunFolder:
     folder = RunFolder(path, settings)
     folder.claim()
     return folder
+
+
+def home(subject: Subject, out: Path) -> RunFolder:
+    """The run directory."""
+    images = subject.images.fingerprint
+    return claimed(out, {"weights": subject.model.weight_hash, "images": images})
 
 
 def cut_config(batch: int) -> CutConfig:
@@ -111,7 +117,7 @@ def search_acdc(subject: Subject, out: Path) -> None:
 
 def cuts(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
     """Every circuit, compiled or read again; ACDC's without and with merged streams."""
-    folder = RunFolder(out, {})
+    folder = home(subject, out)
     for batch, fractions in PATHS.items():
         maker = PointMaker(subject, folder, cut_config(batch))
         for fraction in fractions:
@@ -140,7 +146,7 @@ def repaired_cut(
     """A cut after repair."""
     name = f"batch-{batch}-{step}"
     circuit = Circuit.load(path_folder(out, batch) / PATH_FOLDER / step / CIRCUIT_FILE)
-    maker = PointMaker(subject, RunFolder(out, {}), cut_config(batch))
+    maker = PointMaker(subject, home(subject, out), cut_config(batch))
     maker.cut(name, circuit, into=out / "points" / name)
     stored = StoredCut.load(out / "points" / name / MODEL_FOLDER)
     folder = out / "repairs" / f"{name}-{seed}"

@@ -300,12 +300,39 @@ def _bench(_: ArgumentParser, namespace: Namespace) -> None:
 
 def _add_show(parser: ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="A run or model directory, or a circuit.json.")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="Only what the compact model computes, block by block, with predicted times.",
+    )
 
 
 def _show(_: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.pipeline.show import show
+    from vitcut.pipeline.show import show, show_plan
 
-    show(namespace.path)
+    if namespace.plan:
+        show_plan(namespace.path)
+    else:
+        show(namespace.path)
+
+
+def _add_checks(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--model", type=str, default="animals", help="Its sizes are measured.")
+    parser.add_argument("--models", type=int, default=18, help="Compact models to measure.")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="Time for each, for each batch size."
+    )
+
+
+def _checks(_: ArgumentParser, namespace: Namespace) -> None:
+    if namespace.models < 3:
+        raise ConfigError(f"models must be at least 3, got {namespace.models}")
+    from vitcut.pipeline.checks import calibrate
+    from vitcut.pipeline.show import print_calibration
+
+    calibration = calibrate(namespace.model, models=namespace.models, seconds=namespace.seconds)
+    print_calibration(calibration)
 
 
 VERBS = {
@@ -341,6 +368,11 @@ VERBS = {
         add_flags=_add_bench,
         run=_bench,
         arrange=_arrange_bench,
+    ),
+    "checks": Verb(
+        help="Describe the machine, and measure what plans cost on it.",
+        add_flags=_add_checks,
+        run=_checks,
     ),
     "show": Verb(
         help="Print a circuit, a plan or results as tables.", add_flags=_add_show, run=_show

@@ -61,3 +61,11 @@ def test_less_is_predicted_to_be_faster():
     costs = CostModel()
     full, less = (costs.latency_ms(plan_circuit(REFERENCE, c)) for c in (FULL, only_class_heads()))
     assert 0 < less < 0.3 * full
+
+
+def test_the_parts_of_a_plan_add_up_to_its_latency():
+    costs, plan = CostModel(batch=64), plan_circuit(REFERENCE, FULL)
+    parts = costs.latency_by_part(plan)
+    assert list(parts) == ["embed", *(f"block {number}" for number in range(6)), "classifier"]
+    call = costs.nanoseconds["call"] / 1e6
+    assert sum(parts.values()) + call == pytest.approx(costs.latency_ms(plan))

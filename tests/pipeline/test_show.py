@@ -34,7 +34,7 @@ def test_a_circuit_is_shown_by_block(finished, capsys):
 def test_a_model_is_shown_with_its_plan(finished, capsys):
     model = finished / "points" / "acdc-resample-0.03" / "model"
     out = _shown(model, capsys)
-    assert "query rows" in out
+    assert "counts x tokens" in out
     assert "% of dense" in out
     assert f"edges kept {Circuit.load(model / 'circuit.json').num_kept} of 46" in out
     assert "mean ablation" in out
@@ -95,3 +95,14 @@ def test_edges_are_shown_by_group_where_they_were_cut(capsys):
     assert rows[2] == ["1", "cls", "2 / 2", "8 / 8", "8 / 8", "8 / 8", "5 / 6"]
     assert rows[3] == ["", "patch", "-", "-", "8 / 8", "8 / 8", "-"]
     assert rows[4] == ["classifier", "cls", "", "", "", "", "7 / 7"]
+
+
+def test_a_plan_alone_is_shown_with_predicted_times(finished, capsys):
+    model = finished / "points" / "acdc-resample-0.03" / "model"
+    assert main(["show", str(model), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "circuit by" not in out
+    assert "us, 1" in out
+    assert "us, 64" in out
+    assert main(["show", str(finished / "dense"), "--plan"]) == 2
+    assert "is not a vitcut compact model" in capsys.readouterr().err

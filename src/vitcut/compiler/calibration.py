@@ -34,8 +34,8 @@ class Measured:
 def fit_costs(measured: Sequence[Measured], start: CostModel) -> CostModel:
     """The costs that explain measured latencies best.
 
-    Minimises the sum of squared relative errors, plus that of how far each cost is from where it
-    starts; costs stay positive.
+    All costs are scaled to the machine's speed; then the sum of squared relative errors is
+    minimised, plus that of how far each cost is from where it starts. Costs stay positive.
 
     Args:
         measured: Models that differ in what they do, at several batch sizes.
@@ -47,6 +47,10 @@ def fit_costs(measured: Sequence[Measured], start: CostModel) -> CostModel:
     if not measured:
         raise ConfigError("costs are fitted to measured latencies, got none")
     units: tuple[Unit, ...] = get_args(Unit)
+    slower = 1 / float(np.median(1 + relative_errors(measured, start)))
+    start = replace(
+        start, nanoseconds={unit: slower * cost for unit, cost in start.nanoseconds.items()}
+    )
     rows = np.array([_terms(item, start, units) for item in measured])
     rows = np.vstack([rows, _PRIOR_WEIGHT * np.sqrt(len(measured)) * np.eye(len(units))])
     targets = np.ones(len(rows))

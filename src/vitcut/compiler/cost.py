@@ -4,7 +4,7 @@ How long is calibrated against a runtime (``calibration.py``); MACs alone are co
 ``compact/macs.py``.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from vitcut.compact.plan import (
@@ -47,6 +47,8 @@ class CostModel:
     nanoseconds: dict[Unit, float] = field(default_factory=lambda: dict(_DEFAULT))
     batch: int = 64
     """Images per call."""
+    origin: str = "shipped"
+    """Where the costs are from."""
     smooth: bool = False
     """For choices between small parts: each saves its share of what is saved only once several are
     cut. Columns count one by one, not in panels; every stream has a table, and so no product has a
@@ -55,6 +57,15 @@ class CostModel:
     def latency_ms(self, plan: Plan) -> float:
         """The predicted latency of a compact model for one call, in ms."""
         return self._time(count_operations(plan, self)) / 1e6
+
+    def latency_by_part(self, plan: Plan) -> dict[str, float]:
+        """The same for the embedding, each block and the classifier, in ms."""
+        parts = {"embed": replace(plan, blocks=(), classifier=None)}
+        for number, block in enumerate(plan.blocks):
+            parts[f"block {number}"] = replace(plan, embeds=False, blocks=(block,), classifier=None)
+        parts["classifier"] = replace(plan, embeds=False, blocks=())
+        call = self.nanoseconds["call"] / 1e6
+        return {name: self.latency_ms(part) - call for name, part in parts.items()}
 
     def prefers(self, shape: ViTShape, one: HeadGroupPlan, other: HeadGroupPlan) -> bool:
         """Whether a head group with its own queries and outputs is faster than another."""

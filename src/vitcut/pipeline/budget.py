@@ -19,7 +19,6 @@ from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit, shape_of
 from vitcut.compiler.settings import CutConfig
@@ -27,6 +26,7 @@ from vitcut.config import as_plain
 from vitcut.data.images import ImageSet
 from vitcut.errors import CircuitError
 from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.path import (
@@ -171,7 +171,7 @@ class BudgetSearch:
         self._resumed = False
         self._shape = shape_of(subject.weights)
         self._dense_macs = dense_macs(self._shape)
-        self._costs = CostModel(batch=cut.batch)
+        self._costs = cost_model(cut.batch)
         self._smooth_costs = replace(self._costs, smooth=True)
 
     def find(self) -> Circuit:
@@ -294,6 +294,7 @@ class BudgetSearch:
                 "images_fingerprint": self._subject.images.fingerprint,
                 "selection": as_plain(self._select),
                 "cut": as_plain(self._cut),
+                "costs": self._costs.origin,
                 # Not known of a search that was resumed.
                 "seconds": None if self._resumed else took,
             },

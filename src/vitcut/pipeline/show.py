@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -13,12 +14,19 @@ from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
+from vitcut.pipeline.checks import Calibration
+from vitcut.pipeline.costs import cost_model, costs_path
 from vitcut.pipeline.path import PATH_FILE, load_path, print_path
 from vitcut.pipeline.repair import REPAIR_FILE, Repair
 from vitcut.results import Point, Results
+from vitcut.runtime import describe_machine
 
 _SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
 """What the provenance of a circuit that was searched says."""
+
+_WORDS = {"part", "tokens"}
+_BATCHES = (1, 64)
+"""Images per call of predicted times."""
 
 _DEAD = "-"
 """Of what can reach nothing, whatever is kept."""
@@ -48,6 +56,40 @@ def show(path: Path) -> None:
         raise ArtefactError(
             f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
         )
+
+
+def show_plan(path: Path) -> None:
+    """Print what the compact model of a run or model directory computes, with predicted times.
+
+    Raises:
+        ArtefactError: There is no compact model.
+    """
+    model = _model_folder(path)
+    if model is None:
+        raise ArtefactError(
+            f"no compact model at {path}: expected a run directory that `vitcut cut` wrote, or a "
+            "model directory"
+        )
+    print_plan(CompactViT.from_pretrained(model).plan, times=True)
+
+
+def print_calibration(found: Calibration) -> None:
+    """What there is on this machine, and how well latencies are predicted on it."""
+    machine = describe_machine()
+    console = Console(soft_wrap=True, highlight=False)
+    flags = " ".join(machine["cpu_flags"])
+    console.print(f"{machine['cpu']}, {machine['cores']} cores, {flags}")
+    console.print(
+        f"Python {machine['python']}, {machine['system']}, GPU {machine['gpu'] or 'none'}"
+    )
+    versions = machine["versions"].items()
+    console.print(", ".join(f"{name} {number}" for name, number in versions if number))
+    console.print(
+        f"{found.models} compact models at batch 1 and 64, ONNX Runtime, one thread: predicted "
+        f"latency off by {found.error_after:.0%} (median of models not fitted to; "
+        f"{found.error_before:.0%} before)"
+    )
+    console.print(f"costs: {costs_path()}\nnext: vitcut cut --target-latency 0.2")
 
 
 def report(results: Results) -> None:
@@ -146,23 +188,44 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
         )
 
 
-def print_plan(plan: Plan) -> None:
-    """What a compact model computes, block by block, for which tokens."""
-    table = Table(title="plan")
-    for name in ("part", "tokens", "streams", "heads", "query rows", "neurons", "MLP rows", "MACs"):
-        table.add_column(name, no_wrap=name in {"part", "tokens", "MACs"})
+def print_plan(plan: Plan, *, times: bool = False) -> None:
+    """What a compact model computes, block by block, for which tokens.
+
+    Args:
+        plan: The plan.
+        times: Whether to add the predicted times of each part, in microseconds.
+    """
+    table = Table(title="plan", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("part", "tokens", "heads", "neurons", "MACs"):
+        table.add_column(name, no_wrap=True, justify="left" if name in _WORDS else "right")
+    models = [cost_model(batch) for batch in _BATCHES] if times else []
+    by_part = [costs.latency_by_part(plan) for costs in models]
+    for costs in models:
+        table.add_column(f"us, {costs.batch}", no_wrap=True, justify="right")
     part = ""
     for row in describe(plan):
-        heads = f"{row.heads}{'*' if row.absorbed else ''}"
-        counts = (row.streams, heads, row.query_rows, row.neurons, row.mlp_rows)
+        heads = _times(row.heads, row.query_rows, mark="*" if row.absorbed else "")
+        counts = heads, _times(row.neurons, row.mlp_rows)
         name, part = row.part if row.part != part else "", row.part
-        table.add_row(name, row.tokens, *(str(cell) for cell in counts), f"{row.macs:,}")
+        spent = [f"{1000 * known[name]:,.0f}" if name else "" for known in by_part]
+        table.add_row(name, row.tokens, *counts, f"{row.macs:,}", *spent)
     total, dense = count_macs(plan), dense_macs(plan.shape)
     table.add_section()
-    table.add_row("all", f"{total / dense:.1%} of dense", *[""] * 5, f"{total:,}")
+    spent = [f"{1000 * costs.latency_ms(plan):,.0f}" for costs in models]
+    table.add_row("all", f"{total / dense:.1%} of dense", "", "", f"{total:,}", *spent)
+    notes = ["counts x tokens"]
     if any(row.absorbed for row in describe(plan)):
-        table.caption = "* few tokens ask: without keys and values of their own"
+        notes.append("* few tokens ask: without keys or values of their own")
+    if times:
+        notes.append(
+            f"us: predicted, ONNX Runtime, one thread, 1 and 64 images ({models[0].origin} costs)"
+        )
+    table.caption = "; ".join(notes)
     Console().print(table)
+
+
+def _times(count: int, rows: int, *, mark: str = "") -> str:
+    return f"{count}{mark} x {rows}" if count else ""
 
 
 def _cuts_edges(circuit: Circuit) -> bool:

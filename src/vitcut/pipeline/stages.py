@@ -18,7 +18,6 @@ from vitcut.circuit import Circuit
 from vitcut.compact.artefact import ModelInfo
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import shape_of
 from vitcut.compiler.settings import CutConfig
@@ -32,6 +31,7 @@ from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import CircuitError
 from vitcut.intervention.fill import Fill
 from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
@@ -140,7 +140,7 @@ def cut_circuit(
     _require_same_weights(subject, circuit)
     final = circuit.with_ablation(config.ablation)
     fill = (fills or Fills(subject, config)).of(final)
-    model = compile_circuit(subject.weights, final, fill, costs=CostModel(batch=config.batch))
+    model = compile_circuit(subject.weights, final, fill, costs=cost_model(config.batch))
     model.info = _model_info(subject)
     tuning = subject.images.tuning
     chosen = choose_evenly(tuning.labels, min(config.verify_images, len(tuning)), seed=config.seed)

@@ -1,0 +1,49 @@
+"""The costs that plans are chosen by on this machine: calibrated here, or those that are shipped.
+
+Measuring them is left to ``checks``.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
+
+from vitcut.compiler.cost import CostModel, Unit
+from vitcut.errors import ArtefactError
+from vitcut.files import cache_dir, read_json, write_json
+from vitcut.runtime import describe_machine
+
+_VERSION = 1
+
+
+def costs_path() -> Path:
+    """Where ``vitcut checks`` keeps what it measured."""
+    return cache_dir() / "costs.json"
+
+
+def cost_model(batch: int) -> CostModel:
+    """The cost model of this machine for a batch size.
+
+    Raises:
+        ArtefactError: The calibration's file is damaged, or of a newer version.
+    """
+    path = costs_path()
+    if not path.exists():
+        return CostModel(batch=batch)
+    content = read_json(path, kind="calibration", newest_version=_VERSION)
+    if content.get("machine") != _machine():
+        return CostModel(batch=batch)
+    nanoseconds = content.get("nanoseconds", {})
+    if set(nanoseconds) != set(get_args(Unit)):
+        raise ArtefactError(f"{path} is no calibration: delete it, or run `vitcut checks`")
+    return CostModel(nanoseconds=nanoseconds, batch=batch, origin="calibrated")
+
+
+def save_costs(costs: CostModel) -> None:
+    """Keep costs that were measured here."""
+    content = {"machine": _machine(), "nanoseconds": costs.nanoseconds}
+    write_json(costs_path(), {"format_version": _VERSION, **content})
+
+
+def _machine() -> dict[str, str]:
+    """What costs depend on; those of another machine or version are not used."""
+    return {"cpu": str(describe_machine()["cpu"]), "onnxruntime": version("onnxruntime")}
