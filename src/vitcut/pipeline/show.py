@@ -196,7 +196,7 @@ def print_plan(plan: Plan, *, times: bool = False) -> None:
         times: Whether to add the predicted times of each part, in microseconds.
     """
     table = Table(title="plan", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("part", "tokens", "heads", "neurons", "MACs"):
+    for name in ("part", "tokens", "sums", "heads", "neurons", "MACs"):
         table.add_column(name, no_wrap=True, justify="left" if name in _WORDS else "right")
     models = [cost_model(batch) for batch in _BATCHES] if times else []
     by_part = [costs.latency_by_part(plan) for costs in models]
@@ -205,14 +205,14 @@ def print_plan(plan: Plan, *, times: bool = False) -> None:
     part = ""
     for row in describe(plan):
         heads = _times(row.heads, row.query_rows, mark="*" if row.absorbed else "")
-        counts = heads, _times(row.neurons, row.mlp_rows)
+        counts = str(row.streams or ""), heads, _times(row.neurons, row.mlp_rows)
         name, part = row.part if row.part != part else "", row.part
         spent = [f"{1000 * known[name]:,.0f}" if name else "" for known in by_part]
         table.add_row(name, row.tokens, *counts, f"{row.macs:,}", *spent)
     total, dense = count_macs(plan), dense_macs(plan.shape)
     table.add_section()
     spent = [f"{1000 * costs.latency_ms(plan):,.0f}" for costs in models]
-    table.add_row("all", f"{total / dense:.1%} of dense", "", "", f"{total:,}", *spent)
+    table.add_row("all", f"{total / dense:.1%} of dense", "", "", "", f"{total:,}", *spent)
     notes = ["counts x tokens"]
     if any(row.absorbed for row in describe(plan)):
         notes.append("* few tokens ask: without keys or values of their own")
