@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from speed_page import write_page
 from torch import nn
@@ -21,10 +22,15 @@ from torch import nn
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
+from vitcut.compiler.calibration import Measured, fit_costs, relative_errors
+from vitcut.compiler.cost import CostModel
+from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
+from vitcut.graph import Graph
 from vitcut.pipeline.budget import BudgetSearch
+from vitcut.pipeline.checks import measure_plans, random_parts
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
@@ -72,6 +78,7 @@ def main() -> None:
                 pass
         if only in {None, "measure"}:
             measure_all(subject, out)
+            measure_costs(out)
     if only in {None, "page"}:
         write_page(out)
 
@@ -182,6 +189,53 @@ def measure_all(subject: Subject, out: Path) -> None:
         )
         results = measure(subject, few, others, evaluations=evaluations)
         results.save(out / f"others-{threads}.json")
+
+
+def measure_costs(out: Path) -> None:
+    """How well latencies of circuits that no cost was fitted to are predicted."""
+    plan = CompactViT.from_pretrained(next(out.glob("points/batch-64-*/model"))).plan
+    shape = plan.shape
+    graph = Graph(
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        groups=tuple(shape.group_rows),
+        readout=("cls",),
+    )
+
+    def measured(count: int, seed: int) -> list[Measured]:
+        circuits = random_parts(graph, shape, count, seed)
+        return measure_plans([plan_circuit(shape, one) for one in circuits], seconds=0.5)
+
+    models = 30
+    shipped = CostModel()
+    calibrated = fit_costs(measured(18, seed=0), shipped)
+    unseen = measured(models, seed=1)
+    errors = {
+        str(batch): {
+            name: float(np.median(abs(relative_errors(of_batch, costs))))
+            for name, costs in (("shipped", shipped), ("calibrated", calibrated))
+        }
+        for batch in (1, 64)
+        for of_batch in [[item for item in unseen if item.batch == batch]]
+    }
+    rows = [
+        {
+            "batch": item.batch,
+            "measured_ms": item.latency_ms,
+            **{
+                f"{name}_ms": replace(costs, batch=item.batch).latency_ms(item.plan)
+                for name, costs in (("shipped", shipped), ("calibrated", calibrated))
+            },
+        }
+        for item in unseen
+    ]
+    content = {
+        "models": models,
+        "median_error": errors,
+        "nanoseconds": {"shipped": shipped.nanoseconds, "calibrated": calibrated.nanoseconds},
+        "rows": rows,
+    }
+    (out / "costs.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def is_shown_everywhere(name: str) -> bool:
