@@ -122,6 +122,14 @@ ERRORS = {
         ["cut", "empty", "--target-macs", "0.2"],
         "cut takes a circuit or a budget, got both",
     ),
+    "a budget that is to be merged": (
+        ["cut", "--target-macs", "0.2", "--merge"],
+        "merge brings edges back to a circuit that is there, got a budget",
+    ),
+    "no images to merge for": (
+        ["cut", "empty", "--merge", "--batch", "0"],
+        "batch must be >= 1, got 0",
+    ),
     "two budgets": (
         ["cut", "--target-macs", "0.2", "--target-latency", "0.2"],
         "give target-macs or target-latency, got both",

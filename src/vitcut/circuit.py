@@ -5,7 +5,7 @@ What it computes is left to the intervention floor.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -161,12 +161,7 @@ class Circuit:
         Raises:
             CircuitError: The circuit has other token groups.
         """
-        graph = Graph(
-            num_layers=self.graph.num_layers,
-            num_heads=self.graph.num_heads,
-            groups=groups,
-            readout=readout,
-        )
+        graph = _split_graph(self.graph.unsplit, groups, readout)
         if self.graph.groups and self.graph != graph:
             raise CircuitError(
                 f"the circuit has the token groups {', '.join(self.graph.groups)} (readout "
@@ -332,6 +327,14 @@ class Circuit:
             tau=None,
             provenance={**self._origin(), how: [self.fingerprint, other.fingerprint]},
         )
+
+
+@cache
+def _split_graph(
+    whole: Graph, groups: tuple[TokenGroup, ...], readout: tuple[TokenGroup, ...]
+) -> Graph:
+    """The same graph per token group; its parts are listed once for all circuits of a model."""
+    return replace(whole, groups=groups, readout=readout)
 
 
 def _kept_from_names(graph: Graph, names: Mapping[str, list[str]]) -> NDArray[np.bool_]:

@@ -192,6 +192,15 @@ def _add_cut(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the timing.")
 
 
+def _arrange_cut(rest: list[str]) -> list[str]:
+    """A bare ``--merge`` says yes; ``--merge true`` and ``--merge=false`` are taken as typed."""
+    after = [*rest[1:], ""]
+    return [
+        "--merge=true" if word == "--merge" and then not in {"true", "false"} else word
+        for word, then in zip(rest, after, strict=True)
+    ]
+
+
 def _cut(_: ArgumentParser, namespace: Namespace) -> None:
     from vitcut.benchmark.settings import BenchConfig
     from vitcut.compiler.settings import CutConfig
@@ -199,7 +208,7 @@ def _cut(_: ArgumentParser, namespace: Namespace) -> None:
 
     config, bench = take(namespace, CutConfig), BenchConfig(threads=namespace.threads)
     select, data = take(namespace, SelectConfig), data_of(namespace)
-    select.require_budget_or(namespace.circuit)
+    select.require_budget_or(namespace.circuit, merge=config.merge)
     from vitcut.circuit import Circuit
     from vitcut.pipeline.budget import budget_command
     from vitcut.pipeline.commands import cut_command, find_circuit, find_origin
@@ -356,7 +365,10 @@ VERBS = {
         help="Find the circuit of a task in a model.", add_flags=_add_discover, run=_discover
     ),
     "cut": Verb(
-        help="Compile a circuit into a compact model and measure it.", add_flags=_add_cut, run=_cut
+        help="Compile a circuit into a compact model and measure it.",
+        add_flags=_add_cut,
+        run=_cut,
+        arrange=_arrange_cut,
     ),
     "finetune": Verb(
         help="Repair a cut model: a few epochs of distillation, measured beside the dense one.",

@@ -329,6 +329,7 @@ def run_to_budget(recipe, tmp_path_factory):
     settings = yaml.safe_load(recipe.read_text())
     settings["train"] |= {"epochs": 2, "warmup_epochs": 0}
     settings["taus"] = [0.03]
+    settings["cut"]["merge"] = True
     settings["select"] = {"target_macs": 0.55, "rounds": 2, "score_images": 16}
     settings["repair"] = {"epochs": 1, "warmup_epochs": 0, "precision": "float32", "device": "cpu"}
     (folder / "budget.yaml").write_text(yaml.safe_dump(settings))
@@ -346,6 +347,8 @@ def test_a_run_ends_with_a_budget_and_its_repair(run_to_budget, tmp_path, capsys
     before, after = results.points[2:]
     assert before.macs == after.macs <= 0.55 * results.dense.macs
     assert (after.budget, after.max_abs_diff) == ({"macs": 0.55}, None)
+    merged = ["merge" in (point.faithfulness or {}) for point in results.points]
+    assert merged == [False, True, False, False]
     assert after.accuracy_coarse is not None
     for point in (before, after):
         CompactViT.from_pretrained(out / point.model)

@@ -27,6 +27,8 @@ class CutConfig:
     ridge: float | None = None
     """Of linear fills: added to the covariance's diagonal, as a fraction of its mean; chosen for
     each layer and token group by cross-validation if None."""
+    merge: bool = False
+    """Whether edges come back where that saves predicted time, as targets then share a sum."""
     batch: int = 64
     """Images per call that the compact model is made for: of ways to compute the same the one that
     is predicted to be fastest is taken, and a latency budget is measured with it."""

@@ -158,15 +158,15 @@ def cut(
             ``target_macs`` or ``target_latency``.
         out: Keeps the circuits on the way to a budget, and ``path.json``; after a kill the same
             call continues it.
-        **settings: Those of `CutConfig`, such as ``ablation`` and ``images`` (how many); with a
-            budget those of `SelectConfig` too, such as ``rounds``.
+        **settings: Those of `CutConfig`, such as ``ablation``, ``images`` (how many) and ``merge``;
+            with a budget those of `SelectConfig` too, such as ``rounds``.
 
     Returns:
         The compact model, its circuit, and by how much its logits differ from the masked model's.
 
     Raises:
         ConfigError: A setting is unknown or out of range, there is not either a circuit or a
-            budget, or the images have another size.
+            budget, a budget is to be merged, or the images have another size.
         CircuitError: The circuit is of another model, or the budget cannot be met.
         ExactnessError: The compact model does not compute the masked one.
         ArtefactError: ``out`` belongs to another cut.
@@ -174,7 +174,7 @@ def cut(
     if circuit is not None and not settings.keys() & _BUDGETS:
         return cut_circuit(_subject(model, images), circuit, _configured(CutConfig, settings))
     config, select = _configured_both(CutConfig, SelectConfig, settings)
-    select.require_budget_or(circuit)
+    select.require_budget_or(circuit, merge=config.merge)
     subject = _subject(model, images)
     with TemporaryDirectory() as temporary:
         folder = RunFolder(

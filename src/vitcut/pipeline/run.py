@@ -71,7 +71,7 @@ def _budget_points(
     """The point that is cut to a budget, and its repair."""
     if not config.select.has_budget:
         return {}
-    linear = replace(config.cut, ablation="linear")
+    linear = replace(config.cut, ablation="linear", merge=False)
     point, model = cut_to_budget(
         subject, folder, config.select, linear, threads=config.bench.threads
     )

@@ -37,7 +37,7 @@ class RunConfig:
     repair: FinetuneConfig | None = None
     """The repair of that point; none if None."""
     cut: CutConfig = field(default_factory=CutConfig)
-    """The compilation."""
+    """The compilation; merging is for the points of ``taus``, not for that of a budget."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     """The timing."""
 

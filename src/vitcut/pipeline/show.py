@@ -12,6 +12,7 @@ from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import Plan
+from vitcut.compiler.merging import MERGES
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
 from vitcut.pipeline.checks import Calibration
@@ -100,6 +101,8 @@ def report(results: Results) -> None:
         if point.max_abs_diff is not None:
             line = f"{point.name}: compact == masked, largest difference {point.max_abs_diff:.2g}"
             console.print(line + _kls(point))
+        if "merge" in (point.faithfulness or {}):
+            console.print(f"{point.name}: {_merge_line(point)}")
 
 
 def report_repair(results: Results, repair: Repair) -> None:
@@ -126,6 +129,18 @@ def _kls(point: Point) -> str:
     cut = point.faithfulness["cut"]
     text = f"; KL on the search's images {searched['kl']:.3f} under {searched['ablation']}"
     return text if cut is None else f"{text}, {cut['kl']:.3f} as cut ({cut['ablation']})"
+
+
+def _merge_line(point: Point) -> str:
+    merged = (point.faithfulness or {})["merge"]
+    before, after = merged["streams"]
+    if merged["kl"] is None:
+        return f"nothing merged: with its {after} streams no edge that came back would save time"
+    was, now = merged["kl"]
+    return (
+        f"merged: {merged['edges_restored']} edges came back, {before} -> {after} streams, KL on "
+        f"the tuning images {was:.3f} -> {now:.3f} ({point.ablation})"
+    )
 
 
 def print_circuit(circuit: Circuit) -> None:
@@ -185,6 +200,12 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
             f"searched under {circuit.discovered_under} ablation: KL {found['kl']:.4f} nats on "
             f"{found['pairs']} pairs; {found['node_evaluations']} node evaluations, "
             f"{found['oracle_calls']} oracle calls{took}"
+        )
+    for merged in found.get(MERGES, ()):
+        yield (
+            f"then merged: {merged['edges_restored']} edges came back to circuit "
+            f"{merged['parent'][:12]}, predicted cost {merged['cost_before']:.4g} -> "
+            f"{merged['cost_after']:.4g}"
         )
 
 

@@ -33,6 +33,7 @@ from vitcut.intervention.fill import Fill
 from vitcut.intervention.oracle import Examples, Oracle
 from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
+from vitcut.pipeline.merging import merge, merge_facts
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
@@ -55,7 +56,8 @@ class Cut:
     """What stands in for what it cuts."""
     exactness: Exactness
     faithfulness: dict[str, Any]
-    """KL on the calibration images under the ablations of discovery and of the cut."""
+    """KL on the calibration images under the ablations of discovery and of the cut; what merging
+    came to, where that was asked for."""
 
 
 class Discovery:
@@ -127,6 +129,9 @@ def cut_circuit(
 ) -> Cut:
     """Compile a circuit, check the result, and measure it again under the cut's ablation.
 
+    Streams are merged before that where the settings say so; a linear fill is fitted to the merged
+    circuit.
+
     Args:
         subject: The model and images that the circuit was found on.
         circuit: Under any ablation.
@@ -138,20 +143,29 @@ def cut_circuit(
         ExactnessError: The compact model does not compute the masked one.
     """
     _require_same_weights(subject, circuit)
-    final = circuit.with_ablation(config.ablation)
-    fill = (fills or Fills(subject, config)).of(final)
-    model = compile_circuit(subject.weights, final, fill, costs=cost_model(config.batch))
+    costs = cost_model(config.batch)
+    parent = circuit.with_ablation(config.ablation)
+    final = merge(subject, parent, costs) if config.merge else parent
+    fills = fills or Fills(subject, config)
+    fill = fills.of(final)
+    model = compile_circuit(subject.weights, final, fill, costs=costs)
     model.info = _model_info(subject)
     tuning = subject.images.tuning
     chosen = choose_evenly(tuning.labels, min(config.verify_images, len(tuning)), seed=config.seed)
     pixels = subject.normalise(tuning.read(chosen))
     exactness = verify(model, subject.weights, final, fill, pixels)
+    faithfulness = _faithfulness(subject, circuit, final, model)
+    if config.merge:
+        before = None
+        if final is not parent:
+            before = compile_circuit(subject.weights, parent, fills.of(parent), costs=costs)
+        faithfulness["merge"] = merge_facts(subject, before, model, final)
     return Cut(
         model=model,
         circuit=final,
         fill=fill,
         exactness=exactness,
-        faithfulness=_faithfulness(subject, circuit, final, model),
+        faithfulness=faithfulness,
     )
 
 

@@ -63,11 +63,15 @@ class SelectConfig:
         """Whether a budget is given."""
         return self.target_macs is not None or self.target_latency is not None
 
-    def require_budget_or(self, circuit: object | None) -> None:
+    def require_budget_or(self, circuit: object | None, *, merge: bool = False) -> None:
         """Check that there is a budget or a circuit to cut to, not both.
 
+        Args:
+            circuit: The circuit, or where it is.
+            merge: Whether streams are to be merged, which a budget does not allow for.
+
         Raises:
-            ConfigError: There is neither, or there are both.
+            ConfigError: There is neither, there are both, or a budget is to be merged.
         """
         if circuit is None and not self.has_budget:
             raise ConfigError(
@@ -76,3 +80,8 @@ class SelectConfig:
             )
         if circuit is not None and self.has_budget:
             raise ConfigError("cut takes a circuit or a budget, got both: leave one of them out")
+        if self.has_budget and merge:
+            raise ConfigError(
+                "merge brings edges back to a circuit that is there, got a budget: cut to the "
+                "budget first, then merge what came of it: vitcut cut RUN --merge"
+            )
