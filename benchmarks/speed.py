@@ -240,7 +240,7 @@ def measure_costs(out: Path) -> None:
 
 def is_shown_everywhere(name: str) -> bool:
     """Whether a point is timed in all runtimes: torch.compile takes long."""
-    return name == CLASS_ONLY or "repaired" in name or name.startswith("acdc")
+    return name == CLASS_ONLY or (name.startswith("batch") and "repaired" in name)
 
 
 if __name__ == "__main__":
