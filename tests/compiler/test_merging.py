@@ -185,8 +185,8 @@ def test_what_saves_less_than_a_prediction_can_tell_is_left():
     def cost(saving):
         return lambda candidate: 1.0 - saving * bool(candidate != circuit)
 
-    assert merge_streams(circuit, cost(0.0009)) is circuit
-    assert merge_streams(circuit, cost(0.0011)) == Circuit.full(GRAPH)
+    assert merge_streams(circuit, cost(0.009)) is circuit
+    assert merge_streams(circuit, cost(0.011)) == Circuit.full(GRAPH)
 
 
 def test_of_equal_savings_the_fewest_edges_come_back():

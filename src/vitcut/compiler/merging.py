@@ -30,8 +30,8 @@ _NEAREST = 4
 _NEAREST_BEFORE = 2
 """The same, for streams of the places before, that it could build on."""
 _PLACES_BEFORE = 2
-_LEAST_SAVING = 1e-3
-"""As a fraction of the cost: less is more than a prediction can tell."""
+_LEAST_SAVING = 0.01
+"""As a fraction of the cost: less is more than a prediction can tell, and the KL may rise."""
 
 
 def merge_streams(circuit: Circuit, cost: Cost) -> Circuit:
