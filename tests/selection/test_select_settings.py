@@ -19,7 +19,6 @@ NAN, INF = float("nan"), float("inf")
         ({"target_latency": 25.0}, "target-latency must be above 0"),
         ({"target_latency": INF}, "target-latency must be above 0"),
         ({"target_macs": 0.2, "target_latency": 0.2}, "or target-latency, got both"),
-        ({"batch": 0}, "batch must be >= 1, got 0"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
         ({"score_images": 0}, "score_images must be >= 1, got 0"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
@@ -41,7 +40,7 @@ def test_bad_settings_are_refused(given, match):
         ({"target_macs": 0.2}, True),
         ({"target_latency": 0.999}, True),
         ({"scores": "random", "joint": False, "refresh_fraction": 0.0}, False),
-        ({"refresh_fraction": 1.0, "rounds": 1, "batch": 1, "score_images": 1}, False),
+        ({"refresh_fraction": 1.0, "rounds": 1, "score_images": 1}, False),
     ],
 )
 def test_good_settings_are_taken(given, has_budget):
