@@ -13,7 +13,6 @@ from vitcut.results import Comparison, Point, Results
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "parts"
-START, END = "<!-- table: parts -->\n", "<!-- end of parts -->\n"
 BATCHES = (64, 1)
 LABELS = {
     "random": "random, linear fill",
@@ -41,28 +40,6 @@ def write_page(out: Path) -> None:
     for kind in ("coarse", "latency"):
         draw(results, kind, PAGE / f"{kind}.svg")
     (PAGE / "README.md").write_text(page(results, correct), encoding="utf-8")
-    readme = ROOT / "README.md"
-    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise SystemExit(f"{readme} lacks the marks {START.strip()} and {END.strip()}")
-    text = before + START + summary(results, correct) + END + after
-    readme.write_text(text, encoding="utf-8")
-
-
-def summary(results: Results, correct: dict[str, np.ndarray]) -> str:
-    """The README's part: the best variant's path, and the repaired points."""
-    chosen = [
-        point
-        for point in results.points
-        if variant_of(point) == "joint-linear-obs" or "repaired" in point.name
-    ]
-    return f"""
-{table(results, chosen, correct)}
-{conditions(results)} Names say what was asked for: `macs-0.2054` is at most 20.54 % of the dense
-MACs. One command makes it again: [docs/benchmarks/parts](docs/benchmarks/parts/README.md).
-
-"""
 
 
 def variant_of(point: Point) -> str | None:

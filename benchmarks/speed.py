@@ -3,8 +3,8 @@
     uv run python benchmarks/speed.py --source tiny-imagenet-200.zip
 
 Searches one path for batch 64 and one for batch 1, repairs some of their points and the dense model
-with three seeds each, and times all of them on one thread and on two. What is finished is not done
-again; `--only search`, `repair`, `measure` or `page` does one part.
+with three seeds each, and times all of them on one thread and on two. Searches and repairs that
+are finished are not done again; `--only search`, `repair`, `measure` or `page` does one part.
 """
 
 import argparse
@@ -24,13 +24,12 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.calibration import Measured, fit_costs, relative_errors
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.graph import Graph
 from vitcut.pipeline.budget import BudgetSearch
-from vitcut.pipeline.checks import measure_plans, random_parts
+from vitcut.pipeline.checks import measure_circuits, random_circuits
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
@@ -175,7 +174,10 @@ def measure_all(subject: Subject, out: Path) -> None:
     made = [*cuts(subject, out), *repairs(subject, out)]
     points |= {point.name: (point, model) for point, model in made}
     evaluations = evaluate_points(subject, points)
-    correct = {name: found.correct_coarse.tolist() for name, found in evaluations.items()}
+    correct = {
+        name: "".join(str(int(right)) for right in found.correct_coarse)
+        for name, found in evaluations.items()
+    }
     (out / "correct.json").write_text(json.dumps(correct))
     # A repair changes no time: of three seeds one is timed.
     timed = {name: item for name, item in points.items() if not name.endswith(("-1", "-2"))}
@@ -203,8 +205,8 @@ def measure_costs(out: Path) -> None:
     )
 
     def measured(count: int, seed: int) -> list[Measured]:
-        circuits = random_parts(graph, shape, count, seed)
-        return measure_plans([plan_circuit(shape, one) for one in circuits], seconds=0.5)
+        circuits = list(random_circuits(graph, shape, count, seed))
+        return measure_circuits(shape, circuits, seconds=0.5)
 
     models = 30
     shipped = CostModel()

@@ -18,25 +18,32 @@ RUNTIMES = {
     "torch": "torch",
     "torch-compile": "torch.compile",
 }
-FILES = ("onnxruntime-1.json", "others-1.json", "onnxruntime-2.json", "others-2.json", "costs.json")
+FILES = (
+    "onnxruntime-1.json",
+    "others-1.json",
+    "onnxruntime-2.json",
+    "others-2.json",
+    "costs.json",
+    "correct.json",
+)
 Correct = dict[str, np.ndarray]
 
 
 def write_page(out: Path) -> None:
     """Copy what was measured, and write it down for readers."""
-    PAGE.mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, "operations.md"):
-        if (out / name).exists():
-            shutil.copyfile(out / name, PAGE / name)
-    stored = json.loads((out / "correct.json").read_text())
-    correct = {name: np.array(values, dtype=np.float64) for name, values in stored.items()}
-    results = Results.load(out / FILES[0])
-    (PAGE / "README.md").write_text(page(out, results, correct), encoding="utf-8")
     readme = ROOT / "README.md"
     before, start, rest = readme.read_text(encoding="utf-8").partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
         raise SystemExit(f"{readme} lacks the marks {START.strip()} and {END.strip()}")
+    PAGE.mkdir(parents=True, exist_ok=True)
+    for name in (*FILES, "operations.md"):
+        if (out / name).exists():
+            shutil.copyfile(out / name, PAGE / name)
+    stored = json.loads((out / "correct.json").read_text())
+    correct = {name: np.array([*map(int, bits)], dtype=float) for name, bits in stored.items()}
+    results = Results.load(out / FILES[0])
+    (PAGE / "README.md").write_text(page(out, results, correct), encoding="utf-8")
     text = before + START + summary(results, correct) + END + after
     readme.write_text(text, encoding="utf-8")
 
@@ -58,7 +65,7 @@ def page(out: Path, results: Results, correct: Correct) -> str:
 
 The shipped model (`--model animals`), 58 animals in 6 groups. {conditions(results)} A name says which
 batch size a path was searched for, and the predicted latency as a fraction of the uncut compact
-model's. *Efficiency* is the speed-up at batch 64 times the fraction of the MACs: 1 where time falls as
+model's, both smoothed as [selection sees them](../../decisions/0011-selection-by-predicted-time.md). *Efficiency* is the speed-up at batch 64 times the fraction of the MACs: 1 where time falls as
 the MACs do. What it shows: [findings.md](findings.md); operation by operation:
 [operations.md](operations.md). Raw: {", ".join(f"[{name}]({name})" for name in FILES)}.
 
@@ -66,8 +73,8 @@ the MACs do. What it shows: [findings.md](findings.md); operation by operation:
 
 Six epochs of distillation (`vitcut finetune`, its defaults), three seeds; the dense model got the same.
 Accuracies are means over the seeds; differences are of these means, image by image, with their 95 %
-bootstrap interval. *No loss* means that the interval against the better of dense and dense repaired
-excludes -1 point.
+bootstrap interval over images: they are about the mean of these three models. *No loss* means that the
+interval against the better of dense and dense repaired excludes -1 point.
 
 {repaired_table(results, correct)}
 ## Baselines
@@ -118,7 +125,7 @@ def conditions(results: Results) -> str:
     """Machine, threads, precision and images."""
     machine = results.machine
     return (
-        f"{machine['cpu']} ({machine['cores']} cores), one thread unless said otherwise, float32, "
+        f"{machine['cpu']} ({machine['cores']} cores, {', '.join(machine['cpu_flags'])}), one thread unless said otherwise, float32, "
         f"ONNX Runtime {machine['versions']['onnxruntime']}, load {machine['load_1min']} before; "
         "all models interleaved, speed-ups are medians of paired ratios against the untouched dense "
         "export with their 95 % interval. Accuracies on all "
@@ -254,8 +261,9 @@ def costs_text(out: Path) -> str:
 ## Predicted and measured latency
 
 {found["models"]} random circuits of heads and neurons per token group, none of which the costs were
-fitted to, in ONNX Runtime on one thread: median of |predicted / measured - 1|. *Calibrated* costs are
-those of `vitcut checks` on this machine.
+fitted to, every third with edges cut as well, each planned for its batch size, in ONNX Runtime on one
+thread: median of |predicted / measured - 1|. *Calibrated* costs are fitted as `vitcut checks` does, to 18
+others; the shipped ones are from a machine of this kind, so they say nothing of others.
 
 | batch | shipped costs | calibrated |
 | ---: | ---: | ---: |

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcut.circuit import Circuit
-from vitcut.compact.deployment import centre_streams
+from vitcut.compact.deployment import centred
 from vitcut.compact.macs import count_macs
 from vitcut.compact.stream import Stream
 from vitcut.compiler.emit import compile_circuit
@@ -33,8 +33,7 @@ def check(case):
     verify(compact, weights, circuit, fill, pixels)
     # Training takes another way through the sums; a runtime gets streams without their means.
     verify(compact.train(), weights, circuit, fill, pixels)
-    centre_streams(compact)
-    verify(compact.eval(), weights, circuit, fill, pixels)
+    verify(centred(compact), weights, circuit, fill, pixels)
 
 
 @given(cases())
@@ -57,8 +56,7 @@ def test_what_is_added_up_in_a_centred_model_has_mean_0(case):
     compact = compile_circuit(
         weights, circuit, random_fill(weights, circuit), dtype=torch.float64, costs=costs
     )
-    centre_streams(compact)
-    means = []
+    compact, means = centred(compact), []
     with patch.object(
         Stream, "_normalise", lambda self, total: means.append(total.mean(-1)) or total
     ):
@@ -196,3 +194,23 @@ def test_a_fill_of_another_shape_is_refused():
     fill = random_fill(random_vit(num_heads=3))
     with pytest.raises(CircuitError, match="must have shape"):
         compile_circuit(weights, Circuit.full(weights.graph), fill)
+
+
+def test_a_product_that_is_replaced_or_watched_is_called():
+    weights = random_vit(num_layers=3, num_heads=4, width=32, head_dim=8, hidden=20)
+    circuit = parts_per_group(weights)
+    compact = compile_circuit(weights, circuit, random_fill(weights, circuit), dtype=torch.float64)
+    pixels = random_pixels(weights)
+    before = compact(pixels)
+    unbiased = {
+        name: module
+        for name, module in compact.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.bias is None
+    }
+    calls = []
+    for name, module in unbiased.items():
+        parent, _, own = name.rpartition(".")
+        setattr(compact.get_submodule(parent), own, torch.nn.Sequential(module))
+        module.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(compact(pixels), before)
+    assert len(calls) == len(unbiased) > 0

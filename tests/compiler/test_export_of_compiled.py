@@ -1,4 +1,5 @@
 import numpy as np
+import onnx
 import pytest
 import torch
 from strategies import parts_per_group, skipping_a_head
@@ -81,3 +82,13 @@ def test_it_compiles_as_one_graph(make):
     pixels = random_pixels(weights)
     whole = torch.compile(compact, fullgraph=True, backend="eager")
     torch.testing.assert_close(whole(pixels), compact(pixels))
+
+
+def test_the_onnx_file_looks_for_no_means_and_the_module_keeps_its_own(tmp_path):
+    compact, weights = per_group()
+    before = {name: tensor.clone() for name, tensor in compact.state_dict().items()}
+    export_onnx(compact, tmp_path / "model.onnx", example=random_pixels(weights, 2))
+    operations = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "RMSNormalization" in operations
+    assert "LayerNormalization" not in operations
+    assert all(torch.equal(tensor, before[name]) for name, tensor in compact.state_dict().items())

@@ -209,13 +209,19 @@ def test_queries_of_most_rows_are_computed_with_keys_and_values():
     assert (joint.rows.count, patches.rows.count, alone.rows.count) == (5, 4, 1)
 
 
-def test_a_product_that_one_stream_alone_reads_has_its_bias_elsewhere():
-    plan = plan_circuit(REFERENCE, Circuit.full(GRAPH))
-    for block in plan.blocks:
-        for product in (*block.attention.outputs, *block.mlps):
-            readers = [
-                stream
-                for stream in streams_of(plan)
-                if product.name in {term.name for term in stream.terms}
-            ]
-            assert product.bias or len(readers) == 1
+def test_a_product_without_a_bias_has_one_reader_of_the_same_rows():
+    plan = parts_plan()
+    products = [
+        (product.name, rows)
+        for block in plan.blocks
+        for product, rows in (
+            *((item, item.rows) for item in (block.attention.outputs if block.attention else ())),
+            *((item, item.stream.rows) for item in block.mlps),
+        )
+        if not product.bias
+    ]
+    assert {name for name, _ in products} == {"out.0.1", "mlp.0.1"}
+    for name, rows in products:
+        (reader,) = (stream for stream in streams_of(plan) if name in names(stream.terms))
+        assert reader.rows == rows
+        assert reader.table_rows == rows.count

@@ -147,7 +147,7 @@ class HeadOutput(nn.Module):
         """Choose rows and heads, and multiply."""
         own, wanted = self.group.rows, self.plan.rows
         if self.group.stands_alone:
-            return write(flatten(take_rows(mixed, own, wanted)), self.product)
+            return write(flatten(take_rows(mixed, own, wanted)), self.product, bias=self.plan.bias)
         if wanted != own:
             mixed = mixed[:, :, wanted.first - own.first : wanted.end - own.first]
         if self.has_gaps:
@@ -155,10 +155,12 @@ class HeadOutput(nn.Module):
         elif self.end - self.first < mixed.shape[1]:
             mixed = mixed[:, self.first : self.end]
         if wanted.count == 1:
-            return write(mixed.flatten(1), self.product)
-        if len(self.plan.heads) == 1:
-            return write(mixed.flatten(0, 2), self.product)
-        return write(mixed.transpose(1, 2).flatten(2).flatten(0, 1), self.product)
+            flat = mixed.flatten(1)
+        elif len(self.plan.heads) == 1:
+            flat = mixed.flatten(0, 2)
+        else:
+            flat = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+        return write(flat, self.product, bias=self.plan.bias)
 
 
 class CompactAttention(nn.Module):

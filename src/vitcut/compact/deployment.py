@@ -5,6 +5,7 @@ writer's weights, it need not be looked for image by image.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -15,15 +16,16 @@ from vitcut.compact.stream import Stream
 
 
 @torch.no_grad()
-def centre_streams(model: CompactViT) -> None:
-    """Take the mean over the width off all that streams add up, in place.
+def centred(model: CompactViT) -> CompactViT:
+    """A frozen copy in evaluation mode with the mean over the width taken off all that streams add.
 
-    Nothing changes but rounding: streams are read through LayerNorms alone. Training on is
-    possible, but brings the means back.
+    Nothing changes but rounding: streams are read through LayerNorms alone. Exported to ONNX, its
+    LayerNorms become RMSNormalization.
 
     Source:
         LayerNorm's invariance to a shift of its input: Ba et al. 2016, arXiv:1607.06450, section 5.
     """
+    model = deepcopy(model).eval().requires_grad_(requires_grad=False)
     for writer in _writers(model):
         # Output channels come first in the weights of convolutions and of products.
         writer.sub_(writer.mean(0, keepdim=True))
@@ -31,6 +33,7 @@ def centre_streams(model: CompactViT) -> None:
         if stream.table is not None:
             stream.table.sub_(stream.table.mean(-1, keepdim=True))
         stream.centred = True
+    return model
 
 
 def _writers(model: CompactViT) -> Iterator[nn.Parameter]:

@@ -42,7 +42,7 @@ class CompactMlp(nn.Module):
     def forward(self, written: Written) -> None:
         """Read the stream and write the output."""
         hidden = ACTIVATIONS[self.activation](self.fc1(self.stream(written)))
-        written[self.plan.name] = write(hidden, self.fc2)
+        written[self.plan.name] = write(hidden, self.fc2, bias=self.plan.bias)
 
 
 class CompactBlock(nn.Module):

@@ -98,9 +98,12 @@ def make_table(*sizes: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(sizes), std=0.02))
 
 
-def write(inputs: Float[Tensor, "tokens inputs"], product: nn.Linear) -> Tensor | Product:
-    """What a product writes; without a bias it is left to its only reader."""
-    if "bias" in dict(product.named_parameters()):
+def write(
+    inputs: Float[Tensor, "tokens inputs"], product: nn.Module, *, bias: bool
+) -> Tensor | Product:
+    """What a product writes; a plain one without a bias is left to its only reader."""
+    # What replaces it (a quantised or low-rank product) or watches it is called as a module.
+    if bias or type(product) is not nn.Linear or product._forward_hooks:  # pyright: ignore[reportPrivateUsage]
         return product(inputs)
     return Product(inputs=inputs, weight=product.weight)
 

@@ -18,6 +18,7 @@ from vitcut.compact.plan import (
     StreamPlan,
     ViTShape,
 )
+from vitcut.files import sha256_json
 
 Unit = Literal[
     "call",
@@ -53,6 +54,11 @@ class CostModel:
     """For choices between small parts: each saves its share of what is saved only once several are
     cut. Columns count one by one, not in panels; every stream has a table, and so no product has a
     bias, though the first cut alone makes that so."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells costs apart: where they are from, and a hash of the numbers."""
+        return f"{self.origin} {sha256_json(sorted(self.nanoseconds.items()))[:12]}"
 
     def latency_ms(self, plan: Plan) -> float:
         """The predicted latency of a compact model for one call, in ms."""
@@ -93,7 +99,7 @@ _DEFAULT: dict[Unit, float] = {
     "activated": 0.65,
     "patch_mac": 0.019,
 }
-"""ONNX Runtime 1.31 on one core of an AMD EPYC with AVX2, by ``calibrate``."""
+"""ONNX Runtime 1.31 on one core of an AMD EPYC with AVX-512, from its operations timed alone."""
 
 
 def count_operations(plan: Plan, costs: CostModel) -> Counts:
@@ -122,6 +128,8 @@ class _Counter:
         self.smooth = costs.smooth
         self.panel = 1 if costs.smooth else _PANEL
         self.counts: Counts = dict.fromkeys(get_args(Unit), 0.0)
+        self.onto: set[str] = set()
+        """Products that their only reader computes onto its sum."""
 
     def add(self, unit: Unit, per_image: float) -> None:
         """One operation that handles so many elements of each image."""
@@ -152,8 +160,11 @@ class _Counter:
         for term in plan.terms:
             if term.rows != plan.rows:
                 self.add("moved", size)
-        for _ in plan.terms[1:]:
-            self.add("added", size)
+        for position, term in enumerate(plan.terms):
+            if term.name in self.onto:
+                self.counts["moved"] += size * self.batch
+            elif position:
+                self.add("added", size)
         if plan.table_rows or self.smooth:
             self.add("added", size)
         self.add("normalised", size)
@@ -164,7 +175,7 @@ class _Counter:
         self.product(rows, width, plan.hidden)
         self.add("activated", rows * plan.hidden)
         self.product(rows, plan.hidden, width)
-        self._save_addition(bias=plan.bias, size=rows * width)
+        self._write(plan.name, bias=plan.bias)
 
     def attention(self, plan: AttentionPlan) -> None:
         for stream in plan.streams:
@@ -212,8 +223,10 @@ class _Counter:
         inputs = len(plan.heads) * (shape.width if group.merged_values else shape.head_dim)
         if rows > 1:
             self.add("moved", rows * inputs)
+        if set(plan.heads) != set(group.heads):
+            self.add("moved", rows * inputs)
         self.product(rows, inputs, shape.width)
-        self._save_addition(bias=plan.bias, size=rows * shape.width)
+        self._write(plan.name, bias=plan.bias)
 
     def whole_group(self, plan: HeadGroupPlan) -> Counts:
         """What a head group costs with its own queries and output."""
@@ -244,9 +257,6 @@ class _Counter:
     def _columns(self, outputs: int) -> int:
         return self.panel * -(-outputs // self.panel)
 
-    def _save_addition(self, *, bias: bool, size: int) -> None:
-        """A product without a bias adds itself to its reader's sum: a copy, no operation."""
+    def _write(self, name: str, *, bias: bool) -> None:
         if not bias or self.smooth:
-            self.counts["operation"] -= 1
-            self.counts["added"] -= size * self.batch
-            self.counts["moved"] += size * self.batch
+            self.onto.add(name)

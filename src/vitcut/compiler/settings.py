@@ -30,8 +30,8 @@ class CutConfig:
     merge: bool = False
     """Whether edges come back where that saves predicted time, as targets then share a sum."""
     batch: int = 64
-    """Images per call that the compact model is made for: of ways to compute the same the one that
-    is predicted to be fastest is taken, and a latency budget is measured with it."""
+    """Images per call that the compact model is made for: it decides whether weights of heads with
+    few queries are merged, and a latency budget is measured with it."""
     memory_gib: float = 16.0
     """Most memory that the activations of a fit, or of scoring parts, may take, in GiB."""
     verify_images: int = 64

@@ -29,6 +29,7 @@ from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError, TaskError
 from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.budget import BudgetSearch, require_possible
+from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.repair import repair
@@ -184,11 +185,12 @@ def cut(
                 "images_fingerprint": images.fingerprint,
                 "select": as_plain(select),
                 "cut": as_plain(config),
+                "costs": cost_model(config.batch).fingerprint,
             },
         )
         fills = Fills(subject, config)
         search = BudgetSearch(subject, folder, select, config, fills)
-        require_possible(subject.weights, select)
+        require_possible(subject.weights, select, config)
         folder.claim()
         return cut_circuit(subject, search.find(), config, fills=fills)
 

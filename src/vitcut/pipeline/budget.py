@@ -70,23 +70,25 @@ def budget_command(
         CircuitError: The budget cannot be met.
     """
     settings = {"select": as_plain(select), "cut": as_plain(cut), "bench": as_plain(bench)}
-    folder = RunFolder(out, {**origin.settings(), **settings})
+    costs = {"costs": cost_model(cut.batch).fingerprint}
+    folder = RunFolder(out, {**origin.settings(), **settings, **costs})
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
     model = origin.load_model()
     # What cannot be met is refused before images are decoded and the folder is claimed.
-    require_possible(read_model(model.model), select)
+    require_possible(read_model(model.model), select, cut)
     subject = origin.load_subject(model)
     origin.loaded(subject).claim(folder)
     point, compact = cut_to_budget(subject, folder, select, cut, threads=bench.threads, into=out)
-    points = {CLASS_ONLY: class_only(subject), point.name: (point, compact)}
+    baseline = class_only(subject, batch=cut.batch)
+    points = {CLASS_ONLY: baseline, point.name: (point, compact)}
     results = measure(subject, points, bench)
     save_results(results, out)
     return results
 
 
-def require_possible(weights: ViTWeights, select: SelectConfig) -> None:
+def require_possible(weights: ViTWeights, select: SelectConfig, cut: CutConfig) -> None:
     """Check that MACs can be brought to a budget; a latency shows only when it is measured.
 
     Raises:
@@ -96,10 +98,10 @@ def require_possible(weights: ViTWeights, select: SelectConfig) -> None:
     if target is None:
         return
     shape, graph = shape_of(weights), weights.graph_of(select.tokens)
-    dense = dense_macs(shape)
+    dense, costs = dense_macs(shape), cost_model(cut.batch)
 
     def macs(circuit: Circuit) -> float:
-        return count_macs(plan_circuit(shape, circuit))
+        return count_macs(plan_circuit(shape, circuit, costs))
 
     least = smallest_cost(graph, weights.num_neurons, macs) / dense
     most = macs(useful_parts(graph, weights.num_neurons).circuit(graph, "mean")) / dense
@@ -294,7 +296,7 @@ class BudgetSearch:
                 "images_fingerprint": self._subject.images.fingerprint,
                 "selection": as_plain(self._select),
                 "cut": as_plain(self._cut),
-                "costs": self._costs.origin,
+                "costs": self._costs.fingerprint,
                 # Not known of a search that was resumed.
                 "seconds": None if self._resumed else took,
             },

@@ -1,7 +1,7 @@
 """Checks of the machine at hand: what there is, and how long a compact model's operations take."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.compact.plan import Plan, ViTShape
+from vitcut.compact.plan import ViTShape
 from vitcut.compiler.calibration import Measured, fit_costs, relative_errors
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import plan_circuit, shape_of
@@ -21,8 +21,10 @@ from vitcut.progress import say
 from vitcut.vits.loading import load_model
 
 _BATCHES = (1, 64)
-_HELD_OUT = 3
-"""Every third model is predicted only."""
+_HELD_OUT = 4
+"""Every fourth model is predicted only."""
+_WITH_EDGES = 3
+"""Every third circuit cuts edges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,6 @@ class Calibration:
     """Median of |predicted / measured - 1| with the costs so far, on models not fitted to."""
     error_after: float
     """The same with the fitted costs."""
-    costs: CostModel
 
 
 def calibrate(model: str, *, models: int, seconds: float, seed: int = 0) -> Calibration:
@@ -49,25 +50,24 @@ def calibrate(model: str, *, models: int, seconds: float, seed: int = 0) -> Cali
     """
     weights = read_model(load_model(model).model)
     shape, graph = shape_of(weights), weights.split_graph
-    plans = [plan_circuit(shape, circuit) for circuit in random_parts(graph, shape, models, seed)]
-    measured = measure_plans(plans, seconds=seconds)
+    circuits = list(random_circuits(graph, shape, models, seed))
+    measured = measure_circuits(shape, circuits, seconds=seconds)
     fitted, held_out = _divide(measured)
-    start = cost_model(1)
-    costs = fit_costs(fitted, start)
-    errors = [float(np.median(abs(relative_errors(held_out, item)))) for item in (start, costs)]
-    save_costs(fit_costs(measured, start))
-    return Calibration(models=models, error_before=errors[0], error_after=errors[1], costs=costs)
+    costs = cost_model(1), fit_costs(fitted, CostModel())
+    before, after = (float(np.median(abs(relative_errors(held_out, item)))) for item in costs)
+    save_costs(fit_costs(measured, CostModel()))
+    return Calibration(models=models, error_before=before, error_after=after)
 
 
-def random_parts(graph: Graph, shape: ViTShape, count: int, seed: int) -> Iterator[Circuit]:
-    """Circuits of heads and neurons, from nearly all to nearly none of them.
+def random_circuits(graph: Graph, shape: ViTShape, count: int, seed: int) -> Iterator[Circuit]:
+    """Circuits from nearly all parts to nearly none; every third cuts edges as well.
 
     Later blocks lose more than earlier ones, patches more than the class token.
     """
     random = np.random.default_rng(seed)
     depth = np.linspace(1.0, 0.4, graph.num_layers)[:, None]
     groups = np.linspace(1.0, 0.6, graph.num_groups)[None]
-    for _ in range(count):
+    for number in range(count):
         heads, neurons = (random.uniform(0.02, 1.2) * depth * groups for _ in range(2))
         kept_heads = (
             random.random((graph.num_layers, graph.num_heads, graph.num_groups)) < (heads[:, None])
@@ -76,26 +76,36 @@ def random_parts(graph: Graph, shape: ViTShape, count: int, seed: int) -> Iterat
         kept_neurons = (
             random.random((graph.num_layers, graph.num_groups, shape.hidden)) < (neurons[..., None])
         )
-        yield Circuit.of_parts(graph, heads=kept_heads, neurons=kept_neurons, ablation="linear")
+        circuit = Circuit.of_parts(graph, heads=kept_heads, neurons=kept_neurons, ablation="linear")
+        if number % _WITH_EDGES == 0:
+            edges = random.random(circuit.kept.shape) < random.uniform(0.3, 1.0)
+            edges[: graph.num_groups] = True
+            circuit = replace(circuit, kept=circuit.kept & edges)
+        yield circuit
 
 
-def measure_plans(plans: list[Plan], *, seconds: float) -> list[Measured]:
-    """Latencies of freshly initialised compact models in ONNX Runtime on one thread."""
-    shape = plans[0].shape
-    models = {f"model {number}": CompactViT(plan).eval() for number, plan in enumerate(plans)}
-    say(f"measuring {len(plans)} compact models in ONNX Runtime on one thread")
-    config = BenchConfig(runtimes=("onnxruntime",), batches=_BATCHES, seconds=seconds)
+def measure_circuits(
+    shape: ViTShape, circuits: Sequence[Circuit], *, seconds: float
+) -> list[Measured]:
+    """Latencies of freshly initialised compact models in ONNX Runtime on one thread.
+
+    Each circuit is planned for each batch size, and measured with it.
+    """
+    say(f"measuring {len(circuits)} compact models in ONNX Runtime on one thread")
     images = torch.zeros(max(_BATCHES), shape.channels, shape.image_size, shape.image_size)
-    report = measure_latency(models, images, config, baselines=())
-    return [
-        Measured(plan=plan, batch=item.batch, latency_ms=item.median_ms)
-        for plan, items in zip(plans, report.latencies.values(), strict=True)
-        for item in items
-    ]
+    found: list[Measured] = []
+    for batch in _BATCHES:
+        plans = [plan_circuit(shape, circuit, CostModel(batch=batch)) for circuit in circuits]
+        models = {f"model {number}": CompactViT(plan).eval() for number, plan in enumerate(plans)}
+        config = BenchConfig(runtimes=("onnxruntime",), batches=(batch,), seconds=seconds)
+        report = measure_latency(models, images, config, baselines=())
+        found += [
+            Measured(plan=plan, batch=batch, latency_ms=item.median_ms)
+            for plan, (item,) in zip(plans, report.latencies.values(), strict=True)
+        ]
+    return found
 
 
 def _divide(measured: list[Measured]) -> tuple[list[Measured], list[Measured]]:
-    of_model = [number // len(_BATCHES) for number in range(len(measured))]
-    held_out = [number % _HELD_OUT == 0 for number in of_model]
-    pairs = list(zip(measured, held_out, strict=True))
+    pairs = [(item, number % _HELD_OUT == 1) for number, item in enumerate(measured)]
     return [item for item, out in pairs if not out], [item for item, out in pairs if out]

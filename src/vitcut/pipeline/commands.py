@@ -15,6 +15,7 @@ from vitcut.data.images import load_images
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.folder import RunFolder, choose_point
 from vitcut.pipeline.path import PATH_FOLDER
 from vitcut.pipeline.points import (
@@ -160,7 +161,8 @@ def cut_command(
 ) -> Results:
     """Compile one circuit into ``out/model`` and measure it beside the dense model."""
     settings = {"circuit": circuit.fingerprint, "cut": as_plain(config), "bench": as_plain(bench)}
-    folder = RunFolder(out, {**origin.settings(), **settings})
+    costs = {"costs": cost_model(config.batch).fingerprint}
+    folder = RunFolder(out, {**origin.settings(), **settings, **costs})
     if folder.results.exists():
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
@@ -168,7 +170,8 @@ def cut_command(
     origin.loaded(subject).claim(folder)
     name = point_name(circuit.method, circuit.discovered_under, circuit.tau)
     point = PointMaker(subject, folder, config).cut(name, circuit, into=out)
-    results = measure(subject, {CLASS_ONLY: class_only(subject), name: point}, bench)
+    baseline = class_only(subject, batch=config.batch)
+    results = measure(subject, {CLASS_ONLY: baseline, name: point}, bench)
     save_results(results, out)
     return results
 

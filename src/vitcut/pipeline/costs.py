@@ -3,13 +3,15 @@
 Measuring them is left to ``checks``.
 """
 
-from importlib.metadata import version
+import math
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 from vitcut.compiler.cost import CostModel, Unit
 from vitcut.errors import ArtefactError
 from vitcut.files import cache_dir, read_json, write_json
+from vitcut.progress import say
 from vitcut.runtime import describe_machine
 
 _VERSION = 1
@@ -31,9 +33,12 @@ def cost_model(batch: int) -> CostModel:
         return CostModel(batch=batch)
     content = read_json(path, kind="calibration", newest_version=_VERSION)
     if content.get("machine") != _machine():
+        _say_foreign(path)
         return CostModel(batch=batch)
     nanoseconds = content.get("nanoseconds", {})
-    if set(nanoseconds) != set(get_args(Unit)):
+    numbers = [value for value in nanoseconds.values() if isinstance(value, float | int)]
+    sound = set(nanoseconds) == set(get_args(Unit)) and len(numbers) == len(nanoseconds)
+    if not sound or not all(0 < value < math.inf for value in numbers):
         raise ArtefactError(f"{path} is no calibration: delete it, or run `vitcut checks`")
     return CostModel(nanoseconds=nanoseconds, batch=batch, origin="calibrated")
 
@@ -46,4 +51,14 @@ def save_costs(costs: CostModel) -> None:
 
 def _machine() -> dict[str, str]:
     """What costs depend on; those of another machine or version are not used."""
-    return {"cpu": str(describe_machine()["cpu"]), "onnxruntime": version("onnxruntime")}
+    machine = describe_machine()
+    return {
+        "cpu": f"{machine['cpu']}, {' '.join(machine['cpu_flags'])}",
+        "onnxruntime": str(machine["versions"]["onnxruntime"]),
+    }
+
+
+@cache
+def _say_foreign(path: Path) -> None:
+    """Once per process."""
+    say(f"{path} was measured on another machine or version: run `vitcut checks` for new costs")

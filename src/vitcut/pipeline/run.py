@@ -50,7 +50,8 @@ def run(config: RunConfig, out: Path) -> Results:
     images = load_images(config.data, task)
     # What does not fit the images is refused before the folder is claimed and a model trained.
     images.calibration(config.discover.images, seed=config.discover.seed)
-    require_possible(read_model(_untrained(images, config.vit, config.train)), config.select)
+    untrained = read_model(_untrained(images, config.vit, config.train))
+    require_possible(untrained, config.select, config.cut)
     Origin.own(images, config.data).claim(folder)
     train_dense(images, config.vit, config.train, folder)
     subject = Subject.of(load_model(str(folder.dense)), images)

@@ -229,10 +229,10 @@ def dense_point(subject: Subject) -> Point:
     )
 
 
-def class_only(subject: Subject) -> tuple[Point, CompactViT]:
+def class_only(subject: Subject, *, batch: int = 64) -> tuple[Point, CompactViT]:
     """The second baseline of every cut: the uncut circuit, compiled; it is not saved."""
     circuit = Circuit.full(subject.weights.graph, ablation="zero")
-    cut = cut_circuit(subject, circuit, CutConfig(ablation="zero"))
+    cut = cut_circuit(subject, circuit, CutConfig(ablation="zero", batch=batch))
     return cut_point(CLASS_ONLY, cut), cut.model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from vitcut.compact.deployment import centre_streams
+from vitcut.compact.deployment import centred
 from vitcut.compact.model import CompactViT
 from vitcut.files import atomic_path
 from vitcut.runtimes.session import Session, frozen_copy, require_parity
@@ -40,10 +40,8 @@ def export_onnx(
         ExactnessError: ONNX Runtime's logits differ from torch's.
     """
     model = frozen_copy(module)
-    if isinstance(model, CompactViT):
-        centre_streams(model)
     with atomic_path(path) as temporary:
-        _write(model, temporary, example)
+        _write(centred(model) if isinstance(model, CompactViT) else model, temporary, example)
         session = _open(temporary, threads=1)
         with torch.inference_mode():
             require_parity(_run(session, example), model(example), runtime="onnxruntime")

@@ -191,7 +191,13 @@ def _layers(candidate: Candidate) -> set[int]:
 
 
 def cut_down(
-    graph: Graph, alive: Alive, scorer: Scorer, cost: Cost, *, budget: float
+    graph: Graph,
+    alive: Alive,
+    scorer: Scorer,
+    cost: Cost,
+    *,
+    budget: float,
+    ablation: Ablation = "linear",
 ) -> Iterator[float]:
     """Cut the cheapest candidate per saving until the cost is within the budget.
 
@@ -204,6 +210,7 @@ def cut_down(
         scorer: Predicts rises of the KL.
         cost: Of a circuit.
         budget: In the unit of ``cost``.
+        ablation: Under which the circuit has to be within it.
 
     Yields:
         The cost after each cut.
@@ -213,7 +220,7 @@ def cut_down(
     """
     savings = Savings(graph, cost, alive)
     steps = count()
-    while savings.total > budget or savings.measure() > budget:
+    while savings.total > budget or cost(alive.circuit(graph, ablation)) > budget:
         together = next(steps) % _TOGETHER_EVERY == 0
         candidate = _best(graph, alive, scorer, savings, together=together)
         if candidate is None and not together:

@@ -121,7 +121,14 @@ class Selection:
         if self._scorer is None or self._config.rescore:
             self._scorer = self._score()
         alive = self._alive.copy()
-        cuts = cut_down(self.graph, alive, self._scorer, self._cost, budget=budget)
+        cuts = cut_down(
+            self.graph,
+            alive,
+            self._scorer,
+            self._cost,
+            budget=budget,
+            ablation=self._ablation,
+        )
         with Meter("cutting", 100, unit="%") as meter:
             done = 0
             for number, left in enumerate(cuts, start=1):
