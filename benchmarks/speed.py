@@ -22,14 +22,12 @@ from torch import nn
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.calibration import Measured, fit_costs, relative_errors
+from vitcut.compiler.calibration import Measured, fit_costs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.graph import Graph
 from vitcut.pipeline.budget import BudgetSearch
-from vitcut.pipeline.checks import measure_circuits, random_circuits
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
@@ -40,7 +38,7 @@ from vitcut.pipeline.stages import CLASS_ONLY, class_only, dense_point, evaluate
 from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import say
-from vitcut.results import Point
+from vitcut.results import Point, Results
 from vitcut.selection.settings import SelectConfig
 from vitcut.training.settings import FinetuneConfig
 
@@ -194,49 +192,47 @@ def measure_all(subject: Subject, out: Path) -> None:
 
 
 def measure_costs(out: Path) -> None:
-    """How well latencies of circuits that no cost was fitted to are predicted."""
-    plan = CompactViT.from_pretrained(next(out.glob("points/batch-64-*/model"))).plan
-    shape = plan.shape
-    graph = Graph(
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        groups=tuple(shape.group_rows),
-        readout=("cls",),
-    )
-
-    def measured(count: int, seed: int) -> list[Measured]:
-        circuits = list(random_circuits(graph, shape, count, seed))
-        return measure_circuits(shape, circuits, seconds=0.5)
-
-    models = 30
-    shipped = CostModel()
-    calibrated = fit_costs(measured(18, seed=0), shipped)
-    unseen = measured(models, seed=1)
-    errors = {
-        str(batch): {
-            name: float(np.median(abs(relative_errors(of_batch, costs))))
-            for name, costs in (("shipped", shipped), ("calibrated", calibrated))
-        }
-        for batch in (1, 64)
-        for of_batch in [[item for item in unseen if item.batch == batch]]
+    """How well the latencies of the cuts are predicted: by shipped costs, and fitted to half of them."""
+    results = Results.load(out / "onnxruntime-1.json")
+    cuts = [point for point in results.points if point.model and "repaired" not in point.name]
+    measured = [
+        Measured(plan=plan, batch=item.batch, latency_ms=item.median_ms)
+        for point in cuts
+        for plan in [CompactViT.from_pretrained(out / str(point.model)).plan]
+        for item in point.latency
+    ]
+    of_cut = [number // 2 % 2 for number in range(len(measured))]
+    halves = [
+        [m for m, own in zip(measured, of_cut, strict=True) if own == half] for half in (0, 1)
+    ]
+    models = {
+        "shipped": {half: CostModel() for half in (0, 1)},
+        "calibrated": {half: fit_costs(halves[1 - half], CostModel()) for half in (0, 1)},
     }
     rows = [
-        {
-            "batch": item.batch,
-            "measured_ms": item.latency_ms,
-            **{
-                f"{name}_ms": replace(costs, batch=item.batch).latency_ms(item.plan)
-                for name, costs in (("shipped", shipped), ("calibrated", calibrated))
-            },
+        {"batch": item.batch, "measured_ms": item.latency_ms}
+        | {
+            f"{name}_ms": replace(costs[half], batch=item.batch).latency_ms(item.plan)
+            for name, costs in models.items()
         }
-        for item in unseen
+        for item, half in zip(measured, of_cut, strict=True)
     ]
-    content = {
-        "models": models,
-        "median_error": errors,
-        "nanoseconds": {"shipped": shipped.nanoseconds, "calibrated": calibrated.nanoseconds},
-        "rows": rows,
+    errors = {
+        str(batch): {
+            name: float(
+                np.median(
+                    [
+                        abs(row[f"{name}_ms"] / row["measured_ms"] - 1)
+                        for row in rows
+                        if row["batch"] == batch
+                    ]
+                )
+            )
+            for name in models
+        }
+        for batch in (1, 64)
     }
+    content = {"models": len(cuts), "median_error": errors, "rows": rows}
     (out / "costs.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -260,10 +260,9 @@ def costs_text(out: Path) -> str:
     return f"""
 ## Predicted and measured latency
 
-{found["models"]} random circuits of heads and neurons per token group, none of which the costs were
-fitted to, every third with edges cut as well, each planned for its batch size, in ONNX Runtime on one
-thread: median of |predicted / measured - 1|. *Calibrated* costs are fitted as `vitcut checks` does, to 18
-others; the shipped ones are from a machine of this kind, so they say nothing of others.
+The {found["models"]} cuts above, ACDC's with cut edges among them, in ONNX Runtime on one thread: median of
+|predicted / measured - 1|. *Calibrated* costs are fitted as `vitcut checks` does, to the half of the cuts
+that a prediction is not of; the shipped ones are from a machine of this kind and say nothing of others.
 
 | batch | shipped costs | calibrated |
 | ---: | ---: | ---: |
