@@ -63,7 +63,7 @@ def _circuits(out):
     return {path.parent.name: Circuit.load(path) for path in out.glob("path/*/circuit.json")}
 
 
-def _same(one, other):
+def assert_same(one, other):
     first, second = (load_file(out / "model" / "model.safetensors") for out in (one, other))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -156,7 +156,7 @@ def test_the_saved_fill_is_the_circuits_and_gives_the_compact_model(cut):
 
 def test_two_cuts_come_out_the_same(finished, cut, tmp_path):
     _cut(finished, tmp_path / "again")
-    _same(cut, tmp_path / "again")
+    assert_same(cut, tmp_path / "again")
 
 
 STAGES = {
@@ -190,7 +190,7 @@ def test_a_cut_that_is_killed_at_every_stage_ends_the_same(finished, cut, tmp_pa
     for stage in STAGES.values():
         _killed(finished, out, stage)
     _cut(finished, out)
-    _same(cut, out)
+    assert_same(cut, out)
 
 
 def test_a_killed_cut_by_first_scores_ends_the_same(finished, tmp_path):
@@ -199,7 +199,7 @@ def test_a_killed_cut_by_first_scores_ends_the_same(finished, tmp_path):
     _cut(finished, tmp_path / "whole", select)
     _killed(finished, tmp_path / "killed", (Circuit, "save", 1), select)
     _cut(finished, tmp_path / "killed", select)
-    _same(tmp_path / "whole", tmp_path / "killed")
+    assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])

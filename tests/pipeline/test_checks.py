@@ -4,9 +4,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from tiny import random_vit
 
 from vitcut.cli import main
+from vitcut.compiler.calibration import Measured
 from vitcut.compiler.cost import CostModel
+from vitcut.compiler.planning import plan_circuit, shape_of
 from vitcut.errors import ArtefactError
 from vitcut.pipeline import checks, costs
 from vitcut.pipeline.costs import cost_model, save_costs
@@ -69,3 +72,18 @@ def test_a_calibration_that_lacks_costs_is_refused():
 def test_too_few_models_to_learn_from_are_refused(capsys):
     assert main(["checks", "--models", "2"]) == 2
     assert "models must be at least 3, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("models", [3, 6, 18])
+def test_a_model_is_held_out_at_every_batch_size_or_at_none(models):
+    weights = random_vit()
+    shape = shape_of(weights)
+    circuits = checks.random_circuits(weights.split_graph, shape, models, 0)
+    plans = [plan_circuit(shape, circuit) for circuit in circuits]
+    measured = [
+        Measured(plan=plan, batch=batch, latency_ms=1.0) for batch in (1, 64) for plan in plans
+    ]
+    fitted, held_out = checks.divide(measured, models)
+    assert {id(item.plan) for item in fitted}.isdisjoint(id(item.plan) for item in held_out)
+    assert len(fitted) + len(held_out) == 2 * models
+    assert len(held_out) == 2 * len({id(item.plan) for item in held_out}) > 0

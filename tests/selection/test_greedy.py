@@ -218,15 +218,15 @@ def macs(circuit: Circuit) -> float:
 @given(st.integers(0, 10**6), st.sampled_from(["all", "split"]))
 @settings(max_examples=15)
 def test_the_predicted_total_is_always_the_measured_cost(cost, seed, tokens):
-    follow_savings(cost, seed, tokens)
+    assert_savings_follow(cost, seed, tokens)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_predicted_total_is_always_the_counted_macs(seed):
-    follow_savings(macs, seed, "split")
+    assert_savings_follow(macs, seed, "split")
 
 
-def follow_savings(cost, seed: int, tokens: str) -> None:
+def assert_savings_follow(cost, seed: int, tokens: str) -> None:
     """Random cuts down to one head, each compared with the measured cost."""
     random, graph = np.random.default_rng(seed), WEIGHTS.graph_of(tokens)
     alive = Alive.everything(graph, 2)

@@ -69,7 +69,7 @@ def givens(draw: st.DrawFn) -> Given:
     return Given(seed, parts, draw(st.integers(1, 3)), alive)
 
 
-def close(got, expected, tol=1e-7):
+def assert_close(got, expected, tol=1e-7):
     torch.testing.assert_close(got, expected, rtol=tol, atol=tol)
 
 
@@ -79,7 +79,7 @@ def test_a_response_is_minus_what_the_others_miss_of_a_part(given):
     assert responses.shape == (len(given.alive), CLASSES * IMAGES)
     for part, alive in enumerate(given.alive.tolist()):
         expected = given.response([part]) if alive else torch.zeros_like(responses[part])
-        close(responses[part], expected)
+        assert_close(responses[part], expected)
 
 
 @given(givens())
@@ -88,14 +88,14 @@ def test_without_a_covariance_a_part_becomes_what_replaces_it(given):
     change = given.gradients * (given.replaced - given.activations)
     expected = change.sum(2).unflatten(-1, (-1, given.size)).sum(-1).permute(2, 0, 1).flatten(1)
     expected = expected * given.alive[:, None]
-    close(site.responses(), expected)
-    close(site.whole_response(), expected.sum(0))
+    assert_close(site.responses(), expected)
+    assert_close(site.whole_response(), expected.sum(0))
     first = int(torch.nonzero(given.alive)[0])
     site.cut([first])
-    close(site.refresh(), expected[first])
+    assert_close(site.refresh(), expected[first])
     others = expected.clone()
     others[first] = 0
-    close(site.responses(), others)
+    assert_close(site.responses(), others)
 
 
 @given(givens(), st.data())
@@ -107,23 +107,23 @@ def test_after_a_refresh_the_others_have_taken_over(given, data):
     site = given.site()
     site.cut(gone)
     assert site.num_pending == len(gone)
-    close(site.refresh(), given.response(gone))
+    assert_close(site.refresh(), given.response(gone))
     assert site.num_pending == 0
     kept = site.alive.repeat_interleave(given.size)
     expected = torch.zeros_like(given.covariance)
     inverse = torch.linalg.inv(given.covariance[kept][:, kept])
     expected[kept[:, None] & kept] = inverse.flatten()
-    close(site._precision, expected, 1e-6)
+    assert_close(site._precision, expected, 1e-6)
     lost = torch.zeros(len(given.alive), dtype=torch.bool)
     lost[gone] = True
     lost = lost.repeat_interleave(given.size)
     R = given.covariance[lost][:, kept] @ inverse
     effective = given.gradients[..., kept] + given.gradients[..., lost] @ R
-    close(site._gradients[..., kept], effective, 1e-6)
+    assert_close(site._gradients[..., kept], effective, 1e-6)
     fresh = Given(0, len(given.alive), given.size, site.alive)
     fresh.activations, fresh.replaced = given.activations, given.replaced
     fresh.covariance, fresh.gradients = given.covariance, site._gradients
-    close(site.responses(), fresh.site().responses(), 1e-6)
+    assert_close(site.responses(), fresh.site().responses(), 1e-6)
 
 
 @given(givens(), st.randoms(use_true_random=False), st.booleans())
@@ -137,11 +137,11 @@ def test_cuts_one_after_the_other_add_up_to_the_cut_at_once(given, random, every
         expected = site.responses()[part]
         site.cut([part])
         response = site.refresh()
-        close(response, expected, 1e-6)
+        assert_close(response, expected, 1e-6)
         total = total + response
-    close(total, given.response(order), 1e-6)
+    assert_close(total, given.response(order), 1e-6)
     if everything:
-        close(total, given.site().whole_response(), 1e-6)
+        assert_close(total, given.site().whole_response(), 1e-6)
 
 
 @given(givens())
@@ -149,9 +149,9 @@ def test_cutting_all_that_is_left_counts_what_waits_for_a_refresh(given):
     site = given.site()
     expected = site.whole_response()
     alive = torch.nonzero(given.alive).flatten().tolist()
-    close(expected, given.response(alive))
+    assert_close(expected, given.response(alive))
     site.cut(alive[:1])
-    close(site.whole_response(), expected)
+    assert_close(site.whole_response(), expected)
 
 
 def test_what_it_is_made_of_is_not_changed_but_for_the_activations():
@@ -190,11 +190,11 @@ def test_dead_features_cost_nothing_and_change_nothing():
     given.covariance[2, 2] = 1e-9
     given.activations[..., 2] = given.replaced[:, 2]
     site = given.site()
-    close(site.responses()[2], torch.zeros(CLASSES * IMAGES, dtype=torch.float64))
+    assert_close(site.responses()[2], torch.zeros(CLASSES * IMAGES, dtype=torch.float64))
     before = site.responses()
     site.cut([2])
-    close(site.refresh(), torch.zeros_like(before[2]))
-    close(site.responses()[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+    assert_close(site.refresh(), torch.zeros_like(before[2]))
+    assert_close(site.responses()[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
 
 
 @given(st.integers(0, 10**6))
@@ -210,14 +210,14 @@ def test_the_objective_is_the_formula(seed):
     def b(s):
         return -(p * s).sum(0).mean()
 
-    close(objective.of(s_u.flatten()), b(s_u) + r(s_u).square().sum())
+    assert_close(objective.of(s_u.flatten()), b(s_u) + r(s_u).square().sum())
     crossed = objective.interaction(s_u.flatten(), s_v.flatten())
-    close(crossed, 2 * (r(s_u) * r(s_v)).sum())
+    assert_close(crossed, 2 * (r(s_u) * r(s_v)).sum())
     together = b(s_u) + b(s_v) + (r(s_u) + r(s_v)).square().sum()
-    close(objective.of(s_u.flatten()) + objective.of(s_v.flatten()) + crossed, together)
-    close(objective.of((s_u + s_v).flatten()), together)
+    assert_close(objective.of(s_u.flatten()) + objective.of(s_v.flatten()) + crossed, together)
+    assert_close(objective.of((s_u + s_v).flatten()), together)
     both = torch.stack([s_u.flatten(), s_v.flatten()])
-    close(objective.of(both)[1], objective.of(s_v.flatten()))
+    assert_close(objective.of(both)[1], objective.of(s_v.flatten()))
 
 
 def test_the_objective_of_a_cut_model_weighs_by_the_full_and_the_cut_distribution():
@@ -230,8 +230,8 @@ def test_the_objective_of_a_cut_model_weighs_by_the_full_and_the_cut_distributio
     p = log_probs(full_run(weights, pixels).logits).exp()
     q = log_probs(masked_run(weights, pixels, circuit, fill).logits).exp()
     assert (p - q).abs().max() > 0.01
-    close(objective.curvature, q.T.flatten() / 38)
-    close(objective.slope, -p.T.flatten() / 19)
+    assert_close(objective.curvature, q.T.flatten() / 38)
+    assert_close(objective.slope, -p.T.flatten() / 19)
 
 
 @given(
@@ -256,7 +256,7 @@ def test_responses_of_a_cut_model_are_the_slopes_of_its_log_probabilities(
         place = (site.layer, site.kind, site.group)
         part = int(random.choice(torch.nonzero(site.alive).flatten().numpy()))
         nudged = Nudged(weights, circuit, fill, statistics, {place: [part]})
-        close(site.responses()[part], nudged.slope(pixels).T.flatten(), 1e-5)
+        assert_close(site.responses()[part], nudged.slope(pixels).T.flatten(), 1e-5)
 
 
 def test_sites_that_are_cut_whole_are_left_out():

@@ -222,7 +222,7 @@ def _with_overlapping_patches(model: VisionTransformer) -> None:
         (_with_module, r"blocks\.1\.adapter \(Linear\), a part of an unknown kind"),
         (_with_method, r"blocks\.0 \(Block\), whose method forward was replaced"),
         (_with_subclass, "attention's proj LoraLinear"),
-        (_with_parametrization, "MLP's fc1 ParametrizedLinear"),
+        (_with_parametrization, "MLP's first layer ParametrizedLinear"),
         (_with_odd_dropout, r"drop_path1 \(Tanh\)"),
         (_with_overlapping_patches, "patch embedding .*whose patches do not lie side by side"),
     ],

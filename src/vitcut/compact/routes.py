@@ -29,6 +29,8 @@ class Routes:
         self._pieces: list[dict[Letter, list[Piece]]] = [
             {letter: self._find(group, letter) for letter in LETTERS} for group in plan.groups
         ]
+        self._cuts = self._sorted_pieces()
+        """Per projection the pieces that it falls into."""
         read = [streams for group in plan.groups for streams in (group.keys, group.values)]
         read += [item.streams for item in plan.projections if len(item.streams) > 1]
         self.read_together = [streams for streams in dict.fromkeys(read) if streams]
@@ -38,19 +40,22 @@ class Routes:
 
     def cut(self, columns: Sequence[Tensor]) -> "Parts":
         """What all projections computed, each of shape [tokens, columns], in pieces."""
-        used = {
-            piece for by_letter in self._pieces for pieces in by_letter.values() for piece in pieces
-        }
         found: dict[Piece, Tensor] = {}
-        for number, whole in enumerate(columns):
-            pieces = sorted(piece for piece in used if piece.projection == number)
+        for whole, pieces in zip(columns, self._cuts, strict=True):
             if _partition(pieces):
                 sizes = [piece.end - piece.first for piece in pieces]
                 parts = whole.split(sizes, dim=1) if len(sizes) > 1 else (whole,)
-                found |= dict(zip(pieces, parts, strict=True))
             else:
-                found |= {piece: whole[:, piece.first : piece.end] for piece in pieces}
+                parts = tuple(whole[:, piece.first : piece.end] for piece in pieces)
+            found |= dict(zip(pieces, parts, strict=True))
         return Parts(self._plan, self._pieces, found)
+
+    def _sorted_pieces(self) -> list[list[Piece]]:
+        used = {piece for of in self._pieces for pieces in of.values() for piece in pieces}
+        return [
+            sorted(piece for piece in used if piece.projection == number)
+            for number in range(len(self._plan.projections))
+        ]
 
     def _find(self, group: HeadGroupPlan, letter: Letter) -> list[Piece]:
         """The pieces to be joined, in the order of a group's heads."""

@@ -52,7 +52,7 @@ def calibrate(model: str, *, models: int, seconds: float, seed: int = 0) -> Cali
     shape, graph = shape_of(weights), weights.split_graph
     circuits = list(random_circuits(graph, shape, models, seed))
     measured = measure_circuits(shape, circuits, seconds=seconds)
-    fitted, held_out = _divide(measured)
+    fitted, held_out = divide(measured, models)
     costs = cost_model(1), fit_costs(fitted, CostModel())
     before, after = (float(np.median(abs(relative_errors(held_out, item)))) for item in costs)
     save_costs(fit_costs(measured, CostModel()))
@@ -106,6 +106,13 @@ def measure_circuits(
     return found
 
 
-def _divide(measured: list[Measured]) -> tuple[list[Measured], list[Measured]]:
-    pairs = [(item, number % _HELD_OUT == 1) for number, item in enumerate(measured)]
+def divide(measured: Sequence[Measured], models: int) -> tuple[list[Measured], list[Measured]]:
+    """Latencies to fit costs to, and those of models that are held out at every batch size.
+
+    Args:
+        measured: As `measure_circuits` gives it: all models at one batch size, then at the next.
+        models: How many.
+    """
+    held_out = [number % models % _HELD_OUT == 1 for number in range(len(measured))]
+    pairs = list(zip(measured, held_out, strict=True))
     return [item for item, out in pairs if not out], [item for item, out in pairs if out]

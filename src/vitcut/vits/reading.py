@@ -10,7 +10,7 @@ from torch import nn
 
 from vitcut.errors import UnsupportedModelError
 from vitcut.shapes import Tensor
-from vitcut.vits.weights import NormWeights
+from vitcut.vits.weights import Activation, MlpWeights, NormWeights
 
 _OWN_HOOKS = "transformers.utils.output_capturing"
 """Its hooks only look at what passes by."""
@@ -99,6 +99,24 @@ class Reading:
             weight=like.new_ones(width) if module.weight is None else self.tensor(module.weight),
             bias=like.new_zeros(width) if module.bias is None else self.tensor(module.bias),
             eps=module.eps,
+        )
+
+    def mlp(
+        self,
+        first: Any,
+        second: Any,
+        activation: Activation,
+        layer_scale: Tensor | None = None,
+    ) -> MlpWeights:
+        """An MLP of two linear layers, LayerScale folded into the second."""
+        in_weight, in_bias = self.linear(first, "MLP's first layer")
+        out_weight, out_bias = scaled(*self.linear(second, "MLP's second layer"), layer_scale)
+        return MlpWeights(
+            in_weight=in_weight,
+            in_bias=in_bias,
+            out_weight=out_weight,
+            out_bias=out_bias,
+            activation=activation,
         )
 
     def grid(self, image_size: Any, patch_size: Any) -> None:

@@ -183,15 +183,7 @@ class _TimmReading(Reading):
         self.require(mlp, Mlp, "MLP")
         for name in ("norm", "drop1", "drop2"):
             self.inert(getattr(mlp, name), f"an MLP with {name}")
-        in_weight, in_bias = self.linear(mlp.fc1, "MLP's fc1")
-        out_weight, out_bias = scaled(*self.linear(mlp.fc2, "MLP's fc2"), layer_scale)
-        return MlpWeights(
-            in_weight=in_weight,
-            in_bias=in_bias,
-            out_weight=out_weight,
-            out_bias=out_bias,
-            activation=self._activation(mlp.act),
-        )
+        return self.mlp(mlp.fc1, mlp.fc2, self._activation(mlp.act), layer_scale)
 
     def _activation(self, module: Any) -> Activation:
         activation = _ACTIVATIONS.get(type(module))

@@ -108,15 +108,7 @@ class _TorchvisionReading(Reading):
         self.require(activation, nn.GELU, "activation")
         for dropout in (mlp[2], mlp[4]):
             self.inert(dropout, "dropout")
-        in_weight, in_bias = self.linear(first, "MLP's first layer")
-        out_weight, out_bias = self.linear(second, "MLP's second layer")
-        return MlpWeights(
-            in_weight=in_weight,
-            in_bias=in_bias,
-            out_weight=out_weight,
-            out_bias=out_bias,
-            activation="gelu",
-        )
+        return self.mlp(first, second, "gelu")
 
     def _norm(self, module: Any) -> NormWeights:
         return self.norm(module, "norm", like=self._vit.class_token)

@@ -218,15 +218,7 @@ class _HfReading(Reading):
         if type(mlp).__name__.endswith("SwiGLUFFN"):
             self.refuse(f"SwiGLU: MLP {type(mlp).__name__}", yet=True)
         self._require(mlp, "MLP")
-        in_weight, in_bias = self.linear(mlp.fc1, "MLP's fc1")
-        out_weight, out_bias = scaled(*self.linear(mlp.fc2, "MLP's fc2"), layer_scale)
-        return MlpWeights(
-            in_weight=in_weight,
-            in_bias=in_bias,
-            out_weight=out_weight,
-            out_bias=out_bias,
-            activation=self._activation(mlp.activation_fn),
-        )
+        return self.mlp(mlp.fc1, mlp.fc2, self._activation(mlp.activation_fn), layer_scale)
 
     def _activation(self, module: Any) -> Activation:
         plain = type(module) is GELUActivation and module.act is nn.functional.gelu
