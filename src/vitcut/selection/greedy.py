@@ -169,7 +169,7 @@ class Savings:
             self._neurons = {}
         elif site in self._neurons and len(parts) == 1 and not others:
             self.total -= self._neurons[site]
-            self._forget(lambda item: any(place == site for place, _ in item))
+            self._lose_neuron(site, parts[0])
             return
         else:
             # What would empty a site saves what then reaches nothing, in whatever layer.
@@ -178,6 +178,19 @@ class Savings:
                 place: saving for place, saving in self._neurons.items() if place[0] not in layers
             }
         self.total = self.measure()
+
+    def _lose_neuron(self, site: SiteKey, neuron: int) -> None:
+        """What cuts all neurons of a site leaves the same behind, and so saves one neuron less."""
+        saving, self._known = self._known, {}
+        for item, saved in saving.items():
+            if site not in dict(item):
+                self._known[item] = saved
+            elif len(dict(item)[site]) > 1:
+                left = tuple(
+                    (place, tuple(part for part in parts if (place, part) != (site, neuron)))
+                    for place, parts in item
+                )
+                self._known[left] = saved - self._neurons[site]
 
     def _forget(self, stale: Callable[[Candidate], bool]) -> None:
         self._known = {item: saving for item, saving in self._known.items() if not stale(item)}

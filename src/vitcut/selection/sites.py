@@ -88,6 +88,8 @@ class Site:
         if covariance is not None:
             self._precision = _precision(covariance, self._features(self.alive))
         self._pending = torch.zeros_like(self.alive)
+        self._alone: Tensor | None = None
+        """The response to each feature, cut ones included, where nothing predicts it."""
 
     def responses(self) -> Float[Tensor, "parts responses"]:
         """The response to cutting each part alone; zero for those that are cut."""
@@ -100,8 +102,9 @@ class Site:
 
         Nothing is there to predict from.
         """
-        gone = self._features(self.alive | self._pending)
-        return self._along_gradients(-self._centred * gone).sum(1)
+        if self._alone is None:
+            self._alone = self._along_gradients(-self._centred)
+        return self._alone @ self._features(self.alive | self._pending).to(self._alone)
 
     def cut(self, parts: Sequence[int]) -> None:
         """Mark parts as cut; the others know of it after ``refresh``."""
@@ -117,6 +120,7 @@ class Site:
         """Let the others take over from the parts that were cut; returns those parts' response."""
         gone, kept = self._features(self._pending), self._features(self.alive)
         self._pending[:] = False
+        self._alone = None
         if self._precision is None or not bool(kept.any()):
             return self._along_gradients(-self._centred * gone).sum(1)
         precision, low = self._precision, self._centred.dtype
