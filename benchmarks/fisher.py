@@ -33,7 +33,7 @@ from vitcut.runtime import describe_machine
 from vitcut.vits.weights import ViTWeights
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "fisher"
-IMAGES, NEURONS, EDGES = 58, 96, 120
+IMAGES, NEURONS, EDGES = 116, 96, 120
 ABLATIONS: tuple[Ablation, ...] = ("mean", "resample")
 KINDS = ("heads", "neurons", "edges")
 

@@ -57,15 +57,31 @@ def undisturbed(draw_value):
 @st.composite
 @undisturbed
 def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights:
+    """ViTs of every kind that is understood; half of them are plain."""
+    some = st.booleans() if draw(st.booleans()) else st.just(value=False)
+    num_prefix = draw(st.integers(1, 2))
+    num_read, patch_readout = 1, "none"
+    if draw(some):
+        num_read = draw(st.integers(0, num_prefix))
+        kinds = ["normed_mean", "mean", *(["none"] if num_read else [])]
+        patch_readout = draw(st.sampled_from(kinds))
+    rotary = draw(some)
     return random_vit(
         draw(st.integers(0, 10**6)),
         num_layers=draw(st.integers(1, max_layers)),
         num_heads=draw(st.integers(1, max_heads)),
         width=draw(st.integers(4, 12)),
-        head_dim=draw(st.integers(1, 4)),
+        head_dim=draw(st.sampled_from([2, 4] if rotary else [1, 2, 3, 4])),
         hidden=draw(st.integers(1, 9)),
         patches_per_side=draw(st.integers(1, 2)),
-        num_prefix=draw(st.integers(1, 2)),
+        patch_size=draw(st.integers(1, 2)),
+        num_prefix=num_prefix,
+        num_read=num_read,
+        patch_readout=patch_readout,
+        embed_norm=draw(some),
+        head_norm=draw(some),
+        rotary=rotary,
+        gated=draw(some),
         activation=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])),
     )
 

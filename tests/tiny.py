@@ -8,9 +8,9 @@ from vitcut.circuit import Circuit
 from vitcut.compact.plan import ViTShape
 from vitcut.intervention.ablation import zero_fill
 from vitcut.intervention.fill import Fill
+from vitcut.names import Activation, PatchReadout
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import (
-    Activation,
     AttentionWeights,
     BlockWeights,
     MlpWeights,
@@ -32,14 +32,26 @@ def random_vit(
     num_prefix: int = 1,
     num_classes: int = 4,
     activation: Activation = "gelu",
+    num_read: int = 1,
+    patch_readout: PatchReadout = "none",
+    embed_norm: bool = False,
+    head_norm: bool = False,
+    rotary: bool = False,
+    gated: bool = False,
 ) -> ViTWeights:
     draw = torch.Generator().manual_seed(seed)
+    num_tokens = num_prefix + patches_per_side**2
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64) * std
 
-    def norm() -> NormWeights:
+    def norm(width: int = width) -> NormWeights:
         return NormWeights(weight=1 + normal(width, std=0.3), bias=normal(width, std=0.3), eps=1e-6)
+
+    def rotation() -> Tensor:
+        angles = normal(1 if patch_size % 2 else num_heads, num_tokens, head_dim // 2)
+        angles = torch.cat([angles, angles], dim=2)
+        return torch.stack([angles.cos(), angles.sin()])
 
     def block() -> BlockWeights:
         projections = {
@@ -54,6 +66,9 @@ def random_vit(
                 out_weight=normal(num_heads, width, head_dim, std=head_dim**-0.5),
                 out_bias=normal(width, std=0.5),
                 scale=head_dim**-0.5,
+                q_norm=norm(head_dim) if head_norm else None,
+                k_norm=norm(head_dim) if head_norm else None,
+                rotation=rotation() if rotary else None,
             ),
             mlp_norm=norm(),
             mlp=MlpWeights(
@@ -62,6 +77,8 @@ def random_vit(
                 out_weight=normal(width, hidden, std=hidden**-0.5),
                 out_bias=normal(width, std=0.5),
                 activation=activation,
+                gate_weight=normal(hidden, width, std=1.5 * width**-0.5) if gated else None,
+                gate_bias=normal(hidden, std=0.5) if gated else None,
             ),
         )
 
@@ -72,8 +89,11 @@ def random_vit(
         positions=normal(patches_per_side**2, width, std=0.5),
         blocks=tuple(block() for _ in range(num_layers)),
         norm=norm(),
-        head_weight=normal(num_classes, width),
+        head_weight=normal(num_classes, width * (num_read + (patch_readout != "none"))),
         head_bias=normal(num_classes),
+        num_read=num_read,
+        patch_readout=patch_readout,
+        patch_norm=norm() if embed_norm else None,
     )
 
 

@@ -186,6 +186,15 @@ class Graph:
         """The number of the first target ``classifier``: the only one of a single readout."""
         return self.classifiers[0]
 
+    def target_in_group(self, target: int, group: int) -> int | None:
+        """The number of an unsplit graph's target in a group; None where no classifier reads it."""
+        if target != self.unsplit.classifier:
+            return target * self.num_groups + group
+        if not self.groups:
+            return target
+        name = self.groups[group]
+        return self.classifiers[self.readout.index(name)] if name in self.readout else None
+
     def sources_of(self, target: int) -> tuple[int, ...]:
         """The sources that are computed from a target; the classifier feeds none."""
         item = self.targets[target]

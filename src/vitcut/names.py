@@ -20,6 +20,10 @@ Split = Literal["train", "tuning", "validation"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 """What stands between the two products of an MLP."""
 
+PatchReadout = Literal["none", "normed_mean", "mean"]
+"""What the classifier reads of the patches: nothing, the mean of their LayerNorms, or the LayerNorm
+of their mean."""
+
 Letter = Literal["q", "k", "v"]
 """What a head computes of its input: queries, keys, values."""
 

@@ -32,8 +32,10 @@ PLAN = Plan(
             attention=None, mlps=(MlpPlan(name="mlp.0", stream=STREAM, hidden=7, bias=True),)
         ),
     ),
-    classifier=StreamPlan(
-        name="stream.1", rows=CLS, terms=(TermPlan(name="mlp.0", rows=ALL),), table_rows=1
+    readout=(
+        StreamPlan(
+            name="stream.1", rows=CLS, terms=(TermPlan(name="mlp.0", rows=ALL),), table_rows=1
+        ),
     ),
 )
 
@@ -55,7 +57,7 @@ def test_every_token_belongs_to_one_group():
         (lambda c: c.pop("embeds"), "plan must have the keys"),
         (lambda c: c.update(blocks=3), r"plan\.blocks must be"),
         (lambda c: c["shape"].update(width="6"), r"plan\.shape\.width must be"),
-        (lambda c: c["classifier"]["rows"].update(end="5"), r"plan\.classifier\.rows\.end must be"),
+        (lambda c: c["readout"][0]["rows"].update(end="5"), r"plan\.readout\[0\]\.rows\.end must"),
         (lambda c: c["blocks"][0].update(extra=1), r"plan\.blocks\[0\] must have the keys"),
     ],
 )

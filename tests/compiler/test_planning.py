@@ -24,7 +24,7 @@ def streams_of(plan):
     for block in plan.blocks:
         yield from block.attention.streams if block.attention else ()
         yield from (mlp.stream for mlp in block.mlps)
-    yield from [plan.classifier] if plan.classifier else ()
+    yield from plan.readout
 
 
 def names(terms):
@@ -87,7 +87,7 @@ def test_the_class_token_row_of_the_patch_embedding_is_not_added():
     kept[0, [GRAPH.head_target(0, 0, "v"), GRAPH.classifier]] = True
     kept[GRAPH.head_source(0, 0), GRAPH.classifier] = True
     plan = plan_circuit(REFERENCE, Circuit(graph=GRAPH, kept=kept, ablation="mean"))
-    assert names(plan.classifier.terms) == ["out.0.0"]
+    assert names(plan.readout[0].terms) == ["out.0.0"]
 
 
 @given(st.permutations([(layer, head) for layer in range(6) for head in range(8)]))

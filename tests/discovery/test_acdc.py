@@ -162,9 +162,9 @@ def test_what_a_group_is_asked_for_is_computed_once_for_all_that_read_it(monkeyp
     state.take_evaluations()
     projected: list[tuple[str, int]] = []
 
-    def counted(attn, letter, head, normed):
+    def counted(attn, letter, head, normed, rows):
         projected.append((letter, normed.shape[1]))
-        return project_head(attn, letter, head, normed)
+        return project_head(attn, letter, head, normed, rows)
 
     monkeypatch.setattr("vitcut.discovery.propagation.project_head", counted)
     patch, num_patches = graph.groups.index("patch"), weights.num_tokens - weights.num_prefix

@@ -57,8 +57,8 @@ def test_a_head_is_scored_by_cutting_all_that_it_writes(tokens, ablation):
 def kl_of_last_block_without(neuron: int, pixels: torch.Tensor) -> float:
     """Zero one neuron of the last MLP, by hand."""
     run = full_run(WEIGHTS, pixels)
-    gone = run.neurons[-1][:, 0, neuron, None] * WEIGHTS.blocks[-1].mlp.out_weight[:, neuron]
-    logits = classify(WEIGHTS, run.inputs[-1][0, :, 0] - gone)
+    gone = run.neurons[-1][:, :1, neuron, None] * WEIGHTS.blocks[-1].mlp.out_weight[:, neuron]
+    logits = classify(WEIGHTS, run.inputs[-1][0, :, :1] - gone)
     p, q = (coarse_log_probs(x, GROUP_OF_CLASS, 3) for x in (run.logits, logits))
     return float(kl_divergence(p, q).mean())
 

@@ -10,7 +10,15 @@ from tiny import random_pixels, random_vit
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
 from vitcut.intervention.ablation import mean_fill
-from vitcut.intervention.forward import activate, attend, classify, embed, normalise, project
+from vitcut.intervention.forward import (
+    activate,
+    attend,
+    classify,
+    embed,
+    normalise,
+    project,
+    read_out,
+)
 from vitcut.intervention.least_squares import add_ridge, fit_fill, regress, site_statistics
 from vitcut.intervention.masking import full_run, masked_run
 from vitcut.names import LETTERS
@@ -64,7 +72,7 @@ def cut_literally(weights: ViTWeights, circuit: Circuit, pixels, ridge: float) -
         for group, span in enumerate(rows):
             hidden[:, span] = predict(hidden[:, span], circuit.neurons[layer, group], ridge)
         stream = stream + torch.from_numpy(hidden) @ block.mlp.out_weight.T + block.mlp.out_bias
-    return classify(weights, stream[:, 0])
+    return classify(weights, read_out(weights, stream))
 
 
 def predict(site: NDArray[np.float64], kept: NDArray[np.bool_], ridge: float):

@@ -11,7 +11,14 @@ from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
 from vitcut.intervention.ablation import fixed_fill, mean_fill, zero_fill
 from vitcut.intervention.fill import Fill
-from vitcut.intervention.forward import activate, attend, classify, normalise, project_head
+from vitcut.intervention.forward import (
+    activate,
+    attend,
+    classify,
+    normalise,
+    project_head,
+    read_out,
+)
 from vitcut.intervention.masking import full_run, masked_logits, masked_run
 from vitcut.names import LETTERS
 from vitcut.vits.weights import ViTWeights
@@ -24,6 +31,8 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
     spans = dict(zip(graph.groups or ("all",), weights.rows_of(graph), strict=True))
     patches = F.conv2d(pixels, weights.patch_weight, weights.patch_bias, stride=weights.patch_size)
     patches = patches.flatten(2).transpose(1, 2) + weights.positions
+    if weights.patch_norm is not None:
+        patches = normalise(weights.patch_norm, patches)
     prefix = weights.prefix.expand(len(pixels), -1, -1)
     written = {"embed": torch.cat([prefix, patches], dim=1)}
     biases = torch.zeros(weights.width, dtype=weights.dtype)
@@ -49,6 +58,7 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
                     letter,
                     head,
                     normalise(block.attn_norm, read(f"attn.{layer}.{head}.{letter}")),
+                    slice(None),
                 )
                 for letter in LETTERS
             )
@@ -63,7 +73,7 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
         normed = normalise(block.mlp_norm, read(f"mlp.{layer}"))
         written[f"mlp.{layer}"] = mlp_by_hand(block.mlp, normed, circuit, fill, (layer, spans))
         biases = biases + block.mlp.out_bias
-    return classify(weights, read("classifier")[:, 0])
+    return classify(weights, read_out(weights, read("classifier")))
 
 
 def mlp_by_hand(mlp, normed, circuit: Circuit, fill: Fill, place) -> torch.Tensor:
@@ -117,7 +127,7 @@ def test_cutting_every_edge_leaves_output_biases_and_ablated_values():
     readout = table.sum(0)[0]
     for block in weights.blocks:
         readout = readout + block.attn.out_bias + block.mlp.out_bias
-    expected = classify(weights, readout[None]).expand(len(pixels), -1)
+    expected = classify(weights, readout[None, None]).expand(len(pixels), -1)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 

@@ -5,6 +5,7 @@ import timm
 import torch
 from adapter_laws import check_reading, expect_refusal, shaken, state_of, tensors_of
 from timm.layers.hybrid_embed import HybridEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -45,6 +46,18 @@ def _vit(**given) -> VisionTransformer:
         pytest.param({"reg_tokens": 1, "no_embed_class": True}, id="register without position"),
         pytest.param({"fc_norm": True}, id="norm after the class token is picked"),
         pytest.param({"pos_embed": "none"}, id="no positions"),
+        pytest.param({"global_pool": "avg"}, id="mean of patches, then norm"),
+        pytest.param({"global_pool": "avg", "fc_norm": False}, id="norm, then mean of patches"),
+        pytest.param(
+            {"global_pool": "avg", "class_token": False, "reg_tokens": 1},
+            id="mean beside a register",
+        ),
+        pytest.param({"global_pool": "avg", "class_token": False}, id="patches alone"),
+        pytest.param({"pre_norm": True, "reg_tokens": 1}, id="norm before the blocks"),
+        pytest.param({"qk_norm": True}, id="qk-norm"),
+        pytest.param({"mlp_layer": timm.layers.SwiGLUPacked, "mlp_ratio": 1}, id="SwiGLU, packed"),
+        pytest.param({"mlp_layer": timm.layers.GluMlp, "mlp_ratio": 1}, id="GLU, gate last"),
+        pytest.param({"mlp_layer": timm.layers.SwiGLU, "init_values": 0.1}, id="SwiGLU"),
         pytest.param({"dynamic_img_size": True}, id="dynamic size, at its own"),
         pytest.param({"in_chans": 1}, id="one channel"),
         pytest.param({"patch_size": 4}, id="small patches"),
@@ -71,6 +84,27 @@ def test_every_weight_has_the_models_type(variant, dtype):
     assert {tensor.dtype for tensor in tensors_of(weights)} == {dtype}
 
 
+def test_a_distilled_model_answers_with_the_mean_of_two_classifiers():
+    torch.manual_seed(0)
+    weights = check_reading(shaken(VisionTransformerDistilled(**SIZES)))
+    assert (weights.num_read, weights.num_prefix, weights.patch_readout) == (2, 2, "none")
+    assert weights.split_graph.groups == ("cls", "patch")
+    assert weights.split_graph.readout == ("cls",)
+
+
+@pytest.mark.parametrize(
+    ("variant", "readout", "groups"),
+    [
+        ({}, ("cls",), ("cls", "patch")),
+        ({"global_pool": "avg"}, ("patch",), ("register", "patch")),
+        ({"global_pool": "avg", "class_token": False}, ("patch",), ("patch",)),
+    ],
+)
+def test_token_groups_follow_what_the_classifier_reads(variant, readout, groups):
+    graph = read_model(_vit(**variant)).split_graph
+    assert (graph.readout, graph.groups) == (readout, groups)
+
+
 def test_heads_wider_than_their_share_of_the_width_are_read():
     model = _vit(num_heads=2)
     for block in model.blocks:
@@ -94,13 +128,8 @@ def test_sizes_are_those_of_the_model():
 @pytest.mark.parametrize(
     ("variant", "feature"),
     [
-        ({"qk_norm": True}, "yet: qk-norm"),
-        ({"global_pool": "avg"}, "yet: mean pooling"),
-        ({"global_pool": "avg", "fc_norm": False}, "yet: mean pooling"),
-        ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "yet: mean pooling"),
         ({"global_pool": "max"}, "global_pool='max'"),
         ({"global_pool": "map"}, "attention pooling"),
-        ({"pre_norm": True}, "yet: norm_pre"),
         ({"final_norm": False}, "norm Identity"),
         ({"img_size": (16, 24)}, "image size 16 x 24"),
         ({"patch_size": (8, 4)}, "patch size 8 x 4"),
@@ -108,10 +137,11 @@ def test_sizes_are_those_of_the_model():
         ({"num_classes": 0}, "classifier Identity"),
         ({"act_layer": "tanh"}, "activation Tanh"),
         ({"norm_layer": "rmsnorm"}, "norm RmsNorm"),
-        ({"mlp_layer": timm.layers.SwiGLUPacked}, "yet: SwiGLU .*MLP GluMlp"),
-        ({"mlp_layer": timm.layers.SwiGLU}, "yet: SwiGLU .*MLP SwiGLU"),
-        ({"scale_attn_norm": True}, "attention with norm"),
-        ({"scale_mlp_norm": True}, "an MLP with norm"),
+        ({"scale_attn_norm": True}, "attention with a norm over all heads"),
+        ({"scale_mlp_norm": True}, "an MLP with a norm over its neurons"),
+        ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix"),
+        ({"qk_norm": True, "norm_layer": "rmsnorm"}, "norm RmsNorm"),
+        ({"mlp_layer": timm.layers.GatedMlp}, "MLP GatedMlp"),
         ({"patch_drop_rate": 0.5}, "patch_drop"),
         ({"embed_norm_layer": "layernorm"}, r"patch_embed\.norm"),
         ({"attn_layer": "diff", "num_heads": 1}, "attention DiffAttention"),
@@ -127,7 +157,7 @@ def test_sizes_are_those_of_the_model():
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(variant, feature):
-    expect_refusal(_vit(**variant), f"^not supported.*{feature}.*; expected a pre-norm timm")
+    expect_refusal(_vit(**variant), f"^not supported.*{feature}.*; expected a pre-norm ViT of timm")
 
 
 def _half(model: nn.Module) -> nn.Module:
@@ -154,8 +184,6 @@ def test_other_and_mixed_types_are_refused_by_name(change, types):
 @pytest.mark.parametrize(
     ("name", "feature"),
     [
-        ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled .*distillation token"),
-        ("eva02_tiny_patch14_224", "Eva .*RoPE"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer .*windows"),
         ("cait_xxs24_224", "Cait .*talking heads"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos .*relative position bias"),

@@ -25,7 +25,7 @@ from vitcut.files import (
 )
 from vitcut.shapes import Tensor
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HASH = "config_sha256"

@@ -14,6 +14,7 @@ from vitcut.compact.plan import (
     Rows,
     ViTShape,
 )
+from vitcut.compact.rotary import rotate
 from vitcut.compact.routes import Routes
 from vitcut.compact.stream import (
     Product,
@@ -48,6 +49,7 @@ class HeadGroup(nn.Module):
             sizes["pattern"] = (1, heads, queries, shape.num_tokens)
             chosen = ["pattern", *({"v"} & set(chosen))]
         self.tables = nn.ParameterDict({name: make_table(*sizes[name]) for name in chosen})
+        self._place_queries_and_keys(shape)
         self.queries = self.key_weight = self.value_weight = None
         if plan.queries:
             self.queries = nn.Linear(width, heads * width)
@@ -73,7 +75,7 @@ class HeadGroup(nn.Module):
             of mixed tokens has no dimension of its own, nor has a head that stands alone.
         """
         if self.plan.stands_alone and q is not None and k is not None and v is not None:
-            return _attend(q, k, v)
+            return _attend(self._placed("q", q), self._placed("k", k), v)
         if not (self.plan.keys or self.plan.values or self.plan.fixed_pattern):
             return _attend(self._by_head("q", q), self._by_head("k", k), self._by_head("v", v))
         pattern = self._pattern(q, k)
@@ -122,7 +124,30 @@ class HeadGroup(nn.Module):
     ) -> Float[Tensor, "#images heads rows head_dim"]:
         if columns is None:
             return self.tables[letter]
-        return columns.unflatten(-1, (len(self.plan.heads), -1)).transpose(1, 2)
+        by_head = columns.unflatten(-1, (len(self.plan.heads), -1)).transpose(1, 2)
+        return self._placed(letter, by_head)
+
+    def _place_queries_and_keys(self, shape: ViTShape) -> None:
+        """Make what queries and keys that are computed pass before they meet."""
+        rows = {"q": self.plan.rows.count, "k": shape.num_tokens}
+        computed = [letter for letter in rows if letter not in self.plan.constant]
+        self.norms = nn.ModuleDict()
+        self.rotates = shape.rotary
+        for letter in computed:
+            if shape.head_norm:
+                self.norms[letter] = nn.LayerNorm(shape.head_dim, shape.eps)
+            if shape.rotary:
+                sizes = (2, len(self.plan.heads), rows[letter], shape.head_dim)
+                self.register_buffer(f"{letter}_rotation", torch.zeros(sizes))
+
+    def _placed(
+        self, letter: Letter, values: Float[Tensor, "images *heads_rows head_dim"]
+    ) -> Float[Tensor, "images *heads_rows head_dim"]:
+        if letter in self.norms:
+            values = self.norms[letter](values)
+        if self.rotates and letter != "v":
+            values = rotate(values, *self.get_buffer(f"{letter}_rotation").unbind(0))
+        return values
 
 
 class HeadOutput(nn.Module):

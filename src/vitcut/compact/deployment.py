@@ -13,6 +13,7 @@ from torch import nn
 from vitcut.compact.attention import HeadOutput
 from vitcut.compact.model import CompactMlp, CompactViT
 from vitcut.compact.stream import Stream
+from vitcut.shapes import Float, Tensor
 
 
 @torch.no_grad()
@@ -29,11 +30,20 @@ def centred(model: CompactViT) -> CompactViT:
     for writer in _writers(model):
         # Output channels come first in the weights of convolutions and of products.
         writer.sub_(writer.mean(0, keepdim=True))
+    if model.embed_norm is not None:
+        model.embed_norm = nn.Sequential(model.embed_norm, _Centre())
     for stream in _streams(model):
         if stream.table is not None:
             stream.table.sub_(stream.table.mean(-1, keepdim=True))
         stream.centred = True
     return model
+
+
+class _Centre(nn.Module):
+    """Takes the mean over the width off what a norm with weights of its own has written."""
+
+    def forward(self, values: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        return values - values.mean(-1, keepdim=True)
 
 
 def _writers(model: CompactViT) -> Iterator[nn.Parameter]:

@@ -51,16 +51,20 @@ def describe(plan: Plan) -> tuple[PlanRow, ...]:
     rows = [PlanRow(part="embed", macs=_embed_macs(shape) if plan.embeds else 0)]
     for number, block in enumerate(plan.blocks):
         rows += _Block(shape, f"block {number}", block).rows()
-    if plan.classifier is None:
-        return (*rows, PlanRow(part="classifier"))
-    macs = shape.width * shape.num_classes
-    return (*rows, PlanRow(part="classifier", tokens="cls", streams=1, macs=macs))
+    features = sum(shape.num_features(stream.rows) for stream in plan.readout)
+    tokens = " + ".join(shape.name_of(stream.rows) for stream in plan.readout)
+    macs = features * shape.num_classes
+    return (
+        *rows,
+        PlanRow(part="classifier", tokens=tokens, streams=len(plan.readout), macs=macs),
+    )
 
 
 def dense_macs(shape: ViTShape) -> int:
     """Multiply-accumulates per image of the untouched model."""
     blocks = shape.num_layers * _dense_block_macs(shape)
-    return _embed_macs(shape) + blocks + shape.width * shape.num_classes
+    read = shape.num_read + (shape.patch_readout != "none")
+    return _embed_macs(shape) + blocks + read * shape.width * shape.num_classes
 
 
 def group_macs(shape: ViTShape, group: HeadGroupPlan) -> int:
@@ -86,6 +90,11 @@ def output_macs(shape: ViTShape, group: HeadGroupPlan, output: OutputPlan) -> in
     return output.rows.count * len(output.heads) * inputs * shape.width
 
 
+def mlp_macs(shape: ViTShape, hidden: int) -> int:
+    """What some neurons of an MLP compute for one token."""
+    return (3 if shape.gated else 2) * shape.width * hidden
+
+
 @dataclass(kw_only=True)
 class _Line:
     """What some tokens of a block compute."""
@@ -108,8 +117,8 @@ class _Block:
         if self._plan.attention is not None:
             self._attention(self._plan.attention)
         for mlp in self._plan.mlps:
-            macs = 2 * mlp.stream.rows.count * self._shape.width * mlp.hidden
             rows = mlp.stream.rows
+            macs = rows.count * mlp_macs(self._shape, mlp.hidden)
             self._add(rows, streams=1, neurons=mlp.hidden, mlp_rows=rows.count, macs=macs)
         for rows, line in sorted(self._lines.items(), key=_place):
             asking = rows.count if line.heads else 0
@@ -166,5 +175,4 @@ def _dense_block_macs(shape: ViTShape) -> int:
     heads_width = shape.num_heads * shape.head_dim
     projections = 4 * shape.width * heads_width
     attention = 2 * shape.num_tokens * heads_width
-    mlp = 2 * shape.width * shape.hidden
-    return shape.num_tokens * (projections + attention + mlp)
+    return shape.num_tokens * (projections + attention + mlp_macs(shape, shape.hidden))

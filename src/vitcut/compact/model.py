@@ -5,6 +5,7 @@ Filling it with a circuit's weights is left to the compiler, files to ``artefact
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +22,8 @@ from vitcut.compact.artefact import (
     upload_folder,
 )
 from vitcut.compact.attention import CompactAttention
-from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
-from vitcut.compact.stream import Stream, Written, make_table, write
+from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, Rows, ViTShape
+from vitcut.compact.stream import Stream, Written, by_image, make_table, write
 from vitcut.errors import ModelError
 from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
@@ -35,13 +36,20 @@ class CompactMlp(nn.Module):
         super().__init__()
         self.plan = plan
         self.activation: Activation = shape.activation
+        self.gated = shape.gated
         self.stream = Stream(plan.stream, shape)
-        self.fc1 = nn.Linear(shape.width, plan.hidden)
+        # Gates come first.
+        self.fc1 = nn.Linear(shape.width, 2 * plan.hidden if shape.gated else plan.hidden)
         self.fc2 = nn.Linear(plan.hidden, shape.width, bias=plan.bias)
 
     def forward(self, written: Written) -> None:
         """Read the stream and write the output."""
-        hidden = ACTIVATIONS[self.activation](self.fc1(self.stream(written)))
+        hidden = self.fc1(self.stream(written))
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = ACTIVATIONS[self.activation](gate) * hidden
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden)
         written[self.plan.name] = write(hidden, self.fc2, bias=self.plan.bias)
 
 
@@ -84,13 +92,23 @@ class CompactViT(nn.Module):
             if plan.embeds
             else None
         )
+        self.positions = None
+        self.embed_norm: nn.Module | None = None
+        if plan.embeds and shape.embed_norm:
+            self.positions = make_table(shape.num_patches, shape.width)
+            self.embed_norm = nn.LayerNorm(shape.width, shape.eps, bias=False)
         self.blocks = nn.ModuleList(CompactBlock(block, shape) for block in plan.blocks)
-        self.stream = self.classifier = self.logits = None
-        if plan.classifier is None:
-            self.logits = make_table(shape.num_classes)
+        pools_first = shape.patch_readout == "mean"
+        self.readout = nn.ModuleList(
+            Stream(item, shape, pooled=pools_first and item.rows == shape.patch_rows)
+            for item in plan.readout
+        )
+        self.classifier = self.logits = None
+        if plan.readout:
+            features = sum(shape.num_features(item.rows) for item in plan.readout)
+            self.classifier = nn.Linear(features, shape.num_classes)
         else:
-            self.stream = Stream(plan.classifier, shape)
-            self.classifier = nn.Linear(shape.width, shape.num_classes)
+            self.logits = make_table(shape.num_classes)
         self.apply(_initialise)
 
     def forward(
@@ -107,9 +125,12 @@ class CompactViT(nn.Module):
             return self.logits.expand(pixels.shape[0], -1)
         written: Written = {}
         if self.patch_embed is not None:
-            # The prefix tokens and all positions stand in the tables of the streams that read this.
-            patches = self.patch_embed(pixels).flatten(2)
-            written[EMBED] = patches.transpose(1, 2)
+            # The prefix tokens and all positions stand in the tables of the streams that read this,
+            # unless they have to be there before a norm.
+            patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+            if self.embed_norm is not None:
+                patches = self.embed_norm(patches + self.positions)
+            written[EMBED] = patches
         for block in self.blocks:
             block(written)
         return self._classify(written)
@@ -180,9 +201,19 @@ class CompactViT(nn.Module):
             return upload_folder(folder, hub_id, private=private)
 
     def _classify(self, written: Written) -> Tensor:
-        if self.stream is None or self.classifier is None:
+        if self.classifier is None:
             raise ModelError("the plan has neither a classifier nor constant logits")
-        return self.classifier(self.stream(written))
+        read = [self._features(stream, stream(written)) for stream in self.readout]
+        return self.classifier(torch.cat(read, dim=1) if len(read) > 1 else read[0])
+
+    def _features(self, stream: Any, normed: Tensor) -> Float[Tensor, "images features"]:
+        """Prefix tokens one after the other, patches as their mean."""
+        rows: Rows = stream.plan.rows
+        if stream.pooled or rows.count == 1:
+            return normed
+        by_token = by_image(normed, rows)
+        patches = rows == self.plan.shape.patch_rows
+        return by_token.mean(1) if patches else by_token.flatten(1)
 
     def _check(self, pixels: Tensor) -> None:
         shape = self.plan.shape

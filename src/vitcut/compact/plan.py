@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitcut.errors import ArtefactError
-from vitcut.names import Activation, Letter, TokenGroup
+from vitcut.names import Activation, Letter, PatchReadout, TokenGroup
 
 EMBED = "embed"
 """What the patch embedding is called among the terms of a stream."""
@@ -40,7 +40,7 @@ class ViTShape:
     patch_size: int
     """Side of a patch in pixels."""
     num_prefix: int
-    """Tokens before the patches; the classifier reads the first."""
+    """Tokens before the patches."""
     width: int
     """Width of the residual stream."""
     num_layers: int
@@ -53,6 +53,28 @@ class ViTShape:
     eps: float
     """What every LayerNorm adds to the variance."""
     num_classes: int
+    num_read: int = 1
+    """Prefix tokens that the classifier reads, which come first."""
+    patch_readout: PatchReadout = "none"
+    embed_norm: bool = False
+    """Whether patches pass a LayerNorm before the first block."""
+    head_norm: bool = False
+    """Whether the queries and keys of a head do, before they meet (qk-norm)."""
+    rotary: bool = False
+    """Whether they are turned by their token's position (RoPE)."""
+    gated: bool = False
+    """Whether a neuron is multiplied by an activated gate (SwiGLU)."""
+
+    @property
+    def readout(self) -> tuple[TokenGroup, ...]:
+        """The token groups that the classifier reads."""
+        prefix: tuple[TokenGroup, ...] = ("cls",) if self.num_read else ()
+        return prefix if self.patch_readout == "none" else (*prefix, "patch")
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether keys are more than a product, so that queries cannot meet tokens directly."""
+        return self.head_norm or self.rotary
 
     @property
     def num_patches(self) -> int:
@@ -78,11 +100,15 @@ class ViTShape:
     def group_rows(self) -> dict[TokenGroup, Rows]:
         """The tokens of each group that there is, in their order."""
         found: dict[TokenGroup, Rows] = {
-            "cls": Rows(first=0, end=1),
-            "register": Rows(first=1, end=self.num_prefix),
+            "cls": Rows(first=0, end=self.num_read),
+            "register": Rows(first=self.num_read, end=self.num_prefix),
             "patch": self.patch_rows,
         }
         return {group: rows for group, rows in found.items() if rows.count}
+
+    def num_features(self, rows: Rows) -> int:
+        """Numbers that the classifier takes of one of its streams: patches count as one token."""
+        return self.width * (1 if rows == self.patch_rows else rows.count)
 
     def name_of(self, rows: Rows) -> str:
         """The token groups of a range, in words."""
@@ -220,8 +246,9 @@ class Plan:
     embeds: bool
     """Whether the patch embedding is computed."""
     blocks: tuple[BlockPlan, ...]
-    classifier: StreamPlan | None
-    """What the classifier reads; None where the logits do not depend on the image."""
+    readout: tuple[StreamPlan, ...]
+    """What the classifier reads, a stream per token group; groups that do not depend on the image
+    are left out, and with all of them the classifier."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""

@@ -37,9 +37,11 @@ Written = dict[str, Tensor | Product]
 class Stream(nn.Module):
     """A sum of earlier writers and a constant, then LayerNorm without affine part."""
 
-    def __init__(self, plan: StreamPlan, shape: ViTShape) -> None:
+    def __init__(self, plan: StreamPlan, shape: ViTShape, *, pooled: bool = False) -> None:
+        """Build it; ``pooled`` where the mean over the tokens is normalised."""
         super().__init__()
         self.plan = plan
+        self.pooled = pooled
         self.eps = shape.eps
         self.centred = False
         """Whether the mean over the width is known to be 0: see ``deployment.py``."""
@@ -61,6 +63,8 @@ class Stream(nn.Module):
         """
         if self.plan.terms:
             total = self._sum(written)
+            if self.pooled:
+                return self._normalise(by_image(total, self.plan.rows).mean(1))
             written[self.plan.name] = flatten(total)
             return self._normalise(total if per_image else flatten(total))
         if self.table is None:

@@ -174,7 +174,7 @@ class _Drafter:
         for number in order:
             run, group = found[number]
             for letter, name in _DIRECT.items():
-                if letter in group.constant:
+                if letter in group.constant or (letter == "k" and shape.needs_keys):
                     continue
                 own = set(group.heads) - computed[letter]
                 inputs = {self._inputs(letter, head, run) for head in group.heads}

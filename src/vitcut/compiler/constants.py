@@ -81,7 +81,11 @@ class Constants:
         self._value = cache(self._compute_value)
         side = weights.image_size
         blank = fill.sources.new_zeros(1, weights.channels, side, side)
-        self._embedding = embed(weights, blank)[0]
+        embedding = embed(weights, blank)[0]
+        if weights.patch_norm is not None:
+            embedding[weights.num_prefix :] = weights.patch_norm.bias
+        self._embedding = embedding
+        """What enters block 0 but for what the embedding of a compact model gives."""
 
     def table(self, stream: Stream) -> Float[Tensor, "rows width"]:
         """All constants that a stream adds to its terms."""
@@ -89,14 +93,20 @@ class Constants:
         return torch.cat(parts)
 
     def normalised_input(self, target: int, group: int) -> Float[Tensor, "tokens width"]:
-        """What a constant target reads, after its LayerNorm."""
+        """What a constant target of a block reads, after its LayerNorm."""
         item = self._reads.graph.targets[target]
-        num_sources = self._reads.graph.num_written(target)
-        table = self._sum(self._reads.masks[group][target], 0, num_sources, group)
-        if item.kind == "classifier":
-            return normalise(self._weights.norm, table)
+        table = self._input(target, group)
         block = self._weights.blocks[item.layer]
         return normalise(block.mlp_norm if item.kind == "mlp" else block.attn_norm, table)
+
+    def read_out(self, group: int) -> Float[Tensor, "features"]:
+        """What the classifier reads of a constant group."""
+        table, weights = self._input(self._weights.graph.classifier, group), self._weights
+        if self._writers.rows[group].stop <= weights.num_read:
+            return normalise(weights.norm, table).flatten()
+        if weights.patch_readout == "mean":
+            return normalise(weights.norm, table.mean(0))
+        return normalise(weights.norm, table).mean(0)
 
     def projected(
         self, layer: int, letter: Letter, head: int, rows: Rows
@@ -107,7 +117,8 @@ class Constants:
             g for g, own in enumerate(self._writers.rows) if rows.first <= own.start < rows.end
         ]
         normed = torch.cat([self.normalised_input(target, group) for group in groups])
-        return project_head(self._weights.blocks[layer].attn, letter, head, normed[None])[0]
+        attn, span = self._weights.blocks[layer].attn, slice(rows.first, rows.end)
+        return project_head(attn, letter, head, normed[None], span)[0]
 
     def pattern(self, layer: int, head: int, rows: Rows) -> Float[Tensor, "queries keys"]:
         """The attention pattern of a head whose q and k are constant."""
@@ -115,6 +126,11 @@ class Constants:
         q = self.projected(layer, "q", head, rows)
         k = self.projected(layer, "k", head, everything)
         return attend(q, k, self._weights.blocks[layer].attn.scale)
+
+    def _input(self, target: int, group: int) -> Float[Tensor, "tokens width"]:
+        """What a constant target reads, before its LayerNorm."""
+        num_sources = self._reads.graph.num_written(target)
+        return self._sum(self._reads.masks[group][target], 0, num_sources, group)
 
     def _added(self, stream: Stream, group: int) -> Float[Tensor, "tokens width"]:
         """A stream's constants less those that come with its terms."""

@@ -4,6 +4,7 @@ How long is calibrated against a runtime (``calibration.py``); MACs alone are co
 ``compact/macs.py``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -66,9 +67,9 @@ class CostModel:
 
     def latency_by_part(self, plan: Plan) -> dict[str, float]:
         """The same for the embedding, each block and the classifier, in ms."""
-        parts = {"embed": replace(plan, blocks=(), classifier=None)}
+        parts = {"embed": replace(plan, blocks=(), readout=())}
         for number, block in enumerate(plan.blocks):
-            parts[f"block {number}"] = replace(plan, embeds=False, blocks=(block,), classifier=None)
+            parts[f"block {number}"] = replace(plan, embeds=False, blocks=(block,), readout=())
         parts["classifier"] = replace(plan, embeds=False, blocks=())
         call = self.nanoseconds["call"] / 1e6
         return {name: self.latency_ms(part) - call for name, part in parts.items()}
@@ -113,9 +114,7 @@ def count_operations(plan: Plan, costs: CostModel) -> Counts:
             counter.attention(block.attention)
         for mlp in block.mlps:
             counter.mlp(mlp)
-    if plan.classifier is not None:
-        counter.stream(plan.classifier)
-        counter.product(1, plan.shape.width, plan.shape.num_classes)
+    counter.classifier(plan.readout)
     return counter.counts
 
 
@@ -151,6 +150,20 @@ class _Counter:
         patch = shape.channels * shape.patch_size**2
         self.add("patch_mac", shape.num_patches * shape.width * patch)
         self.add("moved", shape.num_patches * shape.width)
+        if shape.embed_norm:
+            self.add("added", shape.num_patches * shape.width)
+            self.add("normalised", shape.num_patches * shape.width)
+
+    def classifier(self, streams: Sequence[StreamPlan]) -> None:
+        """What is read, pooled where it is patches, and the product."""
+        shape = self.shape
+        for stream in streams:
+            self.stream(stream)
+            if stream.rows == shape.patch_rows:
+                self.add("added", stream.rows.count * shape.width)
+        if streams:
+            features = sum(shape.num_features(stream.rows) for stream in streams)
+            self.product(1, features, shape.num_classes)
 
     def stream(self, plan: StreamPlan) -> None:
         """A sum and its LayerNorm."""
@@ -172,7 +185,12 @@ class _Counter:
     def mlp(self, plan: MlpPlan) -> None:
         rows, width = plan.stream.rows.count, self.shape.width
         self.stream(plan.stream)
-        self.product(rows, width, plan.hidden)
+        if self.shape.gated:
+            self.product(rows, width, 2 * plan.hidden)
+            self.add("moved", 2 * rows * plan.hidden)
+            self.add("added", rows * plan.hidden)
+        else:
+            self.product(rows, width, plan.hidden)
         self.add("activated", rows * plan.hidden)
         self.product(rows, plan.hidden, width)
         self._write(plan.name, bias=plan.bias)
@@ -197,6 +215,9 @@ class _Counter:
         """What a head group computes itself."""
         shape, heads, rows = self.shape, len(plan.heads), plan.rows.count
         tokens = shape.num_tokens
+        computed = {"q": heads * rows, "k": heads * tokens}
+        for letter in computed.keys() - set(plan.constant):
+            self._placed(computed[letter] * shape.head_dim)
         if not plan.fixed_pattern:
             if plan.queries:
                 self.product(rows, shape.width, heads * shape.width)
@@ -247,6 +268,14 @@ class _Counter:
         if rows.count > 1:
             self.add("moved", rows.count * columns)
             self.add("moved", rows.count * columns)
+
+    def _placed(self, size: int) -> None:
+        """What queries or keys pass between their product and the attention."""
+        if self.shape.head_norm:
+            self.add("normalised", size)
+        if self.shape.rotary:
+            self.add("moved", size)
+            self.add("added", 3 * size)
 
     def _each_head(self, heads: int, rows: int, inputs: int, outputs: int) -> None:
         """A product of its own for each head, for all images at once."""

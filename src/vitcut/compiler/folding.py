@@ -5,6 +5,7 @@ into tables, the maps of a fill into the output weights. A target's LayerNorm is
 sum as in the masked model, so this is exact up to rounding.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -84,24 +85,44 @@ class _Folder:
     def fold(self) -> Tensors:
         plan = self.draft.plan
         if plan.embeds:
-            self.tensors["patch_embed.weight"] = self.weights.patch_weight
+            self._embed()
         for layer, block in enumerate(plan.blocks):
             if block.attention is not None:
                 self._attention(layer, block.attention)
             for number, mlp in enumerate(block.mlps):
                 self._mlp(f"blocks.{layer}.mlps.{number}", layer, mlp)
-        if plan.classifier is not None:
-            weight, bias = _after_norm(
-                self.weights.norm, self.weights.head_weight, self.weights.head_bias
-            )
-            self._stream("stream", plan.classifier)
-            self._linear("classifier", weight, bias)
-        else:
-            (group,) = self.draft.reads.readout
-            readout = self.constants.normalised_input(self.weights.graph.classifier, group)[0]
-            self.tensors["logits"] = self.weights.head_weight @ readout + self.weights.head_bias
+        self._classifier(plan.readout)
         self._fill_holders()
         return self.tensors
+
+    def _embed(self) -> None:
+        weights = self.weights
+        self.tensors["patch_embed.weight"] = weights.patch_weight
+        if weights.patch_norm is not None:
+            self.tensors["positions"] = weights.positions + weights.patch_bias
+            self.tensors["embed_norm.weight"] = weights.patch_norm.weight
+
+    def _classifier(self, streams: Sequence[StreamPlan]) -> None:
+        """The product behind all that is read; what of that is constant goes into its bias."""
+        weights, live = self.weights, {self._group_of(stream.rows) for stream in streams}
+        prefix = weights.num_read * weights.width
+        by_group = [weights.head_weight[:, :prefix], weights.head_weight[:, prefix:]]
+        by_group = [weight for weight in by_group if weight.numel()]
+        products: list[Tensor] = []
+        bias = weights.head_bias
+        for group, own in zip(self.draft.reads.readout, by_group, strict=True):
+            if group not in live:
+                bias = bias + own @ self.constants.read_out(group)
+                continue
+            for weight in own.split(weights.width, dim=1):
+                product, bias = _after_norm(weights.norm, weight, bias)
+                products.append(product)
+        for number, stream in enumerate(streams):
+            self._stream(f"readout.{number}", stream)
+        if products:
+            self._linear("classifier", torch.cat(products, dim=1), bias)
+        else:
+            self.tensors["logits"] = bias
 
     def _attention(self, layer: int, plan: AttentionPlan) -> None:
         prefix = f"blocks.{layer}.attention"
@@ -123,7 +144,8 @@ class _Folder:
     def _letter(self, layer: int, letter: Letter, head: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of a head's q, k or v behind a LayerNorm; q is scaled."""
         block = self.weights.blocks[layer]
-        scale = block.attn.scale if letter == "q" else 1.0
+        # A norm behind the product would undo a scale before it.
+        scale = block.attn.scale if letter == "q" and block.attn.q_norm is None else 1.0
         weight = getattr(block.attn, f"{letter}_weight")[head]
         bias = getattr(block.attn, f"{letter}_bias")[head]
         return _after_norm(block.attn_norm, weight * scale, bias * scale)
@@ -141,6 +163,7 @@ class _Folder:
             [self._letter(layer, letter, head)[0] for head in group.heads] for letter in ("k", "v")
         )
         found: dict[str, Tensor] = {}
+        self._places(prefix, layer, group)
         if group.fixed_pattern:
             found["tables.pattern"] = torch.softmax(
                 torch.stack(q) @ torch.stack(tables["k"]).mT, -1
@@ -169,6 +192,23 @@ class _Folder:
         if group.values and not group.merged_values:
             self.tensors[f"{prefix}.value_weight"] = torch.stack(values).mT
 
+    def _places(self, prefix: str, layer: int, group: HeadGroupPlan) -> None:
+        """Norms and rotary positions of queries and keys that are computed."""
+        attn = self.weights.blocks[layer].attn
+        rows = {"q": group.rows, "k": self.draft.plan.shape.all_rows}
+        for letter, norm in (("q", attn.q_norm), ("k", attn.k_norm)):
+            if letter in group.constant:
+                continue
+            if norm is not None:
+                scale = attn.scale if letter == "q" else 1.0
+                self.tensors[f"{prefix}.norms.{letter}.weight"] = norm.weight * scale
+                self.tensors[f"{prefix}.norms.{letter}.bias"] = norm.bias * scale
+            if attn.rotation is not None:
+                heads = list(group.heads) if attn.rotation.shape[1] > 1 else [0]
+                own = attn.rotation[:, heads, rows[letter].first : rows[letter].end]
+                each = own.expand(-1, len(group.heads), -1, -1)
+                self.tensors[f"{prefix}.{letter}_rotation"] = each
+
     def _output(self, prefix: str, layer: int, plan: OutputPlan, attention: AttentionPlan) -> None:
         group = attention.groups[plan.group]
         number = self._group_of(group.rows)
@@ -191,6 +231,11 @@ class _Folder:
         weight, bias = _after_norm(
             block.mlp_norm, block.mlp.in_weight[kept], block.mlp.in_bias[kept]
         )
+        if block.mlp.gate_weight is not None and block.mlp.gate_bias is not None:
+            gate = _after_norm(
+                block.mlp_norm, block.mlp.gate_weight[kept], block.mlp.gate_bias[kept]
+            )
+            weight, bias = torch.cat([gate[0], weight]), torch.cat([gate[1], bias])
         self._linear(f"{prefix}.fc1", weight, bias)
         weight = self.writers.mlp(layer, group)
         self._product(f"{prefix}.fc2", plan.name, weight, block.mlp.out_bias)

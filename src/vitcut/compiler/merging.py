@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
-from vitcut.names import LETTERS
+from vitcut.names import LETTERS, TokenGroup
 
 Cost = Callable[[Circuit], float]
 """What a circuit's compact model costs: predicted milliseconds."""
@@ -33,8 +33,12 @@ _PLACES_BEFORE = 2
 _LEAST_SAVING = 0.01
 """As a fraction of the cost: less is more than a prediction can tell, and the KL may rise."""
 
+Readout = tuple[tuple[TokenGroup, ...], tuple[TokenGroup, ...]]
+"""Token groups of a model, and those of them that the classifier reads."""
+_CLASS_TOKEN: Readout = (("cls", "patch"), ("cls",))
 
-def merge_streams(circuit: Circuit, cost: Cost) -> Circuit:
+
+def merge_streams(circuit: Circuit, cost: Cost, *, over: Readout = _CLASS_TOKEN) -> Circuit:
     """Let targets read the same sources again, wherever that saves more than it costs.
 
     Greedy: the change that saves most is made, of equal ones that which brings fewest edges back,
@@ -46,6 +50,8 @@ def merge_streams(circuit: Circuit, cost: Cost) -> Circuit:
     Args:
         circuit: Under an ablation that can be compiled.
         cost: Of a circuit. That an edge brings a dead source back to life is for it to see.
+        over: Where the circuit is over whole tokens, the model's token groups, and those that its
+            classifier reads; of a class-token ViT without registers if not given.
 
     Returns:
         The circuit itself where nothing saves; else a new one whose provenance lists under "merges"
@@ -53,7 +59,7 @@ def merge_streams(circuit: Circuit, cost: Cost) -> Circuit:
         its provenance is still that of the search, and a linear fill of the parent does not fit it:
         both have to be found again.
     """
-    search = _Search(circuit, cost)
+    search = _Search(circuit, cost, over)
     before = search.cost_now
     while (
         search.merge(filter(search.state.needs_nothing_new, dict.fromkeys(_wholes(search.state))))
@@ -95,8 +101,9 @@ class _Place:
 class _State:
     """What each target of a circuit reads, as bit masks."""
 
-    def __init__(self, circuit: Circuit) -> None:
+    def __init__(self, circuit: Circuit, over: Readout) -> None:
         self.graph = circuit.graph
+        self._over = over
         self._groups = tuple(map(self.graph.group_number, self.graph.targets))
         self.masks = tuple(_mask_of(column) for column in self._columns(circuit.kept))
         self._circuit = circuit
@@ -137,11 +144,16 @@ class _State:
 
     def needs_nothing_new(self, change: Change) -> bool:
         """Whether a change makes no source matter, in any token group, that did not before."""
-        return bool(change) and _active(self.circuit_with(change)) == self._active
+        return bool(change) and self._count(self.circuit_with(change)) == self._active
 
     @cached_property
     def _active(self) -> int:
-        return _active(self._circuit)
+        return self._count(self._circuit)
+
+    def _count(self, circuit: Circuit) -> int:
+        """How many sources and token groups depend on the image and reach the classifier."""
+        split = circuit if circuit.graph.groups else circuit.split(*self._over)
+        return int((split.live_sources & split.reached_sources).sum())
 
     def circuit_with(self, change: Change) -> Circuit:
         """The circuit after a change."""
@@ -170,10 +182,11 @@ class _Known:
 class _Search:
     """A circuit that grows; remembers what changes saved, and tries those again that look best."""
 
-    def __init__(self, circuit: Circuit, cost: Cost) -> None:
+    def __init__(self, circuit: Circuit, cost: Cost, over: Readout) -> None:
         self.circuit = circuit
         self.cost_now = cost(circuit)
-        self.state = _State(circuit)
+        self.state = _State(circuit, over)
+        self._over = over
         self._cost = cost
         self._version = 0
         self._known: dict[Change, _Known] = {}
@@ -208,16 +221,9 @@ class _Search:
 
     def _make(self, change: Change) -> None:
         self.circuit = self.state.circuit_with(change)
-        self.state = _State(self.circuit)
+        self.state = _State(self.circuit, self._over)
         self.cost_now = self._known[change].after
         self._version += 1
-
-
-def _active(circuit: Circuit) -> int:
-    """How many sources and token groups depend on the image and reach the classifier."""
-    # Groups as most ViTs have them; should a model have others, its cost decides all the same.
-    split = circuit if circuit.graph.groups else circuit.split(("cls", "patch"), ("cls",))
-    return int((split.live_sources & split.reached_sources).sum())
 
 
 def _pairs(state: _State) -> Iterator[Change]:

@@ -16,11 +16,9 @@ from vitcut.compiler.liveness import find_liveness
 from vitcut.compiler.reads import EMBED_BIT, Reads
 from vitcut.compiler.streams import Stream, StreamBuilder, stream_plan, table_rows
 from vitcut.errors import CircuitError, UnsupportedModelError
-from vitcut.names import TokenGroup
 from vitcut.vits.weights import ViTWeights
 
 T = TypeVar("T")
-_READOUT: tuple[TokenGroup, ...] = ("cls",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +69,21 @@ def split_circuit(shape: ViTShape, circuit: Circuit) -> Circuit:
     Raises:
         CircuitError: It has other token groups.
     """
-    return circuit.split(tuple(shape.group_rows), _READOUT)
+    return circuit.split(tuple(shape.group_rows), shape.readout)
 
 
 def shape_of(weights: ViTWeights) -> ViTShape:
     """The sizes of a model.
 
     Raises:
-        UnsupportedModelError: Its blocks differ in MLP width, activation or LayerNorm epsilon.
+        UnsupportedModelError: Its blocks differ in MLP width, activation, LayerNorm epsilon, or in
+            whether they have qk-norm, rotary positions or gates.
     """
     mlps = [block.mlp for block in weights.blocks]
+    attns = [block.attn for block in weights.blocks]
     norms = [norm for block in weights.blocks for norm in (block.attn_norm, block.mlp_norm)]
+    on_heads = [norm for attn in attns for norm in (attn.q_norm, attn.k_norm)]
+    others = [norm for norm in (*on_heads, weights.patch_norm) if norm is not None]
     return ViTShape(
         image_size=weights.image_size,
         channels=weights.channels,
@@ -93,8 +95,14 @@ def shape_of(weights: ViTWeights) -> ViTShape:
         head_dim=weights.blocks[0].attn.q_weight.shape[1],
         hidden=_same("MLP width", (mlp.in_weight.shape[0] for mlp in mlps)),
         activation=_same("activation", (mlp.activation for mlp in mlps)),
-        eps=_same("LayerNorm epsilon", (norm.eps for norm in [*norms, weights.norm])),
+        eps=_same("LayerNorm epsilon", (norm.eps for norm in [*norms, weights.norm, *others])),
         num_classes=weights.num_classes,
+        num_read=weights.num_read,
+        patch_readout=weights.patch_readout,
+        embed_norm=weights.patch_norm is not None,
+        head_norm=_same("norm of queries and keys", (norm is not None for norm in on_heads)),
+        rotary=_same("kind of positions", (attn.rotation is not None for attn in attns)),
+        gated=_same("kind of MLP", (mlp.gate_weight is not None for mlp in mlps)),
     )
 
 
@@ -143,7 +151,7 @@ class _Drafter:
             (draft_attention(builder, layer), self._mlps(layer))
             for layer in range(graph.num_layers)
         ]
-        classifier = self._classifier()
+        readout = self._readout()
         tables = {stream.name: table_rows(stream) for stream in builder.streams}
         biases, unbiased = _place_biases(builder.streams, tables)
 
@@ -173,7 +181,7 @@ class _Drafter:
             shape=self.shape,
             embeds=any(needed & EMBED_BIT for needed in self.liveness.needed),
             blocks=tuple(blocks),
-            classifier=classifier and plan_of(classifier),
+            readout=tuple(map(plan_of, readout)),
         )
         streams = {stream.name: stream for stream in builder.streams}
         return Draft(plan=plan, reads=self.reads, streams=streams, biases=biases, unbiased=unbiased)
@@ -191,12 +199,10 @@ class _Drafter:
             self.builder.add_mlp(layer, run, name)
         return found
 
-    def _classifier(self) -> Stream | None:
-        (group,) = self.reads.readout
+    def _readout(self) -> list[Stream]:
         target = self.reads.graph.classifier
-        if not self.joins.live(target, (group, group)):
-            return None
-        return self.builder.build(target, (group, group))
+        runs = [(group, group) for group in self.reads.readout]
+        return [self.builder.build(target, run) for run in runs if self.joins.live(target, run)]
 
     def _outputs(self, layer: int, unbiased: frozenset[str]) -> tuple[OutputPlan, ...]:
         return tuple(

@@ -216,8 +216,9 @@ class _Scorer:
         for targets, gradient in zip([*reads, [own.classifier]], inputs, strict=True):
             written = changes[: own.num_written(targets[0])]
             for group, rows in enumerate(self._rows):
-                numbers = [target * graph.num_groups + group for target in targets]
-                if numbers[-1] < len(graph.targets) and self._edges is not None:
+                found = [graph.target_in_group(target, group) for target in targets]
+                numbers = [number for number in found if number is not None]
+                if numbers and self._edges is not None:
                     change = torch.einsum(
                         "tnkw,snkw->nst", gradient[:, :, rows], written[:, :, rows]
                     )

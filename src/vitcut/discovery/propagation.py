@@ -22,6 +22,7 @@ from vitcut.intervention.forward import (
     normalise,
     output_bias,
     project_head,
+    read_out,
     run_mlp,
     write_head,
 )
@@ -33,8 +34,6 @@ from vitcut.vits.weights import ViTWeights
 
 K = TypeVar("K")
 
-_READOUT = slice(0, 1)
-"""The only row that the classifier reads."""
 _ALL = slice(None)
 
 
@@ -216,7 +215,8 @@ class Propagation:
         for target, tokens in zip(targets, self._tokens, strict=True):
             if target in inputs:
                 normed = normalise(block.attn_norm, inputs[target])
-                parts.append(project_head(block.attn, letter, item.head, normed))
+                rows = self._tokens_of(target)
+                parts.append(project_head(block.attn, letter, item.head, normed, rows))
             else:
                 parts.append(self._values.attended[node, letter][:, tokens])
         into.attended[node, letter] = _joined(parts)
@@ -228,7 +228,9 @@ class Propagation:
         block = self._weights.blocks[item.layer]
         if query is not None:
             normed = normalise(block.attn_norm, query)
-            into.queries[source] = project_head(block.attn, "q", item.head, normed)
+            group = self._graph.group_number(item)
+            rows = self._tokens_of(self._graph.head_target(item.layer, item.head, "q", group))
+            into.queries[source] = project_head(block.attn, "q", item.head, normed, rows)
         if query is not None or (node, "k") in into.attended:
             q = _latest(source, into.queries, now.queries)
             k = _latest((node, "k"), into.attended, now.attended)
@@ -279,30 +281,39 @@ class Propagation:
 
     def _seen(self, values: Float[Tensor, "pairs tokens width"], target: int) -> Tensor:
         """Of a stream, the rows that a live target reads."""
-        group = self._graph.group_number(self._graph.targets[target])
-        return values[:, self._tokens[group]][:, self._rows[target]]
+        return values[:, self._tokens_of(target)]
 
-    def _readout(self, pending: Values) -> Float[Tensor, "pairs rows width"]:
+    def _tokens_of(self, target: int) -> slice:
+        """The tokens that a live target reads."""
+        group = self._graph.group_number(self._graph.targets[target])
+        tokens = range(self._weights.num_tokens)[self._tokens[group]][self._rows[target]]
+        return slice(tokens.start, tokens.stop)
+
+    def _readout(self, pending: Values) -> Float[Tensor, "pairs read_tokens width"]:
         """What the classifier reads, of all its groups."""
         targets = self._graph.classifiers
-        return _joined([_latest(item, pending.inputs, self._values.inputs) for item in targets])
+        found = _joined([_latest(item, pending.inputs, self._values.inputs) for item in targets])
+        # Per group there is nothing but what is read; of whole tokens the registers are left out.
+        return found if self._graph.groups else read_out(self._weights, found)
 
     def _kl(self, readout: Tensor) -> float:
-        logits = classify(self._weights, readout[:, 0]).double()
+        logits = classify(self._weights, readout).double()
         examples = self._examples
         log_probs = coarse_log_probs(logits, examples.group_of_class, examples.num_groups)
         return float(kl_divergence(self._cache.full_log_probs, log_probs).mean())
 
     def _find_live(self, kept: NDArray[np.bool_]) -> None:
         """Which targets matter, which of their token rows, and who reads each source."""
-        self._rows = dict.fromkeys(self._graph.classifiers, _READOUT)
+        patches = self._weights.patch_readout != "none"
+        read = _ALL if patches else slice(0, self._weights.num_read)
+        self._rows = dict.fromkeys(self._graph.classifiers, read)
         self._readers = {}
         for source in reversed(range(len(self._graph.sources))):
             readers = [int(u) for u in np.flatnonzero(kept[source]) if u in self._rows]
             self._readers[source] = readers
             if readers:
                 all_rows = any(self._rows[reader] == _ALL for reader in readers)
-                self._set_rows(source, _ALL if all_rows else _READOUT)
+                self._set_rows(source, _ALL if all_rows else read)
 
     def _set_rows(self, source: int, rows: slice) -> None:
         """Queries and MLPs need the rows that are read of their source; keys and values all."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitcut.compact.activations import ACTIVATIONS
+from vitcut.compact.rotary import rotate
 from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import AttentionWeights, MlpWeights, NormWeights, ViTWeights
@@ -15,9 +16,11 @@ from vitcut.vits.weights import AttentionWeights, MlpWeights, NormWeights, ViTWe
 def embed(
     weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]
 ) -> Float[Tensor, "images tokens stream"]:
-    """Everything that enters block 0: class token, patches and positions."""
+    """Everything that enters block 0: prefix tokens, patches and positions."""
     patches = F.conv2d(pixels, weights.patch_weight, weights.patch_bias, stride=weights.patch_size)
     patches = patches.flatten(2).transpose(1, 2) + weights.positions
+    if weights.patch_norm is not None:
+        patches = normalise(weights.patch_norm, patches)
     prefix = weights.prefix.expand(pixels.shape[0], -1, -1)
     return torch.cat([prefix, patches], dim=1)
 
@@ -30,19 +33,44 @@ def normalise(
 
 
 def project(
-    attn: AttentionWeights, letter: Letter, normed: Float[Tensor, "#heads images rows width"]
-) -> Float[Tensor, "heads images rows head_dim"]:
-    """q, k or v of every head; the attention scale is left to ``attend``."""
+    attn: AttentionWeights, letter: Letter, normed: Float[Tensor, "#heads images tokens width"]
+) -> Float[Tensor, "heads images tokens head_dim"]:
+    """q, k or v of every head for all tokens; the attention scale is left to ``attend``."""
     weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
-    return torch.einsum("hnrw,hdw->hnrd", normed, weight) + bias[:, None, None]
+    found = torch.einsum("hnrw,hdw->hnrd", normed, weight) + bias[:, None, None]
+    turn = None if attn.rotation is None else attn.rotation[:, :, None]
+    return _place(attn, letter, found, turn)
 
 
 def project_head(
-    attn: AttentionWeights, letter: Letter, head: int, normed: Float[Tensor, "images rows width"]
+    attn: AttentionWeights,
+    letter: Letter,
+    head: int,
+    normed: Float[Tensor, "images rows width"],
+    rows: slice,
 ) -> Float[Tensor, "images rows head_dim"]:
-    """q, k or v of one head; the attention scale is left to ``attend``."""
+    """q, k or v of one head for some tokens; the attention scale is left to ``attend``."""
     weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
-    return F.linear(normed, weight[head], bias[head])
+    found = F.linear(normed, weight[head], bias[head])
+    turn = None
+    if attn.rotation is not None:
+        turn = attn.rotation[:, head if attn.rotation.shape[1] > 1 else 0, rows]
+    return _place(attn, letter, found, turn)
+
+
+def _place(
+    attn: AttentionWeights,
+    letter: Letter,
+    values: Float[Tensor, "*rows head_dim"],
+    rotation: Float[Tensor, "2 *#rows head_dim"] | None,
+) -> Float[Tensor, "*rows head_dim"]:
+    """What becomes of queries and keys behind their product: LayerNorm, rotary positions."""
+    if letter == "v":
+        return values
+    norm = attn.q_norm if letter == "q" else attn.k_norm
+    if norm is not None:
+        values = normalise(norm, values)
+    return values if rotation is None else rotate(values, *rotation)
 
 
 def attend(
@@ -72,7 +100,10 @@ def activate(
     mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
 ) -> Float[Tensor, "images rows neurons"]:
     """The hidden units of an MLP."""
-    return ACTIVATIONS[mlp.activation](F.linear(normed, mlp.in_weight, mlp.in_bias))
+    hidden = F.linear(normed, mlp.in_weight, mlp.in_bias)
+    if mlp.gate_weight is None:
+        return ACTIVATIONS[mlp.activation](hidden)
+    return ACTIVATIONS[mlp.activation](F.linear(normed, mlp.gate_weight, mlp.gate_bias)) * hidden
 
 
 def write_neurons(
@@ -89,11 +120,33 @@ def run_mlp(
     return write_neurons(mlp, activate(mlp, normed))
 
 
+def read_out(
+    weights: ViTWeights, stream: Float[Tensor, "images tokens width"]
+) -> Float[Tensor, "images read_tokens width"]:
+    """The tokens that the classifier reads."""
+    if weights.patch_readout == "none":
+        return stream[:, : weights.num_read]
+    patches = stream[:, weights.num_prefix :]
+    if not weights.num_read:
+        return patches
+    return torch.cat([stream[:, : weights.num_read], patches], dim=1)
+
+
 def classify(
-    weights: ViTWeights, readout: Float[Tensor, "images width"]
+    weights: ViTWeights, readout: Float[Tensor, "images read_tokens width"]
 ) -> Float[Tensor, "images classes"]:
-    """Logits from the class token's row of the residual stream."""
-    return F.linear(normalise(weights.norm, readout), weights.head_weight, weights.head_bias)
+    """Logits from the tokens that the classifier reads (see ``read_out``)."""
+    features = readout[:, : weights.num_read]
+    if weights.patch_readout == "none":
+        features = normalise(weights.norm, features)
+    else:
+        patches = readout[:, weights.num_read :]
+        if weights.patch_readout == "mean":
+            pooled = normalise(weights.norm, patches.mean(1, keepdim=True))
+        else:
+            pooled = normalise(weights.norm, patches).mean(1, keepdim=True)
+        features = torch.cat([normalise(weights.norm, features), pooled], dim=1)
+    return F.linear(features.flatten(1), weights.head_weight, weights.head_bias)
 
 
 def output_bias(weights: ViTWeights, readable: int) -> Float[Tensor, "width"]:

@@ -22,6 +22,7 @@ from vitcut.intervention.forward import (
     normalise,
     output_bias,
     project,
+    read_out,
     write,
     write_neurons,
 )
@@ -294,5 +295,5 @@ def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: PartMask) 
         inputs=tuple(inputs),
         heads=tuple(heads),
         neurons=tuple(neurons),
-        logits=classify(weights, inputs[-1][0, :, 0]),
+        logits=classify(weights, read_out(weights, inputs[-1][0])),
     )

@@ -20,7 +20,9 @@ from vitcut.pipeline.subject import Subject
 
 def merge(subject: Subject, circuit: Circuit, costs: CostModel) -> Circuit:
     """Merge the streams of a circuit for the batch size of a cost model."""
-    return merge_streams(circuit, merge_cost(shape_of(subject.weights), costs))
+    cost = merge_cost(shape_of(subject.weights), costs)
+    graph = subject.weights.split_graph
+    return merge_streams(circuit, cost, over=(graph.groups, graph.readout))
 
 
 def merge_cost(shape: ViTShape, costs: CostModel) -> Cost:

@@ -101,7 +101,7 @@ def require_sight(model: CompactViT) -> None:
     Raises:
         ModelError: It is one.
     """
-    if model.plan.classifier is None or not model.plan.embeds:
+    if not model.plan.readout or not model.plan.embeds:
         raise ModelError(
             "the compact model gives every image the same logits, so there is nothing to train: "
             "cut less"

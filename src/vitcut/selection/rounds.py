@@ -202,11 +202,17 @@ def uncorrelated(site: SiteStatistics) -> SiteStatistics:
 
 
 def smallest_cost(graph: Graph, num_neurons: int, cost: Cost) -> float:
-    """The cost of the cheapest model that sees the image: one head of the readout, all else cut."""
+    """The cost of the cheapest model that sees the image.
+
+    Everything is cut where the classifier reads patches, else all but one head of the readout.
+    """
+    alive = Alive.everything(graph, num_neurons)
+    alive.heads[:] = alive.neurons[:] = False
+    if "patch" in graph.readout:
+        return cost(alive.circuit(graph, "mean"))
     costs: list[float] = []
     for layer in range(graph.num_layers):
-        alive = Alive.everything(graph, num_neurons)
-        alive.heads[:] = alive.neurons[:] = False
+        alive.heads[:] = False
         alive.heads[layer, 0, graph.group_number(graph.targets[graph.classifier])] = True
         costs.append(cost(alive.circuit(graph, "mean")))
     return min(costs)

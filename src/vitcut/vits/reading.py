@@ -43,6 +43,11 @@ class Reading:
             self.refuse(f"{what} {type(module).__name__} (only {expected.__name__} is)")
         self._modules.add(id(module))
 
+    def whole(self, module: nn.Module) -> None:
+        """Name a module, and all of its tensors, that was asked for what it gives."""
+        self._modules.add(id(module))
+        self._tensors |= {id(one) for one in (*module.parameters(), *module.buffers())}
+
     def inert(self, module: Any, what: str, *, also: tuple[type[nn.Module], ...] = ()) -> None:
         """Name a module that does nothing when the model answers: identity, or dropout."""
         if type(module) not in {nn.Identity, nn.Dropout, *also}:
@@ -117,6 +122,24 @@ class Reading:
             out_weight=out_weight,
             out_bias=out_bias,
             activation=activation,
+        )
+
+    def gated_mlp(
+        self,
+        gate: tuple[Tensor, Tensor],
+        first: tuple[Tensor, Tensor],
+        second: tuple[Tensor, Tensor],
+        activation: Activation,
+    ) -> MlpWeights:
+        """An MLP whose neurons are multiplied by activated gates; weights and biases of each."""
+        return MlpWeights(
+            in_weight=first[0],
+            in_bias=first[1],
+            out_weight=second[0],
+            out_bias=second[1],
+            activation=activation,
+            gate_weight=gate[0],
+            gate_bias=gate[1],
         )
 
     def grid(self, image_size: Any, patch_size: Any) -> None:

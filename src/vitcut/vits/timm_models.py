@@ -1,22 +1,29 @@
-"""The adapter for timm's ``VisionTransformer``: pre-norm, read from its class token.
+"""The adapter for timm's ``VisionTransformer`` and its sibling with a distillation token.
 
 Whatever it does not understand it refuses by name. Checking that the weights reproduce the model's
-logits is left to ``intervention.tracing``.
+logits is left to ``intervention.tracing``, models of timm's EVA family to ``timm_eva.py``.
 """
 
+from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import (
     GELU,
     DropPath,
     GELUTanh,
+    GluMlp,
     LayerNorm,
     LayerScale,
     Mlp,
     PatchEmbed,
     QuickGELU,
+    SwiGLU,
 )
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
@@ -32,8 +39,8 @@ from vitcut.vits.weights import (
 )
 
 _REMEDY = (
-    "expected a pre-norm timm VisionTransformer that classifies from its class token, such as "
-    "deit_tiny_patch16_224"
+    "expected a pre-norm ViT of timm that classifies from its class token or from the mean of its "
+    "patches, such as deit_tiny_patch16_224"
 )
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {
     GELU: "gelu",
@@ -50,90 +57,122 @@ _KNOWN: dict[str, str] = {
     "VisionTransformerRelPos": _RELATIVE,
     "Beit": _RELATIVE,
     "Cait": "talking heads",
-    "DeiTDistilled": "distillation token",
 }
 """Architectures that are often asked for, and what keeps them out."""
-_NOT_YET: dict[str, str] = {
-    "VisionTransformerDistilled": "a distillation token that is read too",
-    "Eva": "rotary positions (RoPE), and mostly SwiGLU",
-}
-_MLPS_NOT_YET = {"SwiGLU", "SwiGLUPacked", "GluMlp"}
 
 
 def read_timm(model: nn.Module) -> ViTWeights:
-    """Read a timm ``VisionTransformer``; the model is not changed.
+    """Read a ViT of timm; the model is not changed.
 
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _TimmReading(model, _REMEDY).weights()
+    if type(model) is Eva:
+        from vitcut.vits.timm_eva import EvaReading
+
+        return EvaReading(model, _REMEDY).weights()
+    return TimmReading(model, _REMEDY).weights()
 
 
-class _TimmReading(Reading):
+class TimmReading(Reading):
+    """One ViT of timm being read."""
+
     def __init__(self, model: nn.Module, remedy: str) -> None:
         super().__init__(model, remedy)
-        self._vit: Any = model
+        self.vit: Any = model
 
     def weights(self) -> ViTWeights:
-        vit = self._vit
-        self._require_known()
-        self._require_class_token()
-        self._name_inert()
+        """All of it."""
+        vit = self.vit
+        self.require_known()
+        self._require_readout()
+        self._require_plain_patches()
+        self.name_inert()
         patch_weight, patch_bias = self.patches(vit.patch_embed.proj, "patch embedding")
         prefix, positions = self._tokens()
-        head_weight, head_bias = self.linear(vit.head, "classifier")
-        self.require(vit.blocks, nn.Sequential, "list of blocks")
+        patch_norm = None
+        if not isinstance(vit.norm_pre, nn.Identity):
+            patch_norm = self.norm_of(vit.norm_pre)
+            prefix = F.layer_norm(
+                prefix, prefix.shape[-1:], patch_norm.weight, patch_norm.bias, patch_norm.eps
+            )
+        norm, pools_first = self._final_norm()
+        pooled = vit.global_pool == "avg"
+        head_weight, head_bias = self._head()
         weights = ViTWeights(
             patch_weight=patch_weight,
             patch_bias=patch_bias,
             prefix=prefix,
             positions=positions,
-            blocks=tuple(self._block(block) for block in vit.blocks),
-            norm=self._final_norm(),
+            blocks=self.blocks(),
+            norm=norm,
             head_weight=head_weight,
             head_bias=head_bias,
+            num_read=0 if pooled else head_weight.shape[1] // prefix.shape[1],
+            patch_readout=("mean" if pools_first else "normed_mean") if pooled else "none",
+            patch_norm=patch_norm,
         )
         self.finish()
         return weights
 
-    def _require_known(self) -> None:
-        name = type(self._vit).__name__
-        if type(self._vit) is VisionTransformer:
-            return
-        if name in _NOT_YET:
-            self.refuse(f"{name} ({_NOT_YET[name]})", yet=True)
-        self.refuse(f"{name} ({_KNOWN.get(name, 'only timm VisionTransformer is')})")
+    def require_known(self) -> None:
+        """Refuse classes that compute something else."""
+        name = type(self.vit).__name__
+        if type(self.vit) not in {VisionTransformer, VisionTransformerDistilled}:
+            known = "only VisionTransformer, its distilled kind and Eva are"
+            self.refuse(f"{name} ({_KNOWN.get(name, known)})")
 
-    def _require_class_token(self) -> None:
-        vit = self._vit
+    def blocks(self) -> tuple[BlockWeights, ...]:
+        """All blocks, from the first."""
+        self.require(self.vit.blocks, nn.Sequential, "list of blocks")
+        return tuple(self._block(block) for block in self.vit.blocks)
+
+    def _require_readout(self) -> None:
+        vit = self.vit
         if vit.attn_pool is not None:
-            self.refuse("attention pooling: only a linear classifier on the class token is read")
-        if vit.global_pool == "avg":
-            self.refuse("mean pooling (global_pool='avg'): patch tokens are read", yet=True)
-        if vit.global_pool != "token" or vit.cls_token is None:
-            self.refuse(f"global_pool={vit.global_pool!r} (only 'token' is)")
-        if not isinstance(vit.norm_pre, nn.Identity):
-            self.refuse(f"norm_pre ({type(vit.norm_pre).__name__}) before the blocks", yet=True)
+            self.refuse("attention pooling: only a linear classifier is read")
+        if vit.global_pool not in {"avg", "token"}:
+            self.refuse(f"global_pool={vit.global_pool!r} (only 'token' and 'avg' are)")
+        if vit.global_pool == "avg" and getattr(vit, "pool_include_prefix", False):
+            self.refuse("pool_include_prefix: a mean over prefix tokens and patches alike")
+        if vit.global_pool == "token" and vit.cls_token is None:
+            self.refuse("global_pool='token' without a class token")
+
+    def _require_plain_patches(self) -> None:
+        vit = self.vit
         if type(vit.patch_embed) is not PatchEmbed:
             kind = type(vit.patch_embed).__name__
             self.refuse(f"patch embedding {kind}: a convolutional stem (only PatchEmbed is)")
         self.require(vit.patch_embed, PatchEmbed, "patch embedding")
         self.grid(vit.patch_embed.img_size, vit.patch_embed.patch_size)
 
-    def _name_inert(self) -> None:
-        vit = self._vit
-        if not isinstance(vit.patch_drop, nn.Identity):
+    def name_inert(self) -> None:
+        """Name the modules that do nothing when the model answers."""
+        vit = self.vit
+        if not isinstance(vit.patch_drop, (nn.Identity, NoneType)):
             self.refuse(f"patch_drop ({type(vit.patch_drop).__name__}): tokens that are left out")
-        for name in ("norm_pre", "patch_drop", "pos_drop", "head_drop"):
-            self.inert(getattr(vit, name), name)
+        if isinstance(vit.norm_pre, nn.Identity):
+            self.inert(vit.norm_pre, "norm_pre")
+        for name in ("patch_drop", "pos_drop", "head_drop"):
+            if getattr(vit, name) is not None:
+                self.inert(getattr(vit, name), name)
         self.inert(vit.patch_embed.norm, "patch_embed.norm")
 
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """Of a distilled model the mean of two classifiers, each with a token of its own."""
+        weight, bias = self.linear(self.vit.head, "classifier")
+        if type(self.vit) is not VisionTransformerDistilled:
+            return weight, bias
+        other_weight, other_bias = self.linear(self.vit.head_dist, "classifier")
+        return torch.cat([weight, other_weight], dim=1) / 2, (bias + other_bias) / 2
+
     def _tokens(self) -> tuple[Tensor, Tensor]:
-        """Class token and registers, and the positions of the patches."""
-        vit = self._vit
-        prefix = self.tensor(vit.cls_token)[0]
-        if vit.reg_token is not None:
-            prefix = torch.cat([prefix, self.tensor(vit.reg_token)[0]])
+        """Class token, distillation token and registers, and the positions of the patches."""
+        vit = self.vit
+        prefix = vit.patch_embed.proj.weight.new_zeros(0, vit.embed_dim)
+        for name in ("cls_token", "dist_token", "reg_token"):
+            if getattr(vit, name, None) is not None:
+                prefix = torch.cat([prefix, self.tensor(getattr(vit, name))[0]])
         patches = vit.patch_embed.num_patches
         if vit.pos_embed is None:
             return prefix, prefix.new_zeros(patches, prefix.shape[1])
@@ -142,14 +181,15 @@ class _TimmReading(Reading):
             prefix = prefix + position[:-patches]
         return prefix, position[-patches:]
 
-    def _final_norm(self) -> NormWeights:
-        """Before or after the class token is picked: a LayerNorm per token is the same."""
-        norm, fc_norm = self._vit.norm, self._vit.fc_norm
-        idle, used = (norm, fc_norm) if isinstance(norm, nn.Identity) else (fc_norm, norm)
+    def _final_norm(self) -> tuple[NormWeights, bool]:
+        """The norm before the classifier, and whether it comes after the tokens are pooled."""
+        norm, fc_norm = self.vit.norm, self.vit.fc_norm
+        pools_first = isinstance(norm, nn.Identity)
+        idle, used = (norm, fc_norm) if pools_first else (fc_norm, norm)
         if not isinstance(idle, nn.Identity):
             self.refuse(f"two norms before the classifier, fc_norm ({type(idle).__name__}) is one")
         self.inert(idle, "fc_norm")
-        return self._norm(used)
+        return self.norm_of(used), pools_first
 
     def _block(self, block: Any) -> BlockWeights:
         if type(block).__name__.startswith("ResPost"):
@@ -158,32 +198,61 @@ class _TimmReading(Reading):
         for name in ("drop_path1", "drop_path2"):
             self.inert(getattr(block, name), name, also=(DropPath,))
         return BlockWeights(
-            attn_norm=self._norm(block.norm1),
+            attn_norm=self.norm_of(block.norm1),
             attn=self._attention(block.attn, self._layer_scale(block.ls1)),
-            mlp_norm=self._norm(block.norm2),
-            mlp=self._mlp(block.mlp, self._layer_scale(block.ls2)),
+            mlp_norm=self.norm_of(block.norm2),
+            mlp=self.any_mlp(block.mlp, self._layer_scale(block.ls2)),
         )
 
     def _attention(self, attn: Any, layer_scale: Tensor | None) -> AttentionWeights:
         self.require(attn, Attention, "attention")
-        for name in ("q_norm", "k_norm"):
-            if not isinstance(getattr(attn, name), nn.Identity):
-                self.refuse(f"qk-norm: attention with {name}", yet=True)
+        qkv = self.linear(attn.qkv, "attention's qkv")
+        return self.attention(attn, qkv, layer_scale)
+
+    def attention(
+        self, attn: Any, qkv: tuple[Tensor, Tensor], layer_scale: Tensor | None
+    ) -> AttentionWeights:
+        """What timm's attentions have in common."""
         if getattr(attn, "gate", None) is not None:
             self.refuse("gated attention")
-        for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
+        norm = getattr(attn, "norm", nn.Identity())
+        if not isinstance(norm, nn.Identity):
+            self.refuse(f"attention with a norm over all heads ({type(norm).__name__})")
+        for name in ("norm", "attn_drop", "proj_drop"):
             self.inert(getattr(attn, name, nn.Identity()), f"attention with {name}")
-        qkv = self.linear(attn.qkv, "attention's qkv")
         out = scaled(*self.linear(attn.proj, "attention's proj"), layer_scale)
-        return AttentionWeights.split(qkv, out, num_heads=attn.num_heads, scale=attn.scale)
+        weights = AttentionWeights.split(qkv, out, num_heads=attn.num_heads, scale=attn.scale)
+        q_norm, k_norm = (self._norm_of_heads(norm) for norm in (attn.q_norm, attn.k_norm))
+        return replace(weights, q_norm=q_norm, k_norm=k_norm)
 
-    def _mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
-        if type(mlp).__name__ in _MLPS_NOT_YET:
-            self.refuse(f"SwiGLU and other gated MLPs: MLP {type(mlp).__name__}", yet=True)
-        self.require(mlp, Mlp, "MLP")
+    def _norm_of_heads(self, module: Any) -> NormWeights | None:
+        """qk-norm."""
+        if isinstance(module, nn.Identity):
+            self.inert(module, "qk-norm")
+            return None
+        return self.norm_of(module, "qk-norm")
+
+    def any_mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
+        """An MLP, plain or gated."""
+        if type(mlp) not in {Mlp, GluMlp, SwiGLU}:
+            self.refuse(f"MLP {type(mlp).__name__} (only Mlp, GluMlp and SwiGLU are)")
+        if not isinstance(mlp.norm, nn.Identity):
+            self.refuse(f"an MLP with a norm over its neurons ({type(mlp.norm).__name__})")
+        self.require(mlp, type(mlp), "MLP")
         for name in ("norm", "drop1", "drop2"):
             self.inert(getattr(mlp, name), f"an MLP with {name}")
-        return self.mlp(mlp.fc1, mlp.fc2, self._activation(mlp.act), layer_scale)
+        activation = self._activation(mlp.act)
+        if type(mlp) is Mlp:
+            return self.mlp(mlp.fc1, mlp.fc2, activation, layer_scale)
+        if type(mlp) is SwiGLU:
+            gate = self.linear(mlp.fc1_g, "MLP's gate")
+            first = self.linear(mlp.fc1_x, "MLP's first layer")
+        else:
+            weight, bias = self.linear(mlp.fc1, "MLP's first layer")
+            halves = list(zip(weight.chunk(2), bias.chunk(2), strict=True))
+            first, gate = halves if mlp.gate_last else halves[::-1]
+        out = scaled(*self.linear(mlp.fc2, "MLP's second layer"), layer_scale)
+        return self.gated_mlp(gate, first, out, activation)
 
     def _activation(self, module: Any) -> Activation:
         activation = _ACTIVATIONS.get(type(module))
@@ -201,5 +270,7 @@ class _TimmReading(Reading):
         self.require(module, LayerScale, "LayerScale")
         return self.tensor(module.gamma)
 
-    def _norm(self, module: Any) -> NormWeights:
-        return self.norm(module, "norm", like=self._vit.head.weight, kinds={LayerNorm})
+    def norm_of(self, module: Any, what: str = "norm") -> NormWeights:
+        """A LayerNorm; one without weights takes the type of the patch embedding."""
+        like = self.vit.patch_embed.proj.weight
+        return self.norm(module, what, like=like, kinds={LayerNorm})

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from vitcut.graph import Graph
-from vitcut.names import Activation, TokenGroup, Tokens
+from vitcut.names import Activation, PatchReadout, TokenGroup, Tokens
 from vitcut.shapes import Float, Tensor
 
 W = TypeVar("W")
@@ -21,7 +21,7 @@ W = TypeVar("W")
 
 @dataclass(frozen=True, kw_only=True)
 class NormWeights:
-    """A LayerNorm."""
+    """A LayerNorm; of a head's queries or keys the width is head_dim."""
 
     weight: Float[Tensor, "width"]
     bias: Float[Tensor, "width"]
@@ -43,6 +43,13 @@ class AttentionWeights:
     """Belongs to no head: always kept."""
     scale: float
     """What q . k is multiplied by before the softmax."""
+    q_norm: NormWeights | None = None
+    """What queries pass before they are scaled: one LayerNorm for all heads."""
+    k_norm: NormWeights | None = None
+    """The same for keys."""
+    rotation: Float[Tensor, "2 #heads tokens head_dim"] | None = None
+    """Cosine and sine of rotary positions (RoPE), which turn queries and keys behind their norms:
+    x becomes x cos + y sin, where y is x with its halves exchanged and the first one negated."""
 
     @classmethod
     def split(
@@ -78,7 +85,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class MlpWeights:
-    """Two linear layers around an activation."""
+    """Two linear layers around an activation, or around an activated gate (SwiGLU)."""
 
     in_weight: Float[Tensor, "hidden width"]
     in_bias: Float[Tensor, "hidden"]
@@ -86,6 +93,9 @@ class MlpWeights:
     out_bias: Float[Tensor, "width"]
     """Belongs to no neuron: always kept."""
     activation: Activation
+    gate_weight: Float[Tensor, "hidden width"] | None = None
+    """Where there is one, a hidden unit is its activated gate times its ``in`` product."""
+    gate_bias: Float[Tensor, "hidden"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +110,26 @@ class BlockWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTWeights:
-    """A whole class-token ViT."""
+    """A whole ViT."""
 
     patch_weight: Float[Tensor, "width channels patch patch"]
     patch_bias: Float[Tensor, "width"]
     prefix: Float[Tensor, "prefix_tokens width"]
-    """Class token, then registers, their position embeddings included."""
+    """Tokens that the classifier reads, then registers, with their position embeddings and, where
+    there is one, behind the norm of the embedding."""
     positions: Float[Tensor, "patches width"]
     """Position embeddings of the patch tokens."""
     blocks: tuple[BlockWeights, ...]
     norm: NormWeights
     """The LayerNorm before the classifier."""
-    head_weight: Float[Tensor, "classes width"]
+    head_weight: Float[Tensor, "classes features"]
+    """Of what is read, one after the other: each prefix token, then the mean of the patches."""
     head_bias: Float[Tensor, "classes"]
+    num_read: int = 1
+    """Prefix tokens that the classifier reads: the class token, a distillation token."""
+    patch_readout: PatchReadout = "none"
+    patch_norm: NormWeights | None = None
+    """What patches pass, with their positions, before the first block (``norm_pre``)."""
 
     @cached_property
     def graph(self) -> Graph:
@@ -136,13 +153,14 @@ class ViTWeights:
     @property
     def readout(self) -> tuple[TokenGroup, ...]:
         """The token groups that the classifier reads."""
-        return ("cls",)
+        prefix: tuple[TokenGroup, ...] = ("cls",) if self.num_read else ()
+        return prefix if self.patch_readout == "none" else (*prefix, "patch")
 
     @cached_property
     def group_rows(self) -> dict[TokenGroup, slice]:
         """The tokens of each group that the model has, in their order."""
         ends: dict[TokenGroup, int] = {
-            "cls": 1,
+            "cls": self.num_read,
             "register": self.num_prefix,
             "patch": self.num_tokens,
         }
@@ -170,7 +188,7 @@ class ViTWeights:
 
     @property
     def num_prefix(self) -> int:
-        """Tokens before the patches; the classifier reads the first."""
+        """Tokens before the patches."""
         return self.prefix.shape[0]
 
     @property
