@@ -93,6 +93,25 @@ def _prepare(_: ArgumentParser, namespace: Namespace) -> None:
     )
 
 
+def _add_suggest(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config")
+    add_data(parser)
+    parser.add_argument("--groups", type=int, default=6, help="How many groups.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("labels.yaml"), help="The label file to write."
+    )
+
+
+def _suggest(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.pipeline.suggest import suggest_command
+
+    task = suggest_command(data_of(namespace), namespace.groups, namespace.out)
+    for group in task.groups:
+        names = [item.name for item in task.classes if item.group == group]
+        sys.stdout.write(f"{group}: {', '.join(names)}\n")
+    _say_next(namespace.out, f"look through {namespace.out}, then give it as --task")
+
+
 def _add_train(parser: ArgumentParser) -> None:
     from vitcut.training.settings import TrainConfig
     from vitcut.vits.settings import VitConfig
@@ -304,6 +323,11 @@ VERBS = {
     ),
     "prepare": Verb(
         help="Decode a source of images into the cache.", add_flags=_add_prepare, run=_prepare
+    ),
+    "suggest": Verb(
+        help="Write a label file: ImageNet's classes in groups, by WordNet.",
+        add_flags=_add_suggest,
+        run=_suggest,
     ),
     "train": Verb(help="Train a small ViT on a task.", add_flags=_add_train, run=_train),
     "discover": Verb(
