@@ -196,8 +196,8 @@ def test_what_the_labels_do_not_have_is_told_in_one_line(text, match):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("groups: {a: [n1], b: [n2]}\nrests: c", "unknown entry 'rests': did you mean 'rest'"),
-        ("groups: {a: [n1], b: [n2]}\nzebra: c", "unknown entry 'zebra': expected name, source"),
+        ("groups: {a: [n1], b: [n2]}\nrests: c", "unknown entry 'rests', did you mean 'rest'"),
+        ("groups: {a: [n1], b: [n2]}\nzebra: c", "unknown entry 'zebra', expected name, source"),
         ("classes: [n1, n2]\ngroups: {a: [n1], b: [n2]}", "has 'groups' and 'classes': expected"),
         ("one: [n1]", r"'one' must be a class, got \['n1'\]"),
         ("one: ", "'one' must be a class, got ''"),

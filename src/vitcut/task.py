@@ -285,7 +285,7 @@ def _refuse_unknown_entries(content: dict[Any, Any], origin: str) -> None:
         if entry not in _ENTRIES:
             near = get_close_matches(str(entry), _ENTRIES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_ENTRIES)}"
-            raise TaskError(f"{origin} has an unknown entry {entry!r}: {hint}")
+            raise TaskError(f"{origin} is no label file: unknown entry {entry!r}, {hint}")
 
 
 def _one_line(error: Exception) -> str:
