@@ -66,3 +66,9 @@ def test_what_is_not_imagenets_or_too_many_groups_is_refused():
     for count in (1, 3):
         with pytest.raises(ConfigError, match=f"groups must be between 2 and 2, .* got {count}"):
             suggest_groups(["n01440764", "n01443537"], count)
+
+
+def test_groups_of_the_same_name_are_told_apart():
+    crane_and_crane = ("n02012849", "n03126707")
+    groups = suggest_groups(crane_and_crane, 2)
+    assert groups == {"crane": ("n02012849",), "crane (n03126707)": ("n03126707",)}
