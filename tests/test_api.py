@@ -227,8 +227,9 @@ def test_a_model_of_another_task_is_refused(model_folder, images):
     with pytest.raises(TaskError, match="5 classes"):
         vitcut.evaluate(other, images)
     named = vitcut.load_model(model_folder)
-    renamed = LoadedModel(**{**vars(named), "class_names": ("cat",) * 12})
-    with pytest.raises(TaskError, match="not those of task 'drawn'"):
+    others = tuple(f"cat {i}" for i in range(12))
+    renamed = LoadedModel(**{**vars(named), "class_ids": others})
+    with pytest.raises(TaskError, match=r"names 12 classes that model .* lacks: crescent, "):
         vitcut.evaluate(renamed, images)
 
 

@@ -10,6 +10,7 @@ import yaml
 
 import vitcut
 from vitcut import cli, errors
+from vitcut.task import parse_task
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -105,3 +106,16 @@ def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == vitcut.__version__
     assert f"## [{vitcut.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_label_files_shown_are_label_files():
+    page = ROOT / "docs" / "how-to" / "choose-a-task.md"
+    shown = [
+        block
+        for language, block in _FENCE.findall(page.read_text(encoding="utf-8"))
+        if language == "yaml"
+    ]
+    groups = [parse_task(block, origin="shown.yaml").groups for block in shown]
+    assert groups == [
+        ("cats", "dogs"), ("tabby", "golden retriever", "1"), ("n02123045", "other")
+    ]  # fmt: skip

@@ -1,7 +1,10 @@
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vitcut.errors import TaskError
+from vitcut.labels import Labels
 from vitcut.task import Task, TaskClass, load_task, parse_task, shipped_tasks
 
 
@@ -118,3 +121,113 @@ def test_classes_built_by_hand_are_sorted_and_of_a_listed_group(members, match):
     classes = tuple(TaskClass(id=i, name=i, group=group) for i, group in members)
     with pytest.raises(TaskError, match=match):
         Task(name="x", classes=classes, groups=("a", "b"))
+
+
+LABELS = Labels(
+    owner="the data",
+    ids=("n2", "n1", "n4", "n3"),
+    names=("tabby, tabby cat", "owl", "pug", "seal"),
+)
+
+
+def _among(text, labels=LABELS):
+    return parse_task(text, origin="labels.yaml").among(labels)
+
+
+@pytest.mark.parametrize("cats", ["{n2: kitty}", "[n2]", "['0']", "[Tabby]", "[tabby cat]"])
+def test_a_class_is_named_by_its_id_its_position_or_its_name(cats):
+    task = _among(f"groups: {{cats: {cats}, dogs: [pug], owls: {{'1': }}}}")
+    assert task.class_ids == ("n1", "n2", "n4")
+    assert task.class_names[::2] == ("owl", "pug")
+    assert task.class_names[1] == ("kitty" if "kitty" in cats else "tabby, tabby cat")
+    assert task.group_of_class.tolist() == [2, 0, 1]
+
+
+def test_what_is_not_named_is_ignored_unless_a_rest_collects_it():
+    text = "groups: {cats: [tabby], dogs: [pug]}\nexcluded: {n3: drawn}"
+    for ignored in (text, f"{text}\nrest: ignore"):
+        assert _among(ignored).class_ids == ("n2", "n4")
+    task = _among(f"{text}\nrest: others")
+    assert task.groups == ("cats", "dogs", "others")
+    assert task.class_ids == ("n1", "n2", "n4")
+    assert task.group_of_class.tolist() == [2, 0, 1]
+
+
+def test_the_rest_may_join_a_group_of_the_label_file():
+    task = _among("groups: {others: [owl], cats: [tabby]}\nrest: others")
+    assert task.groups == ("others", "cats")
+    assert task.group_of_class.tolist() == [0, 1, 0, 0]
+
+
+def test_one_class_stands_against_the_rest():
+    task = _among("one: tabby")
+    assert task.groups == ("tabby", "other")
+    assert task.group_of_class.tolist() == [1, 0, 1, 1]
+    assert task == _among("groups: {tabby: [tabby]}\nrest: other")
+
+
+@pytest.mark.parametrize("classes", ["[n2, pug]", "{n2: n2, pug: pug}", "{n2: , pug: }"])
+def test_classes_without_groups_are_a_group_each(classes):
+    task = _among(f"classes: {classes}")
+    assert task.groups == ("n2", "pug")
+    assert task.group_of_class.tolist() == [0, 1]
+
+
+def test_a_group_of_one_class_bears_its_name():
+    assert _among("classes: {n2: cat, n4: dog}").groups == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("classes: [tabbby, pug]", r"names 1 classes that the data lacks: tabbby; .*such as tabby"),
+        ("classes: [x, y]", r"names 2 classes .*: x, y; the data has 4 classes, such as n2, n1"),
+        ("classes: ['4', pug]", r"lacks: 4; .*positions 0 to 3"),
+        ("classes: [tabby, n2]", r"names class n2 twice, as '\w+' in group '\w+' and in group"),
+        ("groups: {a: [n2], b: [n1, n4, n3]}\nrest: other", r"so that none is left for 'other'"),
+    ],
+)
+def test_what_the_labels_do_not_have_is_told_in_one_line(text, match):
+    with pytest.raises(TaskError, match=match) as caught:
+        _among(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("groups: {a: [n1], b: [n2]}\nrests: c", "unknown entry 'rests', did you mean 'rest'"),
+        ("groups: {a: [n1], b: [n2]}\nzebra: c", "unknown entry 'zebra', expected name, source"),
+        ("classes: [n1, n2]\ngroups: {a: [n1], b: [n2]}", "has 'groups' and 'classes': expected"),
+        ("one: [n1]", r"'one' must be a class, got \['n1'\]"),
+        ("one: ", "'one' must be a class, got ''"),
+        ("one: n1\nrest: ignore", "needs at least 2 groups, got 1"),
+        ("classes: n1", r"expected 'classes: \[class, ...\]'"),
+        ("classes: {1: cat, 2: cat}", "2 classes are called 'cat'"),
+        ("classes: [n1, n1]", "2 classes are called 'n1'"),
+        ("groups: {a: [[n1]], b: [n2]}", "expected 'groups"),
+        ("groups: {a: {n1: [cat]}, b: [n2]}", "expected 'groups"),
+        ("groups: {a: [n1], b: [n2]}\nrest: [c]", r"'rest' must be a group's name or 'ignore'"),
+        ("groups: {a: [n1], b: [n2]}\nrest: ", "'rest' must be a group's name or 'ignore', got ''"),
+    ],
+)
+def test_what_a_label_file_may_not_say_is_refused(text, match):
+    _expect_refusal(text, match)
+
+
+names = st.text("ab1,", min_size=1, max_size=3)
+
+
+@given(data=st.data(), ids=st.lists(names, min_size=3, max_size=6, unique=True))
+def test_a_task_among_its_labels_is_what_it_was_and_comes_back_from_its_label_file(data, ids):
+    labels = Labels(owner="x", ids=tuple(ids), names=tuple(data.draw(names) for _ in ids))
+    chosen = data.draw(st.lists(st.sampled_from(ids), min_size=2, max_size=len(ids), unique=True))
+    rest = data.draw(st.sampled_from(["ignore", "other"] if len(chosen) < len(ids) else ["ignore"]))
+    content = {"classes": dict.fromkeys(chosen, ""), "rest": rest}
+    written = parse_task(yaml.safe_dump(content), origin="x.yaml")
+    task = written.among(labels)
+    assert set(task.class_ids) == set(ids if rest == "other" else chosen)
+    assert task.among(labels) == task
+    for either in (written, task):
+        text = yaml.safe_dump(either.to_dict(), sort_keys=False)
+        assert parse_task(text, origin="x.yaml") == either

@@ -1,13 +1,12 @@
 """The verbs of the command line: the flags and the work of each, in the table ``VERBS``.
 
-A stage is imported when its verb runs. Parsing and telling errors are left to `cli`.
+A stage is imported when its verb runs. Parsing and telling errors are left to `cli`, short forms of
+flags to `typed`.
 """
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from vitcut.errors import ConfigError
 from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, take
+from vitcut.typed import arrange_bench, arrange_cut, arrange_demo, arrange_run
 
 if TYPE_CHECKING:
     from vitcut.data.settings import DataConfig
     from vitcut.pipeline.subject import Origin
     from vitcut.results import Results
-
-_LISTS = {"--runtimes", "--batches"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +58,6 @@ def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = No
     )
 
 
-def _arrange_run(rest: list[str]) -> list[str]:
-    """A recipe's name or file becomes its ``--config``; ``--source`` is short for data.source."""
-    if not rest or rest[0].startswith("-"):
-        if rest and rest[0] in {"-h", "--help"}:
-            return rest
-        raise ConfigError(f"run needs a recipe: {', '.join(_recipes())}, or a .yaml file")
-    recipe, *flags = rest
-    path = Path(recipe)
-    if path.suffix not in {".yaml", ".yml"}:
-        if recipe not in _recipes():
-            raise ConfigError(
-                f"no recipe {recipe!r}: expected one of {', '.join(_recipes())}, or a .yaml file"
-            )
-        path = Path(str(resources.files("vitcut"))) / "recipes" / f"{recipe}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no recipe file at {path}")
-    flags = [re.sub(r"^--source(?==|$)", "--data.source", word) for word in flags]
-    return ["--config", str(path), "--out", f"runs/{path.stem}", *flags]
-
-
-def _recipes() -> list[str]:
-    return sorted(
-        Path(item.name).stem for item in (resources.files("vitcut") / "recipes").iterdir()
-    )
-
-
 def _add_run(parser: ArgumentParser) -> None:
     from vitcut.pipeline.settings import RunConfig
 
@@ -104,10 +76,6 @@ def _run(parser: ArgumentParser, namespace: Namespace) -> None:
     _report(results, namespace.out, f"vitcut show {namespace.out}")
 
 
-def _arrange_demo(rest: list[str]) -> list[str]:
-    return rest if set(rest) & {"-h", "--help"} else _arrange_run(["demo", *rest])
-
-
 def _add_prepare(parser: ArgumentParser) -> None:
     parser.add_argument("--config", action="config")
     parser.add_argument("--image_size", type=int, default=64, help="Side in pixels.")
@@ -123,6 +91,25 @@ def _prepare(_: ArgumentParser, namespace: Namespace) -> None:
         f"{len(prepared.skipped)} skipped\n"
         f"next: vitcut train --source {namespace.source or '...'} --task LABELS.yaml\n"
     )
+
+
+def _add_suggest(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config")
+    add_data(parser)
+    parser.add_argument("--groups", type=int, default=6, help="How many groups.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("labels.yaml"), help="The label file to write."
+    )
+
+
+def _suggest(_: ArgumentParser, namespace: Namespace) -> None:
+    from vitcut.pipeline.suggest import suggest_command
+
+    task = suggest_command(data_of(namespace), namespace.groups, namespace.out)
+    for group in task.groups:
+        names = [item.name for item in task.classes if item.group == group]
+        sys.stdout.write(f"{group}: {', '.join(names)}\n")
+    _say_next(namespace.out, f"look through {namespace.out}, then give it as --task")
 
 
 def _add_train(parser: ArgumentParser) -> None:
@@ -190,15 +177,6 @@ def _add_cut(parser: ArgumentParser) -> None:
     parser.add_class_arguments(CutConfig)
     parser.add_class_arguments(SelectConfig, skip={"seed"})
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the timing.")
-
-
-def _arrange_cut(rest: list[str]) -> list[str]:
-    """A bare ``--merge`` says yes; ``--merge true`` and ``--merge=false`` are taken as typed."""
-    after = [*rest[1:], ""]
-    return [
-        "--merge=true" if word == "--merge" and then not in {"true", "false"} else word
-        for word, then in zip(rest, after, strict=True)
-    ]
 
 
 def _cut(_: ArgumentParser, namespace: Namespace) -> None:
@@ -275,20 +253,6 @@ def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
     _say_next(namespace.out, f"vitcut show {namespace.out}")
 
 
-def _arrange_bench(rest: list[str]) -> list[str]:
-    """``--runtimes torch,openvino`` and ``--batches 1,64`` become the lists that they mean."""
-    arranged: list[str] = []
-    for before, word in zip(["", *rest], rest, strict=False):
-        name, equals, value = word.partition("=")
-        if before in _LISTS and word[:1] not in {"-", "["}:
-            arranged.append(f"[{word}]")
-        elif name in _LISTS and equals and value[:1] != "[":
-            arranged.append(f"{name}=[{value}]")
-        else:
-            arranged.append(word)
-    return arranged
-
-
 def _add_bench(parser: ArgumentParser) -> None:
     from vitcut.benchmark.settings import BenchConfig
 
@@ -349,16 +313,21 @@ VERBS = {
         help="The whole way in under three minutes, on drawn pictures.",
         add_flags=_add_run,
         run=_run,
-        arrange=_arrange_demo,
+        arrange=arrange_demo,
     ),
     "run": Verb(
         help="Train, discover, cut and measure by a recipe; resumes.",
         add_flags=_add_run,
         run=_run,
-        arrange=_arrange_run,
+        arrange=arrange_run,
     ),
     "prepare": Verb(
         help="Decode a source of images into the cache.", add_flags=_add_prepare, run=_prepare
+    ),
+    "suggest": Verb(
+        help="Write a label file: ImageNet's classes in groups, by WordNet.",
+        add_flags=_add_suggest,
+        run=_suggest,
     ),
     "train": Verb(help="Train a small ViT on a task.", add_flags=_add_train, run=_train),
     "discover": Verb(
@@ -368,7 +337,7 @@ VERBS = {
         help="Compile a circuit into a compact model and measure it.",
         add_flags=_add_cut,
         run=_cut,
-        arrange=_arrange_cut,
+        arrange=arrange_cut,
     ),
     "finetune": Verb(
         help="Repair a cut model: a few epochs of distillation, measured beside the dense one.",
@@ -379,7 +348,7 @@ VERBS = {
         help="Measure the models of a run again.",
         add_flags=_add_bench,
         run=_bench,
-        arrange=_arrange_bench,
+        arrange=arrange_bench,
     ),
     "checks": Verb(
         help="Describe the machine, and measure what plans cost on it.",

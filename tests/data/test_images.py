@@ -9,10 +9,11 @@ from data_samples import CAT, DOG, OWL, encoded, task_of, tiny_imagenet, write_f
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vitcut.data.images import ImageSet, TaskImages, load_images, to_float
+from vitcut.data.images import ImageSet, TaskImages, load_images, task_images, to_float
+from vitcut.data.prepare import prepare
 from vitcut.data.settings import DataConfig
 from vitcut.errors import ConfigError, DataError, TaskError
-from vitcut.task import load_task
+from vitcut.task import Task, TaskClass, load_task, parse_task
 
 TASK = task_of(cats=[CAT], dogs=[DOG])
 
@@ -97,6 +98,42 @@ def test_calibration_images_are_training_images_of_all_classes(
     assert _rows(chosen) <= _rows(data.train)
     counts = np.bincount(chosen.labels, minlength=2)
     assert abs(counts[0] - counts[1]) <= 1
+
+
+def test_the_rest_counts_as_one_class_among_calibration_images(archive: Path) -> None:
+    text = f"groups: {{cats: [{CAT}]}}\nrest: other"
+    data = load_images(
+        DataConfig(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
+    )
+    assert np.bincount(data.train.labels).tolist() == [18, 18, 18]
+    chosen = data.calibration(20, seed=0)
+    groups = data.task.group_of_class[chosen.labels]
+    assert np.bincount(groups).tolist() == [10, 10]
+    assert set(chosen.labels) == {0, 1, 2}
+
+
+def test_a_rest_without_images_is_refused(archive: Path) -> None:
+    classes = [TaskClass(id=name, name=name, group="all") for name in (CAT, DOG, OWL)]
+    unseen = TaskClass(id="unseen", name="unseen", group="rest")
+    task = Task(name="x", classes=(*classes, unseen), groups=("all", "rest"), rest="rest")
+    config = DataConfig(source=str(archive), image_size=8)
+    with pytest.raises(DataError, match="has no train images of the rest, group 'rest'"):
+        task_images(prepare(config), config, task)
+
+
+def test_names_of_the_data_and_of_imagenet_name_classes(tmp_path: Path, archive: Path) -> None:
+    text = "groups: {cats: [House Cat], dogs: [dog]}"
+    data = load_images(
+        DataConfig(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
+    )
+    assert data.task.class_ids == (CAT, DOG)
+    assert data.data_ids == (CAT, DOG, OWL)
+    files = {f"{c}/{i}.png": encoded(i) for c in ("n02123045", "n02099601") for i in range(9)}
+    source = str(write_folder(tmp_path / "folder", files))
+    task = parse_task("classes: [tabby, golden retriever]", origin="x.yaml")
+    named = load_images(DataConfig(source=source, image_size=8), task).task
+    assert named.class_names == ("golden retriever", "tabby, tabby cat")
+    assert named.groups == ("tabby", "golden retriever")
 
 
 @pytest.mark.parametrize("count", [0, 37])

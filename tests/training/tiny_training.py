@@ -39,6 +39,7 @@ def tiny_images(*, train: int = 36, side: int = 8) -> TaskImages:
         validation=part(train + 8, train + 16),
         fingerprint="tiny",
         ignored_classes=0,
+        data_ids=TASK.class_ids,
         image_size=side,
     )
 

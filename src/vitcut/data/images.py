@@ -16,9 +16,11 @@ from vitcut.data.prepared import PreparedData
 from vitcut.data.settings import DataConfig
 from vitcut.data.stratified import choose_evenly, choose_fraction
 from vitcut.errors import ConfigError, DataError, TaskError
+from vitcut.labels import Labels
 from vitcut.progress import say
 from vitcut.shapes import Float, Tensor
-from vitcut.task import Task
+from vitcut.task import Task, unknown_classes
+from vitcut.wordnet import imagenet_names
 
 _VALIDATION_FRACTION = 0.1
 """Of data that comes in one part."""
@@ -67,12 +69,16 @@ class TaskImages:
     fingerprint: str
     """Hex; of content, image size, task and splits."""
     ignored_classes: int
-    """How many class ids of the data the task does not name."""
+    """How many class ids of the data are not of the task."""
+    data_ids: tuple[str, ...]
+    """All class ids of the data, sorted."""
     image_size: int
     """Height and width, in pixels."""
 
     def calibration(self, count: int, *, seed: int) -> ImageSet:
         """Training images for discovery, as many of each fine class as of any other.
+
+        The rest, where the task has one, counts as one class, whatever it is made of.
 
         Raises:
             ConfigError: Fewer than one, or more than there are.
@@ -82,20 +88,46 @@ class TaskImages:
                 f"images must be between 1 and {len(self.train)}, the training images of this "
                 f"data, got {count}"
             )
-        return self.train.take(choose_evenly(self.train.labels, count, seed=seed))
+        labels = np.where(_in_rest(self.task)[self.train.labels], -1, self.train.labels)
+        return self.train.take(choose_evenly(labels, count, seed=seed))
 
 
 def load_images(config: DataConfig, task: Task) -> TaskImages:
-    """Prepare a source and split its images for a task.
-
-    The splits are made class by class before the task picks its classes: whatever the task, an
-    image that one of them tunes or validates on trains no other.
+    """Prepare a source and split its images for a task, whose classes are the data's.
 
     Raises:
         DataError: The source cannot be used, or a class has too few images to be split.
         TaskError: The task names a class that the data lacks.
     """
     prepared = prepare(config)
+    return task_images(prepared, config, task.among(labels_of(prepared)))
+
+
+def labels_of(prepared: PreparedData) -> Labels:
+    """The classes of prepared data; ids that are ImageNet's have its names, if no others."""
+    ids = tuple(sorted(prepared.class_names))
+    names = (prepared.class_names[class_id] for class_id in ids)
+    known = imagenet_names()
+    return Labels(
+        owner="the data",
+        ids=ids,
+        names=tuple(
+            known.get(own, name) if name == own else name
+            for own, name in zip(ids, names, strict=True)
+        ),
+    )
+
+
+def task_images(prepared: PreparedData, config: DataConfig, task: Task) -> TaskImages:
+    """Split prepared images for a task whose classes are called by their ids.
+
+    The splits are made class by class before the task picks its classes: whatever the task, an
+    image that one of them tunes or validates on trains no other.
+
+    Raises:
+        DataError: A class has too few images to be split.
+        TaskError: The task names a class that the data lacks.
+    """
     labels = _task_labels(prepared, task)
     sets = {
         name: _image_set(prepared, labels, chosen & (labels >= 0))
@@ -110,6 +142,7 @@ def load_images(config: DataConfig, task: Task) -> TaskImages:
         validation=sets["validation"],
         fingerprint=_fingerprint(prepared, config, task),
         ignored_classes=_ignored_classes(prepared, task),
+        data_ids=tuple(sorted(prepared.class_names)),
         image_size=config.image_size,
     )
 
@@ -141,13 +174,11 @@ def to_float(
 
 def _task_labels(prepared: PreparedData, task: Task) -> NDArray[np.int64]:
     """The fine class number of every image, -1 for classes that the task does not name."""
-    missing = sorted(set(task.class_ids) - set(prepared.class_names))
+    known = labels_of(prepared)
+    named = (item.id for item in task.classes if item.group != task.rest)
+    missing = [class_id for class_id in named if class_id not in prepared.class_names]
     if missing:
-        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise TaskError(
-            f"task {task.name!r} names {len(missing)} classes that the data lacks: {listed}; "
-            f"the data has {len(prepared.class_names)} classes: mend the label file or the source"
-        )
+        raise TaskError(unknown_classes(task.name, missing, known))
     number = {class_id: label for label, class_id in enumerate(task.class_ids)}
     ids, members = np.unique(prepared.class_ids, return_inverse=True)
     return np.array([number.get(str(name), -1) for name in ids], dtype=np.int64)[members]
@@ -173,21 +204,32 @@ def _image_set(
 
 
 def _refuse_missing_classes(images: ImageSet, task: Task, split: str) -> None:
-    missing = np.setdiff1d(np.arange(len(task.class_ids)), images.labels)
+    rest = _in_rest(task)
+    missing = np.setdiff1d(np.flatnonzero(~rest), images.labels)
     if len(missing):
         raise DataError(
             f"class {task.class_ids[missing[0]]} has no {split} images "
             f"({len(missing)} of {len(task.class_ids)} classes have none): expected at least one; "
             "add images, or take the class out of the label file"
         )
+    if rest.any() and not rest[images.labels].any():
+        raise DataError(
+            f"the data has no {split} images of the rest, group {task.rest!r}: expected one at "
+            "least, of a class that the model knows and the label file does not name"
+        )
+
+
+def _in_rest(task: Task) -> NDArray[np.bool_]:
+    """Whether each fine class is of the rest; the data may lack those."""
+    return np.array([item.group == task.rest for item in task.classes])
 
 
 def _ignored_classes(prepared: PreparedData, task: Task) -> int:
     ignored = len(set(prepared.class_names) - set(task.class_ids))
     if ignored:
         say(
-            f"data: left out {ignored} of {len(prepared.class_names)} classes, which task "
-            f"{task.name!r} does not name"
+            f"data: left out {ignored} of {len(prepared.class_names)} classes, which are not of "
+            f"task {task.name!r}"
         )
     return ignored
 

@@ -29,6 +29,7 @@ from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError, TaskError
 from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.budget import BudgetSearch, require_possible
+from vitcut.pipeline.classes import fit, load_images_for
 from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
@@ -85,11 +86,12 @@ def load_model(
     return loading.load_model(str(model), arch=arch, random_weights=random_weights)
 
 
-def load_images(
+def load_images(  # noqa: PLR0913 - what a caller may choose
     source: str | Path | None,
     *,
     task: str | Path | Task,
-    image_size: int = 64,
+    model: LoadedModel | None = None,
+    image_size: int | None = None,
     seed: int = 0,
     tuning_fraction: float = 0.1,
     skip_bad_images: bool = False,
@@ -100,7 +102,8 @@ def load_images(
         source: A Tiny ImageNet .zip or folder, a folder of class folders, a .parquet file, a
             Hugging Face dataset id, or "drawn"; None downloads Tiny ImageNet.
         task: A shipped task's name ("animals", "drawn"), a label file, or a `Task`.
-        image_size: Height and width, in pixels: what the model takes.
+        model: Whose classes the task's positions, names and rest mean; None: the data's.
+        image_size: Height and width, in pixels: what the model takes; None is 64 without a model.
         seed: Of the splits that the data lacks, and of drawn pictures.
         tuning_fraction: Part of each class's training images that is set aside for choosing.
         skip_bad_images: Leave out images that do not decode, instead of stopping.
@@ -112,12 +115,16 @@ def load_images(
     """
     config = DataConfig(
         source=None if source is None else str(source),
-        image_size=image_size,
+        image_size=(model.image_size if model else 64) if image_size is None else image_size,
         seed=seed,
         tuning_fraction=tuning_fraction,
         skip_bad_images=skip_bad_images,
     )
-    return task_images.load_images(config, task if isinstance(task, Task) else load_task(task))
+    wanted = task if isinstance(task, Task) else load_task(task)
+    if model is not None:
+        _require_size(model.image_size, config.image_size)
+        return load_images_for(model, config, wanted)
+    return task_images.load_images(config, wanted)
 
 
 def discover(
@@ -244,10 +251,14 @@ def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
         ModelError: A logit is NaN or infinite.
     """
     compact = isinstance(model, CompactViT)
-    module, known = (model, model.info) if compact else (model.model, model)
     size = model.plan.shape.image_size if compact else model.image_size
-    _require_size(size, images)
-    _require_names(known.class_names, images.task)
+    _require_size(size, images.image_size)
+    if compact:
+        module, known = model, model.info
+        _require_names(known.class_names, images.task)
+    else:
+        known = fit(model, images)
+        module = known.model
     parameter = next(module.parameters())
 
     def preprocess(pixels: NDArray[np.uint8]) -> Float[Tensor, "images channels y x"]:
@@ -295,7 +306,7 @@ def _wrap(
 
 
 def _subject(model: LoadedModel, images: TaskImages) -> Subject:
-    _require_size(model.image_size, images)
+    _require_size(model.image_size, images.image_size)
     return Subject.of(model, images)
 
 
@@ -324,10 +335,10 @@ def _require_known(given: dict[str, Any], known: list[str]) -> None:
             raise ConfigError(f"no setting {name!r}: {hint}")
 
 
-def _require_size(image_size: int, images: TaskImages) -> None:
-    if image_size != images.image_size:
+def _require_size(image_size: int, got: int) -> None:
+    if image_size != got:
         raise ConfigError(
-            f"the model takes images of {image_size} pixels, got {images.image_size}: give "
+            f"the model takes images of {image_size} pixels, got {got}: give "
             f"load_images image_size={image_size}"
         )
 

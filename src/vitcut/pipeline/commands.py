@@ -102,7 +102,7 @@ def train_command(
     )
     vit.require_whole_patches(data.image_size)
     images = load_images(data, loaded)
-    Origin.own(images, data).claim(folder)
+    Origin.own(images, data, loaded).claim(folder)
     train_dense(images, vit, config, folder)
     return folder.dense
 

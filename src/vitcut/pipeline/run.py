@@ -42,7 +42,8 @@ def run(config: RunConfig, out: Path) -> Results:
     task = load_task(config.task)
     folder = RunFolder(out, as_plain(config))
     if folder.results.exists():
-        if Origin.load(out).task != task:
+        earlier = Origin.load(out)
+        if task != (earlier.written or earlier.task):
             raise ArtefactError(f"{out} is of another label file: choose another --out")
         say(f"{out} is complete: nothing to do")
         return Results.load(folder.results)
@@ -52,7 +53,7 @@ def run(config: RunConfig, out: Path) -> Results:
     images.calibration(config.discover.images, seed=config.discover.seed)
     untrained = read_model(_untrained(images, config.vit, config.train))
     require_possible(untrained, config.select, config.cut)
-    Origin.own(images, config.data).claim(folder)
+    Origin.own(images, config.data, task).claim(folder)
     train_dense(images, config.vit, config.train, folder)
     subject = Subject.of(load_model(str(folder.dense)), images)
     maker = PointMaker(subject, folder, config.cut)

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.config import as_plain
-from vitcut.data.images import ImageSet, TaskImages, load_images, to_float
+from vitcut.data.images import ImageSet, TaskImages, to_float
 from vitcut.data.settings import DataConfig
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.files import read_json, write_json
 from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.classes import fit, load_images_for
 from vitcut.pipeline.folder import RunFolder
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.task import Task, parse_task
@@ -38,6 +39,8 @@ class Origin:
     random_weights: bool = False
     """Whether ``timm:NAME`` is built without its weights."""
     task: Task
+    written: Task | None = None
+    """As the label file has it, where ``task`` calls its classes by what it means in the data."""
     data: DataConfig
     images_fingerprint: str | None = None
     """Of the images, their splits and the task; None until they were loaded."""
@@ -45,10 +48,15 @@ class Origin:
     """Of a model that was there before the run; None until it was loaded, or if it is trained."""
 
     @classmethod
-    def own(cls, images: TaskImages, data: DataConfig) -> "Origin":
-        """The origin of a run that trains its own model."""
-        fingerprint = images.fingerprint
-        return cls(model=OWN_MODEL, task=images.task, data=data, images_fingerprint=fingerprint)
+    def own(cls, images: TaskImages, data: DataConfig, written: Task) -> "Origin":
+        """The origin of a run that trains its own model for a task as a label file has it."""
+        return cls(
+            model=OWN_MODEL,
+            task=images.task,
+            written=None if written == images.task else written,
+            data=data,
+            images_fingerprint=images.fingerprint,
+        )
 
     def loaded(self, subject: "Subject") -> "Origin":
         """This origin, once its images and its model were loaded."""
@@ -90,6 +98,9 @@ class Origin:
         content = read_json(path, kind="run", newest_version=_ORIGIN_VERSION)
         try:
             task = parse_task(json.dumps(content["task"]), origin=str(path))
+            written = content.get("written")
+            if written is not None:
+                written = parse_task(json.dumps(written), origin=str(path))
             own = content["model"] == OWN_MODEL
             model = str(folder.resolve()) if own else content["model"]
             return cls(
@@ -97,6 +108,7 @@ class Origin:
                 arch=content.get("arch"),
                 random_weights=content.get("random_weights", False),
                 task=task,
+                written=written,
                 data=DataConfig(**content["data"]),
                 images_fingerprint=content["images_fingerprint"],
                 weight_hash=content["weight_hash"],
@@ -108,7 +120,9 @@ class Origin:
         """What a run directory's settings say of it."""
         # Named only where they were given: run directories of before knew neither.
         given = {"arch": self.arch, "random_weights": self.random_weights}
-        special = {key: value for key, value in given.items() if value}
+        special: dict[str, Any] = {key: value for key, value in given.items() if value}
+        if self.written is not None:
+            special["written"] = self.written.to_dict()
         data = as_plain(self.data)
         return {"model": self.model, **special, "task": self.task.to_dict(), "data": data}
 
@@ -133,8 +147,7 @@ class Origin:
             ModelError: The model cannot be loaded.
         """
         model = self.load_model() if model is None else model
-        data = replace(self.data, image_size=model.image_size)
-        return Subject.of(model, load_images(data, self.task))
+        return Subject.of(model, load_images_for(model, self.data, self.task))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,21 +155,21 @@ class Subject:
     """A dense model together with the images of the task that it is cut for."""
 
     model: LoadedModel
+    """Its logits are the task's fine classes, in their order."""
     weights: ViTWeights
     """Of the model, checked against it."""
     images: TaskImages
 
     @classmethod
     def of(cls, model: LoadedModel, images: TaskImages) -> "Subject":
-        """Read a loaded model for the images of a task.
+        """Read a loaded model for the images of a task; logits that are not the task's go.
 
         Raises:
             UnsupportedModelError: The model has a feature that is not understood.
-            TaskError: The model's classes are not the task's.
+            TaskError: The task has a class that the model lacks.
         """
-        weights = read_model(model.model)
-        _check_classes(model, weights.num_classes, images.task)
-        return cls(model=model, weights=weights, images=images)
+        fitted = fit(model, images)
+        return cls(model=fitted, weights=read_model(fitted.model), images=images)
 
     @property
     def task(self) -> Task:
@@ -182,18 +195,3 @@ def _changed(folder: RunFolder, what: str) -> ArtefactError:
         f"{folder.path} was begun with other {what} (their hash is not the one in {ORIGIN_FILE}): "
         "choose another --out"
     )
-
-
-def _check_classes(model: LoadedModel, num_classes: int, task: Task) -> None:
-    if num_classes != len(task.classes):
-        raise TaskError(
-            f"model {model.name!r} has {num_classes} classes, task {task.name!r} has "
-            f"{len(task.classes)}: use the label file that the model was trained on"
-        )
-    if model.class_ids is not None and model.class_ids != task.class_ids:
-        known = set(model.class_ids)
-        unknown = [class_id for class_id in task.class_ids if class_id not in known]
-        raise TaskError(
-            f"task {task.name!r} names classes that model {model.name!r} does not know: "
-            f"{', '.join(unknown[:5])}: use the label file that the model was trained on"
-        )

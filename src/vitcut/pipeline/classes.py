@@ -1,0 +1,99 @@
+"""Which classes a model's logits are, and the model of a task: the rows of its classes alone."""
+
+from dataclasses import replace
+
+from vitcut.data.images import TaskImages, labels_of, task_images
+from vitcut.data.prepare import prepare
+from vitcut.data.settings import DataConfig
+from vitcut.errors import ModelError, TaskError
+from vitcut.labels import Labels
+from vitcut.progress import say
+from vitcut.task import Task, unknown_classes
+from vitcut.vits.adapters import read_weights
+from vitcut.vits.classifier import keep_rows
+from vitcut.vits.loading import LoadedModel
+from vitcut.wordnet import imagenet_names
+
+
+def load_images_for(model: LoadedModel, config: DataConfig, task: Task) -> TaskImages:
+    """The images of a task whose classes, and rest, are the model's; at the size that it takes.
+
+    Raises:
+        DataError: The source cannot be used, or a class has too few images to be split.
+        TaskError: The task names a class that the model or the data lacks.
+    """
+    config = replace(config, image_size=model.image_size)
+    prepared = prepare(config)
+    known, _ = _labels(model, _num_classes(model), labels_of(prepared), task)
+    return task_images(prepared, config, task.among(known))
+
+
+def fit(model: LoadedModel, images: TaskImages) -> LoadedModel:
+    """The model whose logits are a task's fine classes, in their order; its weight hash stays.
+
+    Raises:
+        TaskError: The task has a class that the model lacks.
+        UnsupportedModelError: The model has a feature that is not understood.
+    """
+    weights, task = read_weights(model.model), images.task
+    data = Labels(owner="the data", ids=images.data_ids, names=images.data_ids)
+    known, told = _labels(model, weights.num_classes, data, task)
+    if told is not None:
+        say(f"model: {model.name} does not say its classes: {told}")
+    position = {class_id: at for at, class_id in enumerate(known.ids)}
+    unknown = [class_id for class_id in task.class_ids if class_id not in position]
+    if unknown:
+        raise TaskError(unknown_classes(task.name, unknown, known))
+    rows = [position[class_id] for class_id in task.class_ids]
+    if rows == list(range(weights.num_classes)):
+        return model
+    if len(rows) < weights.num_classes:
+        say(
+            f"model: {model.name} keeps {len(rows)} of its {weights.num_classes} logits, those of "
+            f"task {task.name!r}"
+        )
+    return replace(
+        model,
+        model=keep_rows(model.model, weights, rows),
+        class_ids=task.class_ids,
+        class_names=task.class_names,
+    )
+
+
+def _num_classes(model: LoadedModel) -> int:
+    known = model.class_ids
+    return read_weights(model.model).num_classes if known is None else len(known)
+
+
+def _labels(model: LoadedModel, count: int, data: Labels, task: Task) -> tuple[Labels, str | None]:
+    """The classes of a model's logits, and how they were told where it does not say them."""
+    owner = f"model {model.name!r}"
+    if model.class_ids is not None:
+        names = model.class_names or model.class_ids
+        if len(model.class_ids) != count:
+            raise ModelError(
+                f"{owner} names {len(model.class_ids)} classes and gives {count} logits: expected "
+                "as many; mend its config.json"
+            )
+        return Labels(owner=owner, ids=model.class_ids, names=names), None
+    if len(data.ids) == count:
+        told = f"its {count} logits are taken as the data's classes, in the order of their ids"
+        return replace(data, owner=owner), told
+    own = set(data.ids)
+    if len(task.classes) == count and own.issuperset(task.class_ids):
+        names = tuple(item.name for item in task.classes)
+        told = f"its {count} logits are taken as the task's classes, in the order of their ids"
+        return Labels(owner=owner, ids=task.class_ids, names=names), told
+    imagenet = imagenet_names()
+    if len(imagenet) == count and not own.isdisjoint(imagenet):
+        labels = Labels(owner=owner, ids=tuple(imagenet), names=tuple(imagenet.values()))
+        return labels, f"its {count} logits are taken as ImageNet-1k's classes, in the usual order"
+    numbers = tuple(map(str, range(count)))
+    if own.isdisjoint(numbers):
+        raise TaskError(
+            f"{owner} does not say what its classes are: it has {count} classes, task "
+            f"{task.name!r} has {len(task.classes)}, the data {len(data.ids)}: use a label file "
+            f"or data of as many, or call the data's classes by position, 0 to {count - 1}"
+        )
+    told = f"its {count} logits are taken as the data's classes that are called by their position"
+    return Labels(owner=owner, ids=numbers, names=numbers), told
