@@ -84,7 +84,7 @@ def test_a_save_that_fails_leaves_the_old_folder(model, folder, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("vitcut.vits.loading.write_text", full_disk)
+    monkeypatch.setattr("vitcut.vits.saving.write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_dense(model, folder, card=CARD)
     assert [item.name for item in folder.parent.iterdir()] == ["dense"]

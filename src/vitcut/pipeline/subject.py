@@ -14,6 +14,7 @@ from vitcut.data.images import ImageSet, TaskImages, load_images, to_float
 from vitcut.data.settings import DataConfig
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.files import read_json, write_json
+from vitcut.framing import WHOLE
 from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.folder import RunFolder
 from vitcut.shapes import Float, Int, Tensor
@@ -34,7 +35,11 @@ class Origin:
     model: str
     """As `load_model` takes it, or `OWN_MODEL`; paths are absolute."""
     arch: str | None = None
-    """The timm architecture of a model that is a file of bare weights."""
+    """The architecture of a model that is a file of bare weights."""
+    mean: tuple[float, ...] | None = None
+    """What the images of bare weights were shifted by; None is left to their architecture."""
+    std: tuple[float, ...] | None = None
+    """What they were divided by; likewise."""
     random_weights: bool = False
     """Whether ``timm:NAME`` is built without its weights."""
     task: Task
@@ -95,6 +100,8 @@ class Origin:
             return cls(
                 model=model,
                 arch=content.get("arch"),
+                mean=_numbers(content.get("mean")),
+                std=_numbers(content.get("std")),
                 random_weights=content.get("random_weights", False),
                 task=task,
                 data=DataConfig(**content["data"]),
@@ -106,8 +113,13 @@ class Origin:
 
     def settings(self) -> dict[str, Any]:
         """What a run directory's settings say of it."""
-        # Named only where they were given: run directories of before knew neither.
-        given = {"arch": self.arch, "random_weights": self.random_weights}
+        # Named only where they were given: run directories of before knew none of them.
+        given = {
+            "arch": self.arch,
+            "mean": None if self.mean is None else list(self.mean),
+            "std": None if self.std is None else list(self.std),
+            "random_weights": self.random_weights,
+        }
         special = {key: value for key, value in given.items() if value}
         data = as_plain(self.data)
         return {"model": self.model, **special, "task": self.task.to_dict(), "data": data}
@@ -117,12 +129,19 @@ class Origin:
 
         Raises:
             ModelError: It cannot be loaded.
-            ConfigError: ``arch`` or ``random_weights`` belong to another kind of model.
+            ConfigError: ``arch``, ``mean``, ``std`` or ``random_weights`` belong to another kind
+                of model, or transformers is not installed.
         """
-        return load_model(self.model, arch=self.arch, random_weights=self.random_weights)
+        return load_model(
+            self.model,
+            arch=self.arch,
+            mean=self.mean,
+            std=self.std,
+            random_weights=self.random_weights,
+        )
 
     def load_subject(self, model: LoadedModel | None = None) -> "Subject":
-        """Load the model, then the images at the size that it takes.
+        """Load the model, then the images as it takes them.
 
         Args:
             model: This origin's, where it was loaded already.
@@ -134,7 +153,7 @@ class Origin:
         """
         model = self.load_model() if model is None else model
         data = replace(self.data, image_size=model.image_size)
-        return Subject.of(model, load_images(data, self.task))
+        return Subject.of(model, load_images(data, self.task, model.framing or WHOLE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +196,10 @@ class Subject:
         return self.images.calibration(min(count, len(self.images.train)), seed=seed)
 
 
+def _numbers(values: list[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
+
+
 def _changed(folder: RunFolder, what: str) -> ArtefactError:
     return ArtefactError(
         f"{folder.path} was begun with other {what} (their hash is not the one in {ORIGIN_FILE}): "
@@ -190,10 +213,20 @@ def _check_classes(model: LoadedModel, num_classes: int, task: Task) -> None:
             f"model {model.name!r} has {num_classes} classes, task {task.name!r} has "
             f"{len(task.classes)}: use the label file that the model was trained on"
         )
-    if model.class_ids is not None and model.class_ids != task.class_ids:
-        known = set(model.class_ids)
-        unknown = [class_id for class_id in task.class_ids if class_id not in known]
+    if model.class_ids is None or model.class_ids == task.class_ids:
+        return
+    names = model.class_names or model.class_ids
+    pairs = zip(model.class_ids, names, task.classes, strict=True)
+    # Hugging Face's labels are texts: a folder's name, or what a person calls the class.
+    if any({own, name}.isdisjoint({item.id, item.name}) for own, name, item in pairs):
+        known = {*model.class_ids, *names}
+        unknown = [item.id for item in task.classes if known.isdisjoint({item.id, item.name})]
+        listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        fault = (
+            f"names classes that model {model.name!r} does not know: {listed}"
+            if unknown
+            else f"names the classes of model {model.name!r} in another order"
+        )
         raise TaskError(
-            f"task {task.name!r} names classes that model {model.name!r} does not know: "
-            f"{', '.join(unknown[:5])}: use the label file that the model was trained on"
+            f"task {task.name!r} {fault}: use the label file that the model was trained on"
         )
