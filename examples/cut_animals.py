@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Discover, cut, compare, save."""
     options = _parser().parse_args(arguments)
     model = vitcut.load_model(options.model)
-    images = vitcut.load_images(options.source, task=options.task, image_size=model.image_size)
+    images = vitcut.load_images(options.source, task=options.task, model=model)
 
     circuit = vitcut.discover(model, images, tau=options.tau, images=options.images)
     cut = vitcut.cut(model, images, circuit)

@@ -62,6 +62,7 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
     num_prefix = draw(st.integers(1, 2))
     num_read, patch_readout = 1, "none"
     if draw(some):
+        num_prefix = draw(st.integers(0, 2))
         num_read = draw(st.integers(0, num_prefix))
         kinds = ["normed_mean", "mean", *(["none"] if num_read else [])]
         patch_readout = draw(st.sampled_from(kinds))
@@ -79,6 +80,7 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
         num_read=num_read,
         patch_readout=patch_readout,
         embed_norm=draw(some),
+        final_norm=not draw(some),
         head_norm=draw(some),
         rotary=rotary,
         gated=draw(some),

@@ -193,7 +193,7 @@ def test_a_module_is_copied_and_left_as_it_was():
         (build_module(), {}, "needs mean and std"),
         (build_module(), {"mean": MEAN, "std": (1.0, 0.0, 1.0)}, "std must be .* got 0"),
         (build_module(), {"mean": (0.5,), "std": STD}, "need 3 numbers each.* got 1 and 3"),
-        ("animals", {"mean": MEAN, "std": STD}, "belong to a module"),
+        ("animals", {"mean": MEAN, "std": STD}, "mean is for a file of bare weights"),
     ],
 )
 def test_mean_and_std_belong_to_a_module_and_fit_it(model, given, message):
@@ -218,7 +218,9 @@ def test_a_misspelt_setting_is_refused_with_a_hint(model, images):
 def test_images_of_another_size_are_refused(model):
     small = vitcut.load_images("drawn", task="drawn", image_size=8)
     for use in (vitcut.discover, vitcut.evaluate):
-        with pytest.raises(ConfigError, match="16 pixels, got 8: give load_images image_size=16"):
+        with pytest.raises(
+            ConfigError, match=r"16 pixels, got 8: give load_images model=\.\.\., or image"
+        ):
             use(model, small)
 
 

@@ -1,10 +1,13 @@
 """Flags that several verbs share, and how typed flags become settings. The verbs are in `verbs`."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
+
+from vitcut.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitcut.data.settings import DataConfig
@@ -52,15 +55,24 @@ def add_subject(parser: ArgumentParser) -> None:
         "--model",
         type=str | None,
         default=None,
-        help="'animals' (the default), a model or run directory, timm:NAME, hf-hub:REPOSITORY, or "
-        "a file of weights (.safetensors, .pth) with --arch.",
+        help="'animals' (the default), a run directory, a folder of timm or transformers, "
+        "timm:NAME, hf-hub:REPOSITORY, or a file of weights (.safetensors, .pth) with --arch.",
     )
     parser.add_argument(
         "--arch",
         type=str | None,
         default=None,
-        help="The timm architecture of a --model that is a file of weights.",
+        help="The architecture of a --model that is a file of weights: timm's name, or "
+        "torchvision:NAME.",
     )
+    for name, what in (("mean", "shifted"), ("std", "divided")):
+        parser.add_argument(
+            f"--{name}",
+            type=str | None,
+            default=None,
+            help=f"What pixels from 0 to 1 are {what} by for a --model that is a file of weights: "
+            "0.5, or one number per channel: 0.485,0.456,0.406.",
+        )
     parser.add_argument(
         "--random_weights",
         type=bool,
@@ -75,6 +87,27 @@ def data_of(namespace: Namespace, **given: Any) -> "DataConfig":
 
     source = namespace.source
     return at_home(DataConfig(source=source, skip_bad_images=namespace.skip_bad_images, **given))
+
+
+def numbers_of(namespace: Namespace, name: str) -> tuple[float, ...] | None:
+    """The numbers of a flag that takes one, or several with commas between them.
+
+    Raises:
+        ConfigError: They are none, or not finite; ``std`` is not above 0.
+    """
+    typed = namespace[name]
+    if typed is None:
+        return None
+    try:
+        values = tuple(float(item) for item in str(typed).split(","))
+    except ValueError:
+        raise ConfigError(
+            f"{name} must be a number, or several with commas between them, got {typed!r}"
+        ) from None
+    if not all(math.isfinite(value) and (name != "std" or value > 0) for value in values):
+        least = "finite numbers > 0" if name == "std" else "finite numbers"
+        raise ConfigError(f"{name} must be {least}, got {typed!r}")
+    return values
 
 
 def at_home(data: "DataConfig") -> "DataConfig":

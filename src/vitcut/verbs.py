@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from vitcut.errors import ConfigError
-from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, take
+from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, numbers_of, take
 from vitcut.typed import arrange_bench, arrange_cut, arrange_demo, arrange_run
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _say_next(out: Path, then: str) -> None:
 def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = None) -> "Origin":
     from vitcut.pipeline.commands import resolve_origin
 
-    return resolve_origin(
+    origin = resolve_origin(
         namespace.model,
         namespace.task,
         data,
@@ -56,6 +56,8 @@ def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = No
         arch=namespace.arch,
         random_weights=namespace.random_weights,
     )
+    said = {name: numbers_of(namespace, name) for name in ("mean", "std")}
+    return replace(origin, **{name: value for name, value in said.items() if value is not None})
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -234,7 +236,8 @@ def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
 
     dense = namespace.repaired_dense
     config = RepairConfig(
-        finetune=take(namespace, FinetuneConfig),
+        # The flags of these names are the dense model's, which brings them along.
+        finetune=take(namespace, FinetuneConfig, mean=FinetuneConfig.mean, std=FinetuneConfig.std),
         repair_dense=namespace.repair_dense,
         repaired_dense=None if dense is None else str(Path(dense).resolve()),
         bench=BenchConfig(threads=namespace.threads or 1),

@@ -1,11 +1,12 @@
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from strategies import skipping_a_head, split_circuits
 from tiny import random_fill, random_pixels, random_vit
 
@@ -14,6 +15,8 @@ from vitcut.compact.artefact import CONFIG, TENSORS, ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError
+from vitcut.files import sha256_file, sha256_json
+from vitcut.framing import WHOLE, Framing
 from vitcut.intervention.fill import Fill
 
 WEIGHTS = random_vit(num_heads=3)
@@ -176,6 +179,7 @@ ALTERED = {
     "group_of_class": [0, 0, 0, 0],
     "source_model": None,
     "source_sha256": "cd",
+    "framing": {"channels": 3, "fit": "squash", "crop_fraction": 1.0, "interpolation": "bicubic"},
 }
 
 
@@ -183,6 +187,37 @@ ALTERED = {
 def test_altered_information_is_refused(folder, name):
     change_config(folder, **{name: ALTERED[name]})
     with pytest.raises(ArtefactError, match=f"was altered: it is not the one that {TENSORS}"):
+        CompactViT.from_pretrained(folder)
+
+
+def _resave(folder, change):
+    """Write a model directory with another config, as another version of vitcut would."""
+    config = json.loads((folder / CONFIG).read_text())
+    change(config)
+    described = {key: config[key] for key in config.keys() - {"format_version", "model_sha256"}}
+    save_file(
+        load_file(folder / TENSORS),
+        folder / TENSORS,
+        metadata={"config_sha256": sha256_json(described)},
+    )
+    config["model_sha256"] = sha256_file(folder / TENSORS)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def test_a_framing_comes_back_and_models_of_before_show_the_whole_picture(folder):
+    model = CompactViT.from_pretrained(folder)
+    framing = Framing(channels=1, fit="squash", crop_fraction=0.9, interpolation="box")
+    model.info = replace(model.info, framing=framing)
+    model.save_pretrained(folder)
+    assert CompactViT.from_pretrained(folder).info == model.info
+    _resave(folder, lambda config: config.pop("framing"))
+    assert CompactViT.from_pretrained(folder).info == replace(model.info, framing=WHOLE)
+
+
+@pytest.mark.parametrize("value", [{"crop_fraction": 2}, {"shape": "round"}, None, [1]])
+def test_a_framing_that_is_not_known_is_refused(folder, value):
+    _resave(folder, lambda config: config.update(framing=value))
+    with pytest.raises(ArtefactError, match=r"framing in config\.json is not one.*upgrade vitcut"):
         CompactViT.from_pretrained(folder)
 
 

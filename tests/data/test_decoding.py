@@ -1,6 +1,7 @@
 """Encoded bytes to pixels."""
 
 import io
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ from data_samples import encoded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_transform
 
 from vitcut.data import decoding
 from vitcut.data.decoding import decode
 from vitcut.errors import DataError
+from vitcut.framing import Framing, Interpolation
 
 
 @given(
@@ -87,3 +90,62 @@ def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch, side: 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
     with pytest.raises(DataError, match="decompression bomb"):
         decode(encoded(size=(side, side)), 8)
+
+
+RAMP = np.linspace(0, 255, 90 * 60 * 3).reshape(90, 60, 3).astype(np.uint8)
+"""Higher than wide, and every row of another brightness."""
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_a_framing_makes_what_timm_makes(fit, crop_fraction, interpolation) -> None:
+    framing = Framing(fit=fit, crop_fraction=crop_fraction, interpolation=interpolation)
+    theirs = create_transform(
+        32,
+        crop_pct=crop_fraction,
+        crop_mode={"crop": "center", "squash": "squash"}[fit],
+        interpolation=interpolation,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )(Image.fromarray(RAMP))
+    ours = decode(_png(RAMP), 32, framing).transpose(2, 0, 1)
+    assert np.abs(ours - theirs.numpy() * 255).max() < 5
+
+
+@pytest.mark.parametrize("interpolation", get_args(Interpolation))
+def test_every_filter_is_its_own(interpolation) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    expected = Image.fromarray(noise).resize((16, 16), Image.Resampling[interpolation.upper()])
+    ours = decode(_png(noise), 16, Framing(interpolation=interpolation))
+    np.testing.assert_array_equal(ours, np.asarray(expected))
+
+
+def test_framings_differ() -> None:
+    whole = decode(_png(RAMP), 32)
+    for change in ({"fit": "squash"}, {"crop_fraction": 0.8}):
+        changed = decode(_png(RAMP), 32, Framing(**change))
+        assert np.abs(whole.astype(int) - changed).max() > 8
+
+
+def test_a_crop_enlarges_what_it_keeps_of_an_image_of_the_right_size() -> None:
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    pixels[4:12, 4:12] = 200
+    image = decode(_png(pixels), 16, Framing(crop_fraction=0.5, interpolation="nearest"))
+    assert (image == 200).all()
+
+
+@given(mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA"]))
+def test_any_mode_becomes_grey(mode: str) -> None:
+    image = decode(encoded(255, size=(9, 7), mode=mode), 16, Framing(channels=1))
+    assert image.shape == (16, 16, 1)
+    assert (image == 255).all()
+
+
+def test_grey_stays_as_it_is_and_colours_become_their_brightness() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    grey = Framing(channels=1)
+    np.testing.assert_array_equal(decode(_png(pixels), 16, grey)[..., 0], pixels)
+    green = np.zeros((16, 16, 3), dtype=np.uint8)
+    green[..., 1] = 200
+    assert (decode(_png(green), 16, grey) == round(200 * 0.587)).all()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from data_samples import encoded, shades, tiny_imagenet, write_folder, write_parquet, write_zip
 
+from vitcut.config import config_hash
 from vitcut.data import prepare as prepare_module
 from vitcut.data.prepare import prepare
-from vitcut.data.prepared import PreparedData
+from vitcut.data.prepared import FORMAT_VERSION, PreparedData
 from vitcut.data.settings import DataConfig
 from vitcut.errors import DataError
+from vitcut.framing import Framing
 
 
 def _config(source: Path, **changes: object) -> DataConfig:
@@ -55,6 +57,28 @@ def test_another_image_size_is_another_cache(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [0, 1, 0])
     assert prepare(_config(path)).images.shape == (3, 8, 8, 3)
     assert prepare(_config(path, image_size=12)).images.shape == (3, 12, 12, 3)
+
+
+def test_another_framing_is_another_cache_and_the_default_is_the_one_of_before(
+    tmp_path: Path, cache: Path
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [0, 1, 0])
+    fingerprint = prepare(_config(path)).fingerprint
+    key = config_hash(FORMAT_VERSION, fingerprint, 8)
+    assert [item.name for item in (cache / "data").iterdir()] == [key]
+    grey = prepare(_config(path), Framing(channels=1))
+    assert grey.images.shape == (3, 8, 8, 1)
+    np.testing.assert_array_equal(prepare(_config(path), Framing(channels=1)).images, grey.images)
+    prepare(_config(path), Framing(crop_fraction=0.9))
+    assert len(list((cache / "data").iterdir())) == 3
+
+
+def test_drawn_pictures_come_in_grey_too() -> None:
+    config = DataConfig(source="drawn", image_size=8)
+    colours, grey = prepare(config), prepare(config, Framing(channels=1))
+    assert grey.images.shape == (*colours.images.shape[:3], 1)
+    expected = colours.images.astype(float) @ [0.299, 0.587, 0.114]
+    assert np.abs(grey.images[..., 0] - expected).max() <= 0.51
 
 
 def test_bad_images_are_counted_and_listed(tmp_path: Path, cache: Path) -> None:

@@ -203,7 +203,7 @@ def test_unnamed_logits_that_fit_nothing_are_refused():
 
 
 def test_images_of_another_size_than_the_models_are_refused(shuffled):
-    with pytest.raises(ConfigError, match="takes images of 16 pixels, got 32"):
+    with pytest.raises(ConfigError, match="takes images of 16 pixels, got image_size=32"):
         vitcut.load_images("drawn", task="drawn", model=shuffled, image_size=32)
 
 

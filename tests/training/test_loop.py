@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import CONFIG, tiny_images, tiny_model
 
-from vitcut.errors import ArtefactError, ModelError
+from vitcut.errors import ArtefactError, ConfigError, ModelError
 from vitcut.training import checkpoint, loop
 from vitcut.training.loop import train
 from vitcut.training.losses import SoftCrossEntropy
@@ -215,3 +215,11 @@ def test_compiling_leaves_no_trace_in_the_model(tmp_path, monkeypatch):
     assert list(model.state_dict()) == names
     assert sorted(saved) == sorted(names)
     assert model.blocks[0].attn.fused_attn
+
+
+def test_colours_are_not_varied_where_there_are_none(tmp_path):
+    images = tiny_images()
+    grey = replace(images.train, array=images.train.array[..., :1])
+    config = replace(CONFIG, augmentation="reference", batch_size=2)
+    with pytest.raises(ConfigError, match="'reference' varies colours, the images have 1 channel"):
+        train(tiny_model(), replace(images, train=grey), config, tmp_path)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -7,8 +9,11 @@ from torch import nn
 from vitcut import cli
 from vitcut.data.settings import DataConfig
 from vitcut.errors import ConfigError, ModelError
+from vitcut.framing import Framing
 from vitcut.pipeline.commands import resolve_origin
+from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.subject import Origin
+from vitcut.vits.checkpoints import _sizes
 from vitcut.vits.loading import load_model, weight_hash
 
 ARCH = "test_vit"
@@ -173,3 +178,105 @@ def test_the_command_line_tells_it_in_one_line(model, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert cli.main([*typed, "--arch", ARCH, "--tau", "0.1", "--out", str(tmp_path / "out")]) == 2
     assert "has 3 classes, task 'drawn' has 12" in capsys.readouterr().err
+
+
+def _saved(tmp_path, **sizes):
+    torch.manual_seed(0)
+    model = timm.create_model(ARCH, num_classes=3, **sizes).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    return model, tmp_path / "weights.pth"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"img_size": 96}, "test_vit with img_size 96, by its weights"),
+        ({"img_size": 64, "patch_size": 8}, "test_vit with patch_size 8, img_size 64, by"),
+        ({}, None),
+    ],
+)
+def test_the_weights_say_the_sizes_of_images_and_patches(tmp_path, capsys, sizes, told):
+    model, path = _saved(tmp_path, **sizes)
+    loaded = load_model(str(path), arch=ARCH)
+    side = sizes.get("img_size", 160)
+    pixels = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(pixels), model(pixels))
+    assert loaded.image_size == side
+    assert loaded.framing == Framing(crop_fraction=0.95)
+    said = capsys.readouterr().err
+    assert said == "" if told is None else told in said
+
+
+def test_registers_and_positions_without_a_class_token_are_counted_rightly(tmp_path):
+    arch = "vit_small_patch14_reg4_dinov2"  # no position for class token and registers
+    given = {"depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 2}
+    weights = timm.create_model(arch, img_size=56, **given).state_dict()
+    assert _sizes(timm.create_model(arch, **given), weights) == {"img_size": 56}
+
+
+def test_one_channel_asks_for_mean_and_std(tmp_path):
+    model, path = _saved(tmp_path, in_chans=1)
+    _expect_refusal(path, r"takes 1 channels, mean and std are known of 3 and 3: give --mean and")
+    loaded = load_model(str(path), arch=ARCH, mean=(0.1,), std=(0.3,))
+    pixels = torch.randn(2, 1, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(pixels), model(pixels))
+    assert (loaded.mean, loaded.std, loaded.framing.channels) == ((0.1,), (0.3,), 1)
+
+
+def test_channels_that_no_picture_has_are_refused(tmp_path):
+    _, path = _saved(tmp_path, in_chans=4)
+    with pytest.raises(ModelError, match=r"1 \(grey\) or 3 .* channels, got 4"):
+        load_model(str(path), arch=ARCH, mean=(0.5,), std=(0.5,))
+
+
+def test_sizes_that_timm_cannot_build_are_refused(tmp_path):
+    _, path = _saved(tmp_path)
+    weights = torch.load(path, weights_only=True)
+    weights["patch_embed.proj.weight"] = torch.zeros(64, 3, 0, 0)
+    torch.save(weights, path)
+    _expect_refusal(path, "timm cannot build test_vit with num_classes=3, patch_size=0")
+
+
+def test_mean_and_std_belong_to_a_file_of_weights(model, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    assert load_model(str(path), arch=ARCH, mean=(0.5,), std=(0.2,)).mean == (0.5,) * 3
+    with pytest.raises(ConfigError, match="mean is for a file of bare weights"):
+        load_model("animals", mean=(0.5,))
+
+
+def test_a_file_beside_a_configuration_points_to_its_folder(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    _expect_refusal(tmp_path / "model.safetensors", "or give the folder .*config.json", arch=None)
+
+
+def test_an_origin_remembers_mean_and_std(model, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    origin = resolve_origin(str(path), "drawn", DataConfig(source="drawn"), arch=ARCH)
+    origin = replace(origin, mean=(0.5,), std=(0.2,))
+    folder = RunFolder(tmp_path / "run", origin.settings())
+    origin.claim(folder)
+    again = Origin.load(tmp_path / "run")
+    assert (again.mean, again.std) == ((0.5,), (0.2,))
+    assert again.load_model().std == (0.2,) * 3
+    assert resolve_origin(None, None, DataConfig(), base=again).std == (0.2,)
+    assert resolve_origin("animals", None, DataConfig(), base=again).std is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "typed", "match"),
+    [
+        ("mean", "grey", "mean must be a number, or several with commas between them, got 'grey'"),
+        ("std", "0.5,0", "std must be finite numbers > 0, got '0.5,0'"),
+        ("mean", "nan", "mean must be finite numbers, got 'nan'"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(capsys, flag, typed, match):
+    assert cli.main(["discover", "--tau", "0.1", f"--{flag}", typed]) == 2
+    told = capsys.readouterr().err
+    assert match in told
+    assert told.count("\n") == 1

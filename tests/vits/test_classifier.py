@@ -48,12 +48,21 @@ def _dinov2():
     return model
 
 
+def _distilled():
+    return timm.models.deit.VisionTransformerDistilled(
+        img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=6
+    )
+
+
 MODELS = {
     "timm": _timm,
     "timm without a bias": lambda: _without_bias(_timm()),
     "torchvision": _torchvision,
     "ViT": lambda: _transformers("ViT"),
     "Dinov2": _dinov2,
+    "Dinov2 that reads patches too": lambda: _transformers("Dinov2"),
+    "timm with a distillation token": _distilled,
+    "timm with mean pooling": lambda: _timm(global_pool="avg"),
 }
 
 
@@ -91,6 +100,7 @@ def test_a_classifier_that_is_no_linear_layer_is_refused(monkeypatch):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     model = shaken(example.OwnViT())
+    adapters.register_adapter(example.OwnViT, example.read)
     weights = example.read(model)
     assert keep_rows(model, weights, [1, 0]) is not model
     scaled = replace(weights, head_weight=weights.head_weight * 2)

@@ -1,11 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 
 from vitcut.errors import ModelError
+from vitcut.framing import WHOLE, Framing
 from vitcut.vits.loading import DenseCard, load_model, save_dense, weight_hash
 from vitcut.vits.reference import build_reference
 from vitcut.vits.settings import VitConfig
@@ -84,7 +87,7 @@ def test_a_save_that_fails_leaves_the_old_folder(model, folder, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("vitcut.vits.loading.write_text", full_disk)
+    monkeypatch.setattr("vitcut.vits.saving.write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_dense(model, folder, card=CARD)
     assert [item.name for item in folder.parent.iterdir()] == ["dense"]
@@ -174,3 +177,60 @@ def test_a_file_that_is_not_safetensors_is_refused(folder):
 
 def test_an_unknown_timm_name_is_refused():
     _expect_refusal("timm:vit_of_tomorrow", "vit_of_tomorrow")
+
+
+@pytest.mark.parametrize(
+    "framing", [WHOLE, Framing(fit="squash", crop_fraction=0.9, interpolation="bilinear")]
+)
+def test_how_images_are_made_is_saved_as_timm_has_it(tmp_path, model, framing):
+    save_dense(model, tmp_path / "dense", card=replace(CARD, framing=framing))
+    assert load_model(str(tmp_path / "dense")).framing == framing
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())["pretrained_cfg"]
+    assert config["crop_mode"] == {"crop": "center", "squash": "squash"}[framing.fit]
+    assert (config["crop_pct"], config["interpolation"]) == (
+        framing.crop_fraction,
+        framing.interpolation,
+    )
+
+
+def test_the_shipped_model_takes_the_whole_square_as_before():
+    loaded = load_model("animals")
+    assert (loaded.framing, loaded.image_size) == (WHOLE, 64)
+
+
+def _foreign(folder, **changes):
+    def change(config):
+        config.pop("vitcut")
+        config["pretrained_cfg"] |= changes
+
+    _edit(folder, change)
+
+
+def test_a_way_to_make_images_that_is_not_known_is_refused(folder):
+    _foreign(folder, crop_mode="border")
+    _expect_refusal(folder, "has crop_mode 'border', expected one of center, squash")
+
+
+def test_a_crop_that_is_none_is_refused(folder):
+    _foreign(folder, crop_pct=1.5)
+    _expect_refusal(folder, "crop_fraction must be > 0 and <= 1, got 1.5")
+
+
+def test_the_size_is_the_one_that_the_model_was_built_for(folder):
+    _foreign(folder, input_size=[3, 224, 224])
+    assert load_model(str(folder)).image_size == 16
+
+
+def test_a_classifier_that_timm_would_draw_anew_is_refused(folder):
+    _foreign(folder)
+    _edit(folder, lambda config: config["model_args"].update(num_classes=7))
+    _expect_refusal(folder, "was saved with 3 classes, its configuration builds 7.*never trained")
+
+
+def test_a_grey_model_of_timm_is_read_with_one_mean(tmp_path):
+    module = timm.create_model("test_vit", in_chans=1, num_classes=2, img_size=32)
+    data = {"input_size": (1, 32, 32), "mean": (0.4,), "std": (0.2,), "crop_pct": 0.8}
+    save_for_hf(module, str(tmp_path / "grey"), safe_serialization=True, data_config=data)
+    loaded = load_model(str(tmp_path / "grey"))
+    assert (loaded.mean, loaded.std, loaded.image_size) == ((0.4,), (0.2,), 32)
+    assert loaded.framing == Framing(channels=1, crop_fraction=0.8)

@@ -21,14 +21,24 @@ SIZES = {
 
 def _build(family: str, **given) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {**SIZES, **({} if family == "Dinov2" else {"intermediate_size": 48}), **given}
+    is_dinov2 = family.startswith("Dinov2")
+    sizes = {**SIZES, **({"mlp_ratio": 2} if is_dinov2 else {"intermediate_size": 48}), **given}
     config = getattr(transformers, f"{family}Config")(**sizes)
     return shaken(getattr(transformers, f"{family}ForImageClassification")(config))
 
 
+def _clip(**given) -> nn.Module:
+    torch.manual_seed(0)
+    vision = {key: value for key, value in SIZES.items() if key != "num_labels"}
+    config = transformers.CLIPConfig(
+        vision_config={**vision, "intermediate_size": 48, **given}, num_labels=5
+    )
+    return shaken(transformers.CLIPForImageClassification(config))
+
+
 def _dinov2(**given) -> nn.Module:
     """Its classifier reads the class token alone, as one that was trained so."""
-    model = _build("Dinov2", mlp_ratio=2, **given)
+    model = _build("Dinov2", **given)
     with torch.no_grad():
         model.classifier.weight[:, 32:] = 0
     return model
@@ -57,6 +67,35 @@ def test_deits_distillation_token_is_a_register():
 @pytest.mark.parametrize("variant", [{}, {"drop_path_rate": 0.2, "use_mask_token": False}])
 def test_dinov2_is_read_where_its_classifier_reads_the_class_token(variant):
     assert check_reading(_dinov2(**variant)).num_classes == 5
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_swiglu_ffn": True}])
+def test_dinov2_is_read_where_its_classifier_reads_the_patches_too(variant):
+    weights = check_reading(_build("Dinov2", **variant))
+    assert weights.split_graph.readout == ("cls", "patch")
+    assert (weights.blocks[0].mlp.gate_weight is not None) == bool(variant)
+
+
+def test_dinov2_is_read_with_registers():
+    weights = check_reading(_build("Dinov2WithRegisters", num_register_tokens=3))
+    assert weights.split_graph.groups == ("cls", "register", "patch")
+    assert weights.num_prefix == 4
+
+
+def test_a_deit_with_a_teacher_answers_with_the_mean_of_two_classifiers():
+    torch.manual_seed(0)
+    config = transformers.DeiTConfig(**SIZES, intermediate_size=48)
+    weights = check_reading(shaken(transformers.DeiTForImageClassificationWithTeacher(config)))
+    assert weights.num_read == 2
+    assert weights.split_graph.groups == ("cls", "patch")
+
+
+@pytest.mark.parametrize("variant", [{}, {"num_channels": 1, "hidden_act": "gelu"}])
+def test_clips_classifier_reads_the_mean_of_patches_without_a_norm(variant):
+    weights = check_reading(_clip(**variant))
+    assert weights.norm is None
+    assert weights.split_graph.groups == ("register", "patch")
+    assert weights.split_graph.readout == ("patch",)
 
 
 def test_the_librarys_own_hooks_are_no_obstacle():
@@ -120,7 +159,7 @@ def _with_unknown_attention(model: nn.Module) -> None:
 def test_what_was_changed_in_a_model_is_refused_by_name(change, feature):
     model = _build("ViT")
     change(model)
-    expect_refusal(model, f"^not supported: {feature}.*expected a ViTForImageClassification")
+    expect_refusal(model, f"^not supported: {feature}.*expected the ForImageClassification of ViT")
 
 
 @pytest.mark.parametrize(
@@ -128,22 +167,16 @@ def test_what_was_changed_in_a_model_is_refused_by_name(change, feature):
     [
         ("ViT", {"hidden_act": "gelu_fast"}, ": activation FastGELUActivation"),
         ("ViT", {"image_size": 36}, ": image size 36, which is no multiple"),
-        ("Dinov2", {}, "yet: a classifier that reads the mean of the patch tokens"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(family, given, feature):
     expect_refusal(_build(family, **given), f"^not supported ?{feature}")
 
 
-def test_swiglu_is_refused_by_name():
-    expect_refusal(_dinov2(use_swiglu_ffn=True), "^not supported yet: SwiGLU: MLP Dinov2SwiGLUFFN")
-
-
 @pytest.mark.parametrize(
     ("name", "config", "feature"),
     [
-        ("CLIPVisionModel", "CLIPVisionConfig", "yet: CLIPVisionModel .norm_pre"),
-        ("DeiTForImageClassificationWithTeacher", "DeiTConfig", "yet: .*distillation token"),
+        ("CLIPVisionModel", "CLIPVisionConfig", ": CLIPVisionModel .no linear classifier"),
         ("SwinForImageClassification", "SwinConfig", ": SwinForImageClassification .*windows"),
         ("BeitForImageClassification", "BeitConfig", ": .*relative position bias"),
         ("ViTModel", "ViTConfig", ": ViTModel .no classifier"),

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vitcut.compact.plan import Plan
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, ConfigError
 from vitcut.files import (
     atomic_folder,
     atomic_path,
@@ -23,12 +23,14 @@ from vitcut.files import (
     write_json,
     write_text,
 )
+from vitcut.framing import WHOLE, Framing
 from vitcut.shapes import Tensor
 
 FORMAT_VERSION = 4
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HASH = "config_sha256"
+_FRAMING = "framing"
 _UNHASHED = {"format_version", "model_sha256"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -50,6 +52,8 @@ class ModelInfo:
     """What the model was cut from."""
     source_sha256: str | None = None
     """Hash of the weights it was cut from."""
+    framing: Framing = WHOLE
+    """How its images were made from pictures, before mean and std."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,11 +233,25 @@ def _hash_of(config: dict[str, Any]) -> str | None:
 def _read_info(config: dict[str, Any]) -> ModelInfo:
     values: dict[str, Any] = {}
     for item in fields(ModelInfo):
-        if item.name not in config:
+        if item.name in config:
+            value = config[item.name]
+            values[item.name] = tuple(value) if isinstance(value, list) else value
+        # Models of before framings were written were all cut from whole pictures, the default.
+        elif item.name != _FRAMING:
             raise ArtefactError(f"{CONFIG} lacks {item.name}: save the model again")
-        value = config[item.name]
-        values[item.name] = tuple(value) if isinstance(value, list) else value
+    if _FRAMING in values:
+        values[_FRAMING] = _read_framing(values[_FRAMING])
     return ModelInfo(**values)
+
+
+def _read_framing(value: Any) -> Framing:
+    try:
+        return Framing(**value)
+    except (TypeError, ConfigError) as error:
+        raise ArtefactError(
+            f"the {_FRAMING} in {CONFIG} is not one that this vitcut knows ({error}): upgrade "
+            "vitcut, or save the model again"
+        ) from None
 
 
 def _children(folder: Path) -> list[Path]:

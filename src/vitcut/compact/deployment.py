@@ -21,12 +21,14 @@ def centred(model: CompactViT) -> CompactViT:
     """A frozen copy in evaluation mode with the mean over the width taken off all that streams add.
 
     Nothing changes but rounding: streams are read through LayerNorms alone. Exported to ONNX, its
-    LayerNorms become RMSNormalization.
+    LayerNorms become RMSNormalization. Where the classifier reads without one, the copy is plain.
 
     Source:
         LayerNorm's invariance to a shift of its input: Ba et al. 2016, arXiv:1607.06450, section 5.
     """
     model = deepcopy(model).eval().requires_grad_(requires_grad=False)
+    if not model.plan.shape.final_norm:
+        return model
     for writer in _writers(model):
         # Output channels come first in the weights of convolutions and of products.
         writer.sub_(writer.mean(0, keepdim=True))

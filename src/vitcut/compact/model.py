@@ -100,7 +100,12 @@ class CompactViT(nn.Module):
         self.blocks = nn.ModuleList(CompactBlock(block, shape) for block in plan.blocks)
         pools_first = shape.patch_readout == "mean"
         self.readout = nn.ModuleList(
-            Stream(item, shape, pooled=pools_first and item.rows == shape.patch_rows)
+            Stream(
+                item,
+                shape,
+                pooled=pools_first and item.rows == shape.patch_rows,
+                normalised=shape.final_norm,
+            )
             for item in plan.readout
         )
         self.classifier = self.logits = None

@@ -58,6 +58,8 @@ class ViTShape:
     patch_readout: PatchReadout = "none"
     embed_norm: bool = False
     """Whether patches pass a LayerNorm before the first block."""
+    final_norm: bool = True
+    """Whether a LayerNorm stands before the classifier."""
     head_norm: bool = False
     """Whether the queries and keys of a head do, before they meet (qk-norm)."""
     rotary: bool = False

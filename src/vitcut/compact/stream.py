@@ -37,11 +37,21 @@ Written = dict[str, Tensor | Product]
 class Stream(nn.Module):
     """A sum of earlier writers and a constant, then LayerNorm without affine part."""
 
-    def __init__(self, plan: StreamPlan, shape: ViTShape, *, pooled: bool = False) -> None:
-        """Build it; ``pooled`` where the mean over the tokens is normalised."""
+    def __init__(
+        self, plan: StreamPlan, shape: ViTShape, *, pooled: bool = False, normalised: bool = True
+    ) -> None:
+        """Build it.
+
+        Args:
+            plan: What is added.
+            shape: Sizes.
+            pooled: Whether the mean over the tokens is taken of the sum.
+            normalised: Whether there is a LayerNorm.
+        """
         super().__init__()
         self.plan = plan
         self.pooled = pooled
+        self.normalised = normalised
         self.eps = shape.eps
         self.centred = False
         """Whether the mean over the width is known to be 0: see ``deployment.py``."""
@@ -92,6 +102,8 @@ class Stream(nn.Module):
         return by_image(total, self.plan.rows) + self.table
 
     def _normalise(self, total: Tensor) -> Tensor:
+        if not self.normalised:
+            return total
         if self.centred and torch.onnx.is_in_onnx_export():
             return rms_norm(total, self.eps)
         return F.layer_norm(total, (total.shape[-1],), eps=self.eps)

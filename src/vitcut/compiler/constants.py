@@ -17,6 +17,7 @@ from vitcut.intervention.forward import (
     attend,
     embed,
     normalise,
+    normalise_last,
     output_bias,
     project_head,
 )
@@ -103,10 +104,10 @@ class Constants:
         """What the classifier reads of a constant group."""
         table, weights = self._input(self._weights.graph.classifier, group), self._weights
         if self._writers.rows[group].stop <= weights.num_read:
-            return normalise(weights.norm, table).flatten()
+            return normalise_last(weights, table).flatten()
         if weights.patch_readout == "mean":
-            return normalise(weights.norm, table.mean(0))
-        return normalise(weights.norm, table).mean(0)
+            return normalise_last(weights, table.mean(0))
+        return normalise_last(weights, table).mean(0)
 
     def projected(
         self, layer: int, letter: Letter, head: int, rows: Rows

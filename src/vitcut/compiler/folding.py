@@ -115,7 +115,9 @@ class _Folder:
                 bias = bias + own @ self.constants.read_out(group)
                 continue
             for weight in own.split(weights.width, dim=1):
-                product, bias = _after_norm(weights.norm, weight, bias)
+                product = weight
+                if weights.norm is not None:
+                    product, bias = _after_norm(weights.norm, weight, bias)
                 products.append(product)
         for number, stream in enumerate(streams):
             self._stream(f"readout.{number}", stream)

@@ -83,7 +83,8 @@ def shape_of(weights: ViTWeights) -> ViTShape:
     attns = [block.attn for block in weights.blocks]
     norms = [norm for block in weights.blocks for norm in (block.attn_norm, block.mlp_norm)]
     on_heads = [norm for attn in attns for norm in (attn.q_norm, attn.k_norm)]
-    others = [norm for norm in (*on_heads, weights.patch_norm) if norm is not None]
+    ends = (weights.patch_norm, weights.norm)
+    others = [norm for norm in (*on_heads, *ends) if norm is not None]
     return ViTShape(
         image_size=weights.image_size,
         channels=weights.channels,
@@ -95,11 +96,12 @@ def shape_of(weights: ViTWeights) -> ViTShape:
         head_dim=weights.blocks[0].attn.q_weight.shape[1],
         hidden=_same("MLP width", (mlp.in_weight.shape[0] for mlp in mlps)),
         activation=_same("activation", (mlp.activation for mlp in mlps)),
-        eps=_same("LayerNorm epsilon", (norm.eps for norm in [*norms, weights.norm, *others])),
+        eps=_same("LayerNorm epsilon", (norm.eps for norm in [*norms, *others])),
         num_classes=weights.num_classes,
         num_read=weights.num_read,
         patch_readout=weights.patch_readout,
         embed_norm=weights.patch_norm is not None,
+        final_norm=weights.norm is not None,
         head_norm=_same("norm of queries and keys", (norm is not None for norm in on_heads)),
         rotary=_same("kind of positions", (attn.rotation is not None for attn in attns)),
         gated=_same("kind of MLP", (mlp.gate_weight is not None for mlp in mlps)),

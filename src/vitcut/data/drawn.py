@@ -20,6 +20,8 @@ _TRAIN_PER_CLASS = 150
 _VALIDATION_PER_CLASS = 50
 _VERSION = 1
 _BATCH = 50
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+"""What red, green and blue add to brightness (ITU-R 601), as Pillow has it."""
 
 Plane: TypeAlias = NDArray[np.floating]
 """One number per pixel, shape [images, height, width]."""
@@ -51,10 +53,18 @@ def drawn_images(
     return np.concatenate(pictures), np.repeat(np.array(class_ids), images_per_class)
 
 
-def drawn_data(*, image_size: int, seed: int) -> PreparedData:
-    """The set as if it had been prepared: 150 training and 50 validation pictures of each class."""
+def drawn_data(*, image_size: int, seed: int, channels: int = 3) -> PreparedData:
+    """The set as if it had been prepared: 150 training and 50 validation pictures of each class.
+
+    Args:
+        image_size: Height and width, in pixels.
+        seed: Equal seeds, equal pictures.
+        channels: 3, or 1 for the same pictures in grey.
+    """
     per_class = _TRAIN_PER_CLASS + _VALIDATION_PER_CLASS
     images, class_ids = drawn_images(images_per_class=per_class, seed=seed, image_size=image_size)
+    if channels == 1:
+        images = (images @ _GREY).round().astype(np.uint8)[..., np.newaxis]
     numbers = np.arange(len(images)) % per_class
     return PreparedData(
         images=images,

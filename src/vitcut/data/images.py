@@ -11,11 +11,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vitcut.config import config_hash
-from vitcut.data.prepare import prepare
+from vitcut.data.prepare import differing, prepare
 from vitcut.data.prepared import PreparedData
 from vitcut.data.settings import DataConfig
 from vitcut.data.stratified import choose_evenly, choose_fraction
 from vitcut.errors import ConfigError, DataError, TaskError
+from vitcut.framing import WHOLE, Framing
 from vitcut.labels import Labels
 from vitcut.progress import say
 from vitcut.shapes import Float, Tensor
@@ -31,7 +32,7 @@ class ImageSet:
     """Some images of a prepared array, with their labels; nothing is copied until it is read."""
 
     array: NDArray[np.uint8]
-    """All images of the source, shape [all, height, width, 3]; often mapped from disk."""
+    """All images of the source, shape [all, height, width, channels]; often mapped from disk."""
     rows: NDArray[np.int64]
     """Which of them belong to this set, shape [images]."""
     labels: NDArray[np.int64]
@@ -41,11 +42,11 @@ class ImageSet:
         return len(self.rows)
 
     def read(self, positions: ArrayLike) -> NDArray[np.uint8]:
-        """Copy the images at these positions of the set, shape [positions, height, width, 3]."""
+        """Copy the images at these positions, shape [positions, height, width, channels]."""
         return np.asarray(self.array[self.rows[np.asarray(positions)]])
 
     def all(self) -> NDArray[np.uint8]:
-        """Copy all images of the set into memory, shape [images, height, width, 3]."""
+        """Copy all images of the set into memory, shape [images, height, width, channels]."""
         return self.read(np.arange(len(self)))
 
     def take(self, positions: ArrayLike) -> "ImageSet":
@@ -74,6 +75,8 @@ class TaskImages:
     """All class ids of the data, sorted."""
     image_size: int
     """Height and width, in pixels."""
+    framing: Framing = WHOLE
+    """How they were made from pictures."""
 
     def calibration(self, count: int, *, seed: int) -> ImageSet:
         """Training images for discovery, as many of each fine class as of any other.
@@ -92,15 +95,20 @@ class TaskImages:
         return self.train.take(choose_evenly(labels, count, seed=seed))
 
 
-def load_images(config: DataConfig, task: Task) -> TaskImages:
+def load_images(config: DataConfig, task: Task, framing: Framing = WHOLE) -> TaskImages:
     """Prepare a source and split its images for a task, whose classes are the data's.
+
+    Args:
+        config: The source, the size and the splits.
+        task: Names the classes.
+        framing: What is kept of each picture: what the model takes.
 
     Raises:
         DataError: The source cannot be used, or a class has too few images to be split.
         TaskError: The task names a class that the data lacks.
     """
-    prepared = prepare(config)
-    return task_images(prepared, config, task.among(labels_of(prepared)))
+    prepared = prepare(config, framing)
+    return task_images(prepared, config, task.among(labels_of(prepared)), framing)
 
 
 def labels_of(prepared: PreparedData) -> Labels:
@@ -118,7 +126,9 @@ def labels_of(prepared: PreparedData) -> Labels:
     )
 
 
-def task_images(prepared: PreparedData, config: DataConfig, task: Task) -> TaskImages:
+def task_images(
+    prepared: PreparedData, config: DataConfig, task: Task, framing: Framing = WHOLE
+) -> TaskImages:
     """Split prepared images for a task whose classes are called by their ids.
 
     The splits are made class by class before the task picks its classes: whatever the task, an
@@ -140,10 +150,11 @@ def task_images(prepared: PreparedData, config: DataConfig, task: Task) -> TaskI
         train=sets["train"],
         tuning=sets["tuning"],
         validation=sets["validation"],
-        fingerprint=_fingerprint(prepared, config, task),
+        fingerprint=_fingerprint(prepared, config, task, framing),
         ignored_classes=_ignored_classes(prepared, task),
         data_ids=tuple(sorted(prepared.class_names)),
         image_size=config.image_size,
+        framing=framing,
     )
 
 
@@ -234,7 +245,7 @@ def _ignored_classes(prepared: PreparedData, task: Task) -> int:
     return ignored
 
 
-def _fingerprint(prepared: PreparedData, config: DataConfig, task: Task) -> str:
+def _fingerprint(prepared: PreparedData, config: DataConfig, task: Task, framing: Framing) -> str:
     return config_hash(
         prepared.fingerprint,
         sorted(prepared.skipped),
@@ -243,4 +254,5 @@ def _fingerprint(prepared: PreparedData, config: DataConfig, task: Task) -> str:
         config.tuning_fraction,
         [(item.id, item.group) for item in task.classes],
         task.groups,
+        *differing(framing),
     )

@@ -8,9 +8,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,26 +32,33 @@ from vitcut.data.settings import DataConfig
 from vitcut.data.sources import open_source
 from vitcut.errors import DataError
 from vitcut.files import atomic_folder, cache_dir
+from vitcut.framing import WHOLE, Framing
 from vitcut.progress import Meter, say
 
 _BLOCK_IMAGES = 512
 _MAX_THREADS = 8
 
 
-def prepare(config: DataConfig) -> PreparedData:
+def prepare(config: DataConfig, framing: Framing = WHOLE) -> PreparedData:
     """Decode a source into the cache, or find it there; drawn pictures never touch the disk.
+
+    Args:
+        config: The source and the size.
+        framing: What is kept of each picture; drawn ones are drawn to fit, it gives their colours.
 
     Raises:
         DataError: The source cannot be used, images do not decode, or the disk is full.
     """
     if config.source == SOURCE_WORD:
-        return drawn_data(image_size=config.image_size, seed=config.seed)
+        return drawn_data(image_size=config.image_size, seed=config.seed, channels=framing.channels)
     with open_source(config.source) as source:
-        key = config_hash(FORMAT_VERSION, source.fingerprint, config.image_size)
+        key = config_hash(
+            FORMAT_VERSION, source.fingerprint, config.image_size, *differing(framing)
+        )
         folder = cache_dir() / "data" / key
         found = folder.exists()
         if not found:
-            _build(source, folder, config)
+            _build(source, folder, config, framing)
     prepared = open_prepared(folder)
     _refuse_bad_images(prepared.skipped, len(prepared.images), config)
     if prepared.skipped:
@@ -62,14 +70,19 @@ def prepare(config: DataConfig) -> PreparedData:
     return prepared
 
 
-def _build(source: Source, folder: Path, config: DataConfig) -> None:
+def differing(framing: Framing) -> list[dict[str, Any]]:
+    """A framing as part of a key: nothing for the default, which older keys did not name."""
+    return [] if framing == WHOLE else [asdict(framing)]
+
+
+def _build(source: Source, folder: Path, config: DataConfig, framing: Framing) -> None:
     size = config.image_size
     try:
         # Equal keys hold equal content: where another process was faster, its folder stays.
         with atomic_folder(folder, replace=False) as part:
-            _require_space(folder.parent, len(source.records) * size * size * 3)
+            _require_space(folder.parent, len(source.records) * size * size * framing.channels)
             with (part / IMAGES_FILE).open("wb") as stream:
-                bad = _write_images(stream, source, size)
+                bad = _write_images(stream, source, size, framing)
             skipped = {source.records[row].path: reason for row, reason in bad.items()}
             kept = [record for row, record in enumerate(source.records) if row not in bad]
             _refuse_bad_images(skipped, len(kept), config)
@@ -81,32 +94,35 @@ def _build(source: Source, folder: Path, config: DataConfig) -> None:
         ) from None
 
 
-def _write_images(stream: BinaryIO, source: Source, size: int) -> dict[int, str]:
+def _write_images(stream: BinaryIO, source: Source, size: int, framing: Framing) -> dict[int, str]:
     """Write a .npy file of all images that decode; returns what is wrong with the others.
 
     Written as a plain stream: a full disk is then an error, where a memory map would crash.
     """
     count = len(source.records)
-    write_header(stream, count, size)
+    shape = (size, size, framing.channels)
+    write_header(stream, (count, *shape))
     bad: dict[int, str] = {}
     with Meter("Decoding", count, unit="images") as meter:
-        for row, image in enumerate(_decoded(source, size)):
+        for row, image in enumerate(_decoded(source, size, framing)):
             if isinstance(image, DataError):
                 bad[row] = str(image)
             else:
                 stream.write(image.tobytes())
             meter.advance()
     stream.seek(0)
-    write_header(stream, count - len(bad), size)
+    write_header(stream, (count - len(bad), *shape))
     stream.flush()
     os.fsync(stream.fileno())
     return bad
 
 
-def _decoded(source: Source, size: int) -> Iterator[NDArray[np.uint8] | DataError]:
+def _decoded(
+    source: Source, size: int, framing: Framing
+) -> Iterator[NDArray[np.uint8] | DataError]:
     def read(row: int) -> NDArray[np.uint8] | DataError:
         try:
-            return decode(source.read(row), size)
+            return decode(source.read(row), size, framing)
         except DataError as error:
             return error
 

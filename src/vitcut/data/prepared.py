@@ -29,7 +29,7 @@ class PreparedData:
     """All images of a source at one size, and where they came from."""
 
     images: NDArray[np.uint8]
-    """Shape [images, image_size, image_size, 3]; mapped read-only from disk."""
+    """Shape [images, image_size, image_size, channels]; mapped read-only from disk."""
     class_ids: NDArray[np.character]
     """Shape [images]."""
     splits: NDArray[np.character]
@@ -72,12 +72,12 @@ def open_prepared(folder: Path) -> PreparedData:
         ) from None
 
 
-def write_header(stream: BinaryIO, count: int, image_size: int) -> None:
-    """Write the head of a .npy file of ``count`` images; numpy pads it, so it can be rewritten."""
+def write_header(stream: BinaryIO, shape: tuple[int, int, int, int]) -> None:
+    """Write the head of a .npy file of images; numpy pads it, so it can be rewritten."""
     description = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
         "fortran_order": False,
-        "shape": (count, image_size, image_size, 3),
+        "shape": shape,
     }
     np.lib.format.write_array_header_1_0(stream, description)
 

@@ -136,17 +136,22 @@ def classify(
     weights: ViTWeights, readout: Float[Tensor, "images read_tokens width"]
 ) -> Float[Tensor, "images classes"]:
     """Logits from the tokens that the classifier reads (see ``read_out``)."""
-    features = readout[:, : weights.num_read]
-    if weights.patch_readout == "none":
-        features = normalise(weights.norm, features)
-    else:
+    features = normalise_last(weights, readout[:, : weights.num_read])
+    if weights.patch_readout != "none":
         patches = readout[:, weights.num_read :]
         if weights.patch_readout == "mean":
-            pooled = normalise(weights.norm, patches.mean(1, keepdim=True))
+            pooled = normalise_last(weights, patches.mean(1, keepdim=True))
         else:
-            pooled = normalise(weights.norm, patches).mean(1, keepdim=True)
-        features = torch.cat([normalise(weights.norm, features), pooled], dim=1)
+            pooled = normalise_last(weights, patches).mean(1, keepdim=True)
+        features = torch.cat([features, pooled], dim=1)
     return F.linear(features.flatten(1), weights.head_weight, weights.head_bias)
+
+
+def normalise_last(
+    weights: ViTWeights, stream: Float[Tensor, "*rows width"]
+) -> Float[Tensor, "*rows width"]:
+    """The LayerNorm before the classifier, where there is one."""
+    return stream if weights.norm is None else normalise(weights.norm, stream)
 
 
 def output_bias(weights: ViTWeights, readable: int) -> Float[Tensor, "width"]:

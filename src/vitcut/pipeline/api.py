@@ -6,7 +6,7 @@ Thin on purpose: the work is done by ``stages``; files and resuming are left to 
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from vitcut.data.images import TaskImages, to_float
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError, TaskError
+from vitcut.framing import Framing
 from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.budget import BudgetSearch, require_possible
 from vitcut.pipeline.classes import fit, load_images_for
@@ -62,28 +63,30 @@ def load_model(
     """Load a dense model, or wrap one that was loaded already.
 
     Args:
-        model: "animals", a model or run directory, "timm:NAME", "hf-hub:REPOSITORY", a file of
-            bare weights; or a ViT of timm, torchvision, transformers or a class with an adapter,
-            which is copied, not changed.
+        model: "animals", a run directory, a folder of timm or transformers, "timm:NAME",
+            "hf-hub:REPOSITORY", a file of bare weights; or a ViT of timm, torchvision,
+            transformers or a class with an adapter, which is copied, not changed.
         mean: Per channel, on the scale 0 to 1: what the module's pixels are shifted by. Needed
-            with a module, and refused without one.
+            with a module, possible with bare weights, and refused with all else.
         std: Per channel: what they are divided by afterwards. Likewise.
-        arch: The timm architecture of a file of bare weights.
+        arch: The architecture of a file of bare weights: timm's name, or "torchvision:NAME".
         random_weights: Build "timm:NAME" without its weights, and without network.
 
     Raises:
         ModelError: There is no such model, it is damaged, or its weights are not finite.
         UnsupportedModelError: The module has a feature that is not understood.
-        ConfigError: ``mean`` and ``std`` are missing, or not wanted.
+        ConfigError: ``mean`` and ``std`` are missing, or not wanted; transformers is not
+            installed.
     """
     if isinstance(model, nn.Module):
         return _wrap(model, mean, std)
-    if mean is not None or std is not None:
-        raise ConfigError(
-            f"mean and std belong to a module, got them with {str(model)!r}: leave them out, the "
-            "model brings its own"
-        )
-    return loading.load_model(str(model), arch=arch, random_weights=random_weights)
+    return loading.load_model(
+        str(model),
+        arch=arch,
+        mean=None if mean is None else tuple(mean),
+        std=None if std is None else tuple(std),
+        random_weights=random_weights,
+    )
 
 
 def load_images(  # noqa: PLR0913 - what a caller may choose
@@ -102,8 +105,9 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
         source: A Tiny ImageNet .zip or folder, a folder of class folders, a .parquet file, a
             Hugging Face dataset id, or "drawn"; None downloads Tiny ImageNet.
         task: A shipped task's name ("animals", "drawn"), a label file, or a `Task`.
-        model: Whose classes the task's positions, names and rest mean; None: the data's.
-        image_size: Height and width, in pixels: what the model takes; None is 64 without a model.
+        model: Prepare them as this one takes them, its size, colours, crop and interpolation; the
+            task's positions, names and rest are then of its classes, else of the data's.
+        image_size: Height and width, in pixels; None is the model's, or 64 without a model.
         seed: Of the splits that the data lacks, and of drawn pictures.
         tuning_fraction: Part of each class's training images that is set aside for choosing.
         skip_bad_images: Leave out images that do not decode, instead of stopping.
@@ -111,8 +115,13 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
     Raises:
         DataError: The source cannot be used.
         TaskError: There is no such task, or it does not fit the data.
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or not the model's.
     """
+    if image_size is not None and model is not None and image_size != model.image_size:
+        raise ConfigError(
+            f"the model takes images of {model.image_size} pixels, got image_size={image_size}: "
+            "leave it out"
+        )
     config = DataConfig(
         source=None if source is None else str(source),
         image_size=(model.image_size if model else 64) if image_size is None else image_size,
@@ -122,7 +131,6 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
     )
     wanted = task if isinstance(task, Task) else load_task(task)
     if model is not None:
-        _require_size(model.image_size, config.image_size)
         return load_images_for(model, config, wanted)
     return task_images.load_images(config, wanted)
 
@@ -252,13 +260,13 @@ def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
     """
     compact = isinstance(model, CompactViT)
     size = model.plan.shape.image_size if compact else model.image_size
-    _require_size(size, images.image_size)
     if compact:
         module, known = model, model.info
         _require_names(known.class_names, images.task)
     else:
         known = fit(model, images)
         module = known.model
+    _require_made_for(size, known.framing, len(known.mean), images)
     parameter = next(module.parameters())
 
     def preprocess(pixels: NDArray[np.uint8]) -> Float[Tensor, "images channels y x"]:
@@ -306,7 +314,7 @@ def _wrap(
 
 
 def _subject(model: LoadedModel, images: TaskImages) -> Subject:
-    _require_size(model.image_size, images.image_size)
+    _require_made_for(model.image_size, model.framing, len(model.mean), images)
     return Subject.of(model, images)
 
 
@@ -335,16 +343,32 @@ def _require_known(given: dict[str, Any], known: list[str]) -> None:
             raise ConfigError(f"no setting {name!r}: {hint}")
 
 
-def _require_size(image_size: int, got: int) -> None:
-    if image_size != got:
+def _require_made_for(
+    image_size: int, framing: Framing | None, channels: int, images: TaskImages
+) -> None:
+    if image_size != images.image_size:
         raise ConfigError(
-            f"the model takes images of {image_size} pixels, got {got}: give "
-            f"load_images image_size={image_size}"
+            f"the model takes images of {image_size} pixels, got {images.image_size}: give "
+            f"load_images model=..., or image_size={image_size}"
         )
+    wanted = framing or replace(images.framing, channels=channels)
+    for item in fields(Framing):
+        own, got = getattr(wanted, item.name), getattr(images.framing, item.name)
+        if own != got:
+            raise ConfigError(
+                f"the model takes images with {item.name} {own}, got {got}: give load_images "
+                "model=..."
+            )
 
 
 def _require_names(class_names: tuple[str, ...] | None, task: Task) -> None:
-    if class_names and class_names != task.class_names:
+    if not class_names:
+        return
+    # Hugging Face's labels are texts: a folder's name, or what a person calls the class.
+    either = [{item.id, item.name} for item in task.classes]
+    if len(either) != len(class_names) or any(
+        name not in names for name, names in zip(class_names, either, strict=True)
+    ):
         raise TaskError(
             f"the model's classes are not those of task {task.name!r}: use the label file that it "
             "was made for"

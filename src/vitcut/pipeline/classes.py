@@ -6,6 +6,7 @@ from vitcut.data.images import TaskImages, labels_of, task_images
 from vitcut.data.prepare import prepare
 from vitcut.data.settings import DataConfig
 from vitcut.errors import ModelError, TaskError
+from vitcut.framing import Framing
 from vitcut.labels import Labels
 from vitcut.progress import say
 from vitcut.task import Task, unknown_classes
@@ -23,9 +24,10 @@ def load_images_for(model: LoadedModel, config: DataConfig, task: Task) -> TaskI
         TaskError: The task names a class that the model or the data lacks.
     """
     config = replace(config, image_size=model.image_size)
-    prepared = prepare(config)
+    framing = model.framing or Framing(channels=len(model.mean))
+    prepared = prepare(config, framing)
     known, _ = _labels(model, _num_classes(model), labels_of(prepared), task)
-    return task_images(prepared, config, task.among(known))
+    return task_images(prepared, config, task.among(known), framing)
 
 
 def fit(model: LoadedModel, images: TaskImages) -> LoadedModel:
@@ -60,6 +62,16 @@ def fit(model: LoadedModel, images: TaskImages) -> LoadedModel:
     )
 
 
+def _called(labels: tuple[str, ...], data: Labels, task: Task) -> tuple[str, ...]:
+    """What the data calls a model's classes; labels that are texts are names of them."""
+    if not set(labels).isdisjoint(data.ids):
+        return labels
+    ids = dict(zip(map(str.casefold, data.names), data.ids, strict=True))
+    ids |= {item.name.casefold(): item.id for item in task.classes}
+    found = tuple(ids.get(label.casefold(), label) for label in labels)
+    return found if len(set(found)) == len(found) else labels
+
+
 def _num_classes(model: LoadedModel) -> int:
     known = model.class_ids
     return read_weights(model.model).num_classes if known is None else len(known)
@@ -75,7 +87,7 @@ def _labels(model: LoadedModel, count: int, data: Labels, task: Task) -> tuple[L
                 f"{owner} names {len(model.class_ids)} classes and gives {count} logits: expected "
                 "as many; mend its config.json"
             )
-        return Labels(owner=owner, ids=model.class_ids, names=names), None
+        return Labels(owner=owner, ids=_called(model.class_ids, data, task), names=names), None
     if len(data.ids) == count:
         told = f"its {count} logits are taken as the data's classes, in the order of their ids"
         return replace(data, owner=owner), told

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -36,6 +37,8 @@ from vitcut.vits.loading import load_model
 from vitcut.vits.settings import VitConfig
 
 SHIPPED_MODEL = "animals"
+_NOTHING_SAID: dict[str, Any] = {"arch": None, "mean": None, "std": None, "random_weights": False}
+"""Of a model, besides where it is."""
 
 
 def resolve_origin(
@@ -55,7 +58,7 @@ def resolve_origin(
         task: None is the task of the base, or the shipped one of the shipped model's name.
         data: The source and its flags; no source is the one of the base.
         base: The origin of the run directory at hand.
-        arch: The timm architecture of a model that is a file of bare weights.
+        arch: The architecture of a model that is a file of bare weights.
         random_weights: Build ``timm:NAME`` without its weights.
 
     Raises:
@@ -65,7 +68,7 @@ def resolve_origin(
     if model is not None and model != SHIPPED_MODEL and (Path(model) / ORIGIN_FILE).exists():
         base = Origin.load(Path(model))
     elif model is not None and base is not None:
-        base = replace(base, model=_whereabouts(model), arch=None, random_weights=False)
+        base = replace(base, model=_whereabouts(model), **_NOTHING_SAID)
     if base is None:
         fresh = _fresh_origin(model or SHIPPED_MODEL, task, data)
         return replace(fresh, arch=arch, random_weights=random_weights)
@@ -73,6 +76,8 @@ def resolve_origin(
     return Origin(
         model=base.model,
         arch=arch or base.arch,
+        mean=base.mean,
+        std=base.std,
         random_weights=random_weights or base.random_weights,
         task=base.task if task is None else load_task(task),
         data=kept if data.source is None else replace(kept, source=data.source),

@@ -40,6 +40,7 @@ from vitcut.training.distillation import Distillation
 from vitcut.training.loop import TrainResult, train, training_settings
 from vitcut.training.settings import FinetuneConfig
 from vitcut.vits.loading import DenseCard, load_model, save_dense
+from vitcut.vits.saving import require_savable
 
 REPAIR_FILE = "repair.json"
 """What the trainings came to, and the paired differences of accuracy."""
@@ -119,7 +120,8 @@ def finetune_command(
         out: The run directory.
 
     Raises:
-        ModelError: The compact model is of another dense model, or sees nothing of the image.
+        ModelError: The compact model is of another dense model, or sees nothing of the image; the
+            dense model is to be repaired and cannot be saved.
         TaskError: It is of another task.
         ArtefactError: ``out`` holds something else; the repaired dense model that was given is
             not there, or of other settings.
@@ -136,6 +138,8 @@ def finetune_command(
     require_cut_of(cut.model, subject)
     if config.repaired_dense is not None:
         _require_same_repair(subject, config.finetune, Path(config.repaired_dense))
+    if config.repair_dense and config.repaired_dense is None:
+        require_savable(subject.model.model)
     origin.loaded(subject).claim(folder)
     before = cut.point_from(out)
     points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: class_only(subject)}
@@ -254,6 +258,7 @@ def _dense_card(subject: Subject, result: TrainResult, config: FinetuneConfig) -
         image_size=subject.model.image_size,
         mean=subject.model.mean,
         std=subject.model.std,
+        framing=subject.images.framing,
         text=dense_repaired_card(task, result, config),
     )
 

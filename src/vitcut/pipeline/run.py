@@ -102,6 +102,7 @@ def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder:
         image_size=images.image_size,
         mean=config.mean,
         std=config.std,
+        framing=images.framing,
         text=dense_card(task, result, config),
     )
     save_dense(model, folder.dense, card=card)

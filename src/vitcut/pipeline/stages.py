@@ -351,4 +351,5 @@ def _model_info(subject: Subject) -> ModelInfo:
         group_of_class=tuple(task.group_of_class.tolist()),
         source_model=subject.model.name,
         source_sha256=subject.model.weight_hash,
+        framing=subject.images.framing,
     )

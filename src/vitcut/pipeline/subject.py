@@ -35,7 +35,11 @@ class Origin:
     model: str
     """As `load_model` takes it, or `OWN_MODEL`; paths are absolute."""
     arch: str | None = None
-    """The timm architecture of a model that is a file of bare weights."""
+    """The architecture of a model that is a file of bare weights."""
+    mean: tuple[float, ...] | None = None
+    """What the images of bare weights were shifted by; None is left to their architecture."""
+    std: tuple[float, ...] | None = None
+    """What they were divided by; likewise."""
     random_weights: bool = False
     """Whether ``timm:NAME`` is built without its weights."""
     task: Task
@@ -106,6 +110,8 @@ class Origin:
             return cls(
                 model=model,
                 arch=content.get("arch"),
+                mean=_numbers(content.get("mean")),
+                std=_numbers(content.get("std")),
                 random_weights=content.get("random_weights", False),
                 task=task,
                 written=written,
@@ -118,8 +124,13 @@ class Origin:
 
     def settings(self) -> dict[str, Any]:
         """What a run directory's settings say of it."""
-        # Named only where they were given: run directories of before knew neither.
-        given = {"arch": self.arch, "random_weights": self.random_weights}
+        # Named only where they were given: run directories of before knew none of them.
+        given = {
+            "arch": self.arch,
+            "mean": None if self.mean is None else list(self.mean),
+            "std": None if self.std is None else list(self.std),
+            "random_weights": self.random_weights,
+        }
         special: dict[str, Any] = {key: value for key, value in given.items() if value}
         if self.written is not None:
             special["written"] = self.written.to_dict()
@@ -131,12 +142,19 @@ class Origin:
 
         Raises:
             ModelError: It cannot be loaded.
-            ConfigError: ``arch`` or ``random_weights`` belong to another kind of model.
+            ConfigError: ``arch``, ``mean``, ``std`` or ``random_weights`` belong to another kind
+                of model, or transformers is not installed.
         """
-        return load_model(self.model, arch=self.arch, random_weights=self.random_weights)
+        return load_model(
+            self.model,
+            arch=self.arch,
+            mean=self.mean,
+            std=self.std,
+            random_weights=self.random_weights,
+        )
 
     def load_subject(self, model: LoadedModel | None = None) -> "Subject":
-        """Load the model, then the images at the size that it takes.
+        """Load the model, then the images as it takes them.
 
         Args:
             model: This origin's, where it was loaded already.
@@ -188,6 +206,10 @@ class Subject:
     def calibration(self, count: int, *, seed: int) -> ImageSet:
         """Training images, as many of each class; all of them where there are fewer."""
         return self.images.calibration(min(count, len(self.images.train)), seed=seed)
+
+
+def _numbers(values: list[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def _changed(folder: RunFolder, what: str) -> ArtefactError:

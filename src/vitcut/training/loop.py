@@ -19,7 +19,7 @@ from torch import nn
 
 from vitcut.config import as_plain, config_hash
 from vitcut.data.images import TaskImages
-from vitcut.errors import ModelError
+from vitcut.errors import ConfigError, ModelError
 from vitcut.progress import Meter
 from vitcut.runtime import choose_device, set_threads
 from vitcut.shapes import Tensor
@@ -141,7 +141,7 @@ class _Training:
             images.train, config, num_classes=num_classes, device=device, share=share
         )
         self._model = model.to(device)
-        _check_model(model, images, device)
+        _check_model(model, images, config, device)
         optimizer = create_optimizer(model, config)
         self._schedule = create_schedule(optimizer, config, self._batches.steps)
         prepared, self._optimizer = self._accelerator.prepare(model, optimizer)
@@ -271,8 +271,15 @@ def _best(rows: list[dict[str, Any]]) -> int:
     )
 
 
-def _check_model(model: nn.Module, images: TaskImages, device: torch.device) -> None:
+def _check_model(
+    model: nn.Module, images: TaskImages, config: TrainConfig, device: torch.device
+) -> None:
     height, width, channels = images.train.array.shape[1:]
+    if channels != 3 and config.augmentation == "reference":
+        raise ConfigError(
+            f"augmentation 'reference' varies colours, the images have {channels} channel: use "
+            "'light' or 'none'"
+        )
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, channels, height, width, device=device))

@@ -54,9 +54,9 @@ class TrainConfig:
     """CPU threads; None leaves torch's own choice."""
     workers: int = 0
     """Processes that augment images (reference only); the result does not depend on it."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Subtracted per channel, on the scale 0 to 1."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Divided by per channel, on the scale 0 to 1."""
 
     def __post_init__(self) -> None:

@@ -1,9 +1,11 @@
-"""Bare checkpoints: a state dict in a file, brought into the names and shapes of a timm model.
+"""Bare checkpoints: a state dict in a file, brought into the names and shapes of a library's model.
 
 Models that bring their architecture along are left to `loading`.
 """
 
+import math
 import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from torch import nn
 from vitcut.errors import ModelError
 from vitcut.progress import say
 from vitcut.shapes import Tensor
+from vitcut.vits.loaded import Labels, LoadedModel, Preprocessing, per_channel
+from vitcut.vits.timm_folders import timm_preprocessing
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Entries that hold the weights, in the order in which they are looked for."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-_HEAD = "head.weight"
+_TORCHVISION = "torchvision:"
+_HEAD, _PATCHES, _POSITIONS = "head.weight", "patch_embed.proj.weight", "pos_embed"
 _SHOWN = 3
 _READ_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
@@ -30,37 +35,54 @@ _READ_ERRORS = (
 """What the readers raise for a damaged file."""
 
 
-def load_checkpoint(path: Path, arch: str | None) -> nn.Module:
-    """Build the timm model of a name and fill it from a file, whose head says how many classes.
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a user says of weights that do not say it themselves."""
+
+    arch: str | None = None
+    """What `timm.create_model` calls the architecture, or ``torchvision:NAME``."""
+    mean: tuple[float, ...] | None = None
+    """Per channel, on the scale 0 to 1; None takes those that the library knows."""
+    std: tuple[float, ...] | None = None
+    """Likewise."""
+
+
+def load_checkpoint(path: Path, given: Given) -> LoadedModel:
+    """Build the model of a name and fill it from a file.
+
+    The head says how many classes there are, patch and position embedding give the sizes of
+    images and patches and the channels.
 
     Args:
         path: A .safetensors, .pth, .pt or .bin file.
-        arch: What `timm.create_model` calls the architecture.
+        given: The architecture, and how images were normalised.
 
     Raises:
         ModelError: The file cannot be read without running code that it brings, there is no such
             architecture, or the weights are not the architecture's.
     """
+    arch = given.arch
     if arch is None:
+        beside = (path.parent / "config.json").is_file()
+        folder = f", or give the folder {path.parent}, whose config.json says it" if beside else ""
         raise ModelError(
-            f"{path} holds weights only: say which timm architecture they are of, such as "
-            "--arch deit_tiny_patch16_224"
+            f"{path} holds weights only: say which architecture they are of, such as "
+            f"--arch deit_tiny_patch16_224 or --arch torchvision:vit_b_16{folder}"
         )
     weights = _stripped(_read(path), path)
-    head = weights.get(_HEAD)
-    if head is None:
-        raise ModelError(
-            f"{path} has no {_HEAD}, which says how many classes there are: expected the weights "
-            f"of a timm classifier, found {_listed(sorted(weights))}"
-        )
     with torch.random.fork_rng(devices=[]):
-        model = _build(arch, num_classes=len(head))
+        if arch.startswith(_TORCHVISION):
+            model, taken = _torchvision(arch.removeprefix(_TORCHVISION), weights, path)
+            taken = _normalised(taken, given)
+        else:
+            model = _timm(arch, weights, path)
+            taken = timm_preprocessing(model, arch, mean=given.mean, std=given.std)
     _require_same_names(model, weights, path, arch)
     model.load_state_dict(weights)
-    return model.eval()
+    return LoadedModel.of(model, str(path), taken, Labels())
 
 
-def build_random(arch: str) -> nn.Module:
+def build_random(arch: str) -> LoadedModel:
     """The timm model of a name with random weights, the same on every call.
 
     Raises:
@@ -69,7 +91,8 @@ def build_random(arch: str) -> nn.Module:
     say(f"model: {arch} has random weights, as was asked for")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _build(arch).eval()
+        model = _build(arch)
+    return LoadedModel.of(model, f"timm:{arch}", timm_preprocessing(model, arch), Labels())
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -112,10 +135,71 @@ def _all_begin(content: dict[str, Any], prefix: str) -> bool:
     return bool(content) and all(key.startswith(prefix) for key in content)
 
 
-def _build(arch: str, **given: Any) -> nn.Module:
+def _build(arch: str, **sizes: Any) -> nn.Module:
     if not timm.is_model(arch):
         raise ModelError(f"timm has no architecture {arch!r}: timm.list_models('*vit*') lists them")
-    return timm.create_model(arch, **given)
+    try:
+        return timm.create_model(arch, **sizes)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ModelError(f"timm cannot build {arch} with {told}: {reason}") from None
+
+
+def _timm(arch: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
+    """A model of timm, in the sizes of the weights."""
+    classes = {"num_classes": _num_classes(weights, _HEAD, path)}
+    model = _build(arch, **classes)
+    sizes = _sizes(model, weights)
+    if sizes:
+        say(f"model: {arch} with {', '.join(f'{k} {v}' for k, v in sizes.items())}, by its weights")
+        model = _build(arch, **classes, **sizes)
+    return model
+
+
+def _sizes(model: Any, weights: dict[str, Tensor]) -> dict[str, int]:
+    """Where patch and position embedding are of other sizes than the architecture's own."""
+    own = model.state_dict()
+    patches, positions = weights.get(_PATCHES), weights.get(_POSITIONS)
+    if patches is None or patches.ndim != 4 or _PATCHES not in own:
+        return {}
+    found = {"in_chans": patches.shape[1], "patch_size": patches.shape[-1]}
+    before = {"in_chans": own[_PATCHES].shape[1], "patch_size": own[_PATCHES].shape[-1]}
+    if positions is not None and positions.ndim == 3 and _POSITIONS in own:
+        # Class token and registers have positions too, unless the architecture says otherwise.
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        side = math.isqrt(max(positions.shape[1] - prefix, 0))
+        if side**2 == positions.shape[1] - prefix:
+            found["img_size"] = side * patches.shape[-1]
+            before["img_size"] = model.patch_embed.img_size[0]
+    return {name: size for name, size in found.items() if size != before[name]}
+
+
+def _torchvision(
+    name: str, weights: dict[str, Tensor], path: Path
+) -> tuple[nn.Module, Preprocessing]:
+    from vitcut.vits.torchvision_folders import HEAD, build_torchvision, torchvision_preprocessing
+
+    _num_classes(weights, HEAD, path)
+    model = build_torchvision(name, weights)
+    return model, torchvision_preprocessing(name, model)
+
+
+def _num_classes(weights: dict[str, Tensor], head: str, path: Path) -> int:
+    if head not in weights:
+        raise ModelError(
+            f"{path} has no {head}, which says how many classes there are: expected the weights "
+            f"of a classifier of that architecture, found {_listed(sorted(weights))}"
+        )
+    return len(weights[head])
+
+
+def _normalised(taken: Preprocessing, given: Given) -> Preprocessing:
+    channels = len(taken.mean)
+    mean, std = given.mean or taken.mean, given.std or taken.std
+    return replace(
+        taken, mean=per_channel(mean, channels, "mean"), std=per_channel(std, channels, "std")
+    )
 
 
 def _require_same_names(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vitcut.errors import UnsupportedModelError
+from vitcut.vits.adapters import read_weights
 from vitcut.vits.weights import ViTWeights
 
 
@@ -23,26 +24,31 @@ def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.
         UnsupportedModelError: The classifier is no linear layer with the rows that were read.
     """
     fewer = deepcopy(model)
-    head = weights.head_weight
-    # DINOv2's reads more than the tokens that were read of it.
-    found = [
-        layer
-        for layer in fewer.modules()
-        if isinstance(layer, nn.Linear)
-        and layer.out_features == len(head)
-        and torch.equal(layer.weight[:, : head.shape[1]], head)
-    ]
-    if len(found) != 1:
+    linear = [layer for layer in fewer.modules() if isinstance(layer, nn.Linear)]
+    found = [layer for layer in linear if _is_read(layer, weights)]
+    for layer in found:
+        _take(layer, list(rows))
+    if not found or not torch.equal(read_weights(fewer).head_weight, weights.head_weight[rows]):
         raise UnsupportedModelError(
             f"not supported: {type(model).__name__} for some of its classes: {len(found)} of its "
-            "layers are the classifier that was read, expected one nn.Linear; name every class in "
-            "the label file, or give it a 'rest'"
+            "layers seem to be the classifier that was read, expected nn.Linear alone; name every "
+            "class in the label file, or give it a 'rest'"
         )
-    _take(found[0], list(rows))
     if isinstance(getattr(fewer, "num_classes", None), int):
         said: Any = fewer
         said.num_classes = len(rows)
     return fewer
+
+
+def _is_read(layer: nn.Linear, weights: ViTWeights) -> bool:
+    """Whether a layer is the classifier, or one of those whose mean is what was read."""
+    head, width = weights.head_weight, weights.width
+    if layer.out_features != len(head):
+        return False
+    own = layer.weight.detach()[:, :width]
+    return any(
+        torch.equal(own * share, read) for read in head.split(width, dim=1) for share in (1, 0.5)
+    )
 
 
 def _take(layer: nn.Linear, rows: list[int]) -> None:

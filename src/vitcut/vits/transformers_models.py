@@ -1,7 +1,7 @@
 """The adapter for Hugging Face's image classifiers: ViT, DeiT and DINOv2.
 
 Whatever it does not understand it refuses by name. Checking that the weights reproduce the model's
-logits is left to ``intervention.tracing``.
+logits is left to ``intervention.tracing``, CLIP's classifier to ``transformers_clip.py``.
 """
 
 from importlib import import_module
@@ -29,32 +29,32 @@ from vitcut.vits.weights import (
 )
 
 _REMEDY = (
-    "expected a ViTForImageClassification, DeiTForImageClassification or "
-    "Dinov2ForImageClassification of transformers 5.19 or newer"
+    "expected the ForImageClassification of ViT, DeiT, Dinov2, Dinov2WithRegisters or CLIP, of "
+    "transformers 5.19 or newer"
 )
 _FAMILIES = {
     "ViTForImageClassification": ("vit", "ViT"),
     "DeiTForImageClassification": ("deit", "DeiT"),
+    "DeiTForImageClassificationWithTeacher": ("deit", "DeiT"),
     "Dinov2ForImageClassification": ("dinov2", "Dinov2"),
+    "Dinov2WithRegistersForImageClassification": ("dinov2_with_registers", "Dinov2WithRegisters"),
+    "CLIPForImageClassification": ("clip", "CLIP"),
 }
 """By the class's name: the folder of its file, and what the names of its parts begin with."""
 _ATTENTION = {"sdpa", "eager"}
 _NOT_YET = {
-    "CLIP": "norm_pre (pre_layrnorm) before the blocks",
-    "DeiTForImageClassificationWithTeacher": "a distillation token that is read too",
-    "Dinov2WithRegisters": "patch tokens are read beside the class token",
-    "DINOv3ViT": "rotary positions (RoPE)",
-    "Siglip": "mean pooling",
+    "DINOv3ViT": "its rotary positions; timm's DINOv3 models are read",
+    "Siglip": "the mean of its patches behind a norm",
 }
 _NEVER = {
     "Swin": "attention in windows, with relative position bias",
     "Beit": "relative position bias",
     "Data2VecVision": "relative position bias",
-    "ViTHybrid": "a convolutional stem",
-    "CvT": "convolutional stems",
+    "Cvt": "convolutional stems",
     "ViTModel": "no classifier",
     "DeiTModel": "no classifier",
     "Dinov2Model": "no classifier",
+    "CLIP": "no linear classifier",
 }
 """What the names of other models begin with, and what keeps them out."""
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {
@@ -85,23 +85,31 @@ def read_transformers(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _HfReading(model, _REMEDY).weights()
+    if type(model).__name__.startswith("CLIP"):
+        from vitcut.vits.transformers_clip import ClipReading
+
+        return ClipReading(model, _REMEDY).weights()
+    return HfReading(model, _REMEDY).weights()
 
 
-class _HfReading(Reading):
+class HfReading(Reading):
+    """One image classifier of transformers being read."""
+
     def __init__(self, model: nn.Module, remedy: str) -> None:
+        """Begin to read; as `Reading`."""
         super().__init__(model, remedy)
-        self._whole: Any = model
+        self.whole_model: Any = model
         self._parts: Any = None
         self._begin = ""
 
     def weights(self) -> ViTWeights:
+        """All of it."""
         trunk = self._trunk()
         embeddings = trunk.embeddings
-        self._require(embeddings, "Embeddings")
+        self.require_own(embeddings, "Embeddings")
         patch_weight, patch_bias = self._patches(embeddings.patch_embeddings)
         prefix, positions = self._tokens(embeddings)
-        norm = self._norm(trunk.layernorm)
+        norm = self.norm_of(trunk.layernorm)
         head_weight, head_bias = self._classifier(width=len(patch_weight))
         weights = ViTWeights(
             patch_weight=patch_weight,
@@ -112,12 +120,22 @@ class _HfReading(Reading):
             norm=norm,
             head_weight=head_weight,
             head_bias=head_bias,
+            num_read=2 if self._has_teacher else 1,
+            patch_readout="normed_mean" if self._reads_patches(head_weight, prefix) else "none",
         )
         self.finish()
         return weights
 
-    def _trunk(self) -> Any:
-        name = type(self._whole).__name__
+    @property
+    def _has_teacher(self) -> bool:
+        return type(self.whole_model).__name__.endswith("WithTeacher")
+
+    def _reads_patches(self, head_weight: Tensor, prefix: Tensor) -> bool:
+        return not self._has_teacher and head_weight.shape[1] > prefix.shape[1]
+
+    def family(self) -> str:
+        """Find out whose parts to expect, and refuse other models."""
+        name = type(self.whole_model).__name__
         if name not in _FAMILIES:
             for table, yet in ((_NOT_YET, True), (_NEVER, False)):
                 for begin, reason in table.items():
@@ -126,14 +144,17 @@ class _HfReading(Reading):
             self.refuse(name)
         family, self._begin = _FAMILIES[name]
         self._parts = import_module(f"transformers.models.{family}.modeling_{family}")
-        self._require(self._whole, "ForImageClassification")
-        trunk = getattr(self._whole, family)
-        self._require(trunk, "Model")
+        self.require_own(self.whole_model, name.removeprefix(self._begin))
+        return family
+
+    def _trunk(self) -> Any:
+        trunk = getattr(self.whole_model, self.family())
+        self.require_own(trunk, "Model")
         if getattr(trunk, "pooler", None) is not None:
             self.refuse("a pooler before the classifier")
         return trunk
 
-    def _require(self, module: Any, part: str) -> None:
+    def require_own(self, module: Any, part: str) -> None:
         """Name a module that must be this family's own class."""
         expected = getattr(self._parts, f"{self._begin}{part}", None)
         if expected is None:
@@ -141,40 +162,55 @@ class _HfReading(Reading):
         self.require(module, expected, part)
 
     def _patches(self, embedding: Any) -> tuple[Tensor, Tensor]:
-        self._require(embedding, "PatchEmbeddings")
+        self.require_own(embedding, "PatchEmbeddings")
         self.grid(embedding.image_size, embedding.patch_size)
         return self.patches(embedding.projection, "patch embedding")
 
     def _tokens(self, embeddings: Any) -> tuple[Tensor, Tensor]:
-        """Prefix tokens and the positions of the patches; DeiT's second token is a register."""
+        """Prefix tokens and the positions of the patches.
+
+        DeiT's second token is a register where only the class token is read; DINOv2's registers
+        have no positions.
+        """
         self.inert(embeddings.dropout, "embeddings.dropout")
         self.unused(embeddings.mask_token)
         prefix = self.tensor(embeddings.cls_token)[0]
         if hasattr(embeddings, "distillation_token"):
             prefix = torch.cat([prefix, self.tensor(embeddings.distillation_token)[0]])
         position = self.tensor(embeddings.position_embeddings)[0]
-        return prefix + position[: len(prefix)], position[len(prefix) :]
+        prefix, position = prefix + position[: len(prefix)], position[len(prefix) :]
+        if hasattr(embeddings, "register_tokens"):
+            prefix = torch.cat([prefix, self.tensor(embeddings.register_tokens)[0]])
+        return prefix, position
 
     def _classifier(self, *, width: int) -> tuple[Tensor, Tensor]:
         """Of the class token; DINOv2's reads the mean of the patches too, unless that is zero."""
-        weight, bias = self.linear(self._whole.classifier, "classifier")
-        if weight[:, width:].any():
-            self.refuse("a classifier that reads the mean of the patch tokens too", yet=True)
-        return weight[:, :width].contiguous(), bias
+        if self._has_teacher:
+            weight, bias = self.linear(self.whole_model.cls_classifier, "classifier")
+            other = self.linear(self.whole_model.distillation_classifier, "classifier")
+            return torch.cat([weight, other[0]], dim=1) / 2, (bias + other[1]) / 2
+        weight, bias = self.linear(self.whole_model.classifier, "classifier")
+        if not weight[:, width:].any():
+            weight = weight[:, :width].contiguous()
+        return weight, bias
+
+    @property
+    def _is_dinov2(self) -> bool:
+        return self._begin.startswith("Dinov2")
 
     def _layers(self, trunk: Any) -> Any:
-        layers = trunk.layers if self._begin != "Dinov2" else trunk.encoder.layer
-        if self._begin == "Dinov2":
-            self._require(trunk.encoder, "Encoder")
+        layers = trunk.encoder.layer if self._is_dinov2 else trunk.layers
+        if self._is_dinov2:
+            self.require_own(trunk.encoder, "Encoder")
         self.require(layers, nn.ModuleList, "list of blocks")
         return layers
 
     def _block(self, layer: Any) -> BlockWeights:
-        self._require(layer, "Layer")
-        if self._begin != "Dinov2":
+        self.require_own(layer, "Layer")
+        if not self._is_dinov2:
             self.inert(layer.dropout, "dropout")
             return self._parts_of(layer, layer.layernorm_before, layer.layernorm_after)
-        drop_path = self._parts.Dinov2DropPath
+        drop_path = getattr(self._parts, f"{self._begin}DropPath")
         self.inert(layer.drop_path, "drop_path", also=(drop_path,))
         scales = (self._layer_scale(layer.layer_scale1), self._layer_scale(layer.layer_scale2))
         return self._parts_of(layer, layer.norm1, layer.norm2, *scales)
@@ -188,18 +224,24 @@ class _HfReading(Reading):
         mlp_scale: Tensor | None = None,
     ) -> BlockWeights:
         return BlockWeights(
-            attn_norm=self._norm(first),
+            attn_norm=self.norm_of(first),
             attn=self._attention(layer.attention, attn_scale),
-            mlp_norm=self._norm(second),
-            mlp=self._mlp(layer.mlp, mlp_scale),
+            mlp_norm=self.norm_of(second),
+            mlp=self.any_mlp(layer.mlp, mlp_scale),
         )
 
     def _layer_scale(self, module: Any) -> Tensor:
-        self._require(module, "LayerScale")
+        self.require_own(module, "LayerScale")
         return self.tensor(module.lambda1)
 
     def _attention(self, attn: Any, layer_scale: Tensor | None) -> AttentionWeights:
-        self._require(attn, "Attention")
+        return self.attention(attn, (attn.o_proj, attn.scaling), layer_scale)
+
+    def attention(
+        self, attn: Any, out_and_scale: tuple[Any, float], layer_scale: Tensor | None = None
+    ) -> AttentionWeights:
+        """What the attentions of transformers have in common."""
+        self.require_own(attn, "Attention")
         kind = attn.config._attn_implementation
         if kind not in _ATTENTION:
             self.refuse(f"attention {kind!r}: model.set_attn_implementation('sdpa') sets another")
@@ -210,14 +252,21 @@ class _HfReading(Reading):
             for letter in "qkv"
         ]
         weight, bias = (torch.cat(items) for items in zip(*pairs, strict=True))
-        out = scaled(*self.linear(attn.o_proj, "attention's o_proj"), layer_scale)
+        out_layer, scale = out_and_scale
+        out = scaled(*self.linear(out_layer, "attention's output"), layer_scale)
         heads = len(weight) // (3 * attn.head_dim)
-        return AttentionWeights.split((weight, bias), out, num_heads=heads, scale=attn.scaling)
+        return AttentionWeights.split((weight, bias), out, num_heads=heads, scale=scale)
 
-    def _mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
+    def any_mlp(self, mlp: Any, layer_scale: Tensor | None = None) -> MlpWeights:
+        """An MLP, plain or gated."""
         if type(mlp).__name__.endswith("SwiGLUFFN"):
-            self.refuse(f"SwiGLU: MLP {type(mlp).__name__}", yet=True)
-        self._require(mlp, "MLP")
+            self.require_own(mlp, "SwiGLUFFN")
+            gate, first = (
+                self.linear(layer, "MLP's first layer") for layer in (mlp.gate_proj, mlp.up_proj)
+            )
+            out = scaled(*self.linear(mlp.down_proj, "MLP's second layer"), layer_scale)
+            return self.gated_mlp(gate, first, out, self._activation(mlp.act_fn))
+        self.require_own(mlp, "MLP")
         return self.mlp(mlp.fc1, mlp.fc2, self._activation(mlp.activation_fn), layer_scale)
 
     def _activation(self, module: Any) -> Activation:
@@ -228,5 +277,6 @@ class _HfReading(Reading):
         self.require(module, type(module), "activation")
         return activation
 
-    def _norm(self, module: Any) -> NormWeights:
-        return self.norm(module, "norm", like=self._whole.classifier.weight)
+    def norm_of(self, module: Any) -> NormWeights:
+        """A LayerNorm."""
+        return self.norm(module, "norm", like=next(self.whole_model.parameters()))

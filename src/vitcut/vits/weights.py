@@ -120,8 +120,8 @@ class ViTWeights:
     positions: Float[Tensor, "patches width"]
     """Position embeddings of the patch tokens."""
     blocks: tuple[BlockWeights, ...]
-    norm: NormWeights
-    """The LayerNorm before the classifier."""
+    norm: NormWeights | None
+    """The LayerNorm before the classifier, if there is one."""
     head_weight: Float[Tensor, "classes features"]
     """Of what is read, one after the other: each prefix token, then the mean of the patches."""
     head_bias: Float[Tensor, "classes"]

@@ -1,0 +1,170 @@
+"""timm's models by name, from the hub and from local directories, with their preprocessing.
+
+What a loaded model's parts are called is left to `timm_models`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from timm.data import resolve_model_data_config
+from timm.models import save_for_hf
+from torch import nn
+
+from vitcut.errors import ConfigError, ModelError
+from vitcut.framing import Framing
+from vitcut.vits.loaded import Labels, LoadedModel, Preprocessing, per_channel
+
+_CONFIG = "config.json"
+_LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError,
+    SafetensorError, HfHubHTTPError,
+)  # fmt: skip
+"""What timm and its readers raise for weights or settings that do not fit."""
+
+
+def load_timm(name: str, spec: str) -> LoadedModel:
+    """Load pretrained weights.
+
+    Args:
+        name: As ``timm.create_model`` takes it, also ``local-dir:FOLDER`` or ``hf-hub:REPOSITORY``.
+        spec: What was asked for.
+
+    Raises:
+        ModelError: There is no such model, or it is damaged.
+    """
+    try:
+        model: Any = timm.create_model(name, pretrained=True)
+    except _LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
+    _refuse_fresh_classifier(model, spec)
+    return LoadedModel.of(model, spec, timm_preprocessing(model, spec), _labels(model))
+
+
+def timm_preprocessing(
+    model: Any,
+    spec: str,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Preprocessing:
+    """What a timm model takes, by its configuration; its size is the one that it was built for.
+
+    Args:
+        model: Of timm.
+        spec: What was asked for.
+        mean: Takes the place of the configuration's; likewise ``std``.
+        std: One number may stand for all channels.
+
+    Raises:
+        ModelError: Images are not square, are framed in a way that vitcut does not know, or
+            nothing is known of their mean and standard deviation.
+    """
+    data: dict[str, Any] = resolve_model_data_config(model)
+    patches: Any = getattr(model, "patch_embed", None)
+    height, width = getattr(patches, "img_size", None) or data["input_size"][1:]
+    if height != width:
+        raise ModelError(f"{spec!r} takes images of {height} x {width}, expected square ones")
+    projection = getattr(patches, "proj", None)
+    channels = int(getattr(projection, "in_channels", data["input_size"][0]))
+    mean = tuple(data["mean"]) if mean is None else mean
+    std = tuple(data["std"]) if std is None else std
+    if len(mean) not in {1, channels} or len(std) not in {1, channels}:
+        raise ModelError(
+            f"{spec!r} takes {channels} channels, mean and std are known of {len(mean)} and "
+            f"{len(std)}: give --mean and --std, as the model was trained with"
+        )
+    return Preprocessing(
+        image_size=height,
+        mean=per_channel(mean, channels, "mean"),
+        std=per_channel(std, channels, "std"),
+        framing=_framing(data, channels, spec),
+    )
+
+
+def save_timm_folder(
+    model: nn.Module,
+    folder: Path,
+    taken: Preprocessing,
+    labels: Labels,
+) -> dict[str, Any]:
+    """Write a timm local directory; returns the content of its ``config.json``.
+
+    Args:
+        model: Built by ``timm.create_model``.
+        folder: It exists.
+        taken: What the model takes.
+        labels: Both ids and names.
+    """
+    ids, names, framing = labels.ids or (), labels.names or (), taken.framing
+    save_for_hf(
+        model,
+        str(folder),
+        safe_serialization=True,
+        model_config={
+            "label_names": list(ids),
+            "label_descriptions": dict(zip(ids, names, strict=True)),
+        },
+        data_config={
+            "input_size": (len(taken.mean), taken.image_size, taken.image_size),
+            "mean": taken.mean,
+            "std": taken.std,
+            "crop_pct": framing.crop_fraction,
+            "crop_mode": _CROP_MODES[framing.fit],
+            "interpolation": framing.interpolation,
+        },
+    )
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    # timm copies these from the architecture's own pretrained weights, which these are not.
+    for inherited in ("tag", "license"):
+        config["pretrained_cfg"].pop(inherited, None)
+    return config
+
+
+_CROP_MODES = {"crop": "center", "squash": "squash"}
+"""timm's word for each fit."""
+
+
+def _framing(data: dict[str, Any], channels: int, spec: str) -> Framing:
+    fits = {mode: fit for fit, mode in _CROP_MODES.items()}
+    try:
+        fit: Any = fits[data["crop_mode"]]
+        return Framing(
+            channels=channels,
+            fit=fit,
+            crop_fraction=data["crop_pct"],
+            interpolation=data["interpolation"],
+        )
+    except KeyError:
+        raise ModelError(
+            f"{spec!r} has crop_mode {data['crop_mode']!r}, expected one of {', '.join(fits)}"
+        ) from None
+    except ConfigError as error:
+        raise ModelError(f"{spec!r}: {error}") from None
+
+
+def _labels(model: Any) -> Labels:
+    ids = model.pretrained_cfg.get("label_names")
+    if not isinstance(ids, (list, tuple)):
+        return Labels()
+    names = model.pretrained_cfg.get("label_descriptions") or {}
+    if not isinstance(names, dict):
+        raise ModelError(
+            f"the model's label_descriptions are a {type(names).__name__}, expected "
+            f"{{label: description}}: mend {_CONFIG}"
+        )
+    return Labels(ids=tuple(ids), names=tuple(str(names.get(item, item)) for item in ids))
+
+
+def _refuse_fresh_classifier(model: Any, spec: str) -> None:
+    """Timm draws a new classifier without a word where the number of classes is another."""
+    stored = model.pretrained_cfg.get("num_classes")
+    if stored is not None and stored != model.num_classes:
+        raise ModelError(
+            f"{spec!r} was saved with {stored} classes, its configuration builds "
+            f"{model.num_classes}, so that its classifier was never trained: correct {_CONFIG}"
+        )
