@@ -1,5 +1,6 @@
 import logging
 import shutil
+from copy import deepcopy
 
 import onnx
 import pytest
@@ -37,8 +38,7 @@ def exported(vit, tmp_path_factory):
 def test_one_file_runs_any_batch_and_gives_torch_logits(vit, exported, batch):
     logits = load_session(exported, batch=batch, threads=1).run(images(batch))
     with torch.no_grad():
-        expected = vit.eval()(images(batch))
-    vit.train()
+        expected = deepcopy(vit).eval()(images(batch))
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
@@ -55,8 +55,11 @@ def test_attention_is_one_operation_of_the_file(exported):
     assert operations.count("Attention") == 2
 
 
-def test_exporting_leaves_the_model_in_training_mode(vit, exported):
-    assert vit.training
+def test_exporting_leaves_the_model_as_it_was(vit, tmp_path):
+    model = deepcopy(vit).train()
+    export_onnx(model, tmp_path / "model.onnx", example=images(1))
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_session_is_prepared_for_a_batch_of_one_without_a_word(capfd, caplog):

@@ -136,3 +136,53 @@ def test_a_subclass_of_a_librarys_vit_may_differ_and_is_refused():
 def test_a_wrapper_is_refused_with_the_remedy(wrap):
     model = timm.create_model("test_vit", num_classes=3)
     expect_refusal(wrap(model), "a wrapper: give the model inside it")
+
+
+def test_a_large_bias_of_the_classifier_hides_no_mistake(own):
+    """Masked classes have such; without it the logits are small."""
+
+    def wrong(model):
+        weights = own.read(model)
+        return replace(weights, positions=weights.positions.flip(0))
+
+    model = own.OwnViT()
+    with torch.no_grad():
+        model.head.bias[0] = -1e4
+    vitcut.register_adapter(own.OwnViT, wrong)
+    expect_refusal(model, "OwnViT does something that was not understood")
+
+
+def _with_another_head_width(block):
+    attn = block.attn
+    narrow = {
+        name: getattr(attn, name)[:, :1]
+        for letter in "qkv"
+        for name in (f"{letter}_weight", f"{letter}_bias")
+    }
+    return replace(block, attn=replace(attn, **narrow, out_weight=attn.out_weight[..., :1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: replace(w, blocks=()), "hidden units no blocks in one model"),
+        (
+            lambda w: replace(w, blocks=(_with_another_head_width(w.blocks[0]), *w.blocks[1:])),
+            "head width 1, ",
+        ),
+        (
+            lambda w: replace(
+                w,
+                blocks=(
+                    replace(w.blocks[0], mlp=replace(w.blocks[0].mlp, activation="relu")),
+                    *w.blocks[1:],
+                ),
+            ),
+            "activation gelu, relu in one model",
+        ),
+        (lambda w: replace(w, positions=w.positions[:-1]), "15 patches, which are no square"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_when_it_is_read(own, change, message):
+    vitcut.register_adapter(own.OwnViT, lambda model: change(own.read(model)))
+    expect_refusal(own.OwnViT(), f"^not supported: {message}")
