@@ -55,6 +55,10 @@ def _vit(**given) -> VisionTransformer:
         pytest.param({"global_pool": "avg", "class_token": False}, id="patches alone"),
         pytest.param({"pre_norm": True, "reg_tokens": 1}, id="norm before the blocks"),
         pytest.param({"qk_norm": True}, id="qk-norm"),
+        pytest.param({"final_norm": False}, id="no norm before the classifier"),
+        pytest.param(
+            {"final_norm": False, "global_pool": "avg", "fc_norm": False}, id="mean alone"
+        ),
         pytest.param({"mlp_layer": timm.layers.SwiGLUPacked, "mlp_ratio": 1}, id="SwiGLU, packed"),
         pytest.param({"mlp_layer": timm.layers.GluMlp, "mlp_ratio": 1}, id="GLU, gate last"),
         pytest.param({"mlp_layer": timm.layers.SwiGLU, "init_values": 0.1}, id="SwiGLU"),
@@ -130,7 +134,6 @@ def test_sizes_are_those_of_the_model():
     [
         ({"global_pool": "max"}, "global_pool='max'"),
         ({"global_pool": "map"}, "attention pooling"),
-        ({"final_norm": False}, "norm Identity"),
         ({"img_size": (16, 24)}, "image size 16 x 24"),
         ({"patch_size": (8, 4)}, "patch size 8 x 4"),
         ({"img_size": 20}, "image size 20, which is no multiple of the patch size 8"),

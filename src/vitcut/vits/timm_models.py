@@ -181,14 +181,17 @@ class TimmReading(Reading):
             prefix = prefix + position[:-patches]
         return prefix, position[-patches:]
 
-    def _final_norm(self) -> tuple[NormWeights, bool]:
-        """The norm before the classifier, and whether it comes after the tokens are pooled."""
+    def _final_norm(self) -> tuple[NormWeights | None, bool]:
+        """The norm before the classifier, if any, and whether it comes after tokens are pooled."""
         norm, fc_norm = self.vit.norm, self.vit.fc_norm
         pools_first = isinstance(norm, nn.Identity)
         idle, used = (norm, fc_norm) if pools_first else (fc_norm, norm)
         if not isinstance(idle, nn.Identity):
             self.refuse(f"two norms before the classifier, fc_norm ({type(idle).__name__}) is one")
         self.inert(idle, "fc_norm")
+        if isinstance(used, nn.Identity):
+            self.inert(used, "norm")
+            return None, pools_first
         return self.norm_of(used), pools_first
 
     def _block(self, block: Any) -> BlockWeights:
