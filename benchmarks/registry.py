@@ -84,7 +84,7 @@ def check(name: str) -> tuple[str, str]:
     """``exact``, ``refused``, ``wrong`` or ``failed``, and the readout or the reason."""
     try:
         with torch.device("meta"):
-            empty = timm.create_model(name)
+            empty = timm.create_model(name, num_classes=CLASSES)
         refuse_early(empty)
         large = sum(one.numel() for one in empty.parameters()) > MANY
         weights = read_model(build(name, empty, large=large))
