@@ -85,12 +85,15 @@ def check(name: str) -> tuple[str, str]:
     try:
         with torch.device("meta"):
             empty = timm.create_model(name, num_classes=CLASSES)
-        refuse_early(empty)
         large = sum(one.numel() for one in empty.parameters()) > MANY
-        weights = read_model(build(name, empty, large=large))
+        try:
+            refuse_early(empty)
+            model = build(name, empty, large=large)
+            read_weights(model)
+        except UnsupportedModelError as error:
+            return "refused", str(error).removeprefix("not supported: ").split("; expected")[0]
+        weights = read_model(model)
         difference = compiled_difference(weights)
-    except UnsupportedModelError as error:
-        return "refused", str(error).removeprefix("not supported: ").split("; expected")[0]
     except VitcutError as error:
         return "wrong", str(error)
     except Exception as error:

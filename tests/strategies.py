@@ -83,6 +83,7 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
         final_norm=not draw(some),
         head_norm=draw(some),
         rotary=rotary,
+        shared_rotation=draw(st.booleans()) if rotary else True,
         gated=draw(some),
         activation=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])),
     )

@@ -38,6 +38,7 @@ def random_vit(
     final_norm: bool = True,
     head_norm: bool = False,
     rotary: bool = False,
+    shared_rotation: bool = True,
     gated: bool = False,
 ) -> ViTWeights:
     draw = torch.Generator().manual_seed(seed)
@@ -50,7 +51,7 @@ def random_vit(
         return NormWeights(weight=1 + normal(width, std=0.3), bias=normal(width, std=0.3), eps=1e-6)
 
     def rotation() -> Tensor:
-        angles = normal(1 if patch_size % 2 else num_heads, num_tokens, head_dim // 2)
+        angles = normal(1 if shared_rotation else num_heads, num_tokens, head_dim // 2)
         angles = torch.cat([angles, angles], dim=2)
         return torch.stack([angles.cos(), angles.sin()])
 

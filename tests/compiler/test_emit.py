@@ -158,8 +158,24 @@ def test_an_empty_circuit_has_constant_logits():
     assert len(compact(random_pixels(weights, 5))) == 5
 
 
-def test_every_parameter_of_a_cut_model_is_trained():
-    weights = random_vit(num_layers=3, num_heads=3)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {
+            "num_prefix": 2,
+            "num_read": 1,
+            "patch_readout": "normed_mean",
+            "head_dim": 4,
+            "embed_norm": True,
+            "head_norm": True,
+            "rotary": True,
+            "gated": True,
+        },
+    ],
+)
+def test_every_parameter_of_a_cut_model_is_trained(kind):
+    weights = random_vit(num_layers=3, num_heads=3, **kind)
     random = np.random.default_rng(0)
     kept = weights.graph.edges & (random.random(weights.graph.edges.shape) < 0.4)
     circuit = Circuit(graph=weights.graph, kept=kept, ablation="mean")
@@ -167,6 +183,10 @@ def test_every_parameter_of_a_cut_model_is_trained():
     compact(random_pixels(weights)).square().sum().backward()
     untouched = [name for name, p in compact.named_parameters() if p.grad is None]
     assert untouched == []
+    learnt = dict(compact.named_parameters())
+    fixed = {name for name in compact.state_dict() if name not in learnt}
+    assert all(name.endswith("_rotation") for name in fixed)
+    assert bool(fixed) == bool(kind)
 
 
 def test_resample_circuits_are_refused_with_the_remedy():

@@ -127,7 +127,7 @@ def test_names_of_the_data_and_of_imagenet_name_classes(tmp_path: Path, archive:
         DataConfig(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
     )
     assert data.task.class_ids == (CAT, DOG)
-    assert data.data_ids == (CAT, DOG, OWL)
+    assert data.data_labels.ids == (CAT, DOG, OWL)
     files = {f"{c}/{i}.png": encoded(i) for c in ("n02123045", "n02099601") for i in range(9)}
     source = str(write_folder(tmp_path / "folder", files))
     task = parse_task("classes: [tabby, golden retriever]", origin="x.yaml")

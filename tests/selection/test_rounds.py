@@ -188,6 +188,17 @@ def test_the_smallest_cost_is_that_of_the_cheapest_single_head():
     assert smallest_cost(WEIGHTS.graph, 6, cost) == 5
 
 
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_a_model_that_reads_patches_sees_the_image_with_everything_cut(num_read):
+    features = {"num_read": num_read, "patch_readout": "mean"}
+
+    def cost(circuit):
+        assert circuit.heads_on_path.sum() == circuit.neurons.sum() == 0
+        return 3.0
+
+    assert smallest_cost(random_vit(**features).split_graph, 6, cost) == 3
+
+
 def test_scores_by_site_are_the_scores_by_part():
     graph = WEIGHTS.split_graph
     scores = magnitude_scores(WEIGHTS, graph)

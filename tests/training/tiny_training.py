@@ -4,6 +4,7 @@ import numpy as np
 from torch import nn
 
 from vitcut.data.images import ImageSet, TaskImages
+from vitcut.labels import Labels
 from vitcut.runtime import seed_everything
 from vitcut.task import Task, TaskClass
 from vitcut.training.settings import TrainConfig
@@ -39,7 +40,7 @@ def tiny_images(*, train: int = 36, side: int = 8) -> TaskImages:
         validation=part(train + 8, train + 16),
         fingerprint="tiny",
         ignored_classes=0,
-        data_ids=TASK.class_ids,
+        data_labels=Labels(owner="the data", ids=TASK.class_ids, names=TASK.class_names),
         image_size=side,
     )
 

@@ -181,6 +181,15 @@ def _with_another_head_width(block):
             "activation gelu, relu in one model",
         ),
         (lambda w: replace(w, positions=w.positions[:-1]), "15 patches, which are no square"),
+        (
+            lambda w: replace(w, norm=replace(w.norm, eps=1e-3)),
+            "LayerNorm epsilon .*0.001 in one model",
+        ),
+        (
+            lambda w: replace(w, patch_readout="mean"),
+            "a classifier of .* reads 1 of 1 prefix tokens",
+        ),
+        (lambda w: replace(w, num_read=0), "a classifier of .* reads 0 of 1 prefix tokens"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_when_it_is_read(own, change, message):

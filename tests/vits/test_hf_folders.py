@@ -40,16 +40,19 @@ PREPROCESSOR = {
 LABELS = ["cat", "dog", "owl"]
 
 
+FAMILIES = ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "CLIP"]
+
+
 def _build(family="ViT", **given):
     torch.manual_seed(0)
-    sizes = {**SIZES, **({"mlp_ratio": 2} if family == "Dinov2" else {"intermediate_size": 48})}
+    is_dinov2 = family.startswith("Dinov2")
+    sizes = {**SIZES, **({"mlp_ratio": 2} if is_dinov2 else {"intermediate_size": 48})}
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {t: i for i, t in enumerate(LABELS)}}
-    config = getattr(transformers, f"{family}Config")(**{**sizes, **labels, **given})
-    model = getattr(transformers, f"{family}ForImageClassification")(config).eval()
-    if family == "Dinov2":
-        with torch.no_grad():
-            model.classifier.weight[:, 32:] = 0
-    return model
+    if family == "CLIP":
+        config = transformers.CLIPConfig(vision_config={**sizes, **given}, **labels)
+    else:
+        config = getattr(transformers, f"{family}Config")(**{**sizes, **labels, **given})
+    return getattr(transformers, f"{family}ForImageClassification")(config).eval()
 
 
 def _save(folder, model, **changes):
@@ -76,7 +79,7 @@ def _expect_refusal(spec, match, kind=ModelError):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_transformers_is_read_with_labels_and_preprocessing(tmp_path, family):
     module = _build(family)
     loaded = load_model(str(_save(tmp_path / "hf", module)))
@@ -273,8 +276,9 @@ def test_a_model_of_another_task_is_refused(folder):
     _expect_refusal(folder, "cannot load the model .* with transformers")
 
 
-def test_dinov2_at_another_size_computes_what_the_library_computes_there(tmp_path, capsys):
-    module = _build("Dinov2", image_size=56)
+@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
+def test_dinov2_at_another_size_computes_what_the_library_does_there(tmp_path, capsys, family):
+    module = _build(family, image_size=56)
     loaded = load_model(str(_save(tmp_path / "hf", module)))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -301,7 +305,7 @@ CARD = DenseCard(
 )
 
 
-@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_comes_back_equal_and_transformers_reads_it(tmp_path, family):
     loaded = load_model(str(_save(tmp_path / "hf", _build(family))))
     save_dense(loaded.model, tmp_path / "dense", card=CARD)

@@ -137,8 +137,9 @@ class HeadGroup(nn.Module):
             if shape.head_norm:
                 self.norms[letter] = nn.LayerNorm(shape.head_dim, shape.eps)
             if shape.rotary:
-                sizes = (2, len(self.plan.heads), rows[letter], shape.head_dim)
-                self.register_buffer(f"{letter}_rotation", torch.zeros(sizes))
+                sizes = (len(self.plan.heads), rows[letter], shape.head_dim)
+                still = torch.stack([torch.ones(sizes), torch.zeros(sizes)])
+                self.register_buffer(f"{letter}_rotation", still)
 
     def _placed(
         self, letter: Letter, values: Float[Tensor, "images *heads_rows head_dim"]

@@ -24,10 +24,10 @@ class PlanRow:
     tokens: str = ""
     """The token groups that it computes, such as ``cls`` or ``cls + patch``."""
     streams: int = 0
-    """Sums with a LayerNorm each."""
+    """Sums, nearly always with a LayerNorm each."""
     heads: int = 0
     query_rows: int = 0
-    """Tokens that ask; 1 where only the class token does."""
+    """Tokens that ask; 1 or 2 where only those do that the classifier reads."""
     absorbed: int = 0
     """Heads among them that compute no keys or no values, as few tokens ask."""
     neurons: int = 0

@@ -158,15 +158,19 @@ class _Counter:
         """What is read, pooled where it is patches, and the product."""
         shape = self.shape
         for stream in streams:
-            self.stream(stream)
+            rows = stream.rows.count
             if stream.rows == shape.patch_rows:
-                self.add("added", stream.rows.count * shape.width)
+                self.add("added", rows * shape.width)
+                rows = 1 if shape.patch_readout == "mean" else rows
+            self.stream(stream, normalised=rows if shape.final_norm else 0)
+        features = sum(shape.num_features(stream.rows) for stream in streams)
+        if len(streams) > 1:
+            self.add("moved", features)
         if streams:
-            features = sum(shape.num_features(stream.rows) for stream in streams)
             self.product(1, features, shape.num_classes)
 
-    def stream(self, plan: StreamPlan) -> None:
-        """A sum and its LayerNorm."""
+    def stream(self, plan: StreamPlan, *, normalised: int | None = None) -> None:
+        """A sum and the LayerNorm of its rows, or of so many."""
         size = plan.rows.count * self.shape.width
         if not plan.terms:
             return
@@ -180,7 +184,8 @@ class _Counter:
                 self.add("added", size)
         if plan.table_rows or self.smooth:
             self.add("added", size)
-        self.add("normalised", size)
+        if normalised != 0:
+            self.add("normalised", (normalised or plan.rows.count) * self.shape.width)
 
     def mlp(self, plan: MlpPlan) -> None:
         rows, width = plan.stream.rows.count, self.shape.width

@@ -233,10 +233,9 @@ class _Folder:
         weight, bias = _after_norm(
             block.mlp_norm, block.mlp.in_weight[kept], block.mlp.in_bias[kept]
         )
-        if block.mlp.gate_weight is not None and block.mlp.gate_bias is not None:
-            gate = _after_norm(
-                block.mlp_norm, block.mlp.gate_weight[kept], block.mlp.gate_bias[kept]
-            )
+        if block.mlp.gate is not None:
+            gate_weight, gate_bias = block.mlp.gate
+            gate = _after_norm(block.mlp_norm, gate_weight[kept], gate_bias[kept])
             weight, bias = torch.cat([gate[0], weight]), torch.cat([gate[1], bias])
         self._linear(f"{prefix}.fc1", weight, bias)
         weight = self.writers.mlp(layer, group)

@@ -71,8 +71,8 @@ class TaskImages:
     """Hex; of content, image size, task and splits."""
     ignored_classes: int
     """How many class ids of the data are not of the task."""
-    data_ids: tuple[str, ...]
-    """All class ids of the data, sorted."""
+    data_labels: Labels
+    """All classes of the data, in the order of their ids."""
     image_size: int
     """Height and width, in pixels."""
     framing: Framing = WHOLE
@@ -152,7 +152,7 @@ def task_images(
         validation=sets["validation"],
         fingerprint=_fingerprint(prepared, config, task, framing),
         ignored_classes=_ignored_classes(prepared, task),
-        data_ids=tuple(sorted(prepared.class_names)),
+        data_labels=labels_of(prepared),
         image_size=config.image_size,
         framing=framing,
     )

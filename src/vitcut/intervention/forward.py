@@ -101,9 +101,9 @@ def activate(
 ) -> Float[Tensor, "images rows neurons"]:
     """The hidden units of an MLP."""
     hidden = F.linear(normed, mlp.in_weight, mlp.in_bias)
-    if mlp.gate_weight is None:
+    if mlp.gate is None:
         return ACTIVATIONS[mlp.activation](hidden)
-    return ACTIVATIONS[mlp.activation](F.linear(normed, mlp.gate_weight, mlp.gate_bias)) * hidden
+    return ACTIVATIONS[mlp.activation](F.linear(normed, *mlp.gate)) * hidden
 
 
 def write_neurons(

@@ -27,6 +27,7 @@ def read_model(model: nn.Module) -> ViTWeights:
     _require_finite(weights)
     _require_alike_blocks(weights)
     _require_square(weights)
+    _require_readout(weights)
     _require_same_logits(model, weights)
     return weights
 
@@ -54,13 +55,19 @@ def _require_one_dtype(weights: ViTWeights) -> None:
 
 def _require_alike_blocks(weights: ViTWeights) -> None:
     blocks = weights.blocks
+    attns = [block.attn for block in blocks]
     norms = [norm for block in blocks for norm in (block.attn_norm, block.mlp_norm)]
+    on_heads = [norm for attn in attns for norm in (attn.q_norm, attn.k_norm)]
+    every = (*norms, *on_heads, weights.patch_norm, weights.norm)
     found = {
         "hidden units": {block.mlp.in_weight.shape[0] for block in blocks},
         "heads": {block.attn.q_weight.shape[0] for block in blocks},
         "head width": {block.attn.q_weight.shape[1] for block in blocks},
         "activation": {block.mlp.activation for block in blocks},
-        "LayerNorm epsilon": {norm.eps for norm in norms},
+        "LayerNorm epsilon": {norm.eps for norm in every if norm is not None},
+        "norm of queries and keys": {norm is not None for norm in on_heads},
+        "rotary positions": {attn.rotation is not None for attn in attns},
+        "gated MLPs": {block.mlp.gate_weight is not None for block in blocks},
     }
     for what, values in found.items():
         if len(values) != 1:
@@ -68,6 +75,18 @@ def _require_alike_blocks(weights: ViTWeights) -> None:
             raise UnsupportedModelError(
                 f"not supported: {what} {listed} in one model; expected the same in every block"
             )
+
+
+def _require_readout(weights: ViTWeights) -> None:
+    """What an adapter of a user's own may get wrong."""
+    read = weights.num_read + (weights.patch_readout != "none")
+    features = weights.head_weight.shape[1]
+    if not 0 <= weights.num_read <= weights.num_prefix or features != read * weights.width:
+        raise UnsupportedModelError(
+            f"not supported: a classifier of {features} features that reads {weights.num_read} of "
+            f"{weights.num_prefix} prefix tokens and of the patches {weights.patch_readout!r}; "
+            f"expected {weights.width} features for each token, and for the patches' mean"
+        )
 
 
 def _require_square(weights: ViTWeights) -> None:

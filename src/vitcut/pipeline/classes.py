@@ -38,8 +38,7 @@ def fit(model: LoadedModel, images: TaskImages) -> LoadedModel:
         UnsupportedModelError: The model has a feature that is not understood.
     """
     weights, task = read_weights(model.model), images.task
-    data = Labels(owner="the data", ids=images.data_ids, names=images.data_ids)
-    known, told = _labels(model, weights.num_classes, data, task)
+    known, told = _labels(model, weights.num_classes, images.data_labels, task)
     if told is not None:
         say(f"model: {model.name} does not say its classes: {told}")
     position = {class_id: at for at, class_id in enumerate(known.ids)}

@@ -56,7 +56,7 @@ def load_hf_folder(folder: Path, spec: str) -> LoadedModel:
         )
     processor = Preprocessor(folder)
     module = _load(folder, spec)
-    channels = _number(module.config, "num_channels", folder)
+    channels = _number(_tower(module), "num_channels", folder)
     size = _fitted_size(module, processor.made_size(), folder)
     taken = processor.preprocessing(size, channels)
     return LoadedModel.of(as_classifier(module), spec, taken, _labels(module.config))
@@ -165,10 +165,10 @@ def _require_whole(info: Mapping[str, Any], kind: str, folder: Path) -> None:
 
 def _fitted_size(module: Any, made: int | None, folder: Path) -> int:
     """The image size of the preprocessor, to which DINOv2's positions are brought."""
-    own = _number(module.config, "image_size", folder)
+    own = _number(_tower(module), "image_size", folder)
     if made is None or made == own:
         return own
-    if type(module).__name__ != "Dinov2ForImageClassification":
+    if not type(module).__name__.startswith("Dinov2"):
         raise ModelError(
             f"{folder / PREPROCESSOR} makes images of {made} pixels, the model takes {own}: "
             "correct the one that is wrong"
@@ -180,7 +180,7 @@ def _fitted_size(module: Any, made: int | None, folder: Path) -> int:
 
 def _resample_positions(module: Any, size: int) -> None:
     """What ``Dinov2Embeddings.forward`` does to positions for images of another size, once."""
-    embeddings = module.dinov2.embeddings
+    embeddings = module.base_model.embeddings
     patches = embeddings.patch_embeddings
     side = size // patches.patch_size[0]
     tokens = torch.empty(1, side**2 + 1, embeddings.position_embeddings.shape[-1])
@@ -189,6 +189,11 @@ def _resample_positions(module: Any, size: int) -> None:
     embeddings.position_embeddings = nn.Parameter(position.clone())
     patches.image_size, patches.num_patches = (size, size), side**2
     module.config.image_size = size
+
+
+def _tower(module: Any) -> Any:
+    """The configuration of what sees: CLIP's also knows a text model."""
+    return getattr(module.config, "vision_config", module.config)
 
 
 def _labels(config: Any) -> Labels:

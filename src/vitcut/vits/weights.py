@@ -97,6 +97,16 @@ class MlpWeights:
     """Where there is one, a hidden unit is its activated gate times its ``in`` product."""
     gate_bias: Float[Tensor, "hidden"] | None = None
 
+    @property
+    def gate(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of the gate, where there is one; a missing bias is zero."""
+        if self.gate_weight is None:
+            return None
+        bias = self.gate_bias
+        return self.gate_weight, self.in_bias.new_zeros(
+            self.in_bias.shape
+        ) if bias is None else bias
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
