@@ -11,6 +11,7 @@ import torch
 import vitcut
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.errors import ArtefactError, CircuitError, ConfigError, ModelError, TaskError
+from vitcut.intervention.oracle import Oracle
 from vitcut.intervention.tracing import read_model
 from vitcut.vits.loading import DenseCard, LoadedModel, save_dense, weight_hash
 from vitcut.vits.reference import build_reference
@@ -213,6 +214,15 @@ def test_a_misspelt_setting_is_refused_with_a_hint(model, images):
         vitcut.discover(model, images, tua=0.1)
     with pytest.raises(ConfigError, match="no setting 'frobnicate': expected one of ablation"):
         vitcut.cut(model, images, circuit, frobnicate=1)
+
+
+def test_a_search_that_does_not_fit_is_refused_before_it_measures(model, images, monkeypatch):
+    def measured(*_args):
+        raise AssertionError("the full model was measured")
+
+    monkeypatch.setattr(Oracle, "_full_log_probs", measured)
+    with pytest.raises(ConfigError, match=r"a search over 12 pairs need.*memory-gib allows 1e-06"):
+        vitcut.discover(model, images, images=12, memory_gib=1e-6)
 
 
 def test_images_of_another_size_are_refused(model):

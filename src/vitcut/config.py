@@ -31,7 +31,7 @@ def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
     """
     if needed_gib > memory_gib:
         raise ConfigError(
-            f"{what} need about {needed_gib:.1f} GiB, memory-gib allows {memory_gib:g}: use fewer "
+            f"{what} needs about {needed_gib:.2g} GiB, memory-gib allows {memory_gib:g}: use fewer "
             "images, or raise memory-gib"
         )
 

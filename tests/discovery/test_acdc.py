@@ -10,7 +10,8 @@ from strategies import vits
 from tiny import random_vit
 from tiny_oracle import drifting_vit, make_oracle
 
-from vitcut.discovery.acdc import acdc, acdc_reference, build_cache, guard, stages
+from vitcut.discovery.acdc import acdc, acdc_reference, guard, stages
+from vitcut.discovery.cache import Cache
 from vitcut.discovery.propagation import Propagation
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
@@ -144,7 +145,7 @@ def test_fewer_nodes_are_evaluated_than_naively(tokens):
 
 def test_one_cache_serves_every_tau_over_whole_tokens_and_token_groups():
     weights = random_vit()
-    cache = build_cache(weights, make_oracle(weights), DiscoverConfig(images=4))
+    cache = Cache.build(weights, make_oracle(weights), DiscoverConfig(images=4))
     for tau, tokens in product((0.1, 0.001), ("all", "split")):
         config = DiscoverConfig(tau=tau, images=4, tokens=tokens)
         shared = acdc(weights, make_oracle(weights, tokens=tokens), config, cache=cache)
@@ -156,7 +157,7 @@ def test_one_cache_serves_every_tau_over_whole_tokens_and_token_groups():
 def test_what_a_group_is_asked_for_is_computed_once_for_all_that_read_it(monkeypatch, letter):
     weights = random_vit(num_layers=2, num_prefix=2)
     oracle = make_oracle(weights, tokens="split")
-    state = Propagation(weights, build_cache(weights, oracle, DiscoverConfig(images=4)), oracle)
+    state = Propagation(weights, Cache.build(weights, oracle, DiscoverConfig(images=4)), oracle)
     graph = oracle.graph
     state.rebuild(graph.edges, 0)
     state.take_evaluations()
@@ -284,7 +285,7 @@ def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkey
 def test_too_little_memory_is_refused_with_the_need():
     weights = random_vit()
     config = DiscoverConfig(images=4, memory_gib=1e-6)
-    with pytest.raises(ConfigError, match=r"need about .* GiB.*memory-gib allows 1e-06"):
+    with pytest.raises(ConfigError, match=r"needs about .* GiB.*memory-gib allows 1e-06"):
         acdc(weights, make_oracle(weights), config)
 
 

@@ -88,7 +88,7 @@ def acdc(
     if not abs(kl - search.kl) <= _allowed_drift(config) and search.precision == "float32":
         say(f"float32 is {abs(kl - search.kl):.1g} nats off at the end: searching in float64")
         precise = replace(config, precision="float64")
-        cache = build_cache(weights, oracle, precise)
+        cache = Cache.build(weights, oracle, precise)
         decision_log.restart()
         search = _Search(weights, oracle, precise, cache, decision_log)
         kl = search.run()
@@ -103,12 +103,6 @@ def acdc(
         oracle_calls=sum(stage.oracle_calls for stage in decision_log.stages) + 1,
         seconds=None if resumed else time.perf_counter() - start,
     )
-
-
-def build_cache(weights: ViTWeights, oracle: Oracle, config: DiscoverConfig) -> Cache:
-    """The activations that every tau on this oracle shares."""
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    return Cache.build(weights, oracle, memory_gib=config.memory_gib, dtype=dtype)
 
 
 def stages(graph: Graph) -> Iterator[tuple[int, ...]]:
@@ -204,7 +198,7 @@ class _Search:
         config = replace(self._config, precision=self.precision)
         fits = self._cache is not None and self._cache.precision == self.precision
         if self._cache is None or not fits:
-            self._cache = build_cache(self._weights, self._oracle, config)
+            self._cache = Cache.build(self._weights, self._oracle, config)
         return Propagation(self._weights, self._cache, self._oracle)
 
     def _take(self, stage: Stage) -> None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from vitcut.config import require_memory
-from vitcut.intervention.masking import full_run
-from vitcut.intervention.oracle import Oracle
+from vitcut.discovery.settings import DiscoverConfig
+from vitcut.intervention.masking import full_run, run_gib
+from vitcut.intervention.oracle import PAIRS_AT_A_TIME, Examples, Oracle
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
 
@@ -35,16 +36,14 @@ class Cache:
         return str(self.change.dtype).removeprefix("torch.")
 
     @classmethod
-    def build(
-        cls, weights: ViTWeights, oracle: Oracle, *, memory_gib: float, dtype: torch.dtype
-    ) -> "Cache":
+    def build(cls, weights: ViTWeights, oracle: Oracle, config: DiscoverConfig) -> "Cache":
         """Trace the clean and the corrupted images.
 
         Raises:
-            ConfigError: The activations would not fit into ``memory_gib``.
+            ConfigError: The search would not fit into ``config.memory_gib``.
         """
-        examples = oracle.examples
-        _check_memory(weights, len(examples.clean), memory_gib, dtype)
+        examples, dtype = oracle.examples, getattr(torch, config.precision)
+        require_room(weights, examples, config)
         shape = (len(weights.graph.sources), len(examples.clean), weights.num_tokens, weights.width)
         change = torch.empty(shape, dtype=dtype, device=weights.device)
         table = None if oracle.fill is None else oracle.fill.sources
@@ -68,11 +67,18 @@ def _traced(weights: ViTWeights, pixels: Tensor) -> Float[Tensor, "sources pairs
         return torch.stack(full_run(weights, pixels).sources)
 
 
-def _check_memory(weights: ViTWeights, pairs: int, memory_gib: float, dtype: torch.dtype) -> None:
-    graph = weights.graph
+def require_room(weights: ViTWeights, examples: Examples, config: DiscoverConfig) -> None:
+    """Check that a search fits into memory: its cache and state, and one visit of the oracle.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    graph, pairs = weights.graph, len(examples.for_ablation(config.ablation).clean)
     tensors = 2 * len(graph.sources) + 2 * len(graph.targets)
     values = tensors * pairs * weights.num_tokens * weights.width
-    needed = values * torch.finfo(dtype).bits / 8 / 2**30
+    cached = values * torch.finfo(getattr(torch, config.precision)).bits / 8 / 2**30
+    # The oracle runs a clean and a corrupted image of each pair.
+    asked = 2 * run_gib(weights, min(pairs, PAIRS_AT_A_TIME), torch.float64)
     require_memory(
-        f"the cached activations of {pairs} pairs", needed_gib=needed, memory_gib=memory_gib
+        f"a search over {pairs} pairs", needed_gib=cached + asked, memory_gib=config.memory_gib
     )

@@ -19,7 +19,7 @@ from vitcut.names import Ablation, Tokens
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.vits.weights import ViTWeights
 
-_CHUNK = 16
+PAIRS_AT_A_TIME = 16
 """Pairs per masked forward: what a cache holds. Fixed, so that every run sums alike."""
 
 
@@ -85,7 +85,7 @@ class Oracle:
         self._pixels = examples.pixels.to(self._weights.device, torch.float64)
         self._fill = None
         if ablation != "resample":
-            chunks = self._pixels.split(_CHUNK)
+            chunks = self._pixels.split(PAIRS_AT_A_TIME)
             self._fill = fixed_fill(ablation, self._weights, chunks)
         self.calls = 0
         self._last: tuple[bytes, float] | None = None
@@ -113,7 +113,7 @@ class Oracle:
         """
         self.calls += 1
         found: list[Tensor] = []
-        for pairs in torch.arange(len(self._examples.clean)).split(_CHUNK):
+        for pairs in torch.arange(len(self._examples.clean)).split(PAIRS_AT_A_TIME):
             clean, corrupted = self._pair_pixels(pairs)
             fill = self._fill
             if fill is None:
@@ -149,7 +149,7 @@ class Oracle:
 
     @torch.no_grad()
     def _full_log_probs(self) -> Float[Tensor, "images groups"]:
-        chunks = self._pixels.split(_CHUNK)
+        chunks = self._pixels.split(PAIRS_AT_A_TIME)
         return torch.cat([self._log_probs(full_run(self._weights, x).logits) for x in chunks])
 
     def _log_probs(self, logits: Float[Tensor, "images classes"]) -> Tensor:

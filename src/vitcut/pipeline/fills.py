@@ -61,8 +61,8 @@ class Fills:
         if self._last is None or self._last.fill.circuit != circuit.fingerprint:
             pixels = self.pixels.to(weights.device, weights.dtype)
             require_memory(
-                f"the activations of {len(pixels)} images",
-                needed_gib=run_gib(weights, len(pixels)),
+                f"a fit to {len(pixels)} images",
+                needed_gib=run_gib(weights, len(pixels), weights.dtype),
                 memory_gib=self._config.memory_gib,
             )
             self._last = fit_fill(weights, circuit, pixels, self.means, ridge=self._config.ridge)

@@ -26,7 +26,8 @@ from vitcut.config import as_plain
 from vitcut.data.images import ImageSet
 from vitcut.data.pairs import make_pairs
 from vitcut.data.stratified import choose_evenly
-from vitcut.discovery.acdc import acdc, build_cache
+from vitcut.discovery.acdc import acdc
+from vitcut.discovery.cache import Cache, require_room
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import CircuitError
 from vitcut.intervention.fill import Fill
@@ -71,13 +72,11 @@ class Discovery:
         """
         self._subject = subject
         self._config = config
-        self._oracle = Oracle(
-            subject.weights,
-            examples_of(subject, config),
-            config.ablation,
-            tokens=config.tokens,
-        )
-        self._cache = build_cache(subject.weights, self._oracle, config)
+        examples = examples_of(subject, config)
+        # Before the oracle measures the full model, which takes minutes of a large one.
+        require_room(subject.weights, examples, config)
+        self._oracle = Oracle(subject.weights, examples, config.ablation, tokens=config.tokens)
+        self._cache = Cache.build(subject.weights, self._oracle, config)
 
     def find(self, tau: float, *, log: Path | None = None) -> Circuit:
         """Search the circuit for one tau; ``log`` is appended to, or continued after a kill."""

@@ -142,7 +142,7 @@ class Selection:
         if config.scores != "fisher":
             return Additive(by_site(self._control()))
         require_memory(
-            f"the gradients of {len(calibration.score_pixels)} images",
+            f"scoring on {len(calibration.score_pixels)} images",
             needed_gib=self._gradients_gib(),
             memory_gib=calibration.memory_gib,
         )

@@ -1,0 +1,219 @@
+"""Make docs/benchmarks/scale again: time and memory of searches on models at 224 pixels.
+
+    OMP_NUM_THREADS=1 uv run python benchmarks/scale.py
+
+Models have random weights and images are random: neither changes what is computed or held. Every
+case runs in a process of its own, whose peak of resident memory is read at its end, less what
+it held once libraries, model and images were loaded.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+from vitcut.discovery.acdc import acdc
+from vitcut.discovery.cache import require_room
+from vitcut.discovery.fisher import fisher_scores
+from vitcut.discovery.settings import DiscoverConfig
+from vitcut.errors import ConfigError
+from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.intervention.tracing import read_model
+from vitcut.metrics import coarse_log_probs
+from vitcut.runtime import describe_machine
+from vitcut.vits.weights import ViTWeights
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "scale"
+CLASSES, GROUPS = 58, 6
+FISHER = ("vit_base_patch16_224", 64)
+ACDC = ("deit_tiny_patch16_224", 128)
+TAU = 0.003
+BATCH = 16
+GIB = 2**30
+
+
+def main() -> None:
+    """Run every case in a process of its own, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=CASES, default=None, help="One case, in this process.")
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        sys.stdout.write(json.dumps(measured(CASES[arguments.case])) + "\n")
+        return
+    found = {name: in_process(name) for name in CASES}
+    content = {"machine": describe_machine(), "threads": torch.get_num_threads(), "cases": found}
+    PAGE.mkdir(parents=True, exist_ok=True)
+    (PAGE / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (PAGE / "README.md").write_text(page(content), encoding="utf-8")
+
+
+def in_process(case: str) -> dict[str, Any]:
+    """The outcome of a case, from its last line."""
+    command = [sys.executable, __file__, "--case", case]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measured(case: Callable[[], Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """Seconds and memory of what a case returns once everything is loaded."""
+    job = case()
+    loaded = resident_gib()
+    start = time.perf_counter()
+    told = job()
+    seconds = time.perf_counter() - start
+    # Linux counts the peak in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    return {"seconds": seconds, "loaded_gib": loaded, "peak_gib": peak, **told}
+
+
+def resident_gib() -> float:
+    """What this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize() / GIB
+
+
+def random_model(name: str) -> nn.Module:
+    """A model whose answers depend on the image: with timm's small weights they hardly do."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=CLASSES).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+        model.get_submodule("head").get_parameter("weight").mul_(10)
+    return model
+
+
+def random_examples(count: int) -> Examples:
+    """Images of random coarse patterns, each paired with the next one."""
+    torch.manual_seed(1)
+    coarse = torch.randn(count, 3, 14, 14)
+    images = np.arange(count)
+    return Examples(
+        pixels=nn.functional.interpolate(coarse, size=224, mode="bilinear"),
+        clean=images,
+        corrupted=np.roll(images, 1),
+        group_of_class=torch.arange(CLASSES) % GROUPS,
+    )
+
+
+def passes() -> Callable[[], dict[str, Any]]:
+    """One forward pass of timm's own model and a backward pass per coarse class."""
+    model, examples = random_model(FISHER[0]), random_examples(FISHER[1])
+    model.requires_grad_(requires_grad=False)
+
+    def job() -> dict[str, Any]:
+        for pixels in examples.pixels.split(BATCH):
+            leaf = pixels.clone().requires_grad_()
+            log_probs = coarse_log_probs(model(leaf), examples.group_of_class, GROUPS)
+            for y in range(GROUPS):
+                torch.autograd.grad(log_probs[:, y].sum(), leaf, retain_graph=y < GROUPS - 1)
+        return {}
+
+    return job
+
+
+def fisher(*, edges: bool) -> Callable[[], dict[str, Any]]:
+    """Fisher scores of every head and neuron per token group, and of every edge."""
+    weights, examples = read_model(random_model(FISHER[0])), random_examples(FISHER[1])
+
+    def job() -> dict[str, Any]:
+        scores = fisher_scores(weights, examples, "mean", edges=edges)
+        parts = [scores.heads, scores.neurons, *([scores.edges] if edges else [])]
+        return {"parts": sum(int(np.isfinite(part).sum()) for part in parts if part is not None)}
+
+    return job
+
+
+def search(memory_gib: float) -> Callable[[], dict[str, Any]]:
+    """ACDC over whole tokens, refused where it would hold more than it may."""
+    weights: ViTWeights = read_model(random_model(ACDC[0]))
+    examples = random_examples(ACDC[1])
+
+    def job() -> dict[str, Any]:
+        config = DiscoverConfig(tau=TAU, images=ACDC[1], memory_gib=memory_gib)
+        try:
+            require_room(weights, examples, config)
+        except ConfigError as error:
+            return {"memory_gib": memory_gib, "refused": str(error)}
+        oracle = Oracle(weights, examples, config.ablation)
+        found = acdc(weights, oracle, config)
+        return {
+            "memory_gib": memory_gib,
+            "kept": int(found.kept.sum()),
+            "edges": int(oracle.graph.edges.sum()),
+            "kl": found.kl,
+            "node_evaluations": found.node_evaluations,
+            "precision": found.precision,
+        }
+
+    return job
+
+
+def page(content: dict[str, Any]) -> str:
+    """The page's text."""
+    cases, machine = content["cases"], content["machine"]
+    base = cases["passes"]["seconds"]
+    rows = [
+        f"| {text} | {cases[name].get('parts', ''):,} | {cases[name]['seconds']:.0f} | "
+        f"{cases[name]['seconds'] / base:.2f} | {cases[name]['loaded_gib']:.1f} | "
+        f"{cases[name]['peak_gib']:.1f} |"
+        for name, text in (
+            ("fisher", "heads and neurons per token group"),
+            ("fisher-edges", "edges, too"),
+        )
+    ]
+    found, refused = cases["acdc"], cases["acdc-too-little"]
+    held = found["peak_gib"] - found["loaded_gib"]
+    return f"""\
+# Searches on models at 224 pixels
+
+    OMP_NUM_THREADS=1 uv run python benchmarks/scale.py
+
+Random weights and random images: what is computed and held does not depend on them, but how many
+edges ACDC keeps does. Each row is a process of its own; *peak* is the most memory that was resident,
+*loaded* what was before the search began (libraries, model, images). {machine["cpu"]}, {content["threads"]}
+thread, float32, load {machine["load_1min"]} at the end. Raw: [results.json](results.json).
+
+## Fisher scores of ViT-B/16
+
+`{FISHER[0]}` (86 M parameters), {FISHER[1]} images, {GROUPS} groups, mean ablation, {BATCH} images at a
+time. One forward pass of timm's own model and one backward pass per group, to the pixels, take
+{base:.0f} s for these images ({cases["passes"]["peak_gib"]:.1f} GiB at the peak); means are included in the scores' time.
+
+| scores of | parts | seconds | times those passes | loaded, GiB | peak, GiB |
+| --- | ---: | ---: | ---: | ---: | ---: |
+{chr(10).join(rows)}
+
+## ACDC on DeiT-Ti
+
+`{ACDC[0]}`, {ACDC[1]} pairs, resample, whole tokens, tau {TAU:g}: {found["kept"]} of {found["edges"]:,} edges kept at
+KL {found["kl"]:.3f}, {found["node_evaluations"]:,} node evaluations, {found["seconds"]:.0f} s. It was allowed `--memory-gib
+{found["memory_gib"]:g}`, and held {held:.1f} GiB at its peak beside the {found["loaded_gib"]:.1f} that were loaded. With `--memory-gib {refused["memory_gib"]:g}`
+it refuses before anything is computed:
+
+    {refused["refused"]}
+"""
+
+
+CASES: dict[str, Callable[[], Callable[[], dict[str, Any]]]] = {
+    "passes": passes,
+    "fisher": lambda: fisher(edges=False),
+    "fisher-edges": lambda: fisher(edges=True),
+    "acdc": lambda: search(8.0),
+    "acdc-too-little": lambda: search(4.0),
+}
+
+
+if __name__ == "__main__":
+    main()
