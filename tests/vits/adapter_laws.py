@@ -1,5 +1,7 @@
 """What must hold for every model that an adapter reads, and how a refusal looks."""
 
+from typing import TypeVar
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,16 @@ from torch import nn
 from vitcut.circuit import Circuit
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.verify import verify
-from vitcut.errors import UnsupportedModelError
+from vitcut.errors import ModelError, UnsupportedModelError, VitcutError
 from vitcut.intervention.masking import full_run
 from vitcut.intervention.tracing import read_model
+from vitcut.vits.loading import load_model
 from vitcut.vits.weights import ViTWeights, map_tensors
 
+M = TypeVar("M", bound=nn.Module)
 
-def shaken(model: nn.Module) -> nn.Module:
+
+def shaken(model: M) -> M:
     """In float64 and eval mode, every parameter moved: libraries start many at 0 or 1."""
     draw = torch.Generator().manual_seed(0)
     model = model.double().eval()
@@ -73,6 +78,25 @@ def expect_refusal(model: nn.Module, match: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match) as caught:
         read_model(model)
     assert "\n" not in str(caught.value)
+
+
+def expect_load_refusal(
+    spec: object, match: str, kind: type[VitcutError] = ModelError, **given
+) -> None:
+    with pytest.raises(kind, match=match) as caught:
+        load_model(str(spec), **given)
+    assert "\n" not in str(caught.value)
+
+
+def expect_own_memory(model: nn.Module, weights: ViTWeights) -> None:
+    """Weights that were read stay as they are when the model changes."""
+    before = [tensor.clone() for tensor in tensors_of(weights)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for tensor, copy in zip(tensors_of(weights), before, strict=True):
+        assert torch.equal(tensor, copy)
+        assert not tensor.requires_grad
 
 
 def tensors_of(weights: ViTWeights) -> list[torch.Tensor]:

@@ -1,12 +1,11 @@
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from adapter_laws import check_reading, expect_refusal, shaken, tensors_of
+from adapter_laws import check_reading, expect_own_memory, expect_refusal, shaken
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import OWN_VIT, own_vit
 from torch import nn
 
 import vitcut
@@ -14,8 +13,6 @@ from vitcut.errors import ConfigError
 from vitcut.intervention.tracing import read_model
 from vitcut.vits import adapters
 from vitcut.vits.timm_models import read_timm
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_vit.py"
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +22,12 @@ def _own_table(monkeypatch):
 
 @pytest.fixture
 def own():
-    spec = importlib.util.spec_from_file_location("own_vit", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
     torch.manual_seed(0)
-    return example
+    return own_vit()
 
 
 def test_the_example_reads_a_vit_of_its_own(own):
-    assert len(EXAMPLE.read_text().splitlines()) < 60
+    assert len(OWN_VIT.read_text().splitlines()) < 60
     expect_refusal(own.OwnViT(), r"^not supported: OwnViT; .*vitcut\.register_adapter")
     vitcut.register_adapter(own.OwnViT, own.read)
     check_reading(shaken(own.OwnViT()))
@@ -50,14 +44,7 @@ def test_an_adapter_is_not_for_subclasses(own):
 def test_what_an_adapter_gives_is_copied(own):
     vitcut.register_adapter(own.OwnViT, own.read)
     model = own.OwnViT()
-    weights = read_model(model)
-    before = [tensor.clone() for tensor in tensors_of(weights)]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    for tensor, copy in zip(tensors_of(weights), before, strict=True):
-        assert torch.equal(tensor, copy)
-        assert not tensor.requires_grad
+    expect_own_memory(model, read_model(model))
 
 
 def test_an_own_vit_is_cut_as_any_other(own):

@@ -1,8 +1,6 @@
 """A model for some of its classes gives the same logits as before, for those."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +8,7 @@ import torch
 from adapter_laws import shaken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import dinov2_of_the_class_token, hf_classifier, own_vit
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -35,17 +34,7 @@ def _torchvision():
 
 
 def _transformers(family):
-    library = pytest.importorskip("transformers")
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
-    config = getattr(library, f"{family}Config")(num_attention_heads=2, num_labels=6, **sizes)
-    return as_classifier(getattr(library, f"{family}ForImageClassification")(config))
-
-
-def _dinov2():
-    model = _transformers("Dinov2")
-    with torch.no_grad():
-        model.model.classifier.weight[:, 16:] = 0
-    return model
+    return as_classifier(hf_classifier(family, num_labels=6))
 
 
 def _distilled():
@@ -59,7 +48,7 @@ MODELS = {
     "timm without a bias": lambda: _without_bias(_timm()),
     "torchvision": _torchvision,
     "ViT": lambda: _transformers("ViT"),
-    "Dinov2": _dinov2,
+    "Dinov2": lambda: as_classifier(dinov2_of_the_class_token(num_labels=6)),
     "Dinov2 that reads patches too": lambda: _transformers("Dinov2"),
     "timm with a distillation token": _distilled,
     "timm with mean pooling": lambda: _timm(global_pool="avg"),
@@ -95,10 +84,7 @@ def test_the_logits_that_stay_are_the_models_own(build):
 
 def test_a_classifier_that_is_no_linear_layer_is_refused(monkeypatch):
     monkeypatch.setattr(adapters, "_registered", {})
-    path = Path(__file__).parents[2] / "examples" / "own_vit.py"
-    spec = importlib.util.spec_from_file_location("own_vit", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = own_vit()
     model = shaken(example.OwnViT())
     adapters.register_adapter(example.OwnViT, example.read)
     weights = example.read(model)

@@ -1,11 +1,14 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from adapter_laws import expect_load_refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY_CARD, hf_classifier
 
 from vitcut import cli
 from vitcut.data.decoding import decode
@@ -13,17 +16,10 @@ from vitcut.errors import ConfigError, ModelError
 from vitcut.framing import Framing
 from vitcut.intervention.tracing import read_model
 from vitcut.vits import loading
-from vitcut.vits.loading import DenseCard, load_model, save_dense
+from vitcut.vits.loading import load_model, save_dense
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 PREPROCESSOR = {
     "image_processor_type": "BitImageProcessor",
     "do_resize": True,
@@ -38,21 +34,13 @@ PREPROCESSOR = {
     "image_std": [0.4, 0.5, 0.6],
 }
 LABELS = ["cat", "dog", "owl"]
-
-
 FAMILIES = ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "CLIP"]
+CARD = replace(TINY_CARD, framing=Framing(crop_fraction=0.8, interpolation="bilinear"))
 
 
 def _build(family="ViT", **given):
-    torch.manual_seed(0)
-    is_dinov2 = family.startswith("Dinov2")
-    sizes = {**SIZES, **({"mlp_ratio": 2} if is_dinov2 else {"intermediate_size": 48})}
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {t: i for i, t in enumerate(LABELS)}}
-    if family == "CLIP":
-        config = transformers.CLIPConfig(vision_config={**sizes, **given}, **labels)
-    else:
-        config = getattr(transformers, f"{family}Config")(**{**sizes, **labels, **given})
-    return getattr(transformers, f"{family}ForImageClassification")(config).eval()
+    return hf_classifier(family, **{**labels, **given})
 
 
 def _save(folder, model, **changes):
@@ -73,12 +61,6 @@ def folder(tmp_path, model):
     return _save(tmp_path / "hf", model)
 
 
-def _expect_refusal(spec, match, kind=ModelError):
-    with pytest.raises(kind, match=match) as caught:
-        load_model(str(spec))
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_transformers_is_read_with_labels_and_preprocessing(tmp_path, family):
     module = _build(family)
@@ -89,7 +71,7 @@ def test_a_folder_of_transformers_is_read_with_labels_and_preprocessing(tmp_path
     assert loaded.class_ids == loaded.class_names == tuple(LABELS)
     assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert loaded.image_size == 32
-    assert loaded.framing == Framing(crop_fraction=0.8, interpolation="bilinear")
+    assert loaded.framing == CARD.framing
     assert not loaded.model.training
     assert read_model(loaded.model).num_classes == 3
 
@@ -190,16 +172,16 @@ def test_mean_and_std_are_brought_to_the_scale_0_to_1(tmp_path, model, changes, 
     ],
 )
 def test_preprocessing_that_is_not_understood_is_refused(tmp_path, model, changes, match):
-    _expect_refusal(_save(tmp_path / "hf", model, **changes), match)
+    expect_load_refusal(_save(tmp_path / "hf", model, **changes), match)
 
 
 def test_a_folder_without_preprocessing_or_weights_is_refused(folder):
     (folder / "preprocessor_config.json").write_text("{")
-    _expect_refusal(folder, r"preprocessor_config\.json is not readable JSON")
+    expect_load_refusal(folder, r"preprocessor_config\.json is not readable JSON")
     (folder / "preprocessor_config.json").unlink()
-    _expect_refusal(folder, "holds no preprocessor_config.json.*save the image processor")
+    expect_load_refusal(folder, "holds no preprocessor_config.json.*save the image processor")
     (folder / "model.safetensors").unlink()
-    _expect_refusal(folder, "holds no weights: expected model.safetensors")
+    expect_load_refusal(folder, "holds no weights: expected model.safetensors")
 
 
 def _edit_weights(folder, change):
@@ -233,12 +215,12 @@ def _without_norm(weights):
 )
 def test_weights_that_are_not_the_models_are_named(folder, change, match):
     _edit_weights(folder, change)
-    _expect_refusal(folder, match)
+    expect_load_refusal(folder, match)
 
 
 def test_a_backbone_without_a_classifier_is_refused(tmp_path):
     _save(tmp_path / "hf", transformers.ViTModel(_build().config, add_pooling_layer=False))
-    _expect_refusal(tmp_path / "hf", "missing .*classifier.*no trained classifier")
+    expect_load_refusal(tmp_path / "hf", "missing .*classifier.*no trained classifier")
 
 
 def test_code_of_a_folder_is_never_run(folder):
@@ -252,7 +234,7 @@ def test_code_of_a_folder_is_never_run(folder):
         },
     }
     (folder / "config.json").write_text(json.dumps(content))
-    _expect_refusal(folder, "cannot load the model .* with transformers")
+    expect_load_refusal(folder, "cannot load the model .* with transformers")
 
 
 class _Code:
@@ -266,14 +248,14 @@ def test_a_pickle_is_read_as_weights_only(tmp_path, folder, capsys):
     torch.save(state, folder / "pytorch_model.bin")
     assert load_model(str(folder)).class_ids == tuple(LABELS)
     torch.save({**state, "more": _Code()}, folder / "pytorch_model.bin")
-    _expect_refusal(folder, "could run code that they bring.*get them as model.safetensors")
+    expect_load_refusal(folder, "could run code that they bring.*get them as model.safetensors")
     assert "code of the file was run" not in capsys.readouterr().out
 
 
 def test_a_model_of_another_task_is_refused(folder):
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "model_type": "bert"}))
-    _expect_refusal(folder, "cannot load the model .* with transformers")
+    expect_load_refusal(folder, "cannot load the model .* with transformers")
 
 
 @pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
@@ -289,20 +271,7 @@ def test_dinov2_at_another_size_computes_what_the_library_does_there(tmp_path, c
 
 def test_without_transformers_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vitcut.vits.transformers_models", None)
-    _expect_refusal(folder, r'missing or too old.*pip install "vitcut\[hf\]"', ConfigError)
-
-
-CARD = DenseCard(
-    task_name="tiny",
-    class_ids=("n1", "n2", "n3"),
-    class_names=("cat", "dog", "owl"),
-    group_names=("mammals", "birds"),
-    image_size=32,
-    mean=(0.1, 0.2, 0.3),
-    std=(0.4, 0.5, 0.6),
-    framing=Framing(crop_fraction=0.8, interpolation="bilinear"),
-    text="# A tiny model\n",
-)
+    expect_load_refusal(folder, r'missing or too old.*pip install "vitcut\[hf\]"', ConfigError)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -325,15 +294,14 @@ def test_a_saved_model_comes_back_equal_and_transformers_reads_it(tmp_path, fami
 @pytest.mark.parametrize("framing", [Framing(fit="squash"), Framing(interpolation="lanczos")])
 def test_every_framing_is_saved(tmp_path, folder, framing):
     loaded = load_model(str(folder))
-    card = DenseCard(**{**vars(CARD), "framing": framing})
-    save_dense(loaded.model, tmp_path / "dense", card=card)
+    save_dense(loaded.model, tmp_path / "dense", card=replace(CARD, framing=framing))
     assert load_model(str(tmp_path / "dense")).framing == framing
 
 
 def test_saved_weights_that_were_changed_are_refused(tmp_path, folder):
     save_dense(load_model(str(folder)).model, tmp_path / "dense", card=CARD)
     _edit_weights(tmp_path / "dense", lambda weights: weights["classifier.bias"].add_(1))
-    _expect_refusal(tmp_path / "dense", "is not the file that was saved")
+    expect_load_refusal(tmp_path / "dense", "is not the file that was saved")
 
 
 @pytest.fixture
@@ -379,7 +347,7 @@ def test_a_repository_with_pickles_alone_is_asked_for_them(hub, folder):
 
 
 def test_a_repository_that_is_not_there_is_told_in_one_line(hub):
-    _expect_refusal("hf-hub:someone/else", "cannot load the model 'hf-hub:someone/else': no repo")
+    expect_load_refusal("hf-hub:someone/else", "cannot load the model 'hf-hub:someone/else': no")
 
 
 def test_a_repository_of_timm_is_left_to_timm(hub, folder, monkeypatch):
@@ -392,7 +360,7 @@ def test_a_repository_of_timm_is_left_to_timm(hub, folder, monkeypatch):
         raise ModelError("left to timm")
 
     monkeypatch.setattr(loading, "load_timm", left)
-    _expect_refusal("hf-hub:someone/model", "left to timm")
+    expect_load_refusal("hf-hub:someone/model", "left to timm")
     assert asked == [("hf-hub:someone/model",) * 2]
 
 

@@ -19,9 +19,7 @@ ROTARY = {"use_rot_pos_emb": True}
 
 def _eva(**given) -> Eva:
     torch.manual_seed(0)
-    model = shaken(Eva(**{**SIZES, **given}))
-    assert isinstance(model, Eva)
-    return model
+    return shaken(Eva(**{**SIZES, **given}))
 
 
 @pytest.mark.parametrize(

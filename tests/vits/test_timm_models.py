@@ -3,7 +3,14 @@ from functools import partial
 import pytest
 import timm
 import torch
-from adapter_laws import check_reading, expect_refusal, shaken, state_of, tensors_of
+from adapter_laws import (
+    check_reading,
+    expect_own_memory,
+    expect_refusal,
+    shaken,
+    state_of,
+    tensors_of,
+)
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
@@ -28,9 +35,7 @@ PLAIN_NORM = partial(nn.LayerNorm, eps=1e-3, elementwise_affine=False)
 
 def _vit(**given) -> VisionTransformer:
     torch.manual_seed(0)
-    model = shaken(VisionTransformer(**{**SIZES, **given}))
-    assert isinstance(model, VisionTransformer)
-    return model
+    return shaken(VisionTransformer(**{**SIZES, **given}))
 
 
 @pytest.mark.parametrize(
@@ -304,11 +309,4 @@ def test_reading_leaves_the_model_untouched(bad, monkeypatch):
 
 def test_weights_share_no_memory_with_the_model():
     model = _vit()
-    weights = read_timm(model)
-    before = [tensor.clone() for tensor in tensors_of(weights)]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    for tensor, copy in zip(tensors_of(weights), before, strict=True):
-        assert torch.equal(tensor, copy)
-        assert not tensor.requires_grad
+    expect_own_memory(model, read_timm(model))

@@ -3,14 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from adapter_laws import expect_load_refusal
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY_CARD
 from torchvision.models import ViT_B_16_Weights, _api
 from torchvision.models.vision_transformer import VisionTransformer
 
 from vitcut.errors import ModelError
 from vitcut.framing import Framing
 from vitcut.intervention.tracing import read_model
-from vitcut.vits.loading import DenseCard, load_model, save_dense
+from vitcut.vits.loading import load_model, save_dense
 
 SIZES = {"patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48}
 ARCH = "torchvision:vit_tiny_8"
@@ -40,12 +42,6 @@ def path(tmp_path, model):
     return tmp_path / "weights.pth"
 
 
-def _expect_refusal(spec, match, **given):
-    with pytest.raises(ModelError, match=match) as caught:
-        load_model(str(spec), **given)
-    assert "\n" not in str(caught.value)
-
-
 def test_bare_weights_say_classes_and_image_size(model, path):
     loaded = load_model(str(path), arch=ARCH)
     pixels = torch.randn(2, 3, 40, 40)
@@ -66,7 +62,7 @@ def test_images_of_fine_tuned_sizes_are_made_as_for_those_weights(tmp_path):
 def test_mean_and_std_that_are_given_count(path):
     loaded = load_model(str(path), arch=ARCH, mean=(0.5,), std=(0.1, 0.2, 0.3))
     assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
-    _expect_refusal(path, "mean must be 3 numbers", arch=ARCH, mean=(0.5, 0.5))
+    expect_load_refusal(path, "mean must be 3 numbers", arch=ARCH, mean=(0.5, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -78,26 +74,20 @@ def test_mean_and_std_that_are_given_count(path):
     ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(path, arch, match):
-    _expect_refusal(path, match, arch=arch)
+    expect_load_refusal(path, match, arch=arch)
 
 
 def test_names_that_do_not_fit_are_told(tmp_path, model):
     state = dict(model.state_dict())
     del state["encoder.ln.weight"]
     torch.save(state, tmp_path / "weights.pth")
-    _expect_refusal(tmp_path / "weights.pth", r"1 missing \(encoder\.ln\.weight\)", arch=ARCH)
+    expect_load_refusal(tmp_path / "weights.pth", r"1 missing \(encoder\.ln\.weight\)", arch=ARCH)
 
 
-CARD = DenseCard(
-    task_name="tiny",
-    class_ids=("n1", "n2", "n3"),
-    class_names=("cat", "dog", "owl"),
-    group_names=("mammals", "birds"),
+CARD = replace(
+    TINY_CARD,
     image_size=40,
-    mean=(0.1, 0.2, 0.3),
-    std=(0.4, 0.5, 0.6),
     framing=Framing(crop_fraction=0.8, fit="squash", interpolation="bilinear"),
-    text="# A tiny model\n",
 )
 
 
@@ -123,14 +113,14 @@ def test_a_folder_that_was_altered_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     for entry in ("preprocessing", "class_ids"):
         (folder / "config.json").write_text(json.dumps(config | {entry: None}))
-        _expect_refusal(folder, "cannot load the model")
+        expect_load_refusal(folder, "cannot load the model")
     (folder / "config.json").write_text(json.dumps(config | {"torchvision": {"eps": 1}}))
-    _expect_refusal(folder, "cannot load the model")
+    expect_load_refusal(folder, "cannot load the model")
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     weights["heads.head.bias"] += 1
     save_file(weights, folder / "model.safetensors")
-    _expect_refusal(folder, "is not the file that was saved")
+    expect_load_refusal(folder, "is not the file that was saved")
 
 
 class _Own(VisionTransformer):

@@ -20,9 +20,7 @@ SIZES = {
 
 def _vit(**given) -> VisionTransformer:
     torch.manual_seed(0)
-    model = shaken(VisionTransformer(**{**SIZES, **given}))
-    assert isinstance(model, VisionTransformer)
-    return model
+    return shaken(VisionTransformer(**{**SIZES, **given}))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from adapter_laws import check_reading, expect_refusal, shaken
+from tiny_models import dinov2_of_the_class_token, hf_classifier
 from torch import nn
 
 import vitcut
@@ -9,39 +10,9 @@ from vitcut.vits.adapters import as_classifier
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_labels": 5,
-}
 
-
-def _build(family: str, **given) -> nn.Module:
-    torch.manual_seed(0)
-    is_dinov2 = family.startswith("Dinov2")
-    sizes = {**SIZES, **({"mlp_ratio": 2} if is_dinov2 else {"intermediate_size": 48}), **given}
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    return shaken(getattr(transformers, f"{family}ForImageClassification")(config))
-
-
-def _clip(**given) -> nn.Module:
-    torch.manual_seed(0)
-    vision = {key: value for key, value in SIZES.items() if key != "num_labels"}
-    config = transformers.CLIPConfig(
-        vision_config={**vision, "intermediate_size": 48, **given}, num_labels=5
-    )
-    return shaken(transformers.CLIPForImageClassification(config))
-
-
-def _dinov2(**given) -> nn.Module:
-    """Its classifier reads the class token alone, as one that was trained so."""
-    model = _build("Dinov2", **given)
-    with torch.no_grad():
-        model.classifier.weight[:, 32:] = 0
-    return model
+def _build(family: str, *ending: str, **given) -> nn.Module:
+    return shaken(hf_classifier(family, *ending, **{"num_labels": 5, **given}))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +37,8 @@ def test_deits_distillation_token_is_a_register():
 
 @pytest.mark.parametrize("variant", [{}, {"drop_path_rate": 0.2, "use_mask_token": False}])
 def test_dinov2_is_read_where_its_classifier_reads_the_class_token(variant):
-    assert check_reading(_dinov2(**variant)).num_classes == 5
+    model = shaken(dinov2_of_the_class_token(num_labels=5, **variant))
+    assert check_reading(model).num_classes == 5
 
 
 @pytest.mark.parametrize("variant", [{}, {"use_swiglu_ffn": True}])
@@ -83,16 +55,14 @@ def test_dinov2_is_read_with_registers():
 
 
 def test_a_deit_with_a_teacher_answers_with_the_mean_of_two_classifiers():
-    torch.manual_seed(0)
-    config = transformers.DeiTConfig(**SIZES, intermediate_size=48)
-    weights = check_reading(shaken(transformers.DeiTForImageClassificationWithTeacher(config)))
+    weights = check_reading(_build("DeiT", "ForImageClassificationWithTeacher"))
     assert weights.num_read == 2
     assert weights.split_graph.groups == ("cls", "patch")
 
 
 @pytest.mark.parametrize("variant", [{}, {"num_channels": 1, "hidden_act": "gelu"}])
 def test_clips_classifier_reads_the_mean_of_patches_without_a_norm(variant):
-    weights = check_reading(_clip(**variant))
+    weights = check_reading(_build("CLIP", **variant))
     assert weights.norm is None
     assert weights.split_graph.groups == ("register", "patch")
     assert weights.split_graph.readout == ("patch",)

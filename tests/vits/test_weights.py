@@ -1,20 +1,15 @@
 import torch
+from adapter_laws import tensors_of
 from tiny import random_vit
 
 from vitcut.vits.weights import map_tensors
 
 
-def _tensors(weights):
-    found = []
-    map_tensors(weights, lambda tensor: found.append(tensor) or tensor)
-    return found
-
-
 def test_every_tensor_is_changed_and_nothing_else():
     weights = random_vit(num_layers=2)
     zeros = map_tensors(weights, torch.zeros_like)
-    assert len(_tensors(zeros)) == len(_tensors(weights)) == 8 + 2 * 16
-    assert not any(tensor.any() for tensor in _tensors(zeros))
+    assert len(tensors_of(zeros)) == len(tensors_of(weights)) == 8 + 2 * 16
+    assert not any(tensor.any() for tensor in tensors_of(zeros))
     assert zeros.blocks[0].mlp.activation == weights.blocks[0].mlp.activation
     assert zeros.blocks[0].attn.scale == weights.blocks[0].attn.scale
     assert zeros.norm.eps == weights.norm.eps
@@ -23,19 +18,19 @@ def test_every_tensor_is_changed_and_nothing_else():
 def test_another_type_leaves_the_original_alone():
     weights = random_vit()
     single = weights.to(torch.float32)
-    assert {tensor.dtype for tensor in _tensors(single)} == {torch.float32}
-    assert {tensor.dtype for tensor in _tensors(weights)} == {torch.float64}
+    assert {tensor.dtype for tensor in tensors_of(single)} == {torch.float32}
+    assert {tensor.dtype for tensor in tensors_of(weights)} == {torch.float64}
     assert (single.dtype, weights.dtype) == (torch.float32, torch.float64)
 
 
 def test_nothing_to_change_copies_nothing():
     weights = random_vit()
     same = weights.to(device="cpu")
-    pairs = zip(_tensors(weights), _tensors(same), strict=True)
+    pairs = zip(tensors_of(weights), tensors_of(same), strict=True)
     assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
 
 
-def test_sizes_follow_from_the_tensors():
+def test_sizes_follow_from_thetensors_of():
     weights = random_vit(
         num_layers=3, num_heads=2, width=6, patches_per_side=4, patch_size=2, num_prefix=2
     )
