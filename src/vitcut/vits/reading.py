@@ -6,10 +6,12 @@ Which part of a library's module means what is left to the adapters.
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vitcut.errors import UnsupportedModelError
-from vitcut.shapes import Tensor
+from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import Activation, MlpWeights, NormWeights
 
 _OWN_HOOKS = "transformers.utils.output_capturing"
@@ -26,7 +28,7 @@ class Reading:
             model: The whole model.
             remedy: What to use instead, at the end of every refusal.
         """
-        self._model = model
+        self.model: Any = model
         self._remedy = remedy
         self._tensors: set[int] = set()
         self._modules: set[int] = {id(model)}
@@ -108,39 +110,46 @@ class Reading:
 
     def mlp(
         self,
-        first: Any,
+        first: tuple[Tensor, Tensor],
         second: Any,
         activation: Activation,
+        *,
         layer_scale: Tensor | None = None,
+        gate: tuple[Tensor, Tensor] | None = None,
     ) -> MlpWeights:
-        """An MLP of two linear layers, LayerScale folded into the second."""
-        in_weight, in_bias = self.linear(first, "MLP's first layer")
-        out_weight, out_bias = scaled(*self.linear(second, "MLP's second layer"), layer_scale)
-        return MlpWeights(
-            in_weight=in_weight,
-            in_bias=in_bias,
-            out_weight=out_weight,
-            out_bias=out_bias,
-            activation=activation,
-        )
+        """An MLP, plain or gated.
 
-    def gated_mlp(
-        self,
-        gate: tuple[Tensor, Tensor],
-        first: tuple[Tensor, Tensor],
-        second: tuple[Tensor, Tensor],
-        activation: Activation,
-    ) -> MlpWeights:
-        """An MLP whose neurons are multiplied by activated gates; weights and biases of each."""
+        Args:
+            first: Weight and bias of its first layer.
+            second: The second layer, into which LayerScale is folded.
+            activation: Of the first layer, or of the gate.
+            layer_scale: The factors, if any.
+            gate: Weight and bias of what neurons are multiplied by, if they are.
+        """
+        out_weight, out_bias = scaled(*self.linear(second, "MLP's second layer"), layer_scale)
+        gate_weight, gate_bias = gate or (None, None)
         return MlpWeights(
             in_weight=first[0],
             in_bias=first[1],
-            out_weight=second[0],
-            out_bias=second[1],
+            out_weight=out_weight,
+            out_bias=out_bias,
             activation=activation,
-            gate_weight=gate[0],
-            gate_bias=gate[1],
+            gate_weight=gate_weight,
+            gate_bias=gate_bias,
         )
+
+    def qkv(self, attn: Any) -> tuple[Tensor, Tensor]:
+        """Weight and bias of ``q_proj``, ``k_proj`` and ``v_proj``, one after the other."""
+        names = [f"{letter}_proj" for letter in "qkv"]
+        parts = [self.linear(getattr(attn, name), f"attention's {name}") for name in names]
+        weight, bias = (torch.cat(both) for both in zip(*parts, strict=True))
+        return weight, bias
+
+    def classifiers(self, *heads: Any) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the mean of linear classifiers, each of which reads its own token."""
+        parts = [self.linear(head, "classifier") for head in heads]
+        weights, biases = zip(*parts, strict=True)
+        return torch.cat(weights, dim=1) / len(heads), torch.stack(biases).mean(dim=0)
 
     def grid(self, image_size: Any, patch_size: Any) -> None:
         """Refuse images that are not cut into whole square patches, as many across as down."""
@@ -155,7 +164,7 @@ class Reading:
 
     def finish(self) -> None:
         """Refuse hooks, replaced methods, and every module and tensor that was not understood."""
-        for name, module in self._model.named_modules():
+        for name, module in self.model.named_modules():
             where = f"{name or 'the model'} ({type(module).__name__})"
             if id(module) not in self._modules:
                 self.refuse(f"{where}, a part of an unknown kind")
@@ -164,7 +173,7 @@ class Reading:
             replaced = [key for key in vars(module) if callable(getattr(type(module), key, None))]
             if replaced:
                 self.refuse(f"{where}, whose method {replaced[0]} was replaced")
-        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if id(tensor) not in self._tensors:
                 self.refuse(f"{name}, a tensor whose part in the model is unknown")
 
@@ -181,6 +190,11 @@ def scaled(weight: Tensor, bias: Tensor, layer_scale: Tensor | None) -> tuple[Te
     if layer_scale is None:
         return weight, bias
     return weight * layer_scale[:, None], bias * layer_scale
+
+
+def normed(tokens: Float[Tensor, "tokens width"], norm: NormWeights) -> Tensor:
+    """Tokens behind a LayerNorm."""
+    return F.layer_norm(tokens, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
 
 def _pair(size: Any) -> tuple[int, int]:

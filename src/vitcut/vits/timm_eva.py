@@ -25,7 +25,7 @@ class EvaReading(TimmReading):
 
     def blocks(self) -> tuple[BlockWeights, ...]:
         """All blocks, each with the rotation of its queries and keys."""
-        blocks = self.vit.blocks
+        blocks = self.model.blocks
         self.require(blocks, nn.ModuleList, "list of blocks")
         return tuple(
             self._eva_block(block, rotation)
@@ -34,7 +34,7 @@ class EvaReading(TimmReading):
 
     def _rotations(self, blocks: int) -> list[Float[Tensor, "2 heads tokens head_dim"] | None]:
         """Per block cosine and sine of all tokens, in pairs of neighbours or in halves."""
-        rope = self.vit.rope
+        rope = self.model.rope
         if rope is None:
             return [None] * blocks
         self.whole(rope)
@@ -42,11 +42,11 @@ class EvaReading(TimmReading):
         rope = deepcopy(rope).eval()
         with torch.no_grad():
             if getattr(rope, "feat_shape", None) is None:
-                found = rope.get_embed(shape=self.vit.patch_embed.grid_size)
+                found = rope.get_embed(shape=self.model.patch_embed.grid_size)
             else:
                 found = rope.get_embed()
-        found = found.detach().to(self.vit.patch_embed.proj.weight)
-        if not self.vit.rope_mixed:
+        found = found.detach().to(self.model.patch_embed.proj.weight)
+        if not self.model.rope_mixed:
             return [self._with_prefix(found[None])] * blocks
         # Frequencies are learnt, for each block and head.
         return [self._with_prefix(of_block) for of_block in found]
@@ -56,7 +56,7 @@ class EvaReading(TimmReading):
     ) -> Float[Tensor, "2 heads tokens head_dim"]:
         """Cosine and sine, with those of prefix tokens, which are not turned."""
         sine, cosine = sine_cosine.chunk(2, dim=-1)
-        still = sine.new_zeros(sine.shape[0], self.vit.num_prefix_tokens, sine.shape[2])
+        still = sine.new_zeros(sine.shape[0], self.model.num_prefix_tokens, sine.shape[2])
         return torch.stack([torch.cat([still + 1, cosine], dim=1), torch.cat([still, sine], dim=1)])
 
     def _eva_block(self, block: Any, rotation: Tensor | None) -> BlockWeights:
@@ -92,12 +92,7 @@ class EvaReading(TimmReading):
 
     def _qkv(self, attn: Any) -> tuple[Tensor, Tensor]:
         if attn.qkv is None:
-            parts = [
-                self.linear(module, f"attention's {name}")
-                for name, module in (("q", attn.q_proj), ("k", attn.k_proj), ("v", attn.v_proj))
-            ]
-            weight, bias = (torch.cat(both) for both in zip(*parts, strict=True))
-            return weight, bias
+            return self.qkv(attn)
         weight, bias = self.linear(attn.qkv, "attention's qkv")
         if getattr(attn, "q_bias", None) is not None:
             biases = (attn.q_bias, attn.k_bias, attn.v_bias)

@@ -9,7 +9,6 @@ from types import NoneType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     GELU,
     DropPath,
@@ -28,7 +27,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from vitcut.shapes import Tensor
-from vitcut.vits.reading import Reading, scaled
+from vitcut.vits.reading import Reading, normed, scaled
 from vitcut.vits.weights import (
     Activation,
     AttentionWeights,
@@ -100,13 +99,9 @@ def read_timm(model: nn.Module) -> ViTWeights:
 class TimmReading(Reading):
     """One ViT of timm being read."""
 
-    def __init__(self, model: nn.Module, remedy: str) -> None:
-        super().__init__(model, remedy)
-        self.vit: Any = model
-
     def weights(self) -> ViTWeights:
         """All of it."""
-        vit = self.vit
+        vit = self.model
         self.require_known()
         self._require_readout()
         self._require_plain_patches()
@@ -116,9 +111,7 @@ class TimmReading(Reading):
         patch_norm = None
         if not isinstance(vit.norm_pre, nn.Identity):
             patch_norm = self.norm_of(vit.norm_pre)
-            prefix = F.layer_norm(
-                prefix, prefix.shape[-1:], patch_norm.weight, patch_norm.bias, patch_norm.eps
-            )
+            prefix = normed(prefix, patch_norm)
         norm, pools_first = self._final_norm()
         pooled = vit.global_pool == "avg"
         head_weight, head_bias = self._head()
@@ -140,18 +133,18 @@ class TimmReading(Reading):
 
     def require_known(self) -> None:
         """Refuse classes that compute something else."""
-        name = type(self.vit).__name__
-        if type(self.vit) not in {VisionTransformer, VisionTransformerDistilled}:
+        name = type(self.model).__name__
+        if type(self.model) not in {VisionTransformer, VisionTransformerDistilled}:
             known = "only VisionTransformer, its distilled kind and Eva are"
             self.refuse(f"{name} ({_KNOWN.get(name, known)})")
 
     def blocks(self) -> tuple[BlockWeights, ...]:
         """All blocks, from the first."""
-        self.require(self.vit.blocks, nn.Sequential, "list of blocks")
-        return tuple(self._block(block) for block in self.vit.blocks)
+        self.require(self.model.blocks, nn.Sequential, "list of blocks")
+        return tuple(self._block(block) for block in self.model.blocks)
 
     def _require_readout(self) -> None:
-        vit = self.vit
+        vit = self.model
         if vit.attn_pool is not None:
             self.refuse("attention pooling: only a linear classifier is read")
         if vit.global_pool not in {"avg", "token"}:
@@ -162,7 +155,7 @@ class TimmReading(Reading):
             self.refuse("global_pool='token' without a class token")
 
     def _require_plain_patches(self) -> None:
-        vit = self.vit
+        vit = self.model
         if type(vit.patch_embed) is not PatchEmbed:
             kind = type(vit.patch_embed).__name__
             self.refuse(f"patch embedding {kind}: a convolutional stem (only PatchEmbed is)")
@@ -171,7 +164,7 @@ class TimmReading(Reading):
 
     def name_inert(self) -> None:
         """Name the modules that do nothing when the model answers."""
-        vit = self.vit
+        vit = self.model
         if not isinstance(vit.patch_drop, (nn.Identity, NoneType)):
             self.refuse(f"patch_drop ({type(vit.patch_drop).__name__}): tokens that are left out")
         if isinstance(vit.norm_pre, nn.Identity):
@@ -183,15 +176,14 @@ class TimmReading(Reading):
 
     def _head(self) -> tuple[Tensor, Tensor]:
         """Of a distilled model the mean of two classifiers, each with a token of its own."""
-        weight, bias = self.linear(self.vit.head, "classifier")
-        if type(self.vit) is not VisionTransformerDistilled:
-            return weight, bias
-        other_weight, other_bias = self.linear(self.vit.head_dist, "classifier")
-        return torch.cat([weight, other_weight], dim=1) / 2, (bias + other_bias) / 2
+        heads = [self.model.head]
+        if type(self.model) is VisionTransformerDistilled:
+            heads.append(self.model.head_dist)
+        return self.classifiers(*heads)
 
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Class token, distillation token and registers, and the positions of the patches."""
-        vit = self.vit
+        vit = self.model
         prefix = vit.patch_embed.proj.weight.new_zeros(0, vit.embed_dim)
         for name in ("cls_token", "dist_token", "reg_token"):
             if getattr(vit, name, None) is not None:
@@ -206,7 +198,7 @@ class TimmReading(Reading):
 
     def _final_norm(self) -> tuple[NormWeights | None, bool]:
         """The norm before the classifier, if any, and whether it comes after tokens are pooled."""
-        norm, fc_norm = self.vit.norm, self.vit.fc_norm
+        norm, fc_norm = self.model.norm, self.model.fc_norm
         pools_first = isinstance(norm, nn.Identity)
         idle, used = (norm, fc_norm) if pools_first else (fc_norm, norm)
         if not isinstance(idle, nn.Identity):
@@ -267,18 +259,15 @@ class TimmReading(Reading):
         self.require(mlp, type(mlp), "MLP")
         for name in ("norm", "drop1", "drop2"):
             self.inert(getattr(mlp, name), f"an MLP with {name}")
-        activation = self._activation(mlp.act)
-        if type(mlp) is Mlp:
-            return self.mlp(mlp.fc1, mlp.fc2, activation, layer_scale)
+        activation, gate = self._activation(mlp.act), None
         if type(mlp) is SwiGLU:
             gate = self.linear(mlp.fc1_g, "MLP's gate")
-            first = self.linear(mlp.fc1_x, "MLP's first layer")
-        else:
-            weight, bias = self.linear(mlp.fc1, "MLP's first layer")
+        first = self.linear(mlp.fc1 if gate is None else mlp.fc1_x, "MLP's first layer")
+        if type(mlp) is GluMlp:
+            weight, bias = first
             halves = list(zip(weight.chunk(2), bias.chunk(2), strict=True))
             first, gate = halves if mlp.gate_last else halves[::-1]
-        out = scaled(*self.linear(mlp.fc2, "MLP's second layer"), layer_scale)
-        return self.gated_mlp(gate, first, out, activation)
+        return self.mlp(first, mlp.fc2, activation, layer_scale=layer_scale, gate=gate)
 
     def _activation(self, module: Any) -> Activation:
         activation = _ACTIVATIONS.get(type(module))
@@ -298,5 +287,5 @@ class TimmReading(Reading):
 
     def norm_of(self, module: Any, what: str = "norm") -> NormWeights:
         """A LayerNorm; one without weights takes the type of the patch embedding."""
-        like = self.vit.patch_embed.proj.weight
+        like = self.model.patch_embed.proj.weight
         return self.norm(module, what, like=like, kinds={LayerNorm})

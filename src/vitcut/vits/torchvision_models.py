@@ -42,12 +42,8 @@ def read_torchvision(model: nn.Module) -> ViTWeights:
 
 
 class _TorchvisionReading(Reading):
-    def __init__(self, model: nn.Module, remedy: str) -> None:
-        super().__init__(model, remedy)
-        self._vit: Any = model
-
     def weights(self) -> ViTWeights:
-        vit = self._vit
+        vit = self.model
         name = type(vit).__name__
         if type(vit) is not VisionTransformer:
             self.refuse(f"{name} ({_KNOWN.get(name, 'only VisionTransformer is')})")
@@ -108,7 +104,7 @@ class _TorchvisionReading(Reading):
         self.require(activation, nn.GELU, "activation")
         for dropout in (mlp[2], mlp[4]):
             self.inert(dropout, "dropout")
-        return self.mlp(first, second, "gelu")
+        return self.mlp(self.linear(first, "MLP's first layer"), second, "gelu")
 
     def _norm(self, module: Any) -> NormWeights:
-        return self.norm(module, "norm", like=self._vit.class_token)
+        return self.norm(module, "norm", like=self.model.class_token)

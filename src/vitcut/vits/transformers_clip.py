@@ -6,10 +6,10 @@ with other models of transformers stands in ``transformers_models.py``.
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
 
 from vitcut.shapes import Tensor
+from vitcut.vits.reading import normed
 from vitcut.vits.transformers_models import HfReading
 from vitcut.vits.weights import BlockWeights, NormWeights, ViTWeights
 
@@ -20,14 +20,14 @@ class ClipReading(HfReading):
     def weights(self) -> ViTWeights:
         """All of it."""
         self.family()
-        tower = self.whole_model.vision_model
+        tower = self.model.vision_model
         self.require_own(tower, "VisionModel")
         self.require_own(tower.encoder, "Encoder")
         # It normalises the class token, which the classifier does not read.
         self.whole(tower.post_layernorm)
         patch_norm = self.norm_of(tower.pre_layrnorm)
         patch_weight, patch_bias, prefix, positions = self._embeddings(tower.embeddings, patch_norm)
-        head_weight, head_bias = self.linear(self.whole_model.classifier, "classifier")
+        head_weight, head_bias = self.linear(self.model.classifier, "classifier")
         self.require(tower.encoder.layers, nn.ModuleList, "list of blocks")
         weights = ViTWeights(
             patch_weight=patch_weight,
@@ -56,8 +56,7 @@ class ClipReading(HfReading):
         weight, bias = self.patches(embeddings.patch_embedding, "patch embedding")
         positions = self.tensor(embeddings.position_embedding.weight)
         prefix = (self.tensor(embeddings.class_embedding) + positions[0])[None]
-        prefix = F.layer_norm(prefix, norm.weight.shape, norm.weight, norm.bias, norm.eps)
-        return weight, bias, prefix, positions[1:]
+        return weight, bias, normed(prefix, norm), positions[1:]
 
     def _clip_block(self, layer: Any) -> BlockWeights:
         self.require_own(layer, "EncoderLayer")

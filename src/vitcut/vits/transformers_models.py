@@ -95,12 +95,10 @@ def read_transformers(model: nn.Module) -> ViTWeights:
 class HfReading(Reading):
     """One image classifier of transformers being read."""
 
-    def __init__(self, model: nn.Module, remedy: str) -> None:
-        """Begin to read; as `Reading`."""
-        super().__init__(model, remedy)
-        self.whole_model: Any = model
-        self._parts: Any = None
-        self._begin = ""
+    _parts: Any = None
+    """The file of its family."""
+    _begin = ""
+    """What the names of its parts begin with."""
 
     def weights(self) -> ViTWeights:
         """All of it."""
@@ -128,14 +126,14 @@ class HfReading(Reading):
 
     @property
     def _has_teacher(self) -> bool:
-        return type(self.whole_model).__name__.endswith("WithTeacher")
+        return type(self.model).__name__.endswith("WithTeacher")
 
     def _reads_patches(self, head_weight: Tensor, prefix: Tensor) -> bool:
         return not self._has_teacher and head_weight.shape[1] > prefix.shape[1]
 
     def family(self) -> str:
         """Find out whose parts to expect, and refuse other models."""
-        name = type(self.whole_model).__name__
+        name = type(self.model).__name__
         if name not in _FAMILIES:
             for table, yet in ((_NOT_YET, True), (_NEVER, False)):
                 for begin, reason in table.items():
@@ -144,11 +142,11 @@ class HfReading(Reading):
             self.refuse(name)
         family, self._begin = _FAMILIES[name]
         self._parts = import_module(f"transformers.models.{family}.modeling_{family}")
-        self.require_own(self.whole_model, name.removeprefix(self._begin))
+        self.require_own(self.model, name.removeprefix(self._begin))
         return family
 
     def _trunk(self) -> Any:
-        trunk = getattr(self.whole_model, self.family())
+        trunk = getattr(self.model, self.family())
         self.require_own(trunk, "Model")
         if getattr(trunk, "pooler", None) is not None:
             self.refuse("a pooler before the classifier")
@@ -186,10 +184,8 @@ class HfReading(Reading):
     def _classifier(self, *, width: int) -> tuple[Tensor, Tensor]:
         """Of the class token; DINOv2's reads the mean of the patches too, unless that is zero."""
         if self._has_teacher:
-            weight, bias = self.linear(self.whole_model.cls_classifier, "classifier")
-            other = self.linear(self.whole_model.distillation_classifier, "classifier")
-            return torch.cat([weight, other[0]], dim=1) / 2, (bias + other[1]) / 2
-        weight, bias = self.linear(self.whole_model.classifier, "classifier")
+            return self.classifiers(self.model.cls_classifier, self.model.distillation_classifier)
+        weight, bias = self.linear(self.model.classifier, "classifier")
         if not weight[:, width:].any():
             weight = weight[:, :width].contiguous()
         return weight, bias
@@ -247,27 +243,29 @@ class HfReading(Reading):
             self.refuse(f"attention {kind!r}: model.set_attn_implementation('sdpa') sets another")
         if attn.is_causal:
             self.refuse("causal attention")
-        pairs = [
-            self.linear(getattr(attn, f"{letter}_proj"), f"attention's {letter}_proj")
-            for letter in "qkv"
-        ]
-        weight, bias = (torch.cat(items) for items in zip(*pairs, strict=True))
+        qkv = self.qkv(attn)
         out_layer, scale = out_and_scale
         out = scaled(*self.linear(out_layer, "attention's output"), layer_scale)
-        heads = len(weight) // (3 * attn.head_dim)
-        return AttentionWeights.split((weight, bias), out, num_heads=heads, scale=scale)
+        heads = len(qkv[1]) // (3 * attn.head_dim)
+        return AttentionWeights.split(qkv, out, num_heads=heads, scale=scale)
 
     def any_mlp(self, mlp: Any, layer_scale: Tensor | None = None) -> MlpWeights:
         """An MLP, plain or gated."""
         if type(mlp).__name__.endswith("SwiGLUFFN"):
             self.require_own(mlp, "SwiGLUFFN")
-            gate, first = (
-                self.linear(layer, "MLP's first layer") for layer in (mlp.gate_proj, mlp.up_proj)
-            )
-            out = scaled(*self.linear(mlp.down_proj, "MLP's second layer"), layer_scale)
-            return self.gated_mlp(gate, first, out, self._activation(mlp.act_fn))
-        self.require_own(mlp, "MLP")
-        return self.mlp(mlp.fc1, mlp.fc2, self._activation(mlp.activation_fn), layer_scale)
+            gate = self.linear(mlp.gate_proj, "MLP's gate")
+            first, second, activation = mlp.up_proj, mlp.down_proj, mlp.act_fn
+        else:
+            self.require_own(mlp, "MLP")
+            gate = None
+            first, second, activation = mlp.fc1, mlp.fc2, mlp.activation_fn
+        return self.mlp(
+            self.linear(first, "MLP's first layer"),
+            second,
+            self._activation(activation),
+            layer_scale=layer_scale,
+            gate=gate,
+        )
 
     def _activation(self, module: Any) -> Activation:
         plain = type(module) is GELUActivation and module.act is nn.functional.gelu
@@ -279,4 +277,4 @@ class HfReading(Reading):
 
     def norm_of(self, module: Any) -> NormWeights:
         """A LayerNorm."""
-        return self.norm(module, "norm", like=next(self.whole_model.parameters()))
+        return self.norm(module, "norm", like=next(self.model.parameters()))
