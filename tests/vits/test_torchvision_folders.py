@@ -114,6 +114,8 @@ def test_a_folder_that_was_altered_is_refused(folder):
     for entry in ("preprocessing", "class_ids"):
         (folder / "config.json").write_text(json.dumps(config | {entry: None}))
         expect_load_refusal(folder, "cannot load the model")
+    (folder / "config.json").write_text(json.dumps(config | {"class_names": ["cat"]}))
+    expect_load_refusal(folder, "cannot load the model .* has 3 class ids and 1 names")
     (folder / "config.json").write_text(json.dumps(config | {"torchvision": {"eps": 1}}))
     expect_load_refusal(folder, "cannot load the model")
     (folder / "config.json").write_text(json.dumps(config))

@@ -18,7 +18,7 @@ from torch import nn
 from vitcut.errors import ModelError
 from vitcut.progress import say
 from vitcut.shapes import Tensor
-from vitcut.vits.loaded import Labels, LoadedModel, Preprocessing, per_channel
+from vitcut.vits.loaded import LoadedModel, Preprocessing, per_channel
 from vitcut.vits.timm_folders import timm_preprocessing
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -79,7 +79,7 @@ def load_checkpoint(path: Path, given: Given) -> LoadedModel:
             taken = timm_preprocessing(model, arch, mean=given.mean, std=given.std)
     _require_same_names(model, weights, path, arch)
     model.load_state_dict(weights)
-    return LoadedModel.of(model, str(path), taken, Labels())
+    return LoadedModel.of(model, str(path), taken, None)
 
 
 def build_random(arch: str) -> LoadedModel:
@@ -92,7 +92,7 @@ def build_random(arch: str) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _build(arch)
-    return LoadedModel.of(model, f"timm:{arch}", timm_preprocessing(model, arch), Labels())
+    return LoadedModel.of(model, f"timm:{arch}", timm_preprocessing(model, arch), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
 from vitcut.files import write_json
+from vitcut.labels import Labels
 from vitcut.progress import say
 from vitcut.vits.adapters import as_classifier
 from vitcut.vits.hf_preprocessing import PREPROCESSOR, Preprocessor, processor_settings
-from vitcut.vits.loaded import Labels, LoadedModel, Preprocessing
+from vitcut.vits.loaded import LoadedModel, Preprocessing
 
 WEIGHTS = (
     "model.safetensors",
@@ -59,7 +60,7 @@ def load_hf_folder(folder: Path, spec: str) -> LoadedModel:
     channels = _number(_tower(module), "num_channels", folder)
     size = _fitted_size(module, processor.made_size(), folder)
     taken = processor.preprocessing(size, channels)
-    return LoadedModel.of(as_classifier(module), spec, taken, _labels(module.config))
+    return LoadedModel.of(as_classifier(module), spec, taken, _labels(module.config, spec))
 
 
 def save_hf_folder(
@@ -196,13 +197,13 @@ def _tower(module: Any) -> Any:
     return getattr(module.config, "vision_config", module.config)
 
 
-def _labels(config: Any) -> Labels:
+def _labels(config: Any, spec: str) -> Labels | None:
     """The label texts, which are ids and names at once; LABEL_0 and so on say nothing."""
     numbers = sorted(config.id2label)
     texts = tuple(str(config.id2label[number]) for number in numbers)
     if all(text == f"LABEL_{number}" for number, text in zip(numbers, texts, strict=True)):
-        return Labels()
-    return Labels(ids=texts, names=texts)
+        return None
+    return Labels(owner=f"model {spec!r}", ids=texts, names=texts)
 
 
 def _number(config: Any, key: str, folder: Path) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 
 from vitcut.errors import ModelError
 from vitcut.framing import Framing
+from vitcut.labels import Labels
 from vitcut.vits.weights import hash_tensors
 
 
@@ -22,14 +23,6 @@ class Preprocessing:
     std: tuple[float, ...]
     """Divided by per channel, on the scale 0 to 1."""
     framing: Framing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labels:
-    """What a model's classes are called, in the order of the logits; None where nobody says."""
-
-    ids: tuple[str, ...] | None = None
-    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +47,10 @@ class LoadedModel:
     """How its images are made from pictures; None where the source does not say."""
 
     @classmethod
-    def of(cls, model: nn.Module, spec: str, taken: Preprocessing, labels: Labels) -> "LoadedModel":
-        """Put together what was found of a model.
+    def of(
+        cls, model: nn.Module, spec: str, taken: Preprocessing, labels: Labels | None
+    ) -> "LoadedModel":
+        """Put together what was found of a model; None where nobody says what its classes are.
 
         Raises:
             ModelError: A weight is NaN or infinite.
@@ -64,8 +59,8 @@ class LoadedModel:
         return cls(
             model=model.eval(),
             name=spec,
-            class_ids=labels.ids,
-            class_names=labels.names,
+            class_ids=labels and labels.ids,
+            class_names=labels and labels.names,
             mean=taken.mean,
             std=taken.std,
             image_size=taken.image_size,

@@ -11,7 +11,7 @@ from vitcut.errors import ModelError
 from vitcut.files import atomic_folder, sha256_file, write_json, write_text
 from vitcut.framing import WHOLE, Framing
 from vitcut.vits.adapters import as_classifier
-from vitcut.vits.loaded import Labels, Preprocessing
+from vitcut.vits.loaded import Preprocessing
 
 FORMAT_VERSION = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -108,5 +108,5 @@ def _save(model: nn.Module, folder: Path, card: DenseCard) -> dict[str, Any]:
         return {**config, "class_ids": list(card.class_ids), "class_names": list(card.class_names)}
     from vitcut.vits.timm_folders import save_timm_folder
 
-    labels = Labels(ids=card.class_ids, names=card.class_names)
-    return save_timm_folder(model, folder, taken, labels)
+    class_names = dict(zip(card.class_ids, card.class_names, strict=True))
+    return save_timm_folder(model, folder, taken, class_names)

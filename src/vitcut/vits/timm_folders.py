@@ -4,6 +4,7 @@ What a loaded model's parts are called is left to `timm_models`.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
 from vitcut.framing import Framing
-from vitcut.vits.loaded import Labels, LoadedModel, Preprocessing, per_channel
+from vitcut.labels import Labels
+from vitcut.vits.loaded import LoadedModel, Preprocessing, per_channel
 
 _CONFIG = "config.json"
 _LOAD_ERRORS = (
@@ -42,7 +44,7 @@ def load_timm(name: str, spec: str) -> LoadedModel:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
     _refuse_fresh_classifier(model, spec)
-    return LoadedModel.of(model, spec, timm_preprocessing(model, spec), _labels(model))
+    return LoadedModel.of(model, spec, timm_preprocessing(model, spec), _labels(model, spec))
 
 
 def timm_preprocessing(
@@ -90,7 +92,7 @@ def save_timm_folder(
     model: nn.Module,
     folder: Path,
     taken: Preprocessing,
-    labels: Labels,
+    class_names: Mapping[str, str],
 ) -> dict[str, Any]:
     """Write a timm local directory; returns the content of its ``config.json``.
 
@@ -98,16 +100,16 @@ def save_timm_folder(
         model: Built by ``timm.create_model``.
         folder: It exists.
         taken: What the model takes.
-        labels: Both ids and names.
+        class_names: By class id, in the order of the logits.
     """
-    ids, names, framing = labels.ids or (), labels.names or (), taken.framing
+    framing = taken.framing
     save_for_hf(
         model,
         str(folder),
         safe_serialization=True,
         model_config={
-            "label_names": list(ids),
-            "label_descriptions": dict(zip(ids, names, strict=True)),
+            "label_names": list(class_names),
+            "label_descriptions": dict(class_names),
         },
         data_config={
             "input_size": (len(taken.mean), taken.image_size, taken.image_size),
@@ -147,17 +149,18 @@ def _framing(data: dict[str, Any], channels: int, spec: str) -> Framing:
         raise ModelError(f"{spec!r}: {error}") from None
 
 
-def _labels(model: Any) -> Labels:
+def _labels(model: Any, spec: str) -> Labels | None:
     ids = model.pretrained_cfg.get("label_names")
     if not isinstance(ids, (list, tuple)):
-        return Labels()
+        return None
     names = model.pretrained_cfg.get("label_descriptions") or {}
     if not isinstance(names, dict):
         raise ModelError(
             f"the model's label_descriptions are a {type(names).__name__}, expected "
             f"{{label: description}}: mend {_CONFIG}"
         )
-    return Labels(ids=tuple(ids), names=tuple(str(names.get(item, item)) for item in ids))
+    described = tuple(str(names.get(item, item)) for item in ids)
+    return Labels(owner=f"model {spec!r}", ids=tuple(ids), names=described)
 
 
 def _refuse_fresh_classifier(model: Any, spec: str) -> None:

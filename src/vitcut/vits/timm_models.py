@@ -260,12 +260,11 @@ class TimmReading(Reading):
         for name in ("norm", "drop1", "drop2"):
             self.inert(getattr(mlp, name), f"an MLP with {name}")
         activation, gate = self._activation(mlp.act), None
+        first = self.linear(mlp.fc1_x if type(mlp) is SwiGLU else mlp.fc1, "MLP's first layer")
         if type(mlp) is SwiGLU:
             gate = self.linear(mlp.fc1_g, "MLP's gate")
-        first = self.linear(mlp.fc1 if gate is None else mlp.fc1_x, "MLP's first layer")
-        if type(mlp) is GluMlp:
-            weight, bias = first
-            halves = list(zip(weight.chunk(2), bias.chunk(2), strict=True))
+        elif type(mlp) is GluMlp:
+            halves = list(zip(*(both.chunk(2) for both in first), strict=True))
             first, gate = halves if mlp.gate_last else halves[::-1]
         return self.mlp(first, mlp.fc2, activation, layer_scale=layer_scale, gate=gate)
 

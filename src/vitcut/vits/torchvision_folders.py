@@ -14,10 +14,11 @@ from torch import nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
 
-from vitcut.errors import ConfigError, ModelError
+from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.framing import Framing
+from vitcut.labels import Labels
 from vitcut.shapes import Tensor
-from vitcut.vits.loaded import Labels, LoadedModel, Preprocessing
+from vitcut.vits.loaded import LoadedModel, Preprocessing
 
 HEAD = "heads.head.weight"
 KIND = "torchvision"
@@ -115,8 +116,12 @@ def load_torchvision_folder(folder: Path, spec: str, config: Mapping[str, Any]) 
             std=tuple(taken.pop("std")),
             framing=Framing(**taken),
         )
-        labels = Labels(ids=tuple(config["class_ids"]), names=tuple(config["class_names"]))
-    except (*_ERRORS, ConfigError) as error:
+        labels = Labels(
+            owner=f"model {spec!r}",
+            ids=tuple(config["class_ids"]),
+            names=tuple(config["class_names"]),
+        )
+    except (*_ERRORS, ConfigError, TaskError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
     return LoadedModel.of(model, spec, preprocessing, labels)
