@@ -6,7 +6,7 @@ from tiny import REFERENCE, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.cost import CostModel, count_operations
-from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.compiler.planning import plan_circuit
 from vitcut.graph import Graph
 
 GRAPH = Graph(num_layers=6, num_heads=8, groups=("cls", "patch"), readout=("cls",))
@@ -49,7 +49,7 @@ def test_the_elements_of_a_plan_grow_with_the_batch_and_its_operations_do_not():
 
 def test_a_product_pays_for_whole_panels():
     weights = random_vit(hidden=20, width=32, num_heads=4, head_dim=8, num_layers=3)
-    plan = plan_circuit(shape_of(weights), parts_per_group(weights))
+    plan = plan_circuit(weights.shape, parts_per_group(weights))
     whole, spread = (
         count_operations(plan, CostModel(batch=1, smooth=smooth))["product"]
         for smooth in (False, True)

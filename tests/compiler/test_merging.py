@@ -13,12 +13,13 @@ from vitcut.circuit import Circuit
 from vitcut.compact.macs import dense_macs, describe
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.merging import MERGES, merge_streams
-from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.verify import verify
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 
 GRAPH = Graph(num_layers=2, num_heads=2)
+SHAPE = random_vit().shape
 
 
 def costing(shape, *, stream=1.0, macs=10.0):
@@ -36,7 +37,7 @@ def costing(shape, *, stream=1.0, macs=10.0):
 def cases(draw):
     weights = draw(vits(max_layers=2))
     weight = draw(st.sampled_from([0.0, 0.1, 1.0]))
-    return weights, draw(split_circuits(weights)), costing(shape_of(weights), stream=weight)
+    return weights, draw(split_circuits(weights)), costing(weights.shape, stream=weight)
 
 
 def with_neurons_lists(neurons):
@@ -46,8 +47,8 @@ def with_neurons_lists(neurons):
 @given(cases())
 @settings(max_examples=30, deadline=None)
 def test_edges_come_back_none_is_cut_and_the_cost_falls(case):
-    _, circuit, cost = case
-    merged = merge_streams(circuit, cost)
+    weights, circuit, cost = case
+    merged = merge_streams(circuit, cost, weights.shape)
     live, _ = circuit.graph.find_live(circuit.kept)
     assert not (merged.kept & ~circuit.kept)[:, ~live].any()
     assert not (circuit.kept & ~merged.kept).any()
@@ -61,10 +62,10 @@ def test_edges_come_back_none_is_cut_and_the_cost_falls(case):
 @given(cases())
 @settings(max_examples=15, deadline=None)
 def test_merging_twice_changes_nothing_and_the_same_circuit_gives_the_same(case):
-    _, circuit, cost = case
-    merged = merge_streams(circuit, cost)
-    assert merge_streams(merged, cost) is merged
-    again = merge_streams(dataclasses.replace(circuit), cost)
+    weights, circuit, cost = case
+    merged = merge_streams(circuit, cost, weights.shape)
+    assert merge_streams(merged, cost, weights.shape) is merged
+    again = merge_streams(dataclasses.replace(circuit), cost, weights.shape)
     assert again == merged
     assert dict(again.provenance) == dict(merged.provenance)
 
@@ -73,7 +74,7 @@ def test_merging_twice_changes_nothing_and_the_same_circuit_gives_the_same(case)
 @settings(max_examples=25, deadline=None)
 def test_compact_equals_masked_for_merged_circuits(case):
     weights, circuit, cost = case
-    merged = merge_streams(circuit, cost)
+    merged = merge_streams(circuit, cost, weights.shape)
     fill = random_fill(weights, merged)
     compact = compile_circuit(weights, merged, fill, dtype=torch.float64)
     verify(compact, weights, merged, fill, random_pixels(weights))
@@ -88,8 +89,8 @@ def lacking(*edges, graph=GRAPH):
 
 def test_a_target_that_lacks_one_edge_gets_it_back_and_the_circuit_says_so():
     circuit = lacking(("mlp.0", "attn.1.0.k"))
-    cost = costing(shape_of(random_vit()))
-    merged = merge_streams(circuit, cost)
+    cost = costing(SHAPE)
+    merged = merge_streams(circuit, cost, SHAPE)
     assert merged == Circuit.full(GRAPH)
     assert dict(merged.provenance) == {
         "seconds": 1,
@@ -115,8 +116,9 @@ def test_an_edge_that_would_cost_more_rows_than_a_stream_saves_stays_cut():
     plan = plan_circuit(shape, circuit)
     assert [mlp.stream.rows.count for mlp in plan.blocks[0].mlps] == [1]
     cost = costing(shape, stream=0.1)
-    assert merge_streams(circuit, cost) is circuit
-    assert merge_streams(circuit, costing(shape, stream=0.1, macs=0.1)) == Circuit.full(GRAPH)
+    assert merge_streams(circuit, cost, shape) is circuit
+    cheap = costing(shape, stream=0.1, macs=0.1)
+    assert merge_streams(circuit, cheap, shape) == Circuit.full(GRAPH)
 
 
 def column(circuit, target):
@@ -132,7 +134,7 @@ def test_sums_that_pay_only_together_are_merged_together(lacked):
         return float(len({column(candidate, target) for target in targets}) > 1)
 
     assert len({column(circuit, target) for target in targets}) == 3
-    assert cost(merge_streams(circuit, cost)) == 0
+    assert cost(merge_streams(circuit, cost, SHAPE)) == 0
 
 
 def test_merging_goes_on_until_nothing_saves():
@@ -147,7 +149,7 @@ def test_merging_goes_on_until_nothing_saves():
         embeds = candidate.kept[0, list(GRAPH.letter_targets(1, "k"))].any()
         return len(set(keys)) + len(set(queries)) + 10.0 * embeds
 
-    assert (cost(circuit), cost(merge_streams(circuit, cost))) == (4, 2)
+    assert (cost(circuit), cost(merge_streams(circuit, cost, SHAPE))) == (4, 2)
 
 
 def test_a_later_sum_comes_to_build_on_an_earlier_one_though_others_may_not_change():
@@ -163,7 +165,7 @@ def test_a_later_sum_comes_to_build_on_an_earlier_one_though_others_may_not_chan
         changed = (candidate.kept != circuit.kept)[:, others].any()
         return float(apart) + 10.0 * changed
 
-    assert (cost(circuit), cost(merge_streams(circuit, cost))) == (1, 0)
+    assert (cost(circuit), cost(merge_streams(circuit, cost, SHAPE))) == (1, 0)
 
 
 def test_token_groups_come_to_read_alike_where_that_makes_them_one_tensor():
@@ -174,9 +176,9 @@ def test_token_groups_come_to_read_alike_where_that_makes_them_one_tensor():
     ]
     circuit = lacking(*(("attn.0.0.patch", reader) for reader in readers), graph=graph)
     shape = dataclasses.replace(REFERENCE, num_layers=2, num_heads=2)
-    merged = merge_streams(circuit, costing(shape, macs=1.0))
+    merged = merge_streams(circuit, costing(shape, macs=1.0), shape)
     assert plan_circuit(shape, merged) == plan_circuit(shape, Circuit.full(graph))
-    assert merge_streams(circuit, costing(shape, stream=0.01)) is circuit
+    assert merge_streams(circuit, costing(shape, stream=0.01), shape) is circuit
 
 
 def test_what_saves_less_than_a_prediction_can_tell_is_left():
@@ -185,8 +187,8 @@ def test_what_saves_less_than_a_prediction_can_tell_is_left():
     def cost(saving):
         return lambda candidate: 1.0 - saving * bool(candidate != circuit)
 
-    assert merge_streams(circuit, cost(0.009)) is circuit
-    assert merge_streams(circuit, cost(0.011)) == Circuit.full(GRAPH)
+    assert merge_streams(circuit, cost(0.009), SHAPE) is circuit
+    assert merge_streams(circuit, cost(0.011), SHAPE) == Circuit.full(GRAPH)
 
 
 def test_of_equal_savings_the_fewest_edges_come_back():
@@ -198,13 +200,13 @@ def test_of_equal_savings_the_fewest_edges_come_back():
             for letter in "qv"
         )
 
-    assert merge_streams(circuit, cost).num_kept == circuit.num_kept + 1
+    assert merge_streams(circuit, cost, SHAPE).num_kept == circuit.num_kept + 1
 
 
 def test_a_second_merge_is_told_after_the_first():
     circuit = lacking(("mlp.0", "attn.1.0.k"), ("mlp.0", "attn.1.1.q"))
     earlier = dataclasses.replace(circuit, provenance={MERGES: [{"parent": "of another"}]})
-    merged = merge_streams(earlier, costing(shape_of(random_vit())))
+    merged = merge_streams(earlier, costing(SHAPE), SHAPE)
     assert [item["parent"] for item in merged.provenance[MERGES]] == [
         "of another",
         circuit.fingerprint,
@@ -224,10 +226,10 @@ def test_thousands_of_edges_take_few_plans(groups):
         columns = zip(graph.targets, candidate.kept.T, strict=True)
         return float(len({(t.layer, t.kind == "mlp", t.group, c.tobytes()) for t, c in columns}))
 
-    assert count_sums(merge_streams(circuit, count_sums)) < count_sums(circuit) / 4
+    assert count_sums(merge_streams(circuit, count_sums, REFERENCE)) < count_sums(circuit) / 4
     assert next(calls) < 500
 
 
 def test_a_circuit_that_cannot_be_compiled_is_refused():
     with pytest.raises(CircuitError, match=r"circuit\.with_ablation\('mean'\)"):
-        merge_streams(Circuit.full(GRAPH, ablation="resample"), costing(shape_of(random_vit())))
+        merge_streams(Circuit.full(GRAPH, ablation="resample"), costing(SHAPE), SHAPE)

@@ -13,8 +13,8 @@ from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.plan import Plan
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.planning import plan_circuit, shape_of
-from vitcut.errors import CircuitError, UnsupportedModelError
+from vitcut.compiler.planning import plan_circuit
+from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 
 GRAPH = Graph(num_layers=6, num_heads=8)
@@ -65,7 +65,7 @@ def test_targets_that_read_alike_share_a_stream_and_others_build_on_it():
     graph = Graph(num_layers=2, num_heads=2)
     kept = graph.edges.copy()
     kept[graph.mlp_source(0), graph.head_target(1, 0, "k")] = False
-    plan = plan_circuit(shape_of(random_vit()), Circuit(graph=graph, kept=kept, ablation="mean"))
+    plan = plan_circuit(random_vit().shape, Circuit(graph=graph, kept=kept, ablation="mean"))
     before = plan.blocks[0].mlps[0].stream.name
     smaller, larger = plan.blocks[1].attention.streams
     assert (names(smaller.terms), smaller.table_rows) == ([before], 5)
@@ -116,15 +116,6 @@ def test_the_table_of_a_plan_counts_what_is_left():
     assert (classifier.streams, classifier.macs) == (1, 64 * 58)
 
 
-def test_blocks_that_differ_are_refused():
-    weights = random_vit()
-    other = dataclasses.replace(weights.blocks[1].mlp, activation="relu")
-    block = dataclasses.replace(weights.blocks[1], mlp=other)
-    mixed = dataclasses.replace(weights, blocks=(weights.blocks[0], block))
-    with pytest.raises(UnsupportedModelError, match="same activation, got gelu, relu"):
-        shape_of(mixed)
-
-
 NO_OVERHEAD = CostModel(nanoseconds=CostModel().nanoseconds | {"operation": 0.0, "moved": 0.0})
 """Under it two products that follow each other are as good as one of as many MACs."""
 
@@ -132,7 +123,7 @@ NO_OVERHEAD = CostModel(nanoseconds=CostModel().nanoseconds | {"operation": 0.0,
 def parts_plan(**changes):
     weights = random_vit(num_layers=3, num_heads=4, width=32, head_dim=8, hidden=20)
     circuit = dataclasses.replace(parts_per_group(weights), **changes)
-    return plan_circuit(shape_of(weights), circuit, NO_OVERHEAD)
+    return plan_circuit(weights.shape, circuit, NO_OVERHEAD)
 
 
 def test_token_groups_that_keep_other_parts_have_their_own_streams_heads_and_mlps():

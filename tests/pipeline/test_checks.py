@@ -9,7 +9,7 @@ from tiny import random_vit
 from vitcut.cli import main
 from vitcut.compiler.calibration import Measured
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.compiler.planning import plan_circuit
 from vitcut.errors import ArtefactError
 from vitcut.pipeline import checks, costs
 from vitcut.pipeline.costs import cost_model, save_costs
@@ -77,7 +77,7 @@ def test_too_few_models_to_learn_from_are_refused(capsys):
 @pytest.mark.parametrize("models", [3, 6, 18])
 def test_a_model_is_held_out_at_every_batch_size_or_at_none(models):
     weights = random_vit()
-    shape = shape_of(weights)
+    shape = weights.shape
     circuits = checks.random_circuits(weights.split_graph, shape, models, 0)
     plans = [plan_circuit(shape, circuit) for circuit in circuits]
     measured = [

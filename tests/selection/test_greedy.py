@@ -6,7 +6,7 @@ from tiny import random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs
-from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.compiler.planning import plan_circuit
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 from vitcut.selection.greedy import Additive, Alive, Savings, cut_down
@@ -211,7 +211,7 @@ WEIGHTS = random_vit(num_layers=3, num_heads=2, hidden=2)
 
 
 def macs(circuit: Circuit) -> float:
-    return count_macs(plan_circuit(shape_of(WEIGHTS), circuit))
+    return count_macs(plan_circuit(WEIGHTS.shape, circuit))
 
 
 @pytest.mark.parametrize("cost", [count_parts, with_readers])

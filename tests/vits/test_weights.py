@@ -2,6 +2,7 @@ import torch
 from adapter_laws import tensors_of
 from tiny import random_vit
 
+from vitcut.compact.plan import ViTShape
 from vitcut.vits.weights import map_tensors
 
 
@@ -39,3 +40,24 @@ def test_sizes_follow_from_thetensors_of():
     assert (weights.patch_size, weights.channels, weights.image_size) == (2, 3, 8)
     assert (weights.num_prefix, weights.num_tokens) == (2, 18)
     assert weights.device == torch.device("cpu")
+
+
+def test_the_shape_is_that_of_the_model():
+    assert random_vit().shape == ViTShape(
+        image_size=4,
+        channels=3,
+        patch_size=2,
+        num_prefix=1,
+        width=6,
+        num_layers=2,
+        num_heads=2,
+        head_dim=3,
+        hidden=5,
+        activation="gelu",
+        eps=1e-6,
+        num_classes=4,
+    )
+    kinds = {"embed_norm": True, "final_norm": False, "head_norm": True, "rotary": True}
+    other = random_vit(head_dim=4, num_read=0, patch_readout="mean", gated=True, **kinds).shape
+    assert {name: getattr(other, name) for name in kinds} == kinds
+    assert (other.num_read, other.patch_readout, other.gated) == (0, "mean", True)

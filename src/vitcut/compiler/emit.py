@@ -9,7 +9,7 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.folding import fold
-from vitcut.compiler.planning import draft_circuit, shape_of, split_circuit
+from vitcut.compiler.planning import draft_circuit, split_circuit
 from vitcut.intervention.fill import Fill
 from vitcut.shapes import Tensor
 from vitcut.vits.weights import ViTWeights
@@ -41,7 +41,7 @@ def compile_circuit(
             constants.
     """
     fill.require_fit(circuit)
-    shape = shape_of(weights)
+    shape = weights.shape
     draft = draft_circuit(shape, circuit, costs)
     with torch.device("meta"):
         model = CompactViT(draft.plan)

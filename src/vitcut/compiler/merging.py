@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
-from vitcut.names import LETTERS, TokenGroup
+from vitcut.compact.plan import ViTShape
+from vitcut.compiler.planning import split_circuit
+from vitcut.names import LETTERS
 
 Cost = Callable[[Circuit], float]
 """What a circuit's compact model costs: predicted milliseconds."""
@@ -33,12 +35,8 @@ _PLACES_BEFORE = 2
 _LEAST_SAVING = 0.01
 """As a fraction of the cost: less is more than a prediction can tell, and the KL may rise."""
 
-Readout = tuple[tuple[TokenGroup, ...], tuple[TokenGroup, ...]]
-"""Token groups of a model, and those of them that the classifier reads."""
-_CLASS_TOKEN: Readout = (("cls", "patch"), ("cls",))
 
-
-def merge_streams(circuit: Circuit, cost: Cost, *, over: Readout = _CLASS_TOKEN) -> Circuit:
+def merge_streams(circuit: Circuit, cost: Cost, shape: ViTShape) -> Circuit:
     """Let targets read the same sources again, wherever that saves more than it costs.
 
     Greedy: the change that saves most is made, of equal ones that which brings fewest edges back,
@@ -50,8 +48,7 @@ def merge_streams(circuit: Circuit, cost: Cost, *, over: Readout = _CLASS_TOKEN)
     Args:
         circuit: Under an ablation that can be compiled.
         cost: Of a circuit. That an edge brings a dead source back to life is for it to see.
-        over: Where the circuit is over whole tokens, the model's token groups, and those that its
-            classifier reads; of a class-token ViT without registers if not given.
+        shape: The model's sizes.
 
     Returns:
         The circuit itself where nothing saves; else a new one whose provenance lists under "merges"
@@ -59,7 +56,7 @@ def merge_streams(circuit: Circuit, cost: Cost, *, over: Readout = _CLASS_TOKEN)
         its provenance is still that of the search, and a linear fill of the parent does not fit it:
         both have to be found again.
     """
-    search = _Search(circuit, cost, over)
+    search = _Search(circuit, cost, shape)
     before = search.cost_now
     while (
         search.merge(filter(search.state.needs_nothing_new, dict.fromkeys(_wholes(search.state))))
@@ -101,9 +98,9 @@ class _Place:
 class _State:
     """What each target of a circuit reads, as bit masks."""
 
-    def __init__(self, circuit: Circuit, over: Readout) -> None:
+    def __init__(self, circuit: Circuit, shape: ViTShape) -> None:
         self.graph = circuit.graph
-        self._over = over
+        self._shape = shape
         self._groups = tuple(map(self.graph.group_number, self.graph.targets))
         self.masks = tuple(_mask_of(column) for column in self._columns(circuit.kept))
         self._circuit = circuit
@@ -152,7 +149,7 @@ class _State:
 
     def _count(self, circuit: Circuit) -> int:
         """How many sources and token groups depend on the image and reach the classifier."""
-        split = circuit if circuit.graph.groups else circuit.split(*self._over)
+        split = split_circuit(self._shape, circuit)
         return int((split.live_sources & split.reached_sources).sum())
 
     def circuit_with(self, change: Change) -> Circuit:
@@ -182,11 +179,11 @@ class _Known:
 class _Search:
     """A circuit that grows; remembers what changes saved, and tries those again that look best."""
 
-    def __init__(self, circuit: Circuit, cost: Cost, over: Readout) -> None:
+    def __init__(self, circuit: Circuit, cost: Cost, shape: ViTShape) -> None:
         self.circuit = circuit
         self.cost_now = cost(circuit)
-        self.state = _State(circuit, over)
-        self._over = over
+        self.state = _State(circuit, shape)
+        self._shape = shape
         self._cost = cost
         self._version = 0
         self._known: dict[Change, _Known] = {}
@@ -221,7 +218,7 @@ class _Search:
 
     def _make(self, change: Change) -> None:
         self.circuit = self.state.circuit_with(change)
-        self.state = _State(self.circuit, self._over)
+        self.state = _State(self.circuit, self._shape)
         self.cost_now = self._known[change].after
         self._version += 1
 

@@ -5,7 +5,6 @@ What is live or constant is left to ``liveness.py``, how sums share work to ``st
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import BlockPlan, MlpPlan, OutputPlan, Plan, StreamPlan, ViTShape
@@ -15,10 +14,7 @@ from vitcut.compiler.joining import Joins
 from vitcut.compiler.liveness import find_liveness
 from vitcut.compiler.reads import EMBED_BIT, Reads
 from vitcut.compiler.streams import Stream, StreamBuilder, stream_plan, table_rows
-from vitcut.errors import CircuitError, UnsupportedModelError
-from vitcut.vits.weights import ViTWeights
-
-T = TypeVar("T")
+from vitcut.errors import CircuitError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,50 +66,6 @@ def split_circuit(shape: ViTShape, circuit: Circuit) -> Circuit:
         CircuitError: It has other token groups.
     """
     return circuit.split(tuple(shape.group_rows), shape.readout)
-
-
-def shape_of(weights: ViTWeights) -> ViTShape:
-    """The sizes of a model.
-
-    Raises:
-        UnsupportedModelError: Its blocks differ in MLP width, activation, LayerNorm epsilon, or in
-            whether they have qk-norm, rotary positions or gates.
-    """
-    mlps = [block.mlp for block in weights.blocks]
-    attns = [block.attn for block in weights.blocks]
-    norms = [norm for block in weights.blocks for norm in (block.attn_norm, block.mlp_norm)]
-    on_heads = [norm for attn in attns for norm in (attn.q_norm, attn.k_norm)]
-    ends = (weights.patch_norm, weights.norm)
-    others = [norm for norm in (*on_heads, *ends) if norm is not None]
-    return ViTShape(
-        image_size=weights.image_size,
-        channels=weights.channels,
-        patch_size=weights.patch_size,
-        num_prefix=weights.num_prefix,
-        width=weights.width,
-        num_layers=len(weights.blocks),
-        num_heads=weights.num_heads,
-        head_dim=weights.blocks[0].attn.q_weight.shape[1],
-        hidden=_same("MLP width", (mlp.in_weight.shape[0] for mlp in mlps)),
-        activation=_same("activation", (mlp.activation for mlp in mlps)),
-        eps=_same("LayerNorm epsilon", (norm.eps for norm in [*norms, *others])),
-        num_classes=weights.num_classes,
-        num_read=weights.num_read,
-        patch_readout=weights.patch_readout,
-        embed_norm=weights.patch_norm is not None,
-        final_norm=weights.norm is not None,
-        head_norm=_same("norm of queries and keys", (norm is not None for norm in on_heads)),
-        rotary=_same("kind of positions", (attn.rotation is not None for attn in attns)),
-        gated=_same("kind of MLP", (mlp.gate_weight is not None for mlp in mlps)),
-    )
-
-
-def _same(what: str, values: Iterable[T]) -> T:
-    first, *others = values
-    if any(other != first for other in others):
-        found = ", ".join(map(str, [first, *others]))
-        raise UnsupportedModelError(f"every block must have the same {what}, got {found}")
-    return first
 
 
 def _require_compilable(shape: ViTShape, circuit: Circuit) -> None:

@@ -20,7 +20,7 @@ from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
-from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutConfig
 from vitcut.config import as_plain
 from vitcut.data.images import ImageSet
@@ -97,7 +97,7 @@ def require_possible(weights: ViTWeights, select: SelectConfig, cut: CutConfig) 
     target = select.target_macs
     if target is None:
         return
-    shape, graph = shape_of(weights), weights.graph_of(select.tokens)
+    shape, graph = weights.shape, weights.graph_of(select.tokens)
     dense, costs = dense_macs(shape), cost_model(cut.batch)
 
     def macs(circuit: Circuit) -> float:
@@ -171,7 +171,7 @@ class BudgetSearch:
         self._threads = threads
         self._start = time.perf_counter()
         self._resumed = False
-        self._shape = shape_of(subject.weights)
+        self._shape = subject.weights.shape
         self._dense_macs = dense_macs(self._shape)
         self._costs = cost_model(cut.batch)
         self._smooth_costs = replace(self._costs, smooth=True)

@@ -13,7 +13,7 @@ from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import ViTShape
 from vitcut.compiler.calibration import Measured, fit_costs, relative_errors
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.compiler.planning import plan_circuit
 from vitcut.graph import Graph
 from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.costs import cost_model, save_costs
@@ -49,7 +49,7 @@ def calibrate(model: str, *, models: int, seconds: float, seed: int = 0) -> Cali
         seed: Of the circuits.
     """
     weights = read_model(load_model(model).model)
-    shape, graph = shape_of(weights), weights.split_graph
+    shape, graph = weights.shape, weights.split_graph
     circuits = list(random_circuits(graph, shape, models, seed))
     measured = measure_circuits(shape, circuits, seconds=seconds)
     fitted, held_out = divide(measured, models)

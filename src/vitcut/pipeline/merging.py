@@ -14,15 +14,14 @@ from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import Plan, ViTShape
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.merging import MERGES, Cost, merge_streams
-from vitcut.compiler.planning import plan_circuit, shape_of
+from vitcut.compiler.planning import plan_circuit
 from vitcut.pipeline.subject import Subject
 
 
 def merge(subject: Subject, circuit: Circuit, costs: CostModel) -> Circuit:
     """Merge the streams of a circuit for the batch size of a cost model."""
-    cost = merge_cost(shape_of(subject.weights), costs)
-    graph = subject.weights.split_graph
-    return merge_streams(circuit, cost, over=(graph.groups, graph.readout))
+    shape = subject.weights.shape
+    return merge_streams(circuit, merge_cost(shape, costs), shape)
 
 
 def merge_cost(shape: ViTShape, costs: CostModel) -> Cost:

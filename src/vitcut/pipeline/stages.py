@@ -19,7 +19,6 @@ from vitcut.compact.artefact import ModelInfo
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
-from vitcut.compiler.planning import shape_of
 from vitcut.compiler.settings import CutConfig
 from vitcut.compiler.verify import Exactness, verify
 from vitcut.config import as_plain
@@ -222,7 +221,7 @@ def dense_point(subject: Subject) -> Point:
         heads_total=graph.num_layers * graph.num_heads,
         heads_kept=graph.num_layers * graph.num_heads,
         neurons_kept_fraction=1.0,
-        macs=dense_macs(shape_of(subject.weights)),
+        macs=dense_macs(subject.weights.shape),
         params=num_params(subject.model.model),
         bytes=num_bytes(subject.model.model),
     )

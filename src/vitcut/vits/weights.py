@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vitcut.compact.plan import ViTShape
 from vitcut.graph import Graph
 from vitcut.names import Activation, PatchReadout, TokenGroup, Tokens
 from vitcut.shapes import Float, Tensor
@@ -142,6 +143,32 @@ class ViTWeights:
     """What patches pass, with their positions, before the first block (``norm_pre``)."""
 
     @cached_property
+    def shape(self) -> ViTShape:
+        """The sizes of this model, whose blocks are alike."""
+        first = self.blocks[0]
+        return ViTShape(
+            image_size=self.image_size,
+            channels=self.channels,
+            patch_size=self.patch_size,
+            num_prefix=self.num_prefix,
+            width=self.width,
+            num_layers=len(self.blocks),
+            num_heads=self.num_heads,
+            head_dim=first.attn.q_weight.shape[1],
+            hidden=self.num_neurons,
+            activation=first.mlp.activation,
+            eps=first.attn_norm.eps,
+            num_classes=self.num_classes,
+            num_read=self.num_read,
+            patch_readout=self.patch_readout,
+            embed_norm=self.patch_norm is not None,
+            final_norm=self.norm is not None,
+            head_norm=first.attn.q_norm is not None,
+            rotary=first.attn.rotation is not None,
+            gated=first.mlp.gate_weight is not None,
+        )
+
+    @cached_property
     def graph(self) -> Graph:
         """The sources, targets and edges of this model, over whole tokens."""
         return Graph(num_layers=len(self.blocks), num_heads=self.num_heads)
@@ -163,24 +190,12 @@ class ViTWeights:
     @property
     def readout(self) -> tuple[TokenGroup, ...]:
         """The token groups that the classifier reads."""
-        prefix: tuple[TokenGroup, ...] = ("cls",) if self.num_read else ()
-        return prefix if self.patch_readout == "none" else (*prefix, "patch")
+        return self.shape.readout
 
     @cached_property
     def group_rows(self) -> dict[TokenGroup, slice]:
         """The tokens of each group that the model has, in their order."""
-        ends: dict[TokenGroup, int] = {
-            "cls": self.num_read,
-            "register": self.num_prefix,
-            "patch": self.num_tokens,
-        }
-        found: dict[TokenGroup, slice] = {}
-        first = 0
-        for group, end in ends.items():
-            if end > first:
-                found[group] = slice(first, end)
-            first = end
-        return found
+        return {group: slice(rows.first, rows.end) for group, rows in self.shape.group_rows.items()}
 
     def rows_of(self, graph: Graph) -> tuple[slice, ...]:
         """The tokens of each group of a graph of this model; all tokens where it has none."""
