@@ -111,6 +111,12 @@ def test_weights_with_other_classes_than_the_model_are_refused(own):
     expect_refusal(Half(), "gives 6 logits, what was read of it 12: mend the adapter")
 
 
+def test_a_model_that_lacks_what_is_read_is_refused():
+    model = timm.create_model("test_vit", num_classes=3)
+    del model.patch_drop
+    expect_refusal(model, r"^not supported: VisionTransformer of timm, .*'patch_drop'; expected")
+
+
 def test_a_subclass_of_a_librarys_vit_may_differ_and_is_refused():
     class Mine(VisionTransformer):
         pass

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from adapter_laws import check_reading, expect_refusal, shaken
@@ -5,6 +7,7 @@ from tiny_models import dinov2_of_the_class_token, hf_classifier
 from torch import nn
 
 import vitcut
+from vitcut.errors import ConfigError
 from vitcut.intervention.tracing import read_model
 from vitcut.vits.adapters import as_classifier
 
@@ -66,6 +69,14 @@ def test_clips_classifier_reads_the_mean_of_patches_without_a_norm(variant):
     assert weights.norm is None
     assert weights.split_graph.groups == ("register", "patch")
     assert weights.split_graph.readout == ("patch",)
+
+
+def test_a_version_of_transformers_that_lacks_a_name_is_refused(monkeypatch):
+    model = _build("ViT")
+    monkeypatch.delattr("transformers.activations.GELUTanh")
+    monkeypatch.delitem(sys.modules, "vitcut.vits.transformers_models")
+    with pytest.raises(ConfigError, match=r"transformers, .*GELUTanh.*pip install .*vitcut\[hf\]"):
+        read_model(as_classifier(model))
 
 
 def test_the_librarys_own_hooks_are_no_obstacle():

@@ -21,12 +21,26 @@ _LIBRARIES: dict[str, tuple[str, str]] = {
     "transformers": ("vitcut.vits.transformers_models", "read_transformers"),
 }
 """By the package that a model's class comes from: the file of its adapter, and the function."""
+_PACKAGES = {"transformers": "vitcut[hf]"}
+"""What brings a library, where it is not called like it."""
 
 _REMEDY = (
     "expected a ViT of timm, torchvision or transformers, or a class that an adapter was "
     "registered for with vitcut.register_adapter"
 )
 _registered: dict[type[nn.Module], Callable[[Any], ViTWeights]] = {}
+
+
+class LogitsOnly(nn.Module):
+    """A Hugging Face classifier as a module from pixels to logits, as every stage expects."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Float[Tensor, "images channels y x"]) -> Tensor:
+        """The logits."""
+        return self.model(pixel_values=pixels, return_dict=True).logits
 
 
 def register_adapter(kind: type[M], read: Callable[[M], ViTWeights]) -> None:
@@ -55,15 +69,13 @@ def read_weights(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: No adapter knows the class, or it has a feature that is not
             understood.
+        ConfigError: Its library is too old.
     """
-    if _is_wrapped(model):
-        model = model.get_submodule("model")
+    if isinstance(model, LogitsOnly):
+        model = model.model
     read = _registered.get(type(model))
     if read is None:
-        if _library(type(model)) not in _LIBRARIES:
-            _refuse(type(model))
-        file, function = _LIBRARIES[_library(type(model))]
-        return getattr(import_module(file), function)(model)
+        return _read_with_library(model)
     weights: Any = read(model)
     if not isinstance(weights, ViTWeights):
         raise UnsupportedModelError(
@@ -75,11 +87,28 @@ def read_weights(model: nn.Module) -> ViTWeights:
 
 def as_classifier(model: nn.Module) -> nn.Module:
     """The same model as a module from pixels to logits; only Hugging Face's are others."""
-    if _library(type(model)) != "transformers":
-        return model
-    from vitcut.vits.transformers_models import LogitsOnly
+    return LogitsOnly(model) if _library(type(model)) == "transformers" else model
 
-    return LogitsOnly(model)
+
+def library_of(model: nn.Module) -> str:
+    """The package that a model's class comes from, also behind `as_classifier`."""
+    return _library(type(model.model if isinstance(model, LogitsOnly) else model))
+
+
+def adapter_of(library: str) -> Callable[[nn.Module], ViTWeights]:
+    """What reads the models of a library.
+
+    Raises:
+        ConfigError: The library is not installed, or too old.
+    """
+    file, function = _LIBRARIES[library]
+    try:
+        return getattr(import_module(file), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"this is a model of {library}, which is missing or too old ({error}): "
+            f'pip install --upgrade "{_PACKAGES.get(library, library)}"'
+        ) from None
 
 
 def logits_of(model: nn.Module, pixels: Float[Tensor, "images channels y x"]) -> Tensor:
@@ -108,10 +137,20 @@ def _require_adapter(kind: Any, read: Any) -> None:
         )
 
 
-def _is_wrapped(model: nn.Module) -> bool:
-    """Whether `as_classifier` made it; its class lives where transformers may be missing."""
-    kind = type(model)
-    return (kind.__module__, kind.__name__) == (_LIBRARIES["transformers"][0], "LogitsOnly")
+def _read_with_library(model: nn.Module) -> ViTWeights:
+    library = library_of(model)
+    if library not in _LIBRARIES:
+        _refuse(type(model))
+    read = adapter_of(library)
+    try:
+        return read(model)
+    except AttributeError as error:
+        # Another version of the library calls its parts otherwise, or a part was deleted.
+        raise UnsupportedModelError(
+            f"not supported: {type(model).__name__} of {library}, of which a part is missing: "
+            f"{error}; expected a whole model of a recent version: "
+            f'pip install --upgrade "{_PACKAGES.get(library, library)}"'
+        ) from error
 
 
 def _library(kind: type) -> str:

@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vitcut.errors import ConfigError, ModelError
+from vitcut.errors import ModelError
 from vitcut.files import write_json
 from vitcut.labels import Labels
 from vitcut.progress import say
-from vitcut.vits.adapters import as_classifier
+from vitcut.vits.adapters import adapter_of, as_classifier
 from vitcut.vits.hf_preprocessing import PREPROCESSOR, Preprocessor, processor_settings
-from vitcut.vits.loaded import LoadedModel, Preprocessing
+from vitcut.vits.loaded import LoadedModel, Preprocessing, told_misfits
 
 WEIGHTS = (
     "model.safetensors",
@@ -30,7 +30,6 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """What transformers looks for, in its order."""
-_SHOWN = 3
 _LOAD_ERRORS = (
     OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError,
     ZeroDivisionError, IndexError, SafetensorError,
@@ -50,7 +49,7 @@ def load_hf_folder(folder: Path, spec: str) -> LoadedModel:
             not all of them and no others.
         ConfigError: transformers is not installed.
     """
-    _require_transformers(spec)
+    adapter_of("transformers")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ModelError(
             f"{folder} holds no weights: expected {WEIGHTS[0]}, beside its config.json"
@@ -82,16 +81,6 @@ def save_hf_folder(
     config["label2id"] = {name: number for number, name in enumerate(class_ids)}
     write_json(folder / "config.json", config)
     write_json(folder / PREPROCESSOR, processor_settings(taken))
-
-
-def _require_transformers(spec: str) -> None:
-    try:
-        import vitcut.vits.transformers_models  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
-        raise ConfigError(
-            f"{spec!r} is a model of transformers, which is missing or too old ({error}): "
-            'pip install "vitcut[hf]"'
-        ) from None
 
 
 def _load(folder: Path, spec: str) -> Any:
@@ -139,7 +128,7 @@ def _quiet() -> Generator[None]:
 def _require_whole(info: Mapping[str, Any], kind: str, folder: Path) -> None:
     """Refuse what transformers only warns of: a classifier that was never trained, above all."""
     missing = sorted(info["missing_keys"])
-    problems = {
+    misfits = {
         "missing": missing,
         "unexpected": sorted(info["unexpected_keys"]),
         "of another shape": [
@@ -147,11 +136,7 @@ def _require_whole(info: Mapping[str, Any], kind: str, folder: Path) -> None:
             for key, stored, wanted in sorted(info["mismatched_keys"])
         ],
     }
-    told = [
-        f"{len(keys)} {what} ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
-        for what, keys in problems.items()
-        if keys
-    ]
+    told = told_misfits(misfits)
     if told:
         untrained = any(key.startswith("classifier") for key in missing)
         remedy = (
@@ -159,9 +144,7 @@ def _require_whole(info: Mapping[str, Any], kind: str, folder: Path) -> None:
             if untrained
             else "restore the folder, or correct its config.json"
         )
-        raise ModelError(
-            f"the weights in {folder} are not those of a {kind}: {'; '.join(told)}; {remedy}"
-        )
+        raise ModelError(f"the weights in {folder} are not those of a {kind}: {told}; {remedy}")
 
 
 def _fitted_size(module: Any, made: int | None, folder: Path) -> int:

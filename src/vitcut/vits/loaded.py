@@ -1,5 +1,6 @@
 """A dense model and what is known of it. Where it comes from is left to `loading`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from vitcut.errors import ModelError
 from vitcut.framing import Framing
 from vitcut.labels import Labels
 from vitcut.vits.weights import hash_tensors
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,18 @@ class LoadedModel:
 def weight_hash(model: nn.Module) -> str:
     """The SHA-256 over names, shapes, types and values of a model's weights, in hex."""
     return hash_tensors(model.state_dict().items())
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+
+
+def told_misfits(misfits: Mapping[str, Sequence[str]]) -> str:
+    """How many weights do not fit, and the first few of each kind; empty where all do."""
+    return "; ".join(
+        f"{len(keys)} {what} ({listed(keys)})" for what, keys in misfits.items() if keys
+    )
 
 
 def per_channel(values: Any, channels: int, what: str) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 from vitcut.errors import ModelError
 from vitcut.files import atomic_folder, sha256_file, write_json, write_text
 from vitcut.framing import WHOLE, Framing
-from vitcut.vits.adapters import as_classifier
+from vitcut.vits.adapters import as_classifier, library_of
 from vitcut.vits.loaded import Preprocessing
 
 FORMAT_VERSION = 1
@@ -75,7 +75,7 @@ def require_savable(model: nn.Module) -> None:
     Raises:
         ModelError: It is of a class of its own.
     """
-    if _library(as_classifier(model)) not in _SAVABLE:
+    if library_of(model) not in _SAVABLE:
         raise ModelError(
             f"a {type(model).__name__} cannot be saved as a folder that vitcut reads back, only "
             f"models of {', '.join(_SAVABLE)} can: save its state_dict() yourself; a repair leaves "
@@ -83,19 +83,12 @@ def require_savable(model: nn.Module) -> None:
         )
 
 
-def _library(model: nn.Module) -> str:
-    """The package that a model's class comes from; `as_classifier` wraps transformers' own."""
-    module = type(model).__module__
-    wrapped = module == "vitcut.vits.transformers_models"
-    return "transformers" if wrapped else module.partition(".")[0]
-
-
 def _save(model: nn.Module, folder: Path, card: DenseCard) -> dict[str, Any]:
     """Write the weights and what the library needs; returns what ``config.json`` is to hold."""
     taken = Preprocessing(
         image_size=card.image_size, mean=card.mean, std=card.std, framing=card.framing
     )
-    library = _library(model)
+    library = library_of(model)
     if library == "transformers":
         from vitcut.vits.hf_folders import save_hf_folder
 

@@ -17,7 +17,7 @@ from transformers.activations import (
     SiLUActivation,
 )
 
-from vitcut.shapes import Float, Tensor
+from vitcut.shapes import Tensor
 from vitcut.vits.reading import Reading, scaled
 from vitcut.vits.weights import (
     Activation,
@@ -67,20 +67,8 @@ _ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 
 
-class LogitsOnly(nn.Module):
-    """A Hugging Face classifier as a module from pixels to logits, as every stage expects."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Float[Tensor, "images channels y x"]) -> Tensor:
-        """The logits."""
-        return self.model(pixel_values=pixels, return_dict=True).logits
-
-
 def read_transformers(model: nn.Module) -> ViTWeights:
-    """Read a Hugging Face image classifier, bare or in `LogitsOnly`; it is not changed.
+    """Read a Hugging Face image classifier, which is not changed.
 
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
