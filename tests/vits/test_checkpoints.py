@@ -117,7 +117,16 @@ def test_a_pickle_that_needs_more_than_weights_is_refused_and_not_run(tmp_path, 
     ("content", "match"),
     [
         ({}, "holds no weights; expected a state dict"),
-        ({"head.weight": torch.zeros(2, 2), "epoch": 3}, r"no tensors: epoch; expected a state"),
+        ({"head.weight": torch.zeros(2, 2), "epoch": 3}, r"no named tensors: epoch; expected a"),
+        (
+            {"model": {0: torch.zeros(2), ("a", 1): torch.zeros(2)}},
+            r"named tensors: 0, \('a', 1\);",
+        ),
+        (
+            {"head.weight": torch.zeros(())},
+            r"head\.weight of shape \[\]: expected \[cl",
+        ),
+        ({"head.weight": torch.zeros(0, 64)}, r"head\.weight of shape \[0, 64\]: expected"),
         ({"fc.weight": torch.zeros(2, 2)}, r"has no head\.weight.*found fc\.weight"),
         ([torch.zeros(2)], "holds a list, expected a state dict"),
     ],
@@ -138,6 +147,43 @@ def test_weights_need_an_architecture_that_timm_has(model, tmp_path):
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     _expect_refusal(tmp_path / "weights.safetensors", "holds weights only.*--arch", arch=None)
     _expect_refusal(tmp_path / "weights.safetensors", "no architecture 'vit_9'", arch="vit_9")
+
+
+def test_a_tag_that_timm_lacks_is_told_with_the_architecture(model, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    told = r"timm cannot build test_vit\.bad with num_classes=3: .* tag .*leave its tag out"
+    _expect_refusal(path, told, arch=f"{ARCH}.bad")
+    with pytest.raises(ModelError, match=r"timm cannot build test_vit\.bad: .*leave its tag out"):
+        load_model(f"timm:{ARCH}.bad", random_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (torch.ones(64, dtype=torch.int8), "int8"),
+        (torch.ones(64, dtype=torch.bool), "bool"),
+        (torch.ones(64, dtype=torch.complex64), "complex64"),
+    ],
+)
+def test_weights_that_torch_would_bring_to_floats_are_refused_by_name(model, tmp_path, odd, told):
+    path = tmp_path / "weights.pth"
+    torch.save({**model.state_dict(), "norm.weight": odd}, path)
+    _expect_refusal(path, rf"no floating-point numbers: norm\.weight torch\.{told}; .* float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_another_precision_are_brought_to_float32(model, tmp_path, dtype):
+    state = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    loaded = load_model(str(tmp_path / "weights.pth"), arch=ARCH).model
+    assert {item.dtype for item in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("arch", ["cait_xxs24_224", "convit_tiny"])
+def test_an_architecture_with_other_positions_keeps_its_own_sizes(arch):
+    model = timm.create_model(arch, num_classes=2)
+    assert _sizes(model, model.state_dict()) == {}
 
 
 def test_an_architecture_belongs_to_a_file_of_weights(tmp_path):

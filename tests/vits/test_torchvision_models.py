@@ -63,6 +63,10 @@ def _with_another_mlp(model: VisionTransformer) -> None:
     model.encoder.layers[1].mlp[1] = nn.ReLU()
 
 
+def _with_bare_heads(model: VisionTransformer) -> None:
+    model.heads = nn.Linear(32, 5).double()
+
+
 def _with_hook(model: VisionTransformer) -> None:
     model.encoder.ln.register_forward_hook(lambda module, inputs, output: output)
 
@@ -74,6 +78,7 @@ def _with_hook(model: VisionTransformer) -> None:
         (_with_bias_key, "attention to a key that is no token"),
         (_with_tanh_gelu, "activation GELU"),
         (_with_another_mlp, "MLP of Linear, ReLU, Dropout, Linear, Dropout"),
+        (_with_bare_heads, r"heads that are a bare Linear: .*OrderedDict\(head=model\.heads\)"),
         (_with_hook, r"a hook on encoder\.ln"),
     ],
 )

@@ -18,7 +18,7 @@ from torch import nn
 from vitcut.errors import ModelError
 from vitcut.progress import say
 from vitcut.shapes import Tensor
-from vitcut.vits.loaded import LoadedModel, Preprocessing, per_channel
+from vitcut.vits.loaded import LoadedModel, Preprocessing, listed, per_channel, told_misfits
 from vitcut.vits.timm_folders import timm_preprocessing
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -27,7 +27,6 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _TORCHVISION = "torchvision:"
 _HEAD, _PATCHES, _POSITIONS = "head.weight", "patch_embed.proj.weight", "pos_embed"
-_SHOWN = 3
 _READ_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
     AssertionError, SafetensorError,
@@ -78,6 +77,7 @@ def load_checkpoint(path: Path, given: Given) -> LoadedModel:
             model = _timm(arch, weights, path)
             taken = timm_preprocessing(model, arch, mean=given.mean, std=given.std)
     _require_same_names(model, weights, path, arch)
+    _require_floats(model, weights, path)
     model.load_state_dict(weights)
     return LoadedModel.of(model, str(path), taken, None)
 
@@ -119,20 +119,24 @@ def _stripped(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     while wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), None):
         content = content[wrapper]
         taken.append(wrapper)
+    odd = [str(key) for key, value in content.items() if not _is_named_tensor(key, value)]
+    if odd or not content:
+        what = f"entries that are no named tensors: {listed(odd)}" if odd else "no weights"
+        raise ModelError(f"{path} holds {what}; expected a state dict")
     while prefix := next((item for item in _PREFIXES if _all_begin(content, item)), None):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
         taken.append(prefix)
-    odd = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if odd or not content:
-        what = f"has entries that are no tensors: {_listed(odd)}" if odd else "holds no weights"
-        raise ModelError(f"{path} {what}; expected a state dict")
     if taken:
         say(f"model: the weights of {path.name} are under {' > '.join(taken)}")
     return content
 
 
+def _is_named_tensor(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
+
+
 def _all_begin(content: dict[str, Any], prefix: str) -> bool:
-    return bool(content) and all(key.startswith(prefix) for key in content)
+    return all(key.startswith(prefix) for key in content)
 
 
 def _build(arch: str, **sizes: Any) -> nn.Module:
@@ -143,7 +147,9 @@ def _build(arch: str, **sizes: Any) -> nn.Module:
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         told = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ModelError(f"timm cannot build {arch} with {told}: {reason}") from None
+        told = f"{arch} with {told}" if told else arch
+        tagged = "; leave its tag out" if "." in arch else ""
+        raise ModelError(f"timm cannot build {told}: {reason}{tagged}") from None
 
 
 def _timm(arch: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
@@ -160,7 +166,9 @@ def _timm(arch: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
 def _sizes(model: Any, weights: dict[str, Tensor]) -> dict[str, int]:
     """Where patch and position embedding are of other sizes than the architecture's own."""
     own = model.state_dict()
-    patches, positions = weights.get(_PATCHES), weights.get(_POSITIONS)
+    patches = weights.get(_PATCHES)
+    # Other classes, such as Cait, give positions to other tokens.
+    positions = weights.get(_POSITIONS) if hasattr(model, "no_embed_class") else None
     if patches is None or patches.ndim != 4 or _PATCHES not in own:
         return {}
     found = {"in_chans": patches.shape[1], "patch_size": patches.shape[-1]}
@@ -189,9 +197,15 @@ def _num_classes(weights: dict[str, Tensor], head: str, path: Path) -> int:
     if head not in weights:
         raise ModelError(
             f"{path} has no {head}, which says how many classes there are: expected the weights "
-            f"of a classifier of that architecture, found {_listed(sorted(weights))}"
+            f"of a classifier of that architecture, found {listed(sorted(weights))}"
         )
-    return len(weights[head])
+    weight = weights[head]
+    if weight.ndim != 2 or not len(weight):
+        raise ModelError(
+            f"{path} has {head} of shape {list(weight.shape)}: expected [classes, features], the "
+            "weights of a linear classifier"
+        )
+    return len(weight)
 
 
 def _normalised(taken: Preprocessing, given: Given) -> Preprocessing:
@@ -206,7 +220,7 @@ def _require_same_names(
     model: nn.Module, weights: dict[str, Tensor], path: Path, arch: str
 ) -> None:
     expected = model.state_dict()
-    problems = {
+    misfits = {
         "missing": sorted(expected.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - expected.keys()),
         "of another shape": [
@@ -215,13 +229,22 @@ def _require_same_names(
             if expected[key].shape != weights[key].shape
         ],
     }
-    told = [f"{len(keys)} {what} ({_listed(keys)})" for what, keys in problems.items() if keys]
+    told = told_misfits(misfits)
     if told:
         raise ModelError(
-            f"{path} does not fit {arch}: {'; '.join(told)}: give the architecture that it was "
-            "trained as"
+            f"{path} does not fit {arch}: {told}: give the architecture that it was trained as"
         )
 
 
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+def _require_floats(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Refuse what torch would bring to floats in silence."""
+    odd = [
+        f"{key} {weights[key].dtype}"
+        for key, own in model.state_dict().items()
+        if own.is_floating_point() and not weights[key].is_floating_point()
+    ]
+    if odd:
+        raise ModelError(
+            f"{path} has weights that are no floating-point numbers: {listed(odd)}; expected "
+            "those that the model was trained with: save them in float32, not quantised"
+        )

@@ -38,22 +38,28 @@ def build_torchvision(name: str, weights: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         ModelError: There is no such ViT.
     """
-    if name not in models.list_models():
+    model = None
+    if name in models.list_models():
+        try:
+            model = models.get_model(name, weights=None, **_sizes(weights))
+        except _ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"torchvision cannot build {name} of such sizes: {reason}") from None
+    if not isinstance(model, VisionTransformer):
         raise ModelError(
-            f"torchvision has no architecture {name!r}: expected vit_b_16, vit_b_32, vit_l_16, "
-            "vit_l_32 or vit_h_14"
+            f"torchvision has no ViT {name!r}: expected vit_b_16, vit_b_32, vit_l_16, vit_l_32 or "
+            "vit_h_14"
         )
-    sizes = {"num_classes": len(weights[HEAD])}
-    patches, positions = weights.get(_PATCHES), weights.get(_POSITIONS)
-    if patches is not None and positions is not None and positions.ndim == 3:
-        side = math.isqrt(positions.shape[1] - 1)
-        sizes["image_size"] = side * patches.shape[-1]
-    try:
-        model = models.get_model(name, weights=None, **sizes)
-    except _ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"torchvision cannot build {name} of such sizes: {reason}") from None
     return model
+
+
+def _sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    found = {"num_classes": len(weights[HEAD])}
+    patches, positions = weights.get(_PATCHES), weights.get(_POSITIONS)
+    if patches is None or positions is None or (patches.ndim, positions.ndim) != (4, 3):
+        return found
+    side = math.isqrt(max(positions.shape[1] - 1, 0))
+    return {**found, "image_size": side * patches.shape[-1]}
 
 
 def torchvision_preprocessing(name: str, model: nn.Module) -> Preprocessing:

@@ -54,6 +54,11 @@ class _TorchvisionReading(Reading):
         self.require(encoder.layers, nn.Sequential, "list of blocks")
         self.inert(encoder.dropout, "encoder.dropout")
         position = self.tensor(encoder.pos_embedding)[0]
+        if type(self.model.heads) is nn.Linear:
+            self.refuse(
+                "heads that are a bare Linear: put it where torchvision has it, with "
+                "model.heads = nn.Sequential(OrderedDict(head=model.heads))"
+            )
         self.require(vit.heads, nn.Sequential, "classifier")
         if len(vit.heads) != 1:
             self.refuse("representation_size, a hidden layer in the classifier")
