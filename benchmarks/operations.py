@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 import torch
 from torch import nn
+from torch.export import Dim
 
 from vitcut.compact.deployment import centred
 from vitcut.compact.model import CompactViT
@@ -30,6 +31,9 @@ from vitcut.vits.loading import load_model
 CHOSEN = {64: "batch-64-predicted-0.1750", 1: "batch-1-predicted-0.3400"}
 PRODUCTS = {"Gemm", "MatMul", "FusedMatMul", "FusedGemm", "Conv"}
 SHARE_SHOWN = 0.01
+OPSET = 23
+"""What vitcut writes."""
+OLDER_OPSETS = (20, 18)
 
 
 class PatchEmbedding(nn.Module):
@@ -91,7 +95,9 @@ def page(out: Path, folder: Path) -> str:
 ## Floors
 
 {floors_table(models["cut for batch 64"], folder)}
-## Static and dynamic batch
+## Batch sizes and opsets
+
+RMSNormalization and Attention are of opset 23, GELU is of 20.
 
 {export_table(models, folder)}
 {profiles}"""
@@ -197,34 +203,42 @@ def floors_table(model: nn.Module, folder: Path) -> str:
 
 
 def export_table(models: dict[str, nn.Module], folder: Path) -> str:
-    """A file for one batch size beside the one for any."""
+    """The file that vitcut writes beside one for a single batch size and those of older opsets."""
     lines = [
-        "| model | batch | dynamic, ms | static, ms | nodes dynamic, static |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"| model | batch | dynamic, opset {OPSET} | static, opset {OPSET} | "
+        + " | ".join(f"dynamic, opset {opset}" for opset in OLDER_OPSETS)
+        + " |",
+        "| --- | ---: | ---: | ---: |" + " ---: |" * len(OLDER_OPSETS),
     ]
     for name, model in models.items():
+        paths = {"dynamic": exported(model, folder / "dynamic.onnx")}
+        for opset in OLDER_OPSETS:
+            older = folder / f"opset {opset}.onnx"
+            paths[str(opset)] = plain_export(model, older, opset=opset)
         for batch in (1, 64):
-            dynamic = exported(model, folder / "dynamic.onnx")
-            static = static_export(model, batch, folder / "static.onnx")
-            found = medians_ms({"dynamic": dynamic, "static": static}, batch)
-            nodes = [len(onnx.load(path).graph.node) for path in (dynamic, static)]
-            lines.append(
-                f"| {name} | {batch} | {found['dynamic']:.3f} | {found['static']:.3f} "
-                f"| {nodes[0]}, {nodes[1]} |"
-            )
+            static = plain_export(model, folder / "static.onnx", opset=OPSET, batch=batch)
+            of_batch = {"dynamic": paths["dynamic"], "static": static, **paths}
+            found = medians_ms(of_batch, batch)
+            shown = [
+                f"{found[key]:.3f} ms, {len(onnx.load(path).graph.node)} nodes"
+                for key, path in of_batch.items()
+            ]
+            lines.append(f"| {name} | {batch} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
-def static_export(model: nn.Module, batch: int, path: Path) -> Path:
-    """The same graph for one batch size."""
-    frozen = deepcopy(model).eval().requires_grad_(requires_grad=False)
-    own = centred(model) if isinstance(model, CompactViT) else frozen
+def plain_export(model: nn.Module, path: Path, *, opset: int, batch: int | None = None) -> Path:
+    """The same graph in another opset, or for one batch size."""
+    own: nn.Module = deepcopy(model).eval().requires_grad_(requires_grad=False)
+    if isinstance(model, CompactViT) and opset >= OPSET:
+        own = centred(model)
     torch.onnx.export(
         own,
-        (torch.randn(batch, 3, 64, 64),),
+        (torch.randn(batch or 2, 3, 64, 64),),
         path,
         dynamo=True,
-        opset_version=23,
+        dynamic_shapes=None if batch else ({0: Dim("batch")},),
+        opset_version=opset,
         external_data=False,
         verbose=False,
     )

@@ -79,7 +79,9 @@ class FinetuneConfig(TrainConfig):
 
     epochs: int = 6
     """Passes over the training images, warm-up included."""
-    learning_rate: float = 4e-3
+    batch_size: int = 128
+    """Images per step; what does not fill the last batch of an epoch is left out of it."""
+    learning_rate: float = 2e-3
     """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero."""
     warmup_epochs: int = 1
     """Epochs of linear warm-up."""
