@@ -122,6 +122,14 @@ def sha256_json(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def hash_of_read(content: Any) -> str | None:
+    """The SHA-256 of what was read; None where it holds what JSON has no word for, such as NaN."""
+    try:
+        return sha256_json(content)
+    except ValueError:
+        return None
+
+
 def _take_name(part: Path, folder: Path, *, replace: bool) -> None:
     try:
         part.replace(folder)

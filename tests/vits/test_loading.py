@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -102,7 +103,9 @@ def test_a_config_that_names_no_architecture_is_refused(folder, text):
 
 
 def test_an_architecture_that_timm_lacks_is_refused(folder):
-    _edit(folder, lambda config: config.update(architecture="vit_of_tomorrow"))
+    _edit(
+        folder, lambda config: (config.pop("vitcut"), config.update(architecture="vit_of_tomorrow"))
+    )
     expect_load_refusal(folder, "vit_of_tomorrow")
 
 
@@ -115,6 +118,12 @@ def test_a_newer_version_is_refused(folder):
 def test_an_altered_entry_of_its_own_is_refused(folder, own):
     _edit(folder, lambda config: config.update(vitcut=own))
     expect_load_refusal(folder, "is damaged: its entry 'vitcut' has no format_version")
+
+
+@pytest.mark.parametrize("mean", [[0.4, 0.5, 0.5], [math.nan, 0.5, 0.5]])
+def test_a_config_that_was_edited_beside_sound_weights_is_refused(folder, mean):
+    _edit(folder, lambda config: config["pretrained_cfg"].update(mean=mean))
+    expect_load_refusal(folder, "config.json is not the file that was saved")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,10 @@ def test_a_saved_model_comes_back_equal(path, folder):
 
 def test_a_folder_that_was_altered_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"class_names": ["cat"]}))
+    expect_load_refusal(folder, "config.json is not the file that was saved")
+    # Folders of before have no hash of their config.
+    del config["vitcut"]["config_sha256"]
     for entry in ("preprocessing", "class_ids"):
         (folder / "config.json").write_text(json.dumps(config | {entry: None}))
         expect_load_refusal(folder, "cannot load the model")

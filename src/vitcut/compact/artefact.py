@@ -17,6 +17,7 @@ from vitcut.errors import ArtefactError, ConfigError
 from vitcut.files import (
     atomic_folder,
     atomic_path,
+    hash_of_read,
     read_json,
     sha256_file,
     sha256_json,
@@ -130,7 +131,8 @@ def load_folder(folder: Path) -> StoredModel:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"{path} is not readable: {error}") from None
-    if _hash_of(config) != metadata.get(_HASH):
+    described = {key: config[key] for key in config.keys() - _UNHASHED}
+    if hash_of_read(described) != metadata.get(_HASH):
         raise ArtefactError(
             f"{folder / CONFIG} was altered: it is not the one that {TENSORS} was saved with"
         )
@@ -219,15 +221,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], *, config_sha256: 
         raise ArtefactError(
             f"cannot write {path.name} into {path.parent.parent}: {error}; is the disk full?"
         ) from None
-
-
-def _hash_of(config: dict[str, Any]) -> str | None:
-    """The hash of plan and info; None where they hold what JSON has no word for, such as NaN."""
-    described = {key: config[key] for key in config.keys() - _UNHASHED}
-    try:
-        return sha256_json(described)
-    except ValueError:
-        return None
 
 
 def _read_info(config: dict[str, Any]) -> ModelInfo:

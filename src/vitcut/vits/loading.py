@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.files import sha256_file
+from vitcut.files import hash_of_read, sha256_file
 from vitcut.vits.checkpoints import SUFFIXES, Given, build_random, load_checkpoint
 from vitcut.vits.hf_folders import WEIGHTS, load_hf_folder
 from vitcut.vits.loaded import LoadedModel, weight_hash
@@ -118,7 +118,7 @@ def _from_folder(folder: Path, spec: str) -> LoadedModel:
     if not (hugging_face or (folder / TENSORS).is_file()):
         raise ModelError(f"{folder} holds no {TENSORS}: expected it beside its {CONFIG}")
     if "vitcut" in config:
-        _check_own(folder, config["vitcut"])
+        _check_own(folder, config)
     if hugging_face:
         return load_hf_folder(folder, spec)
     if "torchvision" in config:
@@ -147,8 +147,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_own(folder: Path, own: Any) -> None:
+def _check_own(folder: Path, config: dict[str, Any]) -> None:
     """What only folders that vitcut wrote say of themselves."""
+    library = {key: value for key, value in config.items() if key != "vitcut"}
+    own = config["vitcut"]
     version = own.get("format_version") if isinstance(own, dict) else None
     if type(version) is not int:
         raise ModelError(
@@ -160,9 +162,14 @@ def _check_own(folder: Path, own: Any) -> None:
             f"{folder} has format_version {version}, this vitcut reads up to {FORMAT_VERSION}: "
             "upgrade vitcut"
         )
-    expected = own.get("weights_sha256")
-    if expected is not None and expected != sha256_file(folder / TENSORS):
-        raise ModelError(
-            f"{folder / TENSORS} is not the file that was saved (its SHA-256 differs): restore "
-            "it or train again"
-        )
+    found = {
+        TENSORS: (own.get("weights_sha256"), sha256_file(folder / TENSORS)),
+        # Folders of before have none.
+        CONFIG: (own.get("config_sha256"), hash_of_read(library)),
+    }
+    for name, (expected, now) in found.items():
+        if expected is not None and expected != now:
+            raise ModelError(
+                f"{folder / name} is not the file that was saved (its SHA-256 differs): restore "
+                "it or train again"
+            )

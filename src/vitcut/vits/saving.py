@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitcut.errors import ModelError
-from vitcut.files import atomic_folder, sha256_file, write_json, write_text
+from vitcut.files import atomic_folder, sha256_file, sha256_json, write_json, write_text
 from vitcut.framing import WHOLE, Framing
 from vitcut.vits.adapters import as_classifier, library_of
 from vitcut.vits.loaded import Preprocessing
@@ -64,6 +64,7 @@ def save_dense(model: nn.Module, folder: Path, *, card: DenseCard) -> None:
             "task": card.task_name,
             "groups": list(card.group_names),
             "weights_sha256": sha256_file(fresh / TENSORS),
+            "config_sha256": sha256_json(config),
         }
         write_json(fresh / CONFIG, config)
         write_text(fresh / "README.md", card.text)
