@@ -1,6 +1,5 @@
 """Flags that several verbs share, and how typed flags become settings. The verbs are in `verbs`."""
 
-import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +10,7 @@ from vitcut.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitcut.data.settings import DataConfig
+    from vitcut.vits.given import Given
 
 T = TypeVar("T")
 
@@ -79,6 +79,13 @@ def add_subject(parser: ArgumentParser) -> None:
         default=False,
         help="Build --model timm:NAME with random weights, without network.",
     )
+    parser.add_argument(
+        "--image_size",
+        type=int | None,
+        default=None,
+        help="Build --model timm:NAME for images of so many pixels per side, instead of its own; "
+        "position embeddings are brought to that size.",
+    )
 
 
 def data_of(namespace: Namespace, **given: Any) -> "DataConfig":
@@ -89,25 +96,21 @@ def data_of(namespace: Namespace, **given: Any) -> "DataConfig":
     return at_home(DataConfig(source=source, skip_bad_images=namespace.skip_bad_images, **given))
 
 
-def numbers_of(namespace: Namespace, name: str) -> tuple[float, ...] | None:
-    """The numbers of a flag that takes one, or several with commas between them.
+def given_of(namespace: Namespace) -> "Given":
+    """What the flags say of the model besides where it is.
 
     Raises:
-        ConfigError: They are none, or not finite; ``std`` is not above 0.
+        ConfigError: A number is none, or out of range.
     """
-    typed = namespace[name]
-    if typed is None:
-        return None
-    try:
-        values = tuple(float(item) for item in str(typed).split(","))
-    except ValueError:
-        raise ConfigError(
-            f"{name} must be a number, or several with commas between them, got {typed!r}"
-        ) from None
-    if not all(math.isfinite(value) and (name != "std" or value > 0) for value in values):
-        least = "finite numbers > 0" if name == "std" else "finite numbers"
-        raise ConfigError(f"{name} must be {least}, got {typed!r}")
-    return values
+    from vitcut.vits.given import Given
+
+    return Given(
+        arch=namespace.arch,
+        mean=_numbers_of(namespace, "mean"),
+        std=_numbers_of(namespace, "std"),
+        random_weights=namespace.random_weights,
+        image_size=namespace.image_size,
+    )
 
 
 def at_home(data: "DataConfig") -> "DataConfig":
@@ -115,3 +118,16 @@ def at_home(data: "DataConfig") -> "DataConfig":
     if data.source is not None and Path(data.source).exists():
         return replace(data, source=str(Path(data.source).resolve()))
     return data
+
+
+def _numbers_of(namespace: Namespace, name: str) -> tuple[float, ...] | None:
+    """The numbers of a flag that takes one, or several with commas between them."""
+    typed = namespace[name]
+    if typed is None:
+        return None
+    try:
+        return tuple(float(item) for item in str(typed).split(","))
+    except ValueError:
+        raise ConfigError(
+            f"{name} must be a number, or several with commas between them, got {typed!r}"
+        ) from None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from vitcut.errors import ConfigError
-from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, numbers_of, take
+from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, given_of, take
 from vitcut.typed import arrange_bench, arrange_cut, arrange_demo, arrange_run
 
 if TYPE_CHECKING:
@@ -48,16 +48,8 @@ def _say_next(out: Path, then: str) -> None:
 def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = None) -> "Origin":
     from vitcut.pipeline.commands import resolve_origin
 
-    origin = resolve_origin(
-        namespace.model,
-        namespace.task,
-        data,
-        base=base,
-        arch=namespace.arch,
-        random_weights=namespace.random_weights,
-    )
-    said = {name: numbers_of(namespace, name) for name in ("mean", "std")}
-    return replace(origin, **{name: value for name, value in said.items() if value is not None})
+    given = given_of(namespace)
+    return resolve_origin(namespace.model, namespace.task, data, base=base, given=given)
 
 
 def _add_run(parser: ArgumentParser) -> None:

@@ -8,12 +8,15 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from pretrained import fake_pretrained
 from safetensors.torch import save_file
 from tiny import random_pixels
 from torchvision.models import ViT_B_16_Weights, _api
 from torchvision.models.vision_transformer import VisionTransformer
 
 import vitcut
+from vitcut import cli
+from vitcut.benchmark import settings as benchmark_settings
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
@@ -21,6 +24,7 @@ from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.framing import Framing
+from vitcut.intervention.tracing import read_model
 from vitcut.pipeline import repair as repairing
 from vitcut.pipeline.commands import bench_command, cut_command, resolve_origin
 from vitcut.pipeline.repair import finetune_command
@@ -31,6 +35,7 @@ from vitcut.runtimes.onnx_runtime import export_onnx
 from vitcut.task import load_task
 from vitcut.training.settings import FinetuneConfig
 from vitcut.vits.adapters import as_classifier
+from vitcut.vits.given import Given
 from vitcut.vits.loading import load_model
 
 BENCH = BenchConfig(
@@ -79,7 +84,8 @@ def _grey(folder):
     model = timm.create_model("test_vit", num_classes=12, img_size=32, in_chans=1)
     torch.nn.init.normal_(model.head.weight)
     torch.save(model.state_dict(), folder / "weights.pth")
-    return {"model": str(folder / "weights.pth"), "arch": "test_vit"}
+    path = str(folder / "weights.pth")
+    return {"model": path, "arch": "test_vit", "mean": (0.4,), "std": (0.2,)}
 
 
 KINDS = {
@@ -93,6 +99,34 @@ KINDS = {
 }
 
 
+@pytest.fixture
+def sized(tmp_path, monkeypatch):
+    """A circuit for ``timm:test_vit``, whose weights are for images of 160 pixels."""
+    own = fake_pretrained(monkeypatch, "test_vit", tmp_path / "weights.pth", num_classes=12)
+    circuit = Circuit.full(read_model(own).graph, ablation="mean")
+    circuit = replace(circuit, kept=circuit.kept & ~_first_head(circuit.graph))
+    circuit.save(tmp_path / "circuit.json")
+    return tmp_path / "circuit.json"
+
+
+def test_a_cut_for_images_of_another_size_is_measured_and_repaired_in_that_size(
+    sized, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(benchmark_settings, "BenchConfig", lambda threads: BENCH)
+    cut, fine = tmp_path / "cut", tmp_path / "fine"
+    words = ["cut", str(sized), "--model", "timm:test_vit", "--image-size", "32"]
+    words += ["--source", "drawn", "--task", "drawn", "--images", "24", "--verify-images", "12"]
+    assert cli.main([*words, "--out", str(cut)]) == 0
+    assert CompactViT.from_pretrained(cut / "model").plan.shape.image_size == 32
+    bench_command(cut, BENCH, tmp_path / "bench")
+    words = ["finetune", str(cut), "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "64"]
+    words += ["--precision", "float32", "--augmentation", "light", "--device", "cpu"]
+    assert cli.main([*words, "--out", str(fine)]) == 0
+    assert load_model(str(fine / "dense-repaired")).image_size == 32
+    for folder in (cut, fine, tmp_path / "bench"):
+        assert json.loads((folder / "origin.json").read_text())["image_size"] == 32
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def cut(request, tmp_path_factory):
     """The run directory of a cut of a model that another library wrote."""
@@ -102,9 +136,7 @@ def cut(request, tmp_path_factory):
         patched.setitem(_api.BUILTIN_MODELS, "vit_tiny_8", vit_tiny_8)
         given = KINDS[request.param][0](folder)
         data = DataConfig(source="drawn")
-        origin = resolve_origin(given["model"], "drawn", data, arch=given.get("arch"))
-        if request.param == "grey":
-            origin = replace(origin, mean=(0.4,), std=(0.2,))
+        origin = resolve_origin(given["model"], "drawn", data, given=Given.from_dict(given))
         graph = origin.load_subject().weights.graph
         circuit = Circuit.full(graph, ablation="mean")
         circuit = replace(circuit, kept=circuit.kept & ~_first_head(graph))

@@ -15,6 +15,7 @@ from vitcut.compiler.verify import verify
 from vitcut.errors import ModelError, UnsupportedModelError, VitcutError
 from vitcut.intervention.masking import full_run
 from vitcut.intervention.tracing import read_model
+from vitcut.vits.given import Given
 from vitcut.vits.loading import load_model
 from vitcut.vits.weights import ViTWeights, map_tensors
 
@@ -84,7 +85,7 @@ def expect_load_refusal(
     spec: object, match: str, kind: type[VitcutError] = ModelError, **given
 ) -> None:
     with pytest.raises(kind, match=match) as caught:
-        load_model(str(spec), **given)
+        load_model(str(spec), Given(**given))
     assert "\n" not in str(caught.value)
 
 

@@ -12,6 +12,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from vitcut.errors import ModelError
 from vitcut.framing import Framing
 from vitcut.intervention.tracing import read_model
+from vitcut.vits.given import Given
 from vitcut.vits.loading import load_model, save_dense
 
 SIZES = {"patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48}
@@ -43,7 +44,7 @@ def path(tmp_path, model):
 
 
 def test_bare_weights_say_classes_and_image_size(model, path):
-    loaded = load_model(str(path), arch=ARCH)
+    loaded = load_model(str(path), Given(arch=ARCH))
     pixels = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         assert torch.equal(loaded.model(pixels), model(pixels))
@@ -55,12 +56,12 @@ def test_bare_weights_say_classes_and_image_size(model, path):
 
 def test_images_of_fine_tuned_sizes_are_made_as_for_those_weights(tmp_path):
     torch.save(vit_tiny_8(image_size=384).state_dict(), tmp_path / "weights.pth")
-    loaded = load_model(str(tmp_path / "weights.pth"), arch=ARCH)
+    loaded = load_model(str(tmp_path / "weights.pth"), Given(arch=ARCH))
     assert loaded.framing == Framing(interpolation="bicubic")
 
 
 def test_mean_and_std_that_are_given_count(path):
-    loaded = load_model(str(path), arch=ARCH, mean=(0.5,), std=(0.1, 0.2, 0.3))
+    loaded = load_model(str(path), Given(arch=ARCH, mean=(0.5,), std=(0.1, 0.2, 0.3)))
     assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
     expect_load_refusal(path, "mean must be 3 numbers", arch=ARCH, mean=(0.5, 0.5))
 
@@ -112,12 +113,12 @@ CARD = replace(
 
 @pytest.fixture
 def folder(tmp_path, path):
-    save_dense(load_model(str(path), arch=ARCH).model, tmp_path / "dense", card=CARD)
+    save_dense(load_model(str(path), Given(arch=ARCH)).model, tmp_path / "dense", card=CARD)
     return tmp_path / "dense"
 
 
 def test_a_saved_model_comes_back_equal(path, folder):
-    before, after = load_model(str(path), arch=ARCH), load_model(str(folder))
+    before, after = load_model(str(path), Given(arch=ARCH)), load_model(str(folder))
     assert after.weight_hash == before.weight_hash
     pixels = torch.randn(2, 3, 40, 40)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from vitcut.benchmark.evaluation import Evaluation
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
-from vitcut.config import as_plain, require_positive
+from vitcut.config import as_plain
 from vitcut.data import images as task_images
 from vitcut.data.images import TaskImages, to_float
 from vitcut.data.settings import DataConfig
@@ -44,6 +44,7 @@ from vitcut.task import Task, load_task
 from vitcut.training.settings import FinetuneConfig
 from vitcut.vits import loading
 from vitcut.vits.adapters import as_classifier
+from vitcut.vits.given import Given
 from vitcut.vits.loading import LoadedModel, weight_hash
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ def load_model(
     std: Sequence[float] | None = None,
     arch: str | None = None,
     random_weights: bool = False,
+    image_size: int | None = None,
 ) -> LoadedModel:
     """Load a dense model, or wrap one that was loaded already.
 
@@ -71,22 +73,25 @@ def load_model(
         std: Per channel: what they are divided by afterwards. Likewise.
         arch: The architecture of a file of bare weights: timm's name, or "torchvision:NAME".
         random_weights: Build "timm:NAME" without its weights, and without network.
+        image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
+            position embeddings are brought to that size. None is the size of its weights.
 
     Raises:
         ModelError: There is no such model, it is damaged, or its weights are not finite.
         UnsupportedModelError: The module has a feature that is not understood.
-        ConfigError: ``mean`` and ``std`` are missing, or not wanted; transformers is not
-            installed.
+        ConfigError: ``mean`` and ``std`` are missing; something is given that is for another kind
+            of model, or out of range; transformers is not installed.
     """
-    if isinstance(model, nn.Module):
-        return _wrap(model, mean, std)
-    return loading.load_model(
-        str(model),
+    given = Given(
         arch=arch,
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
         random_weights=random_weights,
+        image_size=image_size,
     )
+    if isinstance(model, nn.Module):
+        return _wrap(model, given)
+    return loading.load_model(str(model), given)
 
 
 def load_images(  # noqa: PLR0913 - what a caller may choose
@@ -284,16 +289,14 @@ def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
     )
 
 
-def _wrap(
-    module: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> LoadedModel:
+def _wrap(module: nn.Module, given: Given) -> LoadedModel:
+    given.require_for_module()
+    mean, std = given.mean, given.std
     if mean is None or std is None:
         raise ConfigError(
             "a module needs mean and std, per channel on the scale 0 to 1: give those that it was "
             "trained with"
         )
-    for value in std:
-        require_positive("std", value)
     own = as_classifier(deepcopy(module).float().cpu().eval())
     weights = read_model(own)
     if not len(mean) == len(std) == weights.channels:
@@ -306,8 +309,8 @@ def _wrap(
         name=type(module).__name__,
         class_ids=None,
         class_names=None,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         image_size=weights.image_size,
         weight_hash=weight_hash(own),
     )

@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -33,12 +32,11 @@ from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.task import load_task, shipped_tasks
 from vitcut.training.settings import TrainConfig
+from vitcut.vits.given import NOTHING, Given
 from vitcut.vits.loading import load_model
 from vitcut.vits.settings import VitConfig
 
 SHIPPED_MODEL = "animals"
-_NOTHING_SAID: dict[str, Any] = {"arch": None, "mean": None, "std": None, "random_weights": False}
-"""Of a model, besides where it is."""
 
 
 def resolve_origin(
@@ -47,8 +45,7 @@ def resolve_origin(
     data: DataConfig,
     *,
     base: Origin | None = None,
-    arch: str | None = None,
-    random_weights: bool = False,
+    given: Given = NOTHING,
 ) -> Origin:
     """What to work on: what was typed, and for the rest what a run directory brings along.
 
@@ -58,8 +55,7 @@ def resolve_origin(
         task: None is the task of the base, or the shipped one of the shipped model's name.
         data: The source and its flags; no source is the one of the base.
         base: The origin of the run directory at hand.
-        arch: The architecture of a model that is a file of bare weights.
-        random_weights: Build ``timm:NAME`` without its weights.
+        given: What was typed of the model besides; for the rest what the base says of its own.
 
     Raises:
         TaskError: There is no such task.
@@ -68,17 +64,13 @@ def resolve_origin(
     if model is not None and model != SHIPPED_MODEL and (Path(model) / ORIGIN_FILE).exists():
         base = Origin.load(Path(model))
     elif model is not None and base is not None:
-        base = replace(base, model=_whereabouts(model), **_NOTHING_SAID)
+        base = replace(base, model=_whereabouts(model), given=NOTHING)
     if base is None:
-        fresh = _fresh_origin(model or SHIPPED_MODEL, task, data)
-        return replace(fresh, arch=arch, random_weights=random_weights)
+        return replace(_fresh_origin(model or SHIPPED_MODEL, task, data), given=given)
     kept = replace(base.data, skip_bad_images=base.data.skip_bad_images or data.skip_bad_images)
     return Origin(
         model=base.model,
-        arch=arch or base.arch,
-        mean=base.mean,
-        std=base.std,
-        random_weights=random_weights or base.random_weights,
+        given=given.over(base.given),
         task=base.task if task is None else load_task(task),
         data=kept if data.source is None else replace(kept, source=data.source),
     )

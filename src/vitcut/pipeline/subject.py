@@ -19,6 +19,7 @@ from vitcut.pipeline.classes import fit, load_images_for
 from vitcut.pipeline.folder import RunFolder
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.task import Task, parse_task
+from vitcut.vits.given import NOTHING, Given
 from vitcut.vits.loading import LoadedModel, load_model
 from vitcut.vits.weights import ViTWeights
 
@@ -34,14 +35,8 @@ class Origin:
 
     model: str
     """As `load_model` takes it, or `OWN_MODEL`; paths are absolute."""
-    arch: str | None = None
-    """The architecture of a model that is a file of bare weights."""
-    mean: tuple[float, ...] | None = None
-    """What the images of bare weights were shifted by; None is left to their architecture."""
-    std: tuple[float, ...] | None = None
-    """What they were divided by; likewise."""
-    random_weights: bool = False
-    """Whether ``timm:NAME`` is built without its weights."""
+    given: Given = NOTHING
+    """What was said of it besides."""
     task: Task
     written: Task | None = None
     """As the label file has it, where ``task`` calls its classes by what it means in the data."""
@@ -109,10 +104,7 @@ class Origin:
             model = str(folder.resolve()) if own else content["model"]
             return cls(
                 model=model,
-                arch=content.get("arch"),
-                mean=_numbers(content.get("mean")),
-                std=_numbers(content.get("std")),
-                random_weights=content.get("random_weights", False),
+                given=Given.from_dict(content),
                 task=task,
                 written=written,
                 data=DataConfig(**content["data"]),
@@ -124,14 +116,8 @@ class Origin:
 
     def settings(self) -> dict[str, Any]:
         """What a run directory's settings say of it."""
-        # Named only where they were given: run directories of before knew none of them.
-        given = {
-            "arch": self.arch,
-            "mean": None if self.mean is None else list(self.mean),
-            "std": None if self.std is None else list(self.std),
-            "random_weights": self.random_weights,
-        }
-        special: dict[str, Any] = {key: value for key, value in given.items() if value}
+        # Named only where it was given: run directories of before knew none of it.
+        special = self.given.to_dict()
         if self.written is not None:
             special["written"] = self.written.to_dict()
         data = as_plain(self.data)
@@ -142,16 +128,10 @@ class Origin:
 
         Raises:
             ModelError: It cannot be loaded.
-            ConfigError: ``arch``, ``mean``, ``std`` or ``random_weights`` belong to another kind
-                of model, or transformers is not installed.
+            ConfigError: What was given is for another kind of model, or transformers is not
+                installed.
         """
-        return load_model(
-            self.model,
-            arch=self.arch,
-            mean=self.mean,
-            std=self.std,
-            random_weights=self.random_weights,
-        )
+        return load_model(self.model, self.given)
 
     def load_subject(self, model: LoadedModel | None = None) -> "Subject":
         """Load the model, then the images as it takes them.
@@ -206,10 +186,6 @@ class Subject:
     def calibration(self, count: int, *, seed: int) -> ImageSet:
         """Training images, as many of each class; all of them where there are fewer."""
         return self.images.calibration(min(count, len(self.images.train)), seed=seed)
-
-
-def _numbers(values: list[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(values)
 
 
 def _changed(folder: RunFolder, what: str) -> ArtefactError:

@@ -5,11 +5,10 @@ Models that bring their architecture along are left to `loading`.
 
 import math
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,10 +17,10 @@ from torch import nn
 from vitcut.errors import ModelError
 from vitcut.progress import say
 from vitcut.shapes import Tensor
+from vitcut.vits.given import Given
 from vitcut.vits.loaded import LoadedModel, Preprocessing, listed, per_channel, told_misfits
-from vitcut.vits.timm_folders import timm_preprocessing
+from vitcut.vits.timm_folders import create_timm, timm_preprocessing
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Entries that hold the weights, in the order in which they are looked for."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -32,18 +31,6 @@ _READ_ERRORS = (
     AssertionError, SafetensorError,
 )  # fmt: skip
 """What the readers raise for a damaged file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Given:
-    """What a user says of weights that do not say it themselves."""
-
-    arch: str | None = None
-    """What `timm.create_model` calls the architecture, or ``torchvision:NAME``."""
-    mean: tuple[float, ...] | None = None
-    """Per channel, on the scale 0 to 1; None takes those that the library knows."""
-    std: tuple[float, ...] | None = None
-    """Likewise."""
 
 
 def load_checkpoint(path: Path, given: Given) -> LoadedModel:
@@ -80,19 +67,6 @@ def load_checkpoint(path: Path, given: Given) -> LoadedModel:
     _require_floats(model, weights, path)
     model.load_state_dict(weights)
     return LoadedModel.of(model, str(path), taken, None)
-
-
-def build_random(arch: str) -> LoadedModel:
-    """The timm model of a name with random weights, the same on every call.
-
-    Raises:
-        ModelError: There is no such architecture.
-    """
-    say(f"model: {arch} has random weights, as was asked for")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = _build(arch)
-    return LoadedModel.of(model, f"timm:{arch}", timm_preprocessing(model, arch), None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -139,27 +113,14 @@ def _all_begin(content: dict[str, Any], prefix: str) -> bool:
     return all(key.startswith(prefix) for key in content)
 
 
-def _build(arch: str, **sizes: Any) -> nn.Module:
-    if not timm.is_model(arch):
-        raise ModelError(f"timm has no architecture {arch!r}: timm.list_models('*vit*') lists them")
-    try:
-        return timm.create_model(arch, **sizes)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-        told = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        told = f"{arch} with {told}" if told else arch
-        tagged = "; leave its tag out" if "." in arch else ""
-        raise ModelError(f"timm cannot build {told}: {reason}{tagged}") from None
-
-
 def _timm(arch: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
     """A model of timm, in the sizes of the weights."""
     classes = {"num_classes": _num_classes(weights, _HEAD, path)}
-    model = _build(arch, **classes)
+    model = create_timm(arch, **classes)
     sizes = _sizes(model, weights)
     if sizes:
         say(f"model: {arch} with {', '.join(f'{k} {v}' for k, v in sizes.items())}, by its weights")
-        model = _build(arch, **classes, **sizes)
+        model = create_timm(arch, **classes, **sizes)
     return model
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from vitcut.errors import ConfigError, ModelError
+from vitcut.errors import ModelError
 from vitcut.files import hash_of_read, sha256_file
-from vitcut.vits.checkpoints import SUFFIXES, Given, build_random, load_checkpoint
+from vitcut.vits.checkpoints import load_checkpoint
+from vitcut.vits.given import NOTHING, TIMM, Given, is_weights_file
 from vitcut.vits.hf_folders import WEIGHTS, load_hf_folder
 from vitcut.vits.loaded import LoadedModel, weight_hash
 from vitcut.vits.saving import CONFIG, FORMAT_VERSION, TENSORS, DenseCard, save_dense
-from vitcut.vits.timm_folders import load_timm
+from vitcut.vits.timm_folders import load_random, load_timm
 
 __all__ = ["DenseCard", "LoadedModel", "load_model", "save_dense", "weight_hash"]
 
@@ -28,14 +29,7 @@ _PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
 _HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
-def load_model(
-    spec: str,
-    *,
-    arch: str | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    random_weights: bool = False,
-) -> LoadedModel:
+def load_model(spec: str, given: Given = NOTHING) -> LoadedModel:
     """Load a dense model.
 
     Args:
@@ -43,34 +37,22 @@ def load_model(
             of that name is ``./animals``), a folder of timm or transformers, a run directory (its
             ``dense/`` is taken), ``timm:NAME``, ``hf-hub:REPOSITORY``, ``local-dir:FOLDER``, or a
             file of bare weights.
-        arch: The architecture of a file of bare weights: timm's name, or ``torchvision:NAME``.
-        mean: What the images of bare weights were shifted by, per channel, on the scale 0 to 1;
-            None takes what the library knows of the architecture.
-        std: What they were divided by afterwards; likewise.
-        random_weights: Build ``timm:NAME`` without its weights, and without network.
+        given: What a user says of it besides.
 
     Raises:
         ModelError: There is no such model, it is damaged or of a newer version, or its weights
             are not finite, or not all those of the model and no others.
-        ConfigError: ``arch``, ``mean``, ``std`` or ``random_weights`` belong to another kind of
-            model, or transformers is not installed.
+        ConfigError: What was given is for another kind of model, ``timm:NAME`` cannot be built for
+            images of that size, or transformers is not installed.
     """
-    path = Path(spec)
-    is_file = path.suffix in SUFFIXES and path.is_file()
-    for name, value in (("arch", arch), ("mean", mean), ("std", std)):
-        if value is not None and not is_file:
-            raise ConfigError(
-                f"{name} is for a file of bare weights ({', '.join(SUFFIXES)}), got it with "
-                f"{spec!r}: leave it out, or correct the path"
-            )
-    if random_weights and not spec.startswith("timm:"):
-        raise ConfigError(f"random-weights is for timm:NAME, got it with {spec!r}: leave it out")
-    if is_file:
-        return load_checkpoint(path, Given(arch=arch, mean=mean, std=std))
-    if random_weights:
-        return build_random(spec.removeprefix("timm:"))
-    if spec.startswith("timm:"):
-        return load_timm(spec.removeprefix("timm:"), spec)
+    given.require_for(spec)
+    if is_weights_file(spec):
+        return load_checkpoint(Path(spec), given)
+    if spec.startswith(TIMM):
+        name = spec.removeprefix(TIMM)
+        if given.random_weights:
+            return load_random(name, given.image_size)
+        return load_timm(name, spec, given.image_size)
     if spec.startswith(_HUB):
         return _from_hub(spec)
     return _from_folder(_folder(spec), spec)

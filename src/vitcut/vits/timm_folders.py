@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
 from vitcut.framing import Framing
 from vitcut.labels import Labels
+from vitcut.progress import say
 from vitcut.vits.loaded import LoadedModel, Preprocessing, per_channel
 
 _CONFIG = "config.json"
@@ -28,23 +31,68 @@ _LOAD_ERRORS = (
 """What timm and its readers raise for weights or settings that do not fit."""
 
 
-def load_timm(name: str, spec: str) -> LoadedModel:
+def load_timm(name: str, spec: str, image_size: int | None = None) -> LoadedModel:
     """Load pretrained weights.
 
     Args:
         name: As ``timm.create_model`` takes it, also ``local-dir:FOLDER`` or ``hf-hub:REPOSITORY``.
         spec: What was asked for.
+        image_size: Height and width, in pixels, that position embeddings are brought to; None is
+            the size of the weights.
 
     Raises:
         ModelError: There is no such model, or it is damaged.
+        ConfigError: It cannot be built for images of that size.
     """
+    sizes: dict[str, Any] = {}
+    if image_size is not None:
+        # Built without its weights first: what is wrong with a size is told before a download.
+        _build_random(name, image_size)
+        sizes["img_size"] = image_size
     try:
-        model: Any = timm.create_model(name, pretrained=True)
+        model: Any = timm.create_model(name, pretrained=True, **sizes)
     except _LOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
     _refuse_fresh_classifier(model, spec)
     return LoadedModel.of(model, spec, timm_preprocessing(model, spec), _labels(model, spec))
+
+
+def load_random(arch: str, image_size: int | None = None) -> LoadedModel:
+    """The model of a name with random weights, the same on every call.
+
+    Args:
+        arch: What `timm.create_model` calls it.
+        image_size: Height and width, in pixels; None is the architecture's own.
+
+    Raises:
+        ModelError: There is no such architecture.
+        ConfigError: It cannot be built for images of that size.
+    """
+    model = _build_random(arch, image_size)
+    say(f"model: {arch} has random weights, as was asked for")
+    return LoadedModel.of(model, f"timm:{arch}", timm_preprocessing(model, arch), None)
+
+
+def create_timm(arch: str, **sizes: Any) -> nn.Module:
+    """The model of a name, freshly initialised, in sizes as ``timm.create_model`` takes them.
+
+    Raises:
+        ModelError: There is no such architecture, or not in these sizes.
+        ConfigError: It takes no ``img_size``.
+    """
+    if not timm.is_model(arch):
+        raise ModelError(f"timm has no architecture {arch!r}: timm.list_models('*vit*') lists them")
+    try:
+        return timm.create_model(arch, **sizes)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, TypeError) and "'img_size'" in reason:
+            raise _takes_no_size(arch) from None
+        told = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        told = f"{arch} with {told}" if told else arch
+        tagged = "; leave its tag out" if "." in arch else ""
+        raise ModelError(f"timm cannot build {told}: {reason}{tagged}") from None
 
 
 def timm_preprocessing(
@@ -129,6 +177,29 @@ def save_timm_folder(
 
 _CROP_MODES = {"crop": "center", "squash": "squash"}
 """timm's word for each fit."""
+
+
+def _build_random(arch: str, image_size: int | None) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if image_size is None:
+            return create_timm(arch)
+        model = create_timm(arch, img_size=image_size)
+    patches: Any = getattr(model, "patch_embed", None)
+    # Some that have other stems take the size without a word, and heed it elsewhere or nowhere.
+    if getattr(patches, "img_size", None) != (image_size, image_size):
+        raise _takes_no_size(arch)
+    patch_size: Any = to_2tuple(patches.patch_size)
+    if any(image_size % side for side in patch_size):
+        raise ConfigError(
+            f"image-size must be a multiple of {max(patch_size)}, the patch size of {arch}, got "
+            f"{image_size}"
+        )
+    return model
+
+
+def _takes_no_size(arch: str) -> ConfigError:
+    return ConfigError(f"timm's {arch} takes no image-size: leave it out")
 
 
 def _framing(data: dict[str, Any], channels: int, spec: str) -> Framing:
