@@ -97,7 +97,8 @@ def page(out: Path, folder: Path) -> str:
 {floors_table(models["cut for batch 64"], folder)}
 ## Batch sizes and opsets
 
-RMSNormalization and Attention are of opset 23, GELU is of 20.
+RMSNormalization, which takes the place of LayerNormalization in cuts, and Attention are of opset 23,
+GELU is of 20.
 
 {export_table(models, folder)}
 {profiles}"""
@@ -228,7 +229,7 @@ def export_table(models: dict[str, nn.Module], folder: Path) -> str:
 
 
 def plain_export(model: nn.Module, path: Path, *, opset: int, batch: int | None = None) -> Path:
-    """The same graph in another opset, or for one batch size."""
+    """For one batch size, or in an opset without RMSNormalization, where nothing is centred."""
     own: nn.Module = deepcopy(model).eval().requires_grad_(requires_grad=False)
     if isinstance(model, CompactViT) and opset >= OPSET:
         own = centred(model)

@@ -10,6 +10,7 @@ from vitcut.config import (
     config_hash,
     require_at_least,
     require_fraction,
+    require_memory,
     require_one_of,
     require_positive,
 )
@@ -81,3 +82,11 @@ def test_a_word_outside_a_closed_set_is_refused_with_the_set():
     require_one_of("precision", "float32", ("float32", "float64"))
     with pytest.raises(ConfigError, match="precision must be one of float32, float64, got 'half'"):
         require_one_of("precision", "half", ("float32", "float64"))
+
+
+@pytest.mark.parametrize(
+    ("needed", "told"), [(123.4, "123.4"), (4.04, "4.1"), (1e4, "10,000.0"), (0.0123, "0.012")]
+)
+def test_memory_that_is_needed_is_told_so_that_it_is_more_than_what_is_allowed(needed, told):
+    with pytest.raises(ConfigError, match=f"a fit needs about {told} GiB, memory-gib allows"):
+        require_memory("a fit", needed_gib=needed, memory_gib=0.99 * needed)

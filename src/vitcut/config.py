@@ -31,9 +31,14 @@ def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
     """
     if needed_gib > memory_gib:
         raise ConfigError(
-            f"{what} needs about {needed_gib:.2g} GiB, memory-gib allows {memory_gib:g}: use fewer "
-            "images, or raise memory-gib"
+            f"{what} needs about {_rounded_up(needed_gib)} GiB, memory-gib allows {memory_gib:g}: "
+            "use fewer images, or raise memory-gib"
         )
+
+
+def _rounded_up(gib: float) -> str:
+    """With one digit after the point; below 1, with two digits that count."""
+    return f"{math.ceil(10 * gib) / 10:,.1f}" if gib >= 1 else f"{gib:.2g}"
 
 
 def require_fraction(name: str, value: float) -> None:

@@ -11,7 +11,7 @@ from tiny import random_vit
 from tiny_oracle import drifting_vit, make_oracle
 
 from vitcut.discovery.acdc import acdc, acdc_reference, guard, stages
-from vitcut.discovery.cache import Cache
+from vitcut.discovery.cache import Cache, require_room
 from vitcut.discovery.propagation import Propagation
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
@@ -280,6 +280,19 @@ def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkey
     naive = acdc_reference(make_oracle(weights), tau=0.01)
     assert outcome(search.decisions) == outcome(naive)
     assert log.read_text().count('"precision": "float64"') == len(list(stages(weights.graph)))
+
+
+@pytest.mark.parametrize(("ablation", "sources"), [("resample", 3), ("zero", 2)])
+def test_the_oracle_counts_in_what_a_search_needs(ablation, sources):
+    """2 blocks of 2 heads: 7 sources, 15 targets; streams of 5 tokens and 6 features."""
+    weights, config = random_vit(), DiscoverConfig(images=4, ablation=ablation)
+    oracle = make_oracle(weights, ablation)
+    many = len(oracle.examples.clean) * 5 * 6
+    cached = 2 * (7 + 15) * many * 4
+    needed = (cached + (15 + sources * 7) * many * 8) / 2**30
+    require_room(weights, oracle.examples, replace(config, memory_gib=1.001 * needed))
+    with pytest.raises(ConfigError, match="memory-gib allows"):
+        require_room(weights, oracle.examples, replace(config, memory_gib=0.999 * needed))
 
 
 def test_too_little_memory_is_refused_with_the_need():

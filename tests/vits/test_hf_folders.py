@@ -299,6 +299,13 @@ def test_every_framing_is_saved(tmp_path, folder, framing):
     assert load_model(str(tmp_path / "dense")).framing == framing
 
 
+def test_what_was_read_from_a_saved_folder_is_saved_again(tmp_path, folder):
+    save_dense(load_model(str(folder)).model, tmp_path / "first", card=CARD)
+    first = load_model(str(tmp_path / "first"))
+    save_dense(first.model, tmp_path / "second", card=CARD)
+    assert load_model(str(tmp_path / "second")).weight_hash == first.weight_hash
+
+
 def test_saved_weights_that_were_changed_are_refused(tmp_path, folder):
     save_dense(load_model(str(folder)).model, tmp_path / "dense", card=CARD)
     _edit_weights(tmp_path / "dense", lambda weights: weights["classifier.bias"].add_(1))

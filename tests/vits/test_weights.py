@@ -31,7 +31,7 @@ def test_nothing_to_change_copies_nothing():
     assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
 
 
-def test_sizes_follow_from_thetensors_of():
+def test_sizes_follow_from_the_tensors():
     weights = random_vit(
         num_layers=3, num_heads=2, width=6, patches_per_side=4, patch_size=2, num_prefix=2
     )

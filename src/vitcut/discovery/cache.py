@@ -6,7 +6,7 @@ import torch
 
 from vitcut.config import require_memory
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.intervention.masking import full_run, run_gib
+from vitcut.intervention.masking import full_run
 from vitcut.intervention.oracle import PAIRS_AT_A_TIME, Examples, Oracle
 from vitcut.shapes import Float, Tensor
 from vitcut.vits.weights import ViTWeights
@@ -74,11 +74,14 @@ def require_room(weights: ViTWeights, examples: Examples, config: DiscoverConfig
         ConfigError: It does not.
     """
     graph, pairs = weights.graph, len(examples.for_ablation(config.ablation).clean)
-    tensors = 2 * len(graph.sources) + 2 * len(graph.targets)
-    values = tensors * pairs * weights.num_tokens * weights.width
-    cached = values * torch.finfo(getattr(torch, config.precision)).bits / 8 / 2**30
-    # The oracle runs a clean and a corrupted image of each pair.
-    asked = 2 * run_gib(weights, min(pairs, PAIRS_AT_A_TIME), torch.float64)
+    sources, targets = len(graph.sources), len(graph.targets)
+    stream = weights.num_tokens * weights.width / 8 / 2**30
+    bits = torch.finfo(getattr(torch, config.precision)).bits
+    cached = 2 * (sources + targets) * pairs * stream * bits
+    # In float64: every target's input, and of every source its value, its change and, where it
+    # differs between images, its ablated value.
+    values = targets + (3 if config.ablation == "resample" else 2) * sources
+    asked = values * min(pairs, PAIRS_AT_A_TIME) * stream * 64
     require_memory(
         f"a search over {pairs} pairs", needed_gib=cached + asked, memory_gib=config.memory_gib
     )

@@ -38,7 +38,7 @@ class DiscoverConfig:
     seed: int = 0
     """Seed of the choice of images and pairs."""
     memory_gib: float = 8.0
-    """Most memory that cached activations may take, in GiB."""
+    """Most memory that a search may take beside model and images, in GiB."""
     precision: Precision = "float32"
     """Of the fast path. Decisions near tau are made in float64 in any case."""
 

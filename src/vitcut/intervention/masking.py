@@ -57,13 +57,13 @@ class Run:
     logits: Float[Tensor, "images classes"]
 
 
-def run_gib(weights: ViTWeights, images: int, dtype: torch.dtype) -> float:
-    """The memory that a run of so many images holds together, in GiB."""
+def run_gib(weights: ViTWeights, images: int) -> float:
+    """The memory that a run over parts holds together for so many images, in GiB."""
     blocks, width = len(weights.blocks), weights.width
     attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
     per_token = (len(weights.graph.sources) + 2 * blocks + 1) * width
     per_token += blocks * (attended + weights.num_neurons)
-    size = torch.finfo(dtype).bits / 8
+    size = torch.finfo(weights.dtype).bits / 8
     return images * weights.num_tokens * per_token * size / 2**30
 
 

@@ -62,7 +62,7 @@ class Fills:
             pixels = self.pixels.to(weights.device, weights.dtype)
             require_memory(
                 f"a fit to {len(pixels)} images",
-                needed_gib=run_gib(weights, len(pixels), weights.dtype),
+                needed_gib=run_gib(weights, len(pixels)),
                 memory_gib=self._config.memory_gib,
             )
             self._last = fit_fill(weights, circuit, pixels, self.means, ridge=self._config.ridge)

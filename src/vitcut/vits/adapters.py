@@ -106,7 +106,7 @@ def adapter_of(library: str) -> Callable[[nn.Module], ViTWeights]:
         return getattr(import_module(file), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"this is a model of {library}, which is missing or too old ({error}): "
+            f"models of {library} cannot be read, it is missing or too old ({error}): "
             f'pip install --upgrade "{_PACKAGES.get(library, library)}"'
         ) from None
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitcut.errors import ModelError
@@ -26,6 +28,8 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _TORCHVISION = "torchvision:"
 _HEAD, _PATCHES, _POSITIONS = "head.weight", "patch_embed.proj.weight", "pos_embed"
+_POSITIONED = (VisionTransformer, Eva)
+"""Classes whose position embedding tells the image size; others give positions to other tokens."""
 _READ_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
     AssertionError, SafetensorError,
@@ -128,8 +132,8 @@ def _sizes(model: Any, weights: dict[str, Tensor]) -> dict[str, int]:
     """Where patch and position embedding are of other sizes than the architecture's own."""
     own = model.state_dict()
     patches = weights.get(_PATCHES)
-    # Other classes, such as Cait, give positions to other tokens.
-    positions = weights.get(_POSITIONS) if hasattr(model, "no_embed_class") else None
+    known = isinstance(model, _POSITIONED)
+    positions = weights.get(_POSITIONS) if known else None
     if patches is None or patches.ndim != 4 or _PATCHES not in own:
         return {}
     found = {"in_chans": patches.shape[1], "patch_size": patches.shape[-1]}

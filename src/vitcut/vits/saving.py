@@ -59,6 +59,8 @@ def save_dense(model: nn.Module, folder: Path, *, card: DenseCard) -> None:
     require_savable(model)
     with atomic_folder(folder) as fresh:
         config = _save(as_classifier(model), fresh, card)
+        # transformers keeps the entry of the folder that a model was read from.
+        config.pop("vitcut", None)
         config["vitcut"] = {
             "format_version": FORMAT_VERSION,
             "task": card.task_name,

@@ -91,7 +91,7 @@ def create_timm(arch: str, **sizes: Any) -> nn.Module:
             raise _takes_no_size(arch) from None
         told = ", ".join(f"{name}={size}" for name, size in sizes.items())
         told = f"{arch} with {told}" if told else arch
-        tagged = "; leave its tag out" if "." in arch else ""
+        tagged = "; leave its tag out" if "tag" in reason else ""
         raise ModelError(f"timm cannot build {told}: {reason}{tagged}") from None
 
 

@@ -38,19 +38,14 @@ def build_torchvision(name: str, weights: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         ModelError: There is no such ViT.
     """
-    model = None
-    if name in models.list_models():
-        try:
-            model = models.get_model(name, weights=None, **_sizes(weights))
-        except _ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"torchvision cannot build {name} of such sizes: {reason}") from None
-    if not isinstance(model, VisionTransformer):
-        raise ModelError(
-            f"torchvision has no ViT {name!r}: expected vit_b_16, vit_b_32, vit_l_16, vit_l_32 or "
-            "vit_h_14"
-        )
-    return model
+    known = models.list_models(include="vit_*")
+    if name not in known:
+        raise ModelError(f"torchvision has no ViT {name!r}: expected one of {', '.join(known)}")
+    try:
+        return models.get_model(name, weights=None, **_sizes(weights))
+    except _ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"torchvision cannot build {name} of such sizes: {reason}") from None
 
 
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
