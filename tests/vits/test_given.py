@@ -1,10 +1,12 @@
 import pytest
+import torch
 from torch import nn
 
 import vitcut
 from vitcut import cli
 from vitcut.errors import ConfigError
 from vitcut.vits.given import NOTHING, Given
+from vitcut.vits.loading import load_model
 
 ALL = Given(arch="vit", mean=(0.5,), std=(0.1, 0.2), random_weights=True, image_size=32)
 
@@ -60,12 +62,13 @@ def test_what_is_for_another_kind_of_model_is_refused(tmp_path, said, spec, matc
 
 
 def test_what_is_for_that_kind_of_model_is_taken(tmp_path):
+    random = load_model("timm:test_vit", Given(random_weights=True, image_size=32))
+    assert random.image_size == 32
     path = tmp_path / "weights.pth"
-    path.touch()
-    Given(arch="vit", mean=(0.5,), std=(0.5,)).require_for(str(path))
-    Given(random_weights=True, image_size=32).require_for("timm:test_vit")
-    Given(image_size=32).require_for("timm:test_vit")
-    NOTHING.require_for("animals")
+    torch.save(random.model.state_dict(), path)
+    bare = load_model(str(path), Given(arch="test_vit", mean=(0.4,), std=(0.3,)))
+    assert (bare.mean, bare.std) == ((0.4,) * 3, (0.3,) * 3)
+    assert bare.weight_hash == random.weight_hash
 
 
 @pytest.mark.parametrize("said", [{"arch": "vit"}, {"random_weights": True}, {"image_size": 32}])

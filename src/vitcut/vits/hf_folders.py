@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vitcut.errors import ModelError
+from vitcut.errors import ConfigError, ModelError
 from vitcut.files import write_json
 from vitcut.labels import Labels
 from vitcut.progress import say
@@ -49,7 +49,10 @@ def load_hf_folder(folder: Path, spec: str) -> LoadedModel:
             not all of them and no others.
         ConfigError: transformers is not installed.
     """
-    adapter_of("transformers")
+    try:
+        adapter_of("transformers")
+    except ConfigError as error:
+        raise ConfigError(f"cannot load the model {spec!r}: {error}") from None
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ModelError(
             f"{folder} holds no weights: expected {WEIGHTS[0]}, beside its config.json"
