@@ -85,6 +85,7 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
         rotary=rotary,
         shared_rotation=draw(st.booleans()) if rotary else True,
         gated=draw(some),
+        neuron_norm=draw(some),
         activation=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])),
     )
 

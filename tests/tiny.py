@@ -40,6 +40,7 @@ def random_vit(
     rotary: bool = False,
     shared_rotation: bool = True,
     gated: bool = False,
+    neuron_norm: bool = False,
 ) -> ViTWeights:
     draw = torch.Generator().manual_seed(seed)
     num_tokens = num_prefix + patches_per_side**2
@@ -81,6 +82,7 @@ def random_vit(
                 activation=activation,
                 gate_weight=normal(hidden, width, std=1.5 * width**-0.5) if gated else None,
                 gate_bias=normal(hidden, std=0.5) if gated else None,
+                norm=norm(hidden) if neuron_norm else None,
             ),
         )
 

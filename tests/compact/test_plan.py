@@ -44,6 +44,12 @@ def test_a_plan_is_rebuilt_from_its_dictionary():
     assert Plan.from_dict(PLAN.to_dict()) == PLAN
 
 
+def test_a_plan_of_before_a_kind_of_model_was_known_is_still_read():
+    content = PLAN.to_dict()
+    del content["shape"]["neuron_norm"]
+    assert Plan.from_dict(content) == PLAN
+
+
 def test_every_token_belongs_to_one_group():
     shape = replace(PLAN.shape, num_prefix=3)
     assert list(PLAN.shape.group_rows.items()) == [("cls", CLS), ("patch", PATCHES)]

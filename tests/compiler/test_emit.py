@@ -171,6 +171,7 @@ def test_an_empty_circuit_has_constant_logits():
             "head_norm": True,
             "rotary": True,
             "gated": True,
+            "neuron_norm": True,
         },
     ],
 )

@@ -42,6 +42,8 @@ def _eva(**given) -> Eva:
         pytest.param({"qkv_bias": False}, id="no qkv bias"),
         pytest.param({"swiglu_mlp": True}, id="SwiGLU, packed"),
         pytest.param({"swiglu_mlp": True, "swiglu_align_to": 8}, id="SwiGLU"),
+        pytest.param({"scale_mlp": True}, id="sub-norm"),
+        pytest.param({"scale_mlp": True, "swiglu_mlp": True}, id="SwiGLU with sub-norm"),
         pytest.param({"init_values": 0.1}, id="LayerScale"),
         pytest.param({"use_pre_transformer_norm": True}, id="norm before the blocks"),
     ],
@@ -62,8 +64,6 @@ def test_positions_are_those_of_evaluation_whatever_the_mode():
 @pytest.mark.parametrize(
     ("variant", "feature"),
     [
-        ({"scale_mlp": True}, "an MLP with a norm over its neurons"),
-        ({"scale_mlp": True, "swiglu_mlp": True}, "an MLP with a norm over its neurons"),
         ({"scale_attn_inner": True}, "attention with a norm over all heads"),
         ({"use_post_norm": True}, "block EvaBlockPostNorm: post-norm"),
         ({"global_pool": "map"}, "attention pooling"),

@@ -60,6 +60,7 @@ def _vit(**given) -> VisionTransformer:
         pytest.param({"global_pool": "avg", "class_token": False}, id="patches alone"),
         pytest.param({"pre_norm": True, "reg_tokens": 1}, id="norm before the blocks"),
         pytest.param({"qk_norm": True}, id="qk-norm"),
+        pytest.param({"scale_mlp_norm": True}, id="norm over the neurons"),
         pytest.param({"final_norm": False}, id="no norm before the classifier"),
         pytest.param(
             {"final_norm": False, "global_pool": "avg", "fc_norm": False}, id="mean alone"
@@ -146,7 +147,6 @@ def test_sizes_are_those_of_the_model():
         ({"act_layer": "tanh"}, "activation Tanh"),
         ({"norm_layer": "rmsnorm"}, "norm RmsNorm"),
         ({"scale_attn_norm": True}, "attention with a norm over all heads"),
-        ({"scale_mlp_norm": True}, "an MLP with a norm over its neurons"),
         ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix"),
         ({"qk_norm": True, "norm_layer": "rmsnorm"}, "norm RmsNorm"),
         ({"mlp_layer": timm.layers.GatedMlp}, "MLP GatedMlp"),

@@ -58,6 +58,7 @@ def test_the_shape_is_that_of_the_model():
         num_classes=4,
     )
     kinds = {"embed_norm": True, "final_norm": False, "head_norm": True, "rotary": True}
-    other = random_vit(head_dim=4, num_read=0, patch_readout="mean", gated=True, **kinds).shape
+    kinds |= {"gated": True, "neuron_norm": True}
+    other = random_vit(head_dim=4, num_read=0, patch_readout="mean", **kinds).shape
     assert {name: getattr(other, name) for name in kinds} == kinds
-    assert (other.num_read, other.patch_readout, other.gated) == (0, "mean", True)
+    assert (other.num_read, other.patch_readout) == (0, "mean")

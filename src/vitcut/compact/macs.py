@@ -91,8 +91,9 @@ def output_macs(shape: ViTShape, group: HeadGroupPlan, output: OutputPlan) -> in
 
 
 def mlp_macs(shape: ViTShape, hidden: int) -> int:
-    """What some neurons of an MLP compute for one token."""
-    return (3 if shape.gated else 2) * shape.width * hidden
+    """What an MLP computes for one token where so many of its neurons are kept."""
+    first = (2 if shape.gated else 1) * shape.num_computed(hidden)
+    return shape.width * (first + hidden)
 
 
 @dataclass(kw_only=True)

@@ -38,8 +38,14 @@ class CompactMlp(nn.Module):
         self.activation: Activation = shape.activation
         self.gated = shape.gated
         self.stream = Stream(plan.stream, shape)
+        computed = shape.num_computed(plan.hidden)
         # Gates come first.
-        self.fc1 = nn.Linear(shape.width, 2 * plan.hidden if shape.gated else plan.hidden)
+        self.fc1 = nn.Linear(shape.width, 2 * computed if shape.gated else computed)
+        self.norm = (
+            nn.LayerNorm(computed, shape.eps, elementwise_affine=False)
+            if shape.neuron_norm
+            else None
+        )
         self.fc2 = nn.Linear(plan.hidden, shape.width, bias=plan.bias)
 
     def forward(self, written: Written) -> None:
@@ -50,6 +56,9 @@ class CompactMlp(nn.Module):
             hidden = ACTIVATIONS[self.activation](gate) * hidden
         else:
             hidden = ACTIVATIONS[self.activation](hidden)
+        if self.norm is not None:
+            # Neurons that are read come first.
+            hidden = self.norm(hidden)[..., : self.plan.hidden]
         written[self.plan.name] = write(hidden, self.fc2, bias=self.plan.bias)
 
 

@@ -4,7 +4,7 @@ Making a plan is left to the compiler, building a model from it to ``model.py``,
 to ``macs.py``.
 """
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -66,6 +66,8 @@ class ViTShape:
     """Whether they are turned by their token's position (RoPE)."""
     gated: bool = False
     """Whether a neuron is multiplied by an activated gate (SwiGLU)."""
+    neuron_norm: bool = False
+    """Whether a LayerNorm over all neurons stands before an MLP's second layer (sub-norm)."""
 
     @property
     def readout(self) -> tuple[TokenGroup, ...]:
@@ -77,6 +79,10 @@ class ViTShape:
     def needs_keys(self) -> bool:
         """Whether keys are more than a product, so that queries cannot meet tokens directly."""
         return self.head_norm or self.rotary
+
+    def num_computed(self, neurons: int) -> int:
+        """Neurons that an MLP computes where so many are read: under a norm over them, all."""
+        return self.hidden if self.neuron_norm and neurons else neurons
 
     @property
     def num_patches(self) -> int:
@@ -286,8 +292,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     names = {item.name for item in fields(kind)}
-    if not isinstance(value, dict) or set(value) != names:
+    # What kinds of models were added later is their default in plans of before.
+    needed = {item.name for item in fields(kind) if item.default is MISSING}
+    if not isinstance(value, dict) or not needed <= set(value) <= names:
         got = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
         raise ArtefactError(f"{where} must have the keys {', '.join(sorted(names))}, got {got}")
     hints = get_type_hints(kind)
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})

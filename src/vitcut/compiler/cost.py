@@ -189,14 +189,19 @@ class _Counter:
 
     def mlp(self, plan: MlpPlan) -> None:
         rows, width = plan.stream.rows.count, self.shape.width
+        computed = self.shape.num_computed(plan.hidden)
         self.stream(plan.stream)
         if self.shape.gated:
-            self.product(rows, width, 2 * plan.hidden)
-            self.add("moved", 2 * rows * plan.hidden)
-            self.add("added", rows * plan.hidden)
+            self.product(rows, width, 2 * computed)
+            self.add("moved", 2 * rows * computed)
+            self.add("added", rows * computed)
         else:
-            self.product(rows, width, plan.hidden)
-        self.add("activated", rows * plan.hidden)
+            self.product(rows, width, computed)
+        self.add("activated", rows * computed)
+        if self.shape.neuron_norm:
+            self.add("normalised", rows * computed)
+            if plan.hidden < computed:
+                self.add("moved", rows * plan.hidden)
         self.product(rows, plan.hidden, width)
         self._write(plan.name, bias=plan.bias)
 

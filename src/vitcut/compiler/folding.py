@@ -229,17 +229,23 @@ class _Folder:
         block = self.weights.blocks[layer]
         group = self._group_of(plan.stream.rows)
         kept = self.writers.kept_neurons(layer, group)
+        computed = kept.nonzero()[:, 0]
+        if block.mlp.norm is not None:
+            # It takes all neurons; those that are read come first.
+            computed = torch.cat([computed, (~kept).nonzero()[:, 0]])
         self._stream(f"{prefix}.stream", plan.stream)
         weight, bias = _after_norm(
-            block.mlp_norm, block.mlp.in_weight[kept], block.mlp.in_bias[kept]
+            block.mlp_norm, block.mlp.in_weight[computed], block.mlp.in_bias[computed]
         )
         if block.mlp.gate is not None:
             gate_weight, gate_bias = block.mlp.gate
-            gate = _after_norm(block.mlp_norm, gate_weight[kept], gate_bias[kept])
+            gate = _after_norm(block.mlp_norm, gate_weight[computed], gate_bias[computed])
             weight, bias = torch.cat([gate[0], weight]), torch.cat([gate[1], bias])
         self._linear(f"{prefix}.fc1", weight, bias)
-        weight = self.writers.mlp(layer, group)
-        self._product(f"{prefix}.fc2", plan.name, weight, block.mlp.out_bias)
+        weight, bias = self.writers.mlp(layer, group), block.mlp.out_bias
+        if (norm := block.mlp.norm) is not None:
+            weight, bias = weight * norm.weight[kept], bias + weight @ norm.bias[kept]
+        self._product(f"{prefix}.fc2", plan.name, weight, bias)
 
     def _product(self, prefix: str, name: str, weight: Tensor, bias: Tensor) -> None:
         """A product to the stream."""

@@ -99,11 +99,13 @@ def write_head(
 def activate(
     mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
 ) -> Float[Tensor, "images rows neurons"]:
-    """The hidden units of an MLP."""
+    """The hidden units of an MLP, as its second layer reads them."""
     hidden = F.linear(normed, mlp.in_weight, mlp.in_bias)
     if mlp.gate is None:
-        return ACTIVATIONS[mlp.activation](hidden)
-    return ACTIVATIONS[mlp.activation](F.linear(normed, *mlp.gate)) * hidden
+        hidden = ACTIVATIONS[mlp.activation](hidden)
+    else:
+        hidden = ACTIVATIONS[mlp.activation](F.linear(normed, *mlp.gate)) * hidden
+    return hidden if mlp.norm is None else normalise(mlp.norm, hidden)
 
 
 def write_neurons(

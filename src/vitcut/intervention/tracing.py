@@ -58,7 +58,8 @@ def _require_alike_blocks(weights: ViTWeights) -> None:
     attns = [block.attn for block in blocks]
     norms = [norm for block in blocks for norm in (block.attn_norm, block.mlp_norm)]
     on_heads = [norm for attn in attns for norm in (attn.q_norm, attn.k_norm)]
-    every = (*norms, *on_heads, weights.patch_norm, weights.norm)
+    on_neurons = [block.mlp.norm for block in blocks]
+    every = (*norms, *on_heads, *on_neurons, weights.patch_norm, weights.norm)
     found = {
         "hidden units": {block.mlp.in_weight.shape[0] for block in blocks},
         "heads": {block.attn.q_weight.shape[0] for block in blocks},
@@ -68,6 +69,7 @@ def _require_alike_blocks(weights: ViTWeights) -> None:
         "norm of queries and keys": {norm is not None for norm in on_heads},
         "rotary positions": {attn.rotation is not None for attn in attns},
         "gated MLPs": {block.mlp.gate_weight is not None for block in blocks},
+        "norm over the neurons": {norm is not None for norm in on_neurons},
     }
     for what, values in found.items():
         if len(values) != 1:

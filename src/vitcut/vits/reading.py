@@ -116,6 +116,7 @@ class Reading:
         *,
         layer_scale: Tensor | None = None,
         gate: tuple[Tensor, Tensor] | None = None,
+        norm: NormWeights | None = None,
     ) -> MlpWeights:
         """An MLP, plain or gated.
 
@@ -125,6 +126,7 @@ class Reading:
             activation: Of the first layer, or of the gate.
             layer_scale: The factors, if any.
             gate: Weight and bias of what neurons are multiplied by, if they are.
+            norm: What all of them pass before the second layer, if they do.
         """
         out_weight, out_bias = scaled(*self.linear(second, "MLP's second layer"), layer_scale)
         gate_weight, gate_bias = gate or (None, None)
@@ -136,6 +138,7 @@ class Reading:
             activation=activation,
             gate_weight=gate_weight,
             gate_bias=gate_bias,
+            norm=norm,
         )
 
     def qkv(self, attn: Any) -> tuple[Tensor, Tensor]:

@@ -240,25 +240,24 @@ class TimmReading(Reading):
             self.inert(getattr(attn, name, nn.Identity()), f"attention with {name}")
         out = scaled(*self.linear(attn.proj, "attention's proj"), layer_scale)
         weights = AttentionWeights.split(qkv, out, num_heads=attn.num_heads, scale=attn.scale)
-        q_norm, k_norm = (self._norm_of_heads(norm) for norm in (attn.q_norm, attn.k_norm))
+        q_norm, k_norm = (self._norm_if(norm, "qk-norm") for norm in (attn.q_norm, attn.k_norm))
         return replace(weights, q_norm=q_norm, k_norm=k_norm)
 
-    def _norm_of_heads(self, module: Any) -> NormWeights | None:
-        """qk-norm."""
+    def _norm_if(self, module: Any, what: str) -> NormWeights | None:
+        """A LayerNorm, where there is one."""
         if isinstance(module, nn.Identity):
-            self.inert(module, "qk-norm")
+            self.inert(module, what)
             return None
-        return self.norm_of(module, "qk-norm")
+        return self.norm_of(module, what)
 
     def any_mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
-        """An MLP, plain or gated."""
+        """An MLP, plain or gated, with a norm over its neurons or none."""
         if type(mlp) not in {Mlp, GluMlp, SwiGLU}:
             self.refuse(f"MLP {type(mlp).__name__} (only Mlp, GluMlp and SwiGLU are)")
-        if not isinstance(mlp.norm, nn.Identity):
-            self.refuse(f"an MLP with a norm over its neurons ({type(mlp.norm).__name__})")
         self.require(mlp, type(mlp), "MLP")
-        for name in ("norm", "drop1", "drop2"):
+        for name in ("drop1", "drop2"):
             self.inert(getattr(mlp, name), f"an MLP with {name}")
+        norm = self._norm_if(mlp.norm, "norm over the neurons")
         activation, gate = self._activation(mlp.act), None
         first = self.linear(mlp.fc1_x if type(mlp) is SwiGLU else mlp.fc1, "MLP's first layer")
         if type(mlp) is SwiGLU:
@@ -266,7 +265,7 @@ class TimmReading(Reading):
         elif type(mlp) is GluMlp:
             halves = list(zip(*(both.chunk(2) for both in first), strict=True))
             first, gate = halves if mlp.gate_last else halves[::-1]
-        return self.mlp(first, mlp.fc2, activation, layer_scale=layer_scale, gate=gate)
+        return self.mlp(first, mlp.fc2, activation, layer_scale=layer_scale, gate=gate, norm=norm)
 
     def _activation(self, module: Any) -> Activation:
         activation = _ACTIVATIONS.get(type(module))

@@ -97,6 +97,9 @@ class MlpWeights:
     gate_weight: Float[Tensor, "hidden width"] | None = None
     """Where there is one, a hidden unit is its activated gate times its ``in`` product."""
     gate_bias: Float[Tensor, "hidden"] | None = None
+    norm: NormWeights | None = None
+    """What all hidden units together pass before the ``out`` product (sub-norm): a neuron is what
+    comes out of it, and its statistics are those of all neurons, cut or not."""
 
     @property
     def gate(self) -> tuple[Tensor, Tensor] | None:
@@ -166,6 +169,7 @@ class ViTWeights:
             head_norm=first.attn.q_norm is not None,
             rotary=first.attn.rotation is not None,
             gated=first.mlp.gate_weight is not None,
+            neuron_norm=first.mlp.norm is not None,
         )
 
     @cached_property
