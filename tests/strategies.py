@@ -66,14 +66,15 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
         num_read = draw(st.integers(0, num_prefix))
         kinds = ["normed_mean", "mean", *(["none"] if num_read else [])]
         patch_readout = draw(st.sampled_from(kinds))
-    rotary = draw(some)
+    rotary, neuron_norm = draw(some), draw(some)
     return random_vit(
         draw(st.integers(0, 10**6)),
         num_layers=draw(st.integers(1, max_layers)),
         num_heads=draw(st.integers(1, max_heads)),
         width=draw(st.integers(4, 12)),
         head_dim=draw(st.sampled_from([2, 4] if rotary else [1, 2, 3, 4])),
-        hidden=draw(st.integers(1, 9)),
+        # Of few numbers a LayerNorm is nearly a step.
+        hidden=draw(st.integers(4 if neuron_norm else 1, 9)),
         patches_per_side=draw(st.integers(1, 2)),
         patch_size=draw(st.integers(1, 2)),
         num_prefix=num_prefix,
@@ -85,7 +86,7 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
         rotary=rotary,
         shared_rotation=draw(st.booleans()) if rotary else True,
         gated=draw(some),
-        neuron_norm=draw(some),
+        neuron_norm=neuron_norm,
         activation=draw(st.sampled_from(["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"])),
     )
 

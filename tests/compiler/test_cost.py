@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from strategies import parts_per_group
 from tiny import REFERENCE, random_vit
@@ -55,6 +56,29 @@ def test_a_product_pays_for_whole_panels():
         for smooth in (False, True)
     )
     assert whole > spread
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_smooth_costs_price_every_neuron_under_a_norm_alike(batch):
+    weights = random_vit(hidden=8, neuron_norm=True, num_layers=2)
+    costs = CostModel(batch=batch, smooth=True)
+
+    def latency(cut):
+        neurons = np.ones((2, 2, 8), dtype=bool)
+        neurons[0, 1, :cut] = False
+        circuit = Circuit(
+            graph=weights.split_graph,
+            kept=weights.split_graph.edges,
+            ablation="linear",
+            neurons=neurons,
+        )
+        return costs.latency_ms(plan_circuit(weights.shape, circuit))
+
+    first, second = latency(0) - latency(1), latency(1) - latency(2)
+    assert first == pytest.approx(second)
+    assert first > 0
+    # The whole MLP saves what its norm kept computed, too.
+    assert latency(7) - latency(8) > 2 * first
 
 
 def test_less_is_predicted_to_be_faster():

@@ -45,8 +45,20 @@ def per_group():
     return compact, weights
 
 
+def with_every_kind_of_block():
+    """Gates, norms over neurons, of queries and keys, and rotary positions."""
+    kinds = {"gated": True, "neuron_norm": True, "head_norm": True, "rotary": True}
+    weights = random_vit(num_layers=2, num_heads=3, width=16, head_dim=4, hidden=9, **kinds)
+    weights = weights.to(torch.float32)
+    circuit = parts_per_group(weights)
+    compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
+    assert any(0 < mlp.hidden < 9 for block in compact.plan.blocks for mlp in block.mlps)
+    return compact, weights
+
+
 CASES = {
     "token groups and neurons": per_group,
+    "every kind of block": with_every_kind_of_block,
     "head gaps": with_gaps,
     "a table of keys": lambda: with_tables(0.5, "k"),
     "a table of queries": lambda: with_tables(0.7, "q"),

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from tiny import random_vit
 
 from vitcut.discovery.controls import magnitude_scores, random_scores
@@ -38,3 +41,17 @@ def test_magnitude_is_the_product_of_the_norms_before_and_behind_a_part():
         for neuron in range(5):
             expected = np.sqrt((inputs[neuron] ** 2).sum() * (outputs[:, neuron] ** 2).sum())
             np.testing.assert_allclose(scores.neurons[layer, :, neuron], expected, rtol=1e-12)
+
+
+def test_magnitude_does_not_depend_on_where_the_factors_of_a_norm_over_neurons_stand():
+    weights = random_vit(neuron_norm=True)
+    folded = []
+    for block in weights.blocks:
+        mlp, norm = block.mlp, block.mlp.norm
+        plain = replace(norm, weight=torch.ones_like(norm.weight))
+        folded.append(
+            replace(block, mlp=replace(mlp, out_weight=mlp.out_weight * norm.weight, norm=plain))
+        )
+    expected = magnitude_scores(weights, weights.graph).neurons
+    other = replace(weights, blocks=tuple(folded))
+    np.testing.assert_allclose(magnitude_scores(other, weights.graph).neurons, expected, rtol=1e-12)

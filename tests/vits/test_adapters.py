@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from vitcut.errors import ConfigError
 from vitcut.intervention.tracing import read_model
 from vitcut.vits import adapters
 from vitcut.vits.timm_models import read_timm
+from vitcut.vits.weights import NormWeights
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +157,25 @@ def _with_another_head_width(block):
     return replace(block, attn=replace(attn, **narrow, out_weight=attn.out_weight[..., :1]))
 
 
+def _with_one_block_of(kind, weights):
+    """The first block is one of another kind of model."""
+    block = weights.blocks[0]
+    attn, mlp, eps = block.attn, block.mlp, block.attn_norm.eps
+
+    def norm(width):
+        return NormWeights(weight=torch.ones(width), bias=torch.zeros(width), eps=eps)
+
+    of_heads = norm(weights.shape.head_dim)
+    rotation = torch.ones(2, 1, weights.num_tokens, weights.shape.head_dim)
+    other = {
+        "head norm": lambda: replace(block, attn=replace(attn, q_norm=of_heads, k_norm=of_heads)),
+        "rotary": lambda: replace(block, attn=replace(attn, rotation=rotation)),
+        "gated": lambda: replace(block, mlp=replace(mlp, gate_weight=mlp.in_weight)),
+        "neuron norm": lambda: replace(block, mlp=replace(mlp, norm=norm(weights.num_neurons))),
+    }[kind]()
+    return replace(weights, blocks=(other, *weights.blocks[1:]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -172,6 +193,15 @@ def _with_another_head_width(block):
                 ),
             ),
             "activation gelu, relu in one model",
+        ),
+        *(
+            (partial(_with_one_block_of, kind), f"{told} in some places and not in others")
+            for kind, told in (
+                ("head norm", "norms of queries and keys"),
+                ("rotary", "rotary positions"),
+                ("gated", "gated MLPs"),
+                ("neuron norm", "norms over the neurons"),
+            )
         ),
         (lambda w: replace(w, positions=w.positions[:-1]), "15 patches, which are no square"),
         (

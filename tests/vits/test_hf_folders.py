@@ -218,6 +218,15 @@ def test_weights_that_are_not_the_models_are_named(folder, change, match):
     expect_load_refusal(folder, match)
 
 
+def test_two_classifiers_that_were_never_trained_are_refused_as_one_is(tmp_path):
+    _save(tmp_path / "hf", _build("DeiT"))
+    config = tmp_path / "hf" / "config.json"
+    content = json.loads(config.read_text())
+    content["architectures"] = ["DeiTForImageClassificationWithTeacher"]
+    config.write_text(json.dumps(content))
+    expect_load_refusal(tmp_path / "hf", "missing .*no trained classifier: give one")
+
+
 def test_a_backbone_without_a_classifier_is_refused(tmp_path):
     _save(tmp_path / "hf", transformers.ViTModel(_build().config, add_pooling_layer=False))
     expect_load_refusal(tmp_path / "hf", "missing .*classifier.*no trained classifier")
@@ -306,10 +315,24 @@ def test_what_was_read_from_a_saved_folder_is_saved_again(tmp_path, folder):
     assert load_model(str(tmp_path / "second")).weight_hash == first.weight_hash
 
 
-def test_saved_weights_that_were_changed_are_refused(tmp_path, folder):
-    save_dense(load_model(str(folder)).model, tmp_path / "dense", card=CARD)
-    _edit_weights(tmp_path / "dense", lambda weights: weights["classifier.bias"].add_(1))
-    expect_load_refusal(tmp_path / "dense", "is not the file that was saved")
+def test_saved_weights_that_were_changed_are_refused_until_the_folder_no_longer_vouches(
+    tmp_path, folder
+):
+    dense = tmp_path / "dense"
+    save_dense(load_model(str(folder)).model, dense, card=CARD)
+    _edit_weights(dense, lambda weights: weights["classifier.bias"].add_(1))
+    expect_load_refusal(dense, r"is not the file that was saved.*on purpose, remove 'vitcut' from")
+    content = json.loads((dense / "config.json").read_text())
+    del content["vitcut"]
+    (dense / "config.json").write_text(json.dumps(content))
+    assert load_model(str(dense)).class_ids == CARD.class_ids
+
+
+def test_a_saved_folder_without_its_weights_is_refused(tmp_path, folder):
+    dense = tmp_path / "dense"
+    save_dense(load_model(str(folder)).model, dense, card=CARD)
+    (dense / "model.safetensors").unlink()
+    expect_load_refusal(dense, r"holds no model\.safetensors: copy the whole folder")
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from vitcut.files import (
 from vitcut.framing import WHOLE, Framing
 from vitcut.shapes import Tensor
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+OLDEST_VERSION = 4
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HASH = "config_sha256"
@@ -115,10 +116,10 @@ def load_folder(folder: Path) -> StoredModel:
         ArtefactError: A file is missing, damaged, altered or of another version.
     """
     config = read_json(folder / CONFIG, kind="compact model", newest_version=FORMAT_VERSION)
-    if config["format_version"] < FORMAT_VERSION:
+    if config["format_version"] < OLDEST_VERSION:
         raise ArtefactError(
             f"{folder / CONFIG} has format_version {config['format_version']}, this vitcut reads "
-            f"{FORMAT_VERSION}: cut the model again from its circuit"
+            f"{OLDEST_VERSION} to {FORMAT_VERSION}: cut the model again from its circuit"
         )
     path = folder / TENSORS
     if not path.is_file():

@@ -31,6 +31,7 @@ class PlanRow:
     absorbed: int = 0
     """Heads among them that compute no keys or no values, as few tokens ask."""
     neurons: int = 0
+    """Those that are kept; under a norm over them all are computed."""
     mlp_rows: int = 0
     """Tokens that the MLP computes."""
     macs: int = 0

@@ -292,10 +292,13 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     names = {item.name for item in fields(kind)}
-    # What kinds of models were added later is their default in plans of before.
+    # Kinds of models that were added later have their defaults in plans of before.
     needed = {item.name for item in fields(kind) if item.default is MISSING}
     if not isinstance(value, dict) or not needed <= set(value) <= names:
         got = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
-        raise ArtefactError(f"{where} must have the keys {', '.join(sorted(names))}, got {got}")
+        raise ArtefactError(
+            f"{where} must have the keys {', '.join(sorted(names))}, got {got}: "
+            "save the model again"
+        )
     hints = get_type_hints(kind)
     return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})

@@ -200,7 +200,8 @@ class _Counter:
         self.add("activated", rows * computed)
         if self.shape.neuron_norm:
             self.add("normalised", rows * computed)
-            if plan.hidden < computed:
+            # Smooth costs know no steps: the first neuron that is cut saves what the next one does.
+            if plan.hidden < computed or self.smooth:
                 self.add("moved", rows * plan.hidden)
         self.product(rows, plan.hidden, width)
         self._write(plan.name, bias=plan.bias)

@@ -5,7 +5,8 @@ import torch
 
 from vitcut.discovery.scores import PartScores
 from vitcut.graph import Graph
-from vitcut.vits.weights import ViTWeights
+from vitcut.shapes import Float, Tensor
+from vitcut.vits.weights import MlpWeights, ViTWeights
 
 
 def random_scores(graph: Graph, num_neurons: int, *, seed: int) -> PartScores:
@@ -22,7 +23,8 @@ def random_scores(graph: Graph, num_neurons: int, *, seed: int) -> PartScores:
 def magnitude_scores(weights: ViTWeights, graph: Graph) -> PartScores:
     """The norms of a part's weights: value times output of a head, in times out of a neuron.
 
-    The same in every token group: weights do not know of tokens.
+    Between in and out stands a neuron's factor in the norm over them, where there is one; gates
+    are left out. The same in every token group: weights do not know of tokens.
     """
     heads = torch.stack(
         [
@@ -33,7 +35,7 @@ def magnitude_scores(weights: ViTWeights, graph: Graph) -> PartScores:
     )
     neurons = torch.stack(
         [
-            block.mlp.in_weight.norm(dim=1) * block.mlp.out_weight.norm(dim=0)
+            block.mlp.in_weight.norm(dim=1) * _what_is_written(block.mlp).norm(dim=0)
             for block in weights.blocks
         ]
     )
@@ -43,3 +45,7 @@ def magnitude_scores(weights: ViTWeights, graph: Graph) -> PartScores:
         neurons=neurons.double().cpu().numpy()[:, None].repeat(groups, axis=1),
         edges=None,
     )
+
+
+def _what_is_written(mlp: MlpWeights) -> Float[Tensor, "width hidden"]:
+    return mlp.out_weight if mlp.norm is None else mlp.out_weight * mlp.norm.weight

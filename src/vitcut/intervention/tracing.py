@@ -66,16 +66,25 @@ def _require_alike_blocks(weights: ViTWeights) -> None:
         "head width": {block.attn.q_weight.shape[1] for block in blocks},
         "activation": {block.mlp.activation for block in blocks},
         "LayerNorm epsilon": {norm.eps for norm in every if norm is not None},
-        "norm of queries and keys": {norm is not None for norm in on_heads},
-        "rotary positions": {attn.rotation is not None for attn in attns},
-        "gated MLPs": {block.mlp.gate_weight is not None for block in blocks},
-        "norm over the neurons": {norm is not None for norm in on_neurons},
     }
     for what, values in found.items():
         if len(values) != 1:
             listed = ", ".join(map(str, sorted(values))) or "no blocks"
             raise UnsupportedModelError(
                 f"not supported: {what} {listed} in one model; expected the same in every block"
+            )
+    optional = {
+        "norms of queries and keys": on_heads,
+        "rotary positions": [attn.rotation for attn in attns],
+        "gated MLPs": [block.mlp.gate_weight for block in blocks],
+        "norms over the neurons": on_neurons,
+    }
+    for what, items in optional.items():
+        missing = sum(item is None for item in items)
+        if 0 < missing < len(items):
+            raise UnsupportedModelError(
+                f"not supported: {what} in some places and not in others; expected the same in "
+                "every block"
             )
 
 

@@ -153,10 +153,16 @@ class Savings:
         return self._known[candidate]
 
     def of_neuron(self, site: SiteKey) -> float:
-        """What cutting one neuron of a site saves: the same for all of them."""
+        """What cutting one neuron of a site saves: the same for all but the last of them.
+
+        With the last one goes what the whole MLP needs: operations, and under a norm over its
+        neurons all of these.
+        """
+        left = self._alive.left(site)
+        if len(left) == 1:
+            return self.of(((site, left),))
         if site not in self._neurons:
-            first = self._alive.left(site)[:1]
-            self._neurons[site] = self.of(((site, first),))
+            self._neurons[site] = self.of(((site, left[:1]),))
         return self._neurons[site]
 
     def cut(self, candidate: Candidate) -> None:

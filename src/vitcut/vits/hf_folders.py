@@ -141,7 +141,7 @@ def _require_whole(info: Mapping[str, Any], kind: str, folder: Path) -> None:
     }
     told = told_misfits(misfits)
     if told:
-        untrained = any(key.startswith("classifier") for key in missing)
+        untrained = any("classifier." in key for key in missing)
         remedy = (
             "it has no trained classifier: give one that was fine-tuned to classify"
             if untrained

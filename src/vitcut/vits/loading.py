@@ -144,6 +144,8 @@ def _check_own(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} has format_version {version}, this vitcut reads up to {FORMAT_VERSION}: "
             "upgrade vitcut"
         )
+    if not (folder / TENSORS).is_file():
+        raise ModelError(f"{folder} holds no {TENSORS}: copy the whole folder")
     found = {
         TENSORS: (own.get("weights_sha256"), sha256_file(folder / TENSORS)),
         # Folders of before have none.
@@ -153,5 +155,5 @@ def _check_own(folder: Path, config: dict[str, Any]) -> None:
         if expected is not None and expected != now:
             raise ModelError(
                 f"{folder / name} is not the file that was saved (its SHA-256 differs): restore "
-                "it or train again"
+                f"it or train again; if it was changed on purpose, remove 'vitcut' from {CONFIG}"
             )
