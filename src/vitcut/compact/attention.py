@@ -20,6 +20,7 @@ from vitcut.compact.stream import (
     Product,
     Stream,
     Written,
+    by_head,
     by_image,
     flatten,
     make_table,
@@ -64,11 +65,11 @@ class HeadGroup(nn.Module):
         """Attend.
 
         Args:
-            q: Scaled queries, shape [images, rows, heads * head_dim], or normalised tokens that
-                ask, shape [images, rows, width]; None where queries are a table.
-            k: Keys, shape [images, tokens, heads * head_dim], or the normalised tokens that stand
+            q: Scaled queries, shape [images, heads, rows, head_dim], or normalised tokens that
+                ask, shape [images * rows, width]; None where queries are a table.
+            k: Keys, shape [images, heads, tokens, head_dim], or the normalised tokens that stand
                 in for them, shape [images, tokens, width]; None where they are a table.
-            v: Values, likewise.
+            v: Values, likewise. A head that stands alone has no dimension of its own.
 
         Returns:
             What each head has mixed: values, or tokens where its output takes those. A single row
@@ -77,10 +78,10 @@ class HeadGroup(nn.Module):
         if self.plan.stands_alone and q is not None and k is not None and v is not None:
             return _attend(self._placed("q", q), self._placed("k", k), v)
         if not (self.plan.keys or self.plan.values or self.plan.fixed_pattern):
-            return _attend(self._by_head("q", q), self._by_head("k", k), self._by_head("v", v))
+            return _attend(self._own("q", q), self._own("k", k), self._own("v", v))
         pattern = self._pattern(q, k)
         if v is None or not self.plan.values:
-            return pattern @ self._by_head("v", v)
+            return pattern @ self._own("v", v)
         mixed = pattern.flatten(1, -2) @ v
         if self.plan.rows.count > 1:
             mixed = mixed.unflatten(1, (-1, self.plan.rows.count))
@@ -96,7 +97,7 @@ class HeadGroup(nn.Module):
         if self.plan.fixed_pattern:
             return self.tables["pattern"]
         if k is None or not self.plan.keys:
-            return (self._by_head("q", q) @ self._by_head("k", k).transpose(-1, -2)).softmax(-1)
+            return (self._own("q", q) @ self._own("k", k).transpose(-1, -2)).softmax(-1)
         if q is None:
             scores = F.linear(k, self.tables["q"]).transpose(1, 2)
         else:
@@ -107,25 +108,18 @@ class HeadGroup(nn.Module):
 
     def _meeting(self, q: Tensor) -> Float[Tensor, "images heads_rows width"]:
         """Queries that meet normalised tokens: the weight of the keys is applied to them."""
-        heads, rows = len(self.plan.heads), self.plan.rows.count
         if self.queries is not None:
-            q = self.queries(q)
-        by_head = (
-            q.view(-1, heads, q.shape[-1] // heads)
-            if rows == 1
-            else q.unflatten(2, (heads, -1)).transpose(1, 2)
-        )
+            q = by_head(self.queries(q), self.plan.rows, len(self.plan.heads))
+        if self.plan.rows.count == 1:
+            q = q.flatten(1, 2)
         if self.key_weight is not None:
-            by_head = _each_head(by_head, self.key_weight)
-        return by_head.flatten(1, -2)
+            q = _each_head(q, self.key_weight)
+        return q.flatten(1, -2)
 
-    def _by_head(
-        self, letter: Letter, columns: Tensor | None
+    def _own(
+        self, letter: Letter, computed: Tensor | None
     ) -> Float[Tensor, "#images heads rows head_dim"]:
-        if columns is None:
-            return self.tables[letter]
-        by_head = columns.unflatten(-1, (len(self.plan.heads), -1)).transpose(1, 2)
-        return self._placed(letter, by_head)
+        return self.tables[letter] if computed is None else self._placed(letter, computed)
 
     def _place_queries_and_keys(self, shape: ViTShape) -> None:
         """Make what queries and keys that are computed pass before they meet."""
@@ -224,7 +218,7 @@ class CompactAttention(nn.Module):
             q, k, v = (parts.of(number, letter) for letter in LETTERS)
             if plan.queries:
                 own = self._rows(plan.queries)
-                q = by_image(take_rows(normed[plan.queries[0]], own, plan.rows), plan.rows)
+                q = flatten(take_rows(normed[plan.queries[0]], own, plan.rows))
             mixed.append(group(q, tokens.get(plan.keys, k), tokens.get(plan.values, v)))
         for plan, output in zip(self.plan.outputs, self.outputs, strict=True):
             written[plan.name] = output(mixed[plan.group])

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 
 from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, Rows
-from vitcut.compact.stream import by_image, take_rows
+from vitcut.compact.stream import by_head, by_image
 from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
 
 
 class Piece(NamedTuple):
-    """Neighbouring columns of a projection."""
+    """Neighbouring head inputs among those that a projection computes."""
 
     projection: int
     first: int
@@ -31,6 +31,8 @@ class Routes:
         ]
         self._cuts = self._sorted_pieces()
         """Per projection the pieces that it falls into."""
+        self._one_by_one = self._read_by_heads_alone()
+        """Projections whose inputs are all read by heads that stand alone."""
         read = [streams for group in plan.groups for streams in (group.keys, group.values)]
         read += [item.streams for item in plan.projections if len(item.streams) > 1]
         self.read_together = [streams for streams in dict.fromkeys(read) if streams]
@@ -41,14 +43,35 @@ class Routes:
     def cut(self, columns: Sequence[Tensor]) -> "Parts":
         """What all projections computed, each of shape [tokens, columns], in pieces."""
         found: dict[Piece, Tensor] = {}
-        for whole, pieces in zip(columns, self._cuts, strict=True):
-            if _partition(pieces):
-                sizes = [piece.end - piece.first for piece in pieces]
-                parts = whole.split(sizes, dim=1) if len(sizes) > 1 else (whole,)
+        for number, (product, pieces) in enumerate(zip(columns, self._cuts, strict=True)):
+            # All at once are put into their heads: a reshape and a transposition for each of many
+            # small pieces take as long as the products.
+            rows = self._plan.projections[number].rows
+            if number in self._one_by_one:
+                whole, dim, size = by_image(product, rows), 2, self._head_dim
             else:
-                parts = tuple(whole[:, piece.first : piece.end] for piece in pieces)
+                heads = self._plan.projections[number].num_columns
+                whole, dim, size = by_head(product, rows, heads), 1, 1
+            if _partition(pieces):
+                sizes = [size * (piece.end - piece.first) for piece in pieces]
+                parts = whole.split(sizes, dim=dim) if len(sizes) > 1 else (whole,)
+            else:
+                parts = tuple(
+                    whole.narrow(dim, size * piece.first, size * (piece.end - piece.first))
+                    for piece in pieces
+                )
             found |= dict(zip(pieces, parts, strict=True))
         return Parts(self._plan, self._pieces, found)
+
+    def _read_by_heads_alone(self) -> frozenset[int]:
+        shared = {
+            piece.projection
+            for group, of in zip(self._plan.groups, self._pieces, strict=True)
+            for pieces in of.values()
+            for piece in pieces
+            if not group.stands_alone
+        }
+        return frozenset(range(len(self._plan.projections))) - shared
 
     def _sorted_pieces(self) -> list[list[Piece]]:
         used = {piece for of in self._pieces for pieces in of.values() for piece in pieces}
@@ -65,11 +88,10 @@ class Routes:
         pieces: list[Piece] = []
         for head in group.heads:
             number, place = self._owner(group, letter, head)
-            first, end = place * self._head_dim, (place + 1) * self._head_dim
-            if pieces and pieces[-1].projection == number and pieces[-1].end == first:
-                pieces[-1] = pieces[-1]._replace(end=end)
+            if pieces and pieces[-1].projection == number and pieces[-1].end == place:
+                pieces[-1] = pieces[-1]._replace(end=place + 1)
             else:
-                pieces.append(Piece(projection=number, first=first, end=end))
+                pieces.append(Piece(projection=number, first=place, end=place + 1))
         return pieces
 
     def _owner(self, group: HeadGroupPlan, letter: Letter, head: int) -> tuple[int, int]:
@@ -98,18 +120,28 @@ class Parts:
         self._pieces = pieces
         self._found = found
 
-    def of(self, group: int, letter: Letter) -> Float[Tensor, "images rows columns"] | None:
-        """The queries, keys or values of a head group; None where no projection computes them."""
-        rows = self._plan.groups[group].rows if letter == "q" else None
-        parts = [self._part(piece, rows) for piece in self._pieces[group][letter]]
+    def of(self, group: int, letter: Letter) -> Float[Tensor, "images *heads rows head_dim"] | None:
+        """The queries, keys or values of a head group; None where no projection computes them.
+
+        A head that stands alone has no dimension of its own.
+        """
+        plan = self._plan.groups[group]
+        parts = [self._found[piece] for piece in self._pieces[group][letter]]
         if not parts:
             return None
-        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        if letter == "q":
+            parts = [
+                self._take_rows(part, piece.projection, plan.rows)
+                for part, piece in zip(parts, self._pieces[group]["q"], strict=True)
+            ]
+        whole = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return whole.squeeze(1) if plan.stands_alone and whole.ndim == 4 else whole
 
-    def _part(self, piece: Piece, rows: Rows | None) -> Tensor:
-        own = self._plan.projections[piece.projection].rows
-        found = by_image(self._found[piece], own)
-        return found if rows is None else by_image(take_rows(found, own, rows), rows)
+    def _take_rows(self, found: Tensor, projection: int, wanted: Rows) -> Tensor:
+        own = self._plan.projections[projection].rows
+        if own == wanted:
+            return found
+        return found.narrow(-2, wanted.first - own.first, wanted.count)
 
 
 def _covers(rows: Rows, others: Rows) -> bool:

@@ -131,6 +131,15 @@ def by_image(
     return values if values.ndim == 3 else values.unflatten(0, (-1, rows.count))
 
 
+def by_head(
+    values: Float[Tensor, "tokens columns"], rows: Rows, heads: int
+) -> Float[Tensor, "images heads rows head_dim"]:
+    """Columns of heads, one after the other, with dimensions of their own for images and heads."""
+    if rows.count == 1:
+        return values.view(-1, heads, 1, values.shape[1] // heads)
+    return values.view(-1, rows.count, heads, values.shape[1] // heads).transpose(1, 2)
+
+
 def flatten(values: Float[Tensor, "*tokens width"]) -> Float[Tensor, "all_tokens width"]:
     """The tokens of all images, one after the other."""
     return values if values.ndim == 2 else values.flatten(0, 1)
