@@ -52,6 +52,8 @@ REPAIRED = (
     (64, "predicted-0.1500"),
     (64, "predicted-0.1300"),
     (1, "predicted-0.3900"),
+    (1, "predicted-0.3650"),
+    (1, "predicted-0.3400"),
     (1, "predicted-0.3000"),
 )
 SEEDS = (0, 1, 2)
