@@ -140,7 +140,7 @@ def test_a_model_is_cut_to_a_budget_and_a_killed_search_goes_on(model, images, t
         == cut.circuit
     )
     with pytest.raises(ArtefactError, match=r"cut\.ablation was 'linear', now 'mean'"):
-        vitcut.cut(model, images, out=tmp_path / "cut", **BUDGET)
+        vitcut.cut(model, images, ablation="mean", out=tmp_path / "cut", **BUDGET)
 
 
 @pytest.mark.parametrize(

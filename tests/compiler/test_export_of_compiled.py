@@ -56,7 +56,15 @@ def with_every_kind_of_block():
     return compact, weights
 
 
+def of_constants():
+    """The empty circuit: the same logits for every image."""
+    compact, weights = compiled(0.0)
+    assert [name for name, _ in compact.named_parameters()] == ["logits"]
+    return compact, weights
+
+
 CASES = {
+    "constants": of_constants,
     "token groups and neurons": per_group,
     "every kind of block": with_every_kind_of_block,
     "head gaps": with_gaps,

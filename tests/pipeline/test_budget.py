@@ -322,6 +322,35 @@ def test_a_circuit_over_edges_is_cut_with_a_linear_fill(finished, tmp_path):
     assert point.edges_kept == means.edges_kept
 
 
+def test_a_cut_that_is_cut_again_keeps_its_ablation(finished, tmp_path):
+    path, silent = find_circuit(finished, "acdc-resample-0.03"), replace(CUT, ablation=None)
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, first)
+    own = find_circuit(first, None)
+    for out, config in ((again, silent), (other, replace(silent, ablation="zero"))):
+        cut_command(Circuit.load(own), find_origin(own), config, BENCH, out)
+    tensors = [load_file(out / "model" / "model.safetensors") for out in (first, again)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    points = [Results.load(out / "results.json").points[-1] for out in (first, again, other)]
+    assert [point.ablation for point in points] == ["linear", "linear", "zero"]
+    assert (again / "model" / FILL).exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "circuit", "expected"),
+    [
+        (None, "resample", "mean"),
+        (None, "zero", "zero"),
+        (None, "linear", "linear"),
+        (None, None, "linear"),
+        ("mean", "linear", "mean"),
+        ("zero", None, "zero"),
+    ],
+)
+def test_the_ablation_of_a_cut_is_the_circuits_unless_it_was_given(given, circuit, expected):
+    assert CutConfig(ablation=given).ablation_for(circuit) == expected
+
+
 @pytest.fixture(scope="module")
 def run_to_budget(recipe, tmp_path_factory):
     """A run whose recipe ends with a budget and a repair."""

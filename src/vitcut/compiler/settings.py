@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from vitcut.config import require_at_least, require_one_of, require_positive
 from vitcut.errors import ConfigError
+from vitcut.names import Ablation
 
 CutAblation = Literal["mean", "zero", "linear"]
 """Ablations that fold into constants."""
@@ -18,9 +19,10 @@ _LEAST_RIDGE = 1e-9
 class CutConfig:
     """How a circuit is compiled and checked."""
 
-    ablation: CutAblation = "mean"
+    ablation: CutAblation | None = None
     """What stands in for a cut part in the compact model; linear predicts cut heads and neurons
-    from those that are kept beside them."""
+    from those that are kept beside them. None: what stands in for them in the circuit, or mean
+    where that is resample; linear for a budget."""
     images: int = 1024
     """Training images, as many of each class, over which fills are averaged and fitted; all of them
     where there are fewer."""
@@ -40,7 +42,8 @@ class CutConfig:
     """Seed of the choice of images."""
 
     def __post_init__(self) -> None:
-        require_one_of("ablation of a cut", self.ablation, get_args(CutAblation))
+        if self.ablation is not None:
+            require_one_of("ablation of a cut", self.ablation, get_args(CutAblation))
         if self.ridge is not None and not self.ridge >= _LEAST_RIDGE:
             raise ConfigError(f"ridge must be at least {_LEAST_RIDGE:g}, got {self.ridge}")
         require_positive("memory-gib", self.memory_gib)
@@ -48,3 +51,11 @@ class CutConfig:
         require_at_least("batch", self.batch, 1)
         require_at_least("verify_images", self.verify_images, 1)
         require_at_least("seed", self.seed, 0)
+
+    def ablation_for(self, circuit: Ablation | None) -> CutAblation:
+        """What stands in for the cut parts of a circuit of an ablation; of a budget where None."""
+        if self.ablation is not None:
+            return self.ablation
+        if circuit is None:
+            return "linear"
+        return "mean" if circuit == "resample" else circuit

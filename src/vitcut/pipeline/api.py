@@ -175,8 +175,9 @@ def cut(
     Args:
         model: The one that the circuit was found in.
         images: Of the task; fills are fitted to training images.
-        circuit: Under any ablation; the compact model's is a setting. None: it is searched, within
-            ``target_macs`` or ``target_latency``.
+        circuit: Under any ablation, which the compact model's is too unless a setting says so, or
+            where it is resample. None: it is searched, within ``target_macs`` or
+            ``target_latency``, under linear ablation unless a setting says so.
         out: Keeps the circuits on the way to a budget, and ``path.json``; after a kill the same
             call continues it.
         **settings: Those of `CutConfig`, such as ``ablation``, ``images`` (how many) and ``merge``;
@@ -195,6 +196,7 @@ def cut(
     if circuit is not None and not settings.keys() & _BUDGETS:
         return cut_circuit(_subject(model, images), circuit, _configured(CutConfig, settings))
     config, select = _configured_both(CutConfig, SelectConfig, settings)
+    config = replace(config, ablation=config.ablation_for(None))
     select.require_budget_or(circuit, merge=config.merge)
     subject = _subject(model, images)
     with TemporaryDirectory() as temporary:

@@ -69,6 +69,7 @@ def budget_command(
     Raises:
         CircuitError: The budget cannot be met.
     """
+    cut = replace(cut, ablation=cut.ablation_for(None))
     settings = {"select": as_plain(select), "cut": as_plain(cut), "bench": as_plain(bench)}
     costs = {"costs": cost_model(cut.batch).fingerprint}
     folder = RunFolder(out, {**origin.settings(), **settings, **costs})
@@ -143,7 +144,7 @@ def cut_to_budget(
     search = BudgetSearch(subject, folder, select, cut, maker.fills, threads=threads)
     circuit, budget = search.find(), _budget(select, cut)
     kind, target = next(iter(budget.items()))
-    name = f"{select.scores}-{cut.ablation}-{kind}-{target:g}"
+    name = f"{select.scores}-{circuit.ablation}-{kind}-{target:g}"
     if into is None:
         circuit.save(folder.point(name) / CIRCUIT_FILE)
     return maker.cut(name, circuit, into=into, budget=budget)
@@ -246,7 +247,7 @@ class BudgetSearch:
             ),
             self._cost,
             select,
-            self._cut.ablation,
+            self._cut.ablation_for(None),
         )
 
     def _score_images(self) -> ImageSet:

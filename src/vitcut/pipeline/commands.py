@@ -157,6 +157,7 @@ def cut_command(
     circuit: Circuit, origin: Origin, config: CutConfig, bench: BenchConfig, out: Path
 ) -> Results:
     """Compile one circuit into ``out/model`` and measure it beside the dense model."""
+    config = replace(config, ablation=config.ablation_for(circuit.ablation))
     settings = {"circuit": circuit.fingerprint, "cut": as_plain(config), "bench": as_plain(bench)}
     costs = {"costs": cost_model(config.batch).fingerprint}
     folder = RunFolder(out, {**origin.settings(), **settings, **costs})

@@ -142,7 +142,7 @@ def cut_circuit(
     """
     _require_same_weights(subject, circuit)
     costs = cost_model(config.batch)
-    parent = circuit.with_ablation(config.ablation)
+    parent = circuit.with_ablation(config.ablation_for(circuit.ablation))
     final = merge(subject, parent, costs) if config.merge else parent
     fills = fills or Fills(subject, config)
     fill = fills.of(final)

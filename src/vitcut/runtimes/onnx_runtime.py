@@ -78,7 +78,8 @@ def _write(model: nn.Module, path: Path, example: Tensor) -> None:
     # torch.export takes a size of 0 or 1 for a constant: trace with two images.
     two = example[:1].repeat(2, 1, 1, 1)
     torch.onnx.export(
-        model,
+        # Weights are named by their place: none may be called what the input or output is.
+        nn.Sequential(model).eval(),
         (two,),
         path,
         dynamo=True,
