@@ -160,11 +160,16 @@ def repair_all(subject: Subject, out: Path) -> None:
         repaired_dense(subject, out, seed)
 
 
+def repair_config(seed: int) -> FinetuneConfig:
+    """What the page's repairs were trained with: once the defaults."""
+    return FinetuneConfig(seed=seed, batch_size=256, learning_rate=2e-3)
+
+
 def repaired_dense(subject: Subject, out: Path, seed: int) -> tuple[Point, nn.Module]:
     """The dense model after the repair that the cuts get."""
     say(f"repairing the dense model, seed {seed}")
     model = deepcopy(subject.model.model)
-    repair(subject, model, FinetuneConfig(seed=seed), out / "repairs" / f"dense-{seed}")
+    repair(subject, model, repair_config(seed), out / "repairs" / f"dense-{seed}")
     return replace(dense_point(subject), name=f"dense-repaired-{seed}"), model
 
 
@@ -179,8 +184,7 @@ def repairs(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
         for seed in seeds:
             say(f"repairing {name}, seed {seed}")
             folder = out / "repairs" / f"{name}-{seed}"
-            config = FinetuneConfig(seed=seed)
-            point, model, _ = repair_compact(subject, stored, config, folder, base=out)
+            point, model, _ = repair_compact(subject, stored, repair_config(seed), folder, base=out)
             yield replace(point, name=f"{name}-repaired-{seed}"), model
 
 

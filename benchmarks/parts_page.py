@@ -177,7 +177,8 @@ The shipped model (`--model animals`), 58 animals in 6 groups. {conditions(resul
 {table(results, baselines, correct)}
 ## Repaired
 
-Six epochs of distillation (`vitcut finetune`, its defaults); the last number of a name is the seed.
+Six epochs of distillation, in batches of 256 at 2e-3 (the defaults have changed since,
+[decision 6](../../decisions/0006-how-a-repair-trains.md)); the last number of a name is the seed.
 
 {table(results, repaired, correct)}
 ## Training-free
