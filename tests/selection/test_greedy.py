@@ -281,6 +281,23 @@ def test_savings_of_whole_sites_do_not_pile_up():
     assert [item for item in savings._known if site in dict(item)] == [((site, (3,)),)]
 
 
+def with_whole_mlps(circuit: Circuit) -> float:
+    """An MLP costs 10 besides, as long as it has a neuron."""
+    return count_parts(circuit) + 10.0 * circuit.neurons.any(2).sum()
+
+
+def test_the_last_neuron_saves_what_goes_with_it():
+    alive, site = everything(), (0, "neurons", 0)
+    savings = Savings(GRAPH, with_whole_mlps, alive)
+    saved = []
+    for neuron in range(NEURONS):
+        saved.append(savings.of_neuron(site))
+        alive.cut(((site, (neuron,)),))
+        savings.cut(((site, (neuron,)),))
+        assert savings.total == with_whole_mlps(alive.circuit(GRAPH, "linear"))
+    assert saved == [1, 1, 1, 11]
+
+
 def test_a_neuron_that_nobody_asked_about_is_measured():
     alive = everything()
     savings = Savings(GRAPH, count_parts, alive)
