@@ -1,12 +1,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
-from jsonargparse import ArgumentParser
 
 from vitcut.cli import VERBS, main
-from vitcut.errors import ConfigError
+from vitcut.flags import given_of
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
 DRAWN = ["--source", "drawn", "--task", "drawn"]
@@ -147,7 +147,15 @@ ERRORS = {
     ),
     "a runtime that is not there": (
         ["cut", "--target-latency", "0.2", "--runtime", "pt2"],
-        "runtime must be one of torch, torch-compile, onnxruntime, openvino, got 'pt2'",
+        "Literal['torch', 'torch-compile', 'onnxruntime', 'openvino']",
+    ),
+    "a search by fills of whole parts": (
+        ["discover", "--ablation", "linear"],
+        "Literal['zero', 'mean', 'resample']",
+    ),
+    "searches by fills of whole parts": (
+        ["run", "demo", "--ablations", "mean,linear"],
+        "Literal['zero', 'mean', 'resample']",
     ),
     "an ablation that does not fold": (
         ["cut", "--target-macs", "0.2", "--ablation", "resample"],
@@ -200,6 +208,9 @@ def test_an_error_is_one_line_and_leaves_nothing(case, place, capsys):
         (["--tau"], "no command '--tau': expected one of"),
         (["run"], "run needs a recipe: animals, animals-quick, demo, or a .yaml file"),
         (["run", "--out", "x"], "run needs a recipe"),
+        (["run", "--config"], "run needs a recipe"),
+        (["run", "--config=nope.yaml"], "no recipe file at nope.yaml"),
+        (["cut"], "cut needs a circuit"),
         (["show", "text.txt"], "text.txt is not a readable circuit file"),
         (["show", "nowhere"], "nothing to show at nowhere"),
         (["prepare", "--source", "nowhere"], "source 'nowhere' does not exist"),
@@ -228,9 +239,32 @@ def test_a_run_of_other_settings_is_refused_by_the_key_that_differs(place, capsy
     assert _files(place) == before
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(ConfigError, match="tau must be"):
-        main(["discover", "--tau", "-1", "--debug"])
+def test_debug_shows_the_traceback_of_an_error_that_can_be_mended(capsys):
+    assert main(["discover", "--tau", "-1", "--debug"]) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.endswith("\nvitcut: error: tau must be a finite number > 0, got -1.0\n")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What verbs would run with, by the verb's name; nothing is run."""
+    found = {}
+    for name, verb in VERBS.items():
+
+        def take(parser, namespace, name=name):
+            del parser
+            found[name] = namespace
+
+        monkeypatch.setitem(VERBS, name, replace(verb, run=take))
+    return found
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_alone_runs_or_says_what_it_needs(name, taken, capsys):
+    code = main([name])
+    assert code == (0 if name in taken else 2)
+    assert name in taken or capsys.readouterr().err.startswith("vitcut: error: ")
 
 
 def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
@@ -300,27 +334,118 @@ def test_pictures_are_prepared_and_the_next_step_named(capsys):
     assert "next: vitcut train" in out
 
 
+LISTS = [
+    (["bench", "runs/cut"], "runtimes", ("torch", "openvino")),
+    (["bench", "runs/cut"], "batches", (1, 16)),
+    (["bench", "runs/cut"], "batches", (8,)),
+    (["run", "demo"], "bench.batches", (1, 16)),
+    (["run", "demo"], "taus", (0.01, 0.02)),
+    (["run", "demo"], "taus", (0.01,)),
+    (["run", "demo"], "ablations", ("zero", "mean")),
+    (["run", "demo"], "train.mean", (0.5, 0.25, 0.5)),
+    (["run", "demo"], "repair.std", (0.5, 0.25, 0.5)),
+    (["demo"], "taus", (0.02,)),
+    (["train"], "mean", (0.5, 0.25, 0.5)),
+    (["train"], "std", (0.5,)),
+]
+
+
+@pytest.mark.parametrize(("words", "flag", "value"), LISTS)
+def test_lists_are_taken_with_and_without_brackets(words, flag, value, taken):
+    plain, spaced = ",".join(map(str, value)), ", ".join(map(str, value))
+    dashed = f"--{flag}"
+    for typed in ([dashed, plain], [f"{dashed}={plain}"], [dashed, f"[{spaced}]"]):
+        assert main([*words, *typed]) == 0
+        assert tuple(taken.pop(words[0])[flag]) == value
+
+
+@pytest.mark.parametrize("typed", ["0.5,0.25,0.5", "[0.5, 0.25, 0.5]"])
+def test_numbers_per_channel_of_a_model_are_taken_in_both_ways_too(typed, taken):
+    assert main(["discover", "--mean", typed, "--std", "0.5"]) == 0
+    given = given_of(taken["discover"])
+    assert (given.mean, given.std) == ((0.5, 0.25, 0.5), (0.5,))
+
+
+SWITCHES = [
+    (["prepare"], "skip-bad-images"),
+    (["train"], "compile"),
+    (["discover"], "random-weights"),
+    (["cut", "empty"], "merge"),
+    (["cut", "empty"], "joint"),
+    (["finetune", "empty"], "repair-dense"),
+    (["run", "demo"], "cut.merge"),
+    (["run", "demo"], "repair.compile"),
+    (["show", "empty"], "plan"),
+]
+
+
+@pytest.mark.parametrize(("words", "flag"), SWITCHES)
+def test_a_flag_of_yes_or_no_stands_alone_or_takes_a_word(words, flag, taken):
+    verb, *operands = words
+    key = flag.replace("-", "_")
+    for yes in ([f"--{flag}"], [f"--{flag}", "true"], [f"--{flag}=true"], [f"--{flag}", "Yes"]):
+        assert main([*words, *yes]) == 0
+        assert taken.pop(verb)[key] is True
+    for no in ([f"--{flag}", "false"], [f"--{flag}=false"]):
+        assert main([*words, *no]) == 0
+        assert taken.pop(verb)[key] is False
+    if verb not in {"run", "prepare"}:
+        assert main([verb, f"--{flag}", *operands]) == 0
+        assert taken.pop(verb)[key] is True
+
+
 @pytest.mark.parametrize(
-    "typed",
-    [
-        ["--runtimes", "torch,openvino", "--batches", "1,16"],
-        ["--runtimes=torch,openvino", "--batches=1,16"],
-        ["--runtimes", "[torch, openvino]", "--batches=[1,16]"],
-    ],
+    "typed", [["mine.yaml"], ["--config", "mine.yaml"], ["--config=mine.yaml"]]
 )
-def test_bench_takes_lists_with_and_without_brackets(typed):
-    verb = VERBS["bench"]
-    parser = ArgumentParser(exit_on_error=False)
-    verb.add_flags(parser)
-    found = parser.parse_args(verb.arrange(["runs/cut", *typed]))
-    assert tuple(found.runtimes) == ("torch", "openvino")
-    assert tuple(found.batches) == (1, 16)
+def test_a_recipe_is_the_first_word_or_the_config(typed, place, taken):
+    (place / "mine.yaml").write_text("task: drawn\ntaus: [0.5]\nvit: {depth: 2}\n")
+    assert main(["run", *typed, "--vit.depth", "3"]) == 0
+    found = taken["run"]
+    assert (found.task, found.taus, found.vit.depth) == ("drawn", (0.5,), 3)
+    assert str(found.out) == "runs/mine"
+
+
+def test_flags_of_the_data_may_be_short_in_a_run(taken):
+    assert main(["run", "demo", "--source", "photos", "--skip-bad-images"]) == 0
+    assert main(["demo", "--source=photos", "--skip-bad-images", "true"]) == 0
+    for found in taken.values():
+        assert (found.data.source, found.data.skip_bad_images) == ("photos", True)
+
+
+def test_the_help_of_run_names_the_recipes_and_the_source(capsys):
+    text = _help("run", capsys)
+    assert text.startswith("usage: vitcut run RECIPE ")
+    assert "RECIPE is animals, animals-quick, demo, or a .yaml file" in text
+    assert "--source is short for --data.source" in text
+    assert "default: runs/RECIPE" in text
+
+
+def test_the_help_of_demo_shows_what_the_demo_does(capsys):
+    text = _help("demo", capsys)
+    for default in ("runs/demo", "drawn", "[0.03, 0.01, 0.003]", "['mean']", "0.12"):
+        assert f"default: {default})" in text
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_no_help_offers_what_is_always_refused(name, capsys):
+    text = _help(name, capsys)
+    assert "executorch" not in text
+    assert "pt2" not in text
+    if name == "discover":
+        assert "linear" not in text
+
+
+def _help(name, capsys):
+    """With one space where the terminal's width makes a new line."""
+    assert main([name, "--help"]) == 0
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_help_loads_no_torch():
     code = """
 import sys
 from vitcut.cli import VERBS, main
+from vitcut.flags import given_of
 for words in [["--help"], *([name, "--help"] for name in VERBS)]:
     assert main(words) == 0
 heavy = {"torch", "timm", "accelerate", "onnxruntime", "openvino", "pyarrow"} & set(sys.modules)

@@ -6,6 +6,7 @@ Only the verb that was typed builds its parser, and a stage is imported when its
 
 import re
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from vitcut.errors import ConfigError, VitcutError
+from vitcut.typed import arrange_values
 from vitcut.verbs import VERBS
 
 EXIT_ERROR = 2
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(typed)
     except (VitcutError, OSError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         sys.stderr.write(f"vitcut: error: {' '.join(str(error).split())}\n")
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -40,6 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """The console script."""
     sys.exit(main())
+
+
+def build_parser(name: str) -> ArgumentParser:
+    """The parser of a verb."""
+    verb = VERBS[name]
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        prog=f"vitcut {name} {verb.before_flags}".rstrip(),
+        description=f"{verb.help} {verb.more}".rstrip(),
+        exit_on_error=False,
+    )
+    verb.add_flags(parser)
+    return parser
 
 
 def _dispatch(typed: list[str]) -> int:
@@ -55,11 +70,9 @@ def _dispatch(typed: list[str]) -> int:
         near = get_close_matches(name, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
         raise ConfigError(f"no command {name!r}: {hint}")
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=f"vitcut {name}", description=verb.help, exit_on_error=False)
-    verb.add_flags(parser)
+    parser = build_parser(name)
     try:
-        namespace = parser.parse_args(verb.arrange(rest))
+        namespace = parser.parse_args(arrange_values(parser, verb.arrange(rest)))
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ArgumentError, UnicodeDecodeError) as error:

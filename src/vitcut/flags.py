@@ -126,7 +126,7 @@ def _numbers_of(namespace: Namespace, name: str) -> tuple[float, ...] | None:
     if typed is None:
         return None
     try:
-        return tuple(float(item) for item in str(typed).split(","))
+        return tuple(float(item) for item in str(typed).strip("[]").split(","))
     except ValueError:
         raise ConfigError(
             f"{name} must be a number, or several with commas between them, got {typed!r}"

@@ -5,13 +5,16 @@ from typing import Literal
 Ablation = Literal["zero", "mean", "resample", "linear"]
 """What stands in for a cut part."""
 
+EdgeAblation = Literal["zero", "mean", "resample"]
+"""What stands in for a cut edge; a linear fill is of whole parts."""
+
 Criterion = Literal["increment", "total"]
 """What ACDC compares with tau: the rise of the KL divergence, or the KL divergence itself."""
 
 PairMode = Literal["each_other_group", "one_random"]
 """Corrupted images per clean image: one from each other group, or one from a random other group."""
 
-RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino", "executorch", "pt2"]
+RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino"]
 """What executes a model; every measured latency names its own."""
 
 Split = Literal["train", "tuning", "validation"]

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from vitcut.errors import ConfigError
 from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, given_of, take
-from vitcut.typed import arrange_bench, arrange_cut, arrange_demo, arrange_run
+from vitcut.typed import arrange_demo, arrange_run, recipe_file, recipes
 
 if TYPE_CHECKING:
     from vitcut.data.settings import DataConfig
@@ -32,6 +33,10 @@ class Verb:
     run: Callable[[ArgumentParser, Namespace], None]
     arrange: Callable[[list[str]], list[str]] = list
     """Rewrites what was typed before it is parsed."""
+    before_flags: str = ""
+    """What the usage line names before the flags of the parser."""
+    more: str = ""
+    """What ``--help`` says besides."""
 
 
 def _report(results: "Results", out: Path, then: str) -> None:
@@ -52,11 +57,16 @@ def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = No
     return resolve_origin(namespace.model, namespace.task, data, base=base, given=given)
 
 
-def _add_run(parser: ArgumentParser) -> None:
+def _add_run(parser: ArgumentParser, out: str = "runs/RECIPE") -> None:
     from vitcut.pipeline.settings import RunConfig
 
-    add_common(parser, "runs/run")
+    add_common(parser, out)
     parser.add_class_arguments(RunConfig)
+
+
+def _add_demo(parser: ArgumentParser) -> None:
+    _add_run(parser, "runs/demo")
+    parser.set_defaults(yaml.safe_load(recipe_file("demo").read_text(encoding="utf-8")))
 
 
 def _run(parser: ArgumentParser, namespace: Namespace) -> None:
@@ -270,7 +280,8 @@ def _add_show(parser: ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="A run or model directory, or a circuit.json.")
     parser.add_argument(
         "--plan",
-        action="store_true",
+        type=bool,
+        default=False,
         help="Only what the compact model computes, block by block, with predicted times.",
     )
 
@@ -306,7 +317,7 @@ def _checks(_: ArgumentParser, namespace: Namespace) -> None:
 VERBS = {
     "demo": Verb(
         help="The whole way in under three minutes, on drawn pictures.",
-        add_flags=_add_run,
+        add_flags=_add_demo,
         run=_run,
         arrange=arrange_demo,
     ),
@@ -315,6 +326,10 @@ VERBS = {
         add_flags=_add_run,
         run=_run,
         arrange=arrange_run,
+        before_flags="RECIPE",
+        more=f"RECIPE is {', '.join(recipes())}, or a .yaml file; its values take the place of "
+        "the defaults below, and vitcut run RECIPE --print-config prints them. --source is short "
+        "for --data.source, --skip-bad-images for --data.skip-bad-images.",
     ),
     "prepare": Verb(
         help="Decode a source of images into the cache.", add_flags=_add_prepare, run=_prepare
@@ -329,10 +344,9 @@ VERBS = {
         help="Find the circuit of a task in a model.", add_flags=_add_discover, run=_discover
     ),
     "cut": Verb(
-        help="Compile a circuit into a compact model and measure it.",
+        help="Cut a model to a budget, or to a circuit that was found, and measure it.",
         add_flags=_add_cut,
         run=_cut,
-        arrange=arrange_cut,
     ),
     "finetune": Verb(
         help="Repair a cut model: a few epochs of distillation, measured beside the dense one.",
@@ -343,7 +357,6 @@ VERBS = {
         help="Measure the models of a run again.",
         add_flags=_add_bench,
         run=_bench,
-        arrange=arrange_bench,
     ),
     "checks": Verb(
         help="Describe the machine, and measure what plans cost on it.",

@@ -5,7 +5,7 @@ from torch import nn
 from vitcut.errors import ConfigError, ExactnessError
 from vitcut.runtimes import session as session_module
 from vitcut.runtimes.session import prepare_sessions, require_parity, torch_threads
-from vitcut.runtimes.table import RUNTIME_MODULES
+from vitcut.runtimes.table import RUNTIME_MODULES, require_runtime
 
 
 def tiny_model() -> nn.Module:
@@ -42,7 +42,7 @@ def test_later_training_does_not_reach_a_session():
 
 def test_an_unknown_runtime_is_refused_with_a_list_of_those_there():
     with pytest.raises(ConfigError, match="torch, torch-compile, onnxruntime, openvino, got 'pt2'"):
-        prepare_sessions("pt2", tiny_model(), [IMAGES], threads=1)
+        require_runtime("pt2")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vitcut.config import require_at_least, require_one_of, require_positive
-from vitcut.errors import ConfigError
-from vitcut.names import Ablation, Criterion, PairMode, Tokens
+from vitcut.names import Criterion, EdgeAblation, PairMode, Tokens
 
 Method = Literal["acdc"]
 """Discovery methods that give a circuit."""
-
-_EDGE_METHODS: frozenset[str] = frozenset({"acdc"})
-"""Methods that cut edges; the others cut whole parts."""
 
 Precision = Literal["float32", "float64"]
 """Of fast, filtering computations."""
@@ -25,8 +21,8 @@ class DiscoverConfig:
     """The algorithm."""
     tau: float = 0.01
     """ACDC cuts an edge when the mean KL divergence rises by less than this, in nats."""
-    ablation: Ablation = "resample"
-    """What stands in for a cut edge while searching; ``linear`` fills whole parts, not edges."""
+    ablation: EdgeAblation = "resample"
+    """What stands in for a cut edge while searching."""
     tokens: Tokens = "all"
     """Whether edges are over whole tokens, or exist once per token group (cls, register, patch)."""
     criterion: Criterion = "increment"
@@ -49,15 +45,10 @@ class DiscoverConfig:
         require_at_least("seed", self.seed, 0)
         for name, value, allowed in (
             ("method", self.method, Method),
-            ("ablation", self.ablation, Ablation),
+            ("ablation of a search", self.ablation, EdgeAblation),
             ("tokens", self.tokens, Tokens),
             ("criterion", self.criterion, Criterion),
             ("pairs", self.pairs, PairMode),
             ("precision", self.precision, Precision),
         ):
             require_one_of(name, value, get_args(allowed))
-        if self.ablation == "linear" and self.method in _EDGE_METHODS:
-            raise ConfigError(
-                f"{self.method} cuts edges, but 'linear' ablation fills whole parts only: choose "
-                "resample, mean or zero"
-            )

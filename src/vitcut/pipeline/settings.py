@@ -8,7 +8,7 @@ from vitcut.config import require_positive
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
-from vitcut.names import Ablation
+from vitcut.names import EdgeAblation
 from vitcut.selection.settings import SelectConfig
 from vitcut.training.settings import FinetuneConfig, TrainConfig
 from vitcut.vits.settings import VitConfig
@@ -30,7 +30,7 @@ class RunConfig:
     """The search; its tau and ablation are replaced by each of ``taus`` and ``ablations``."""
     taus: tuple[float, ...] = (0.01,)
     """ACDC's thresholds in nats; one point each."""
-    ablations: tuple[Ablation, ...] = ("resample",)
+    ablations: tuple[EdgeAblation, ...] = ("resample",)
     """What stands in for cut edges while searching; each at every tau."""
     select: SelectConfig = field(default_factory=SelectConfig)
     """One more point, cut to a budget under linear ablation; none where there is no budget."""

@@ -16,7 +16,7 @@ RUNTIME_EXTRAS: dict[RuntimeName, str] = {"openvino": "openvino"}
 """What to install with vitcut for a runtime that it does not bring along: ``vitcut[EXTRA]``."""
 
 
-def require_runtime(name: RuntimeName) -> None:
+def require_runtime(name: str) -> None:
     """Refuse a runtime that this version cannot run.
 
     Raises:
