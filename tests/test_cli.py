@@ -109,7 +109,10 @@ ERRORS = {
         ["finetune", "empty", "--repair-dense", "false", "--repaired-dense", "other"],
         "leave one of them out",
     ),
-    "no run": (["bench", "empty"], "no run file at empty/origin.json"),
+    "no run": (
+        ["bench", "empty"],
+        "nothing was measured in empty: expected the run directory of a finished `vitcut run`",
+    ),
     "an unknown flag": (["discover", "--tua", "1"], "unrecognized arguments: --tua 1"),
     "a flag without its value": (["discover", "--tau"], "--tau: expected one argument"),
     "a value of another kind": (

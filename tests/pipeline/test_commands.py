@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.cli import main
+from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
@@ -103,6 +104,30 @@ def test_a_run_is_measured_again_with_its_own_models(finished, tmp_path):
     for new, old in zip(results.all_points(), earlier.all_points(), strict=True):
         assert (new.name, new.accuracy_fine, new.kl) == (old.name, old.accuracy_fine, old.kl)
     assert Results.load(tmp_path / "bench" / "results.json") == results
+
+
+def test_what_was_not_measured_is_refused_with_what_to_do(finished, found, cut, tmp_path):
+    refused = {
+        found: f"a circuit is measured when it is cut: vitcut cut {found}",
+        cut / "model": f"give the run directory that it lies in, {cut}",
+        finished / "points" / "acdc-resample-0.03": f"that it lies in, {finished}",
+        tmp_path: "expected the run directory of a finished `vitcut run`, `cut` or `finetune`",
+    }
+    for path, remedy in refused.items():
+        with pytest.raises(ArtefactError) as caught:
+            bench_command(path, BENCH, tmp_path / "bench")
+        assert str(caught.value).startswith(f"nothing was measured in {path}: ")
+        assert str(caught.value).endswith(remedy)
+    assert not (tmp_path / "bench").exists()
+
+
+def test_a_run_directory_given_as_a_compact_model_names_its_models(finished, cut, tmp_path):
+    with pytest.raises(ArtefactError, match=f"give one of its models: {cut / 'model'}$"):
+        CompactViT.from_pretrained(cut)
+    with pytest.raises(ArtefactError, match=str(finished / "points/acdc-resample-0.001/model")):
+        CompactViT.from_pretrained(finished)
+    with pytest.raises(ArtefactError, match=r"expected a model directory that vitcut wrote, with"):
+        CompactViT.from_pretrained(tmp_path)
 
 
 def test_a_run_directory_can_be_moved(finished, tmp_path):

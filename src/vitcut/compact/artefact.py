@@ -34,6 +34,7 @@ CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HASH = "config_sha256"
 _FRAMING = "framing"
 _UNHASHED = {"format_version", "model_sha256"}
+_IN_A_RUN = (f"model/{CONFIG}", f"points/*/model/{CONFIG}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -115,6 +116,8 @@ def load_folder(folder: Path) -> StoredModel:
     Raises:
         ArtefactError: A file is missing, damaged, altered or of another version.
     """
+    if not (folder / CONFIG).exists():
+        raise ArtefactError(f"no compact model at {folder}: {_where_else(folder)}")
     config = read_json(folder / CONFIG, kind="compact model", newest_version=FORMAT_VERSION)
     if config["format_version"] < OLDEST_VERSION:
         raise ArtefactError(
@@ -192,6 +195,14 @@ def upload_folder(folder: Path, hub_id: str, *, private: bool) -> str:
     api.create_repo(hub_id, private=private, exist_ok=True)
     commit = api.upload_folder(repo_id=hub_id, folder_path=folder)
     return str(commit.commit_url)
+
+
+def _where_else(folder: Path) -> str:
+    """What to load instead of a folder without a model, such as a run directory."""
+    found = [path.parent for models in _IN_A_RUN for path in sorted(folder.glob(models))]
+    if not found:
+        return f"expected a model directory that vitcut wrote, with {CONFIG} and {TENSORS}"
+    return f"it is a run directory, give one of its models: {', '.join(map(str, found))}"
 
 
 def _read_circuit(circuit: Path | str | None) -> str | None:

@@ -37,6 +37,7 @@ from vitcut.vits.loading import load_model
 from vitcut.vits.settings import VitConfig
 
 SHIPPED_MODEL = "animals"
+_RESULTS = "results.json"
 
 
 def resolve_origin(
@@ -180,8 +181,9 @@ def bench_command(path: Path, config: BenchConfig, out: Path) -> Results:
     Raises:
         ArtefactError: The directory holds no measured run.
     """
+    _require_measured(path)
     origin = Origin.load(path)
-    earlier = Results.load(path / "results.json")
+    earlier = Results.load(path / _RESULTS)
     folder = RunFolder(out, {"run": str(path.resolve()), "bench": as_plain(config)})
     subject = origin.load_subject()
     points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: class_only(subject)}
@@ -192,6 +194,21 @@ def bench_command(path: Path, config: BenchConfig, out: Path) -> Results:
     results = measure(subject, points, config)
     results.save(folder.results)
     return results
+
+
+def _require_measured(path: Path) -> None:
+    def is_measured(folder: Path) -> bool:
+        return (folder / _RESULTS).is_file() and (folder / ORIGIN_FILE).is_file()
+
+    if is_measured(path):
+        return
+    remedy = "expected the run directory of a finished `vitcut run`, `cut` or `finetune`"
+    around = next(filter(is_measured, path.resolve().parents), None)
+    if around is not None:
+        remedy = f"give the run directory that it lies in, {around}"
+    elif next(path.glob(f"points/*/{CIRCUIT_FILE}"), None) is not None:
+        remedy = f"a circuit is measured when it is cut: vitcut cut {path}"
+    raise ArtefactError(f"nothing was measured in {path}: {remedy}")
 
 
 def _moved(point: Point, path: Path, out: Path) -> Point:
