@@ -23,8 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = vitcut.load_model(options.model)
     images = vitcut.load_images(options.source, task=options.task, model=model)
 
-    circuit = vitcut.discover(model, images, tau=options.tau, images=options.images)
-    cut = vitcut.cut(model, images, circuit)
+    # What a cut fills with stands in for cut edges while searching, too.
+    circuit = vitcut.discover(
+        model, images, tau=options.tau, images=options.images, ablation="mean"
+    )
+    cut = vitcut.cut(model, images, circuit, ablation="mean")
 
     edges = circuit.graph.num_edges
     print(f"edges kept: {circuit.num_kept} of {edges}; heads kept: {circuit.num_heads_kept}")

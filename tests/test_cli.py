@@ -2,11 +2,16 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from vitcut.circuit import Circuit
 from vitcut.cli import VERBS, main
 from vitcut.flags import given_of
+from vitcut.graph import Graph
+from vitcut.pipeline.checks import Calibration
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
 DRAWN = ["--source", "drawn", "--task", "drawn"]
@@ -334,7 +339,58 @@ def test_pictures_are_prepared_and_the_next_step_named(capsys):
     assert main(["prepare", "--source", "drawn", "--image-size", "8"]) == 0
     out, _ = capsys.readouterr()
     assert "2400 images of 12 classes, 0 skipped" in out
-    assert "next: vitcut train" in out
+    assert "next: vitcut train --source drawn --image-size 8 --task drawn\n" in out
+
+
+def test_the_step_after_prepare_repeats_what_was_typed(place, capsys):
+    for number in range(6):
+        for name, colour in (("a", "red"), ("b", "blue")):
+            folder = place / "two words" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
+    assert main(["prepare", "--source", "two words", "--skip-bad-images"]) == 0
+    then = "next: vitcut train --source 'two words' --skip-bad-images --task LABELS.yaml\n"
+    assert capsys.readouterr().out.endswith(then)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("animals", " --source tiny-imagenet-200.zip"),
+        ("timm:vit_tiny_patch16_224", " --source IMAGES --task LABELS.yaml"),
+        ("runs", ""),
+    ],
+)
+def test_the_step_after_checks_names_the_images(model, flags, place, monkeypatch, capsys):
+    found = Calibration(models=3, error_before=0.2, error_after=0.1)
+    monkeypatch.setattr("vitcut.pipeline.checks.calibrate", lambda *_, **__: found)
+    (place / "runs").mkdir()
+    (place / "runs" / "origin.json").touch()
+    assert main(["checks", "--model", model]) == 0
+    then = f"next: vitcut cut --model {model}{flags} --target-latency 0.2 --ablation linear\n"
+    assert capsys.readouterr().out.endswith(then)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
+def test_the_step_after_a_search_fills_as_it_did_or_says_how_to_search(
+    ablation, monkeypatch, capsys
+):
+    circuit = Circuit.full(Graph(num_layers=1, num_heads=1))
+    monkeypatch.setattr("vitcut.pipeline.commands.resolve_origin", lambda *_, **__: None)
+    monkeypatch.setattr("vitcut.pipeline.commands.discover_command", lambda *_: circuit)
+    assert main(["discover", "--ablation", ablation, "--out", "found"]) == 0
+    out, _ = capsys.readouterr()
+    filled = "mean" if ablation == "resample" else ablation
+    point = f"acdc-{ablation}-0.01"
+    assert out.endswith(f"next: vitcut cut found --point {point} --ablation {filled}\n")
+    assert ("for a cut, search with --ablation mean" in out) == (ablation == "resample")
+
+
+def test_the_step_after_a_training_searches_under_the_fill_of_cuts(monkeypatch, capsys):
+    monkeypatch.setattr("vitcut.pipeline.commands.train_command", lambda *_: Path("out/dense"))
+    assert main(["train", *DRAWN, "--out", "out"]) == 0
+    then = "next: vitcut discover --model out --tau 0.01 --ablation mean\n"
+    assert capsys.readouterr().out.endswith(then)
 
 
 LISTS = [
@@ -448,7 +504,6 @@ def test_help_loads_no_torch():
     code = """
 import sys
 from vitcut.cli import VERBS, main
-from vitcut.flags import given_of
 for words in [["--help"], *([name, "--help"] for name in VERBS)]:
     assert main(words) == 0
 heavy = {"torch", "timm", "accelerate", "onnxruntime", "openvino", "pyarrow"} & set(sys.modules)

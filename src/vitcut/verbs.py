@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from vitcut.errors import ConfigError
 from vitcut.flags import add_common, add_data, add_subject, at_home, data_of, given_of, take
+from vitcut.hints import about_search, after_checks, after_discover, after_prepare, after_train
 from vitcut.typed import arrange_demo, arrange_run, recipe_file, recipes
 
 if TYPE_CHECKING:
@@ -86,14 +87,14 @@ def _add_prepare(parser: ArgumentParser) -> None:
     add_data(parser)
 
 
-def _prepare(_: ArgumentParser, namespace: Namespace) -> None:
+def _prepare(parser: ArgumentParser, namespace: Namespace) -> None:
     from vitcut.data.prepare import prepare
 
     prepared = prepare(data_of(namespace, image_size=namespace.image_size))
     sys.stdout.write(
         f"{len(prepared.images)} images of {len(prepared.class_names)} classes, "
         f"{len(prepared.skipped)} skipped\n"
-        f"next: vitcut train --source {namespace.source or '...'} --task LABELS.yaml\n"
+        f"next: {after_prepare(parser, namespace)}\n"
     )
 
 
@@ -137,7 +138,7 @@ def _train(parser: ArgumentParser, namespace: Namespace) -> None:
     from vitcut.pipeline.commands import train_command
 
     folder = train_command(namespace.task, data, vit, config, namespace.out)
-    _say_next(folder, f"vitcut discover --model {namespace.out} --tau 0.01")
+    _say_next(folder, after_train(namespace.out))
 
 
 def _add_discover(parser: ArgumentParser) -> None:
@@ -154,12 +155,14 @@ def _discover(_: ArgumentParser, namespace: Namespace) -> None:
     config = take(namespace, DiscoverConfig)
     data = data_of(namespace)
     from vitcut.pipeline.commands import discover_command
+    from vitcut.pipeline.points import point_name
     from vitcut.pipeline.show import circuit_lines
 
     origin = _origin(namespace, data)
     circuit = discover_command(origin, config, namespace.out)
-    sys.stdout.write("\n".join(circuit_lines(circuit)) + "\n")
-    _say_next(namespace.out, f"vitcut cut {namespace.out}")
+    sys.stdout.write("\n".join(circuit_lines(circuit)) + "\n" + about_search(config.ablation))
+    point = point_name(config.method, config.ablation, config.tau)
+    _say_next(namespace.out, after_discover(namespace.out, point, config.ablation))
 
 
 def _add_cut(parser: ArgumentParser) -> None:
@@ -312,6 +315,7 @@ def _checks(_: ArgumentParser, namespace: Namespace) -> None:
 
     calibration = calibrate(namespace.model, models=namespace.models, seconds=namespace.seconds)
     print_calibration(calibration)
+    sys.stdout.write(f"next: {after_checks(namespace.model)}\n")
 
 
 VERBS = {

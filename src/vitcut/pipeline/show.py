@@ -90,7 +90,7 @@ def print_calibration(found: Calibration) -> None:
         f"latency off by {found.error_after:.0%} (median of models not fitted to; "
         f"{found.error_before:.0%} before)"
     )
-    console.print(f"costs: {costs_path()}\nnext: vitcut cut --target-latency 0.2")
+    console.print(f"costs: {costs_path()}")
 
 
 def report(results: Results) -> None:

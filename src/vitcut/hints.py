@@ -1,0 +1,58 @@
+"""What to type after a verb: a command that works as it stands, but for words in capitals.
+
+What was typed and matters to the next verb is repeated, what a run directory brings along is not.
+"""
+
+import shlex
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+
+def after_prepare(parser: ArgumentParser, namespace: Namespace) -> str:
+    """The training on the images that were prepared, at their size."""
+    known = _again(parser, namespace, "source", "image_size", "skip_bad_images")
+    task = "drawn" if namespace.source == "drawn" else "LABELS.yaml"
+    return f"vitcut train{known} --task {task}"
+
+
+def after_train(out: Path) -> str:
+    """The search in the trained model, under what a cut fills with."""
+    return f"vitcut discover --model {out} --tau 0.01 --ablation mean"
+
+
+def after_discover(out: Path, point: str, ablation: str) -> str:
+    """The cut to the circuit that was found; no cut fills as ``resample`` does."""
+    return f"vitcut cut {out} --point {point} --ablation {_filled(ablation)}"
+
+
+def about_search(ablation: str) -> str:
+    """What to know of a search before a cut follows it; mostly nothing."""
+    if ablation == _filled(ablation):
+        return ""
+    return "for a cut, search with --ablation mean: that is what it fills with\n"
+
+
+def after_checks(model: str) -> str:
+    """A cut by what was measured."""
+    if model == "animals":
+        data = " --source tiny-imagenet-200.zip"
+    else:
+        brought = (Path(model) / "origin.json").exists()
+        data = "" if brought else " --source IMAGES --task LABELS.yaml"
+    return f"vitcut cut --model {model}{data} --target-latency 0.2 --ablation linear"
+
+
+def _filled(ablation: str) -> str:
+    return "mean" if ablation == "resample" else ablation
+
+
+def _again(parser: ArgumentParser, namespace: Namespace, *names: str) -> str:
+    """Flags as they were typed; none that was left out."""
+    words: list[str] = []
+    for name in names:
+        value = namespace[name]
+        if value != parser.get_default(name):
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
