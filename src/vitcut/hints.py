@@ -8,6 +8,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from vitcut.compiler.settings import CutConfig
+from vitcut.names import Ablation
+
 
 def after_prepare(parser: ArgumentParser, namespace: Namespace) -> str:
     """The training on the images that were prepared, at their size."""
@@ -21,14 +24,14 @@ def after_train(out: Path) -> str:
     return f"vitcut discover --model {out} --tau 0.01 --ablation mean"
 
 
-def after_discover(out: Path, point: str, ablation: str) -> str:
+def after_discover(out: Path, point: str, ablation: Ablation) -> str:
     """The cut to the circuit that was found; no cut fills as ``resample`` does."""
-    return f"vitcut cut {out} --point {point} --ablation {_filled(ablation)}"
+    return f"vitcut cut {out} --point {point} --ablation {CutConfig().ablation_for(ablation)}"
 
 
-def about_search(ablation: str) -> str:
+def about_search(ablation: Ablation) -> str:
     """What to know of a search before a cut follows it; mostly nothing."""
-    if ablation == _filled(ablation):
+    if ablation == CutConfig().ablation_for(ablation):
         return ""
     return "for a cut, search with --ablation mean: that is what it fills with\n"
 
@@ -41,10 +44,6 @@ def after_checks(model: str) -> str:
         brought = (Path(model) / "origin.json").exists()
         data = "" if brought else " --source IMAGES --task LABELS.yaml"
     return f"vitcut cut --model {model}{data} --target-latency 0.2 --ablation linear"
-
-
-def _filled(ablation: str) -> str:
-    return "mean" if ablation == "resample" else ablation
 
 
 def _again(parser: ArgumentParser, namespace: Namespace, *names: str) -> str:
