@@ -1,4 +1,5 @@
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import vitcut
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.errors import ArtefactError, CircuitError, ConfigError, ModelError, TaskError
+from vitcut.intervention.fill import Fill
 from vitcut.intervention.oracle import Oracle
 from vitcut.intervention.tracing import read_model
 from vitcut.vits.loading import DenseCard, LoadedModel, save_dense, weight_hash
@@ -43,6 +45,13 @@ def images():
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
     return vitcut.load_model(build_module(), mean=MEAN, std=STD)
+
+
+@pytest.fixture(scope="module")
+def whole(model, images):
+    """What cutting nothing gives."""
+    circuit = vitcut.Circuit.full(read_model(model.model).graph, ablation="zero")
+    return vitcut.cut(model, images, circuit, images=12)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +130,23 @@ def test_the_uncut_circuit_evaluates_like_the_dense_model(model, images):
     torch.testing.assert_close(compact.log_probs, dense.log_probs, atol=1e-4, rtol=0)
 
 
+def test_paths_may_be_texts(model, images, tmp_path):
+    circuit = vitcut.discover(model, images, tau=9.0, images=12, log=f"{tmp_path}/log.jsonl")
+    assert (tmp_path / "log.jsonl").is_file()
+    circuit.save(f"{tmp_path}/circuit.json")
+    assert vitcut.Circuit.load(f"{tmp_path}/circuit.json") == circuit
+    cut = vitcut.cut(model, images, out=f"{tmp_path}/cut", **BUDGET)
+    assert (tmp_path / "cut" / "path.json").is_file()
+    cut.fill.save(f"{tmp_path}/fill")
+    assert Fill.load(f"{tmp_path}/fill").fingerprint == cut.fill.fingerprint
+    beside = {"circuit": f"{tmp_path}/circuit.json", "fill": f"{tmp_path}/fill"}
+    cut.model.save_pretrained(f"{tmp_path}/model", **beside)
+    assert vitcut.Circuit.load(tmp_path / "model" / "circuit.json") == circuit
+    settings = {"epochs": 1, "warmup_epochs": 0, "batch_size": 64, "device": "cpu"}
+    vitcut.finetune(cut.model, model, images, out=f"{tmp_path}/repair", **settings)
+    assert any((tmp_path / "repair").iterdir())
+
+
 BUDGET = {"target_macs": 0.4, "rounds": 1, "images": 24, "score_images": 12, "verify_images": 8}
 
 
@@ -146,7 +172,12 @@ def test_a_model_is_cut_to_a_budget_and_a_killed_search_goes_on(model, images, t
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({}, ConfigError, "needs a circuit .* or a budget: target-macs 0.2"),
+        ({}, ConfigError, r"needs a circuit \(what vitcut\.discover .* budget: target_macs=0\.2"),
+        (
+            {"target_macs": 0.4, "merge": True},
+            ConfigError,
+            r"first, then vitcut\.cut\(model, images, cut\.circuit, merge=True\)",
+        ),
         ({"target_mac": 0.2}, ConfigError, "no setting 'target_mac': did you mean target_macs"),
         ({"target_macs": 0.001}, CircuitError, "cannot be met: the smallest model"),
         ({"target_macs": 0.999}, CircuitError, "leaves nothing to cut"),
@@ -193,19 +224,68 @@ def test_a_module_is_copied_and_left_as_it_was():
     [
         (build_module(), {}, "needs mean and std"),
         (build_module(), {"mean": MEAN, "std": (1.0, 0.0, 1.0)}, "std must be .* got 0"),
-        (build_module(), {"mean": (0.5,), "std": STD}, "need 3 numbers each.* got 1 and 3"),
+        (build_module(), {"mean": (0.5, 0.5), "std": 0.5}, "or 3, one per channel, got 2 and 1"),
+        (
+            build_module(),
+            {"mean": "grey", "std": 0.5},
+            "mean must be a number, or one per .*'grey'",
+        ),
         ("animals", {"mean": MEAN, "std": STD}, "mean is for a file of bare weights"),
     ],
 )
 def test_mean_and_std_belong_to_a_module_and_fit_it(model, given, message):
     with pytest.raises(ConfigError, match=message):
-        vitcut.load_model(model, **given)
+        inspect.unwrap(vitcut.load_model)(model, **given)
+
+
+@pytest.mark.parametrize("one", [0.5, (0.5,), [0.5] * 3, np.full(3, 0.5)], ids=repr)
+def test_one_number_is_that_of_all_channels(one):
+    loaded = inspect.unwrap(vitcut.load_model)(build_module(), mean=one, std=one)
+    assert (loaded.mean, loaded.std) == (MEAN, STD)
 
 
 def test_a_module_that_is_not_understood_is_refused_by_name():
-    mixer = timm.create_model("resnet10t", num_classes=12)
     with pytest.raises(ModelError, match="ResNet"):
-        vitcut.load_model(mixer, mean=MEAN, std=STD)
+        vitcut.load_model(timm.create_model("resnet10t", num_classes=12), mean=MEAN, std=STD)
+
+
+MODULE = timm.create_model("test_vit")
+LOADED = r"expected what vitcut\.load_model gives, got "
+IMAGES = r"expected what vitcut\.load_images gives, got "
+
+
+@pytest.mark.parametrize(
+    ("use", "given", "message"),
+    [
+        (
+            vitcut.cut,
+            [MODULE, "images"],
+            LOADED + r"VisionTransformer: vitcut\.load_model\(module,",
+        ),
+        (vitcut.discover, [MODULE, "images"], LOADED + "VisionTransformer"),
+        (vitcut.evaluate, [MODULE, "images"], LOADED + "VisionTransformer"),
+        (vitcut.finetune, ["compact", MODULE, "images"], LOADED + "VisionTransformer"),
+        (vitcut.discover, ["animals", "images"], LOADED + r"str: vitcut\.load_model\(\.\.\.\)"),
+        (vitcut.evaluate, ["cut", "images"], LOADED + "Cut: give its model"),
+        (vitcut.evaluate, ["compact", []], IMAGES + r"list: vitcut\.load_images\("),
+        (vitcut.discover, ["model", []], IMAGES + "list"),
+        (vitcut.cut, ["model", "images", "x"], r"vitcut\.discover gives, got str: .*Circuit\.load"),
+        (vitcut.cut, ["model", "images", "cut"], "got Cut: give its circuit"),
+        (vitcut.finetune, ["cut", "model", "images"], "a CompactViT, got Cut: give its model"),
+    ],
+)
+def test_what_nothing_here_gives_is_refused_with_what_does(
+    model, images, whole, use, given, message
+):
+    known = {"model": model, "images": images, "cut": whole, "compact": whole.model}
+    arguments = [known.get(item, item) if isinstance(item, str) else item for item in given]
+    with pytest.raises(ConfigError, match=message):
+        inspect.unwrap(use)(*arguments)  # types are checked before it, in tests alone
+
+
+def test_images_are_prepared_for_what_load_model_gives():
+    with pytest.raises(ConfigError, match=LOADED + "VisionTransformer"):
+        inspect.unwrap(vitcut.load_images)("drawn", task="drawn", model=MODULE)
 
 
 def test_a_misspelt_setting_is_refused_with_a_hint(model, images):

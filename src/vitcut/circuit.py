@@ -225,7 +225,7 @@ class Circuit:
         kept = live[:, :, None] if self.neurons is None else self.neurons & live[:, :, None]
         return float(kept.mean(axis=2).sum() / useful.sum())
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write ``circuit.json``, atomically."""
         write_json(path, self.to_dict())
 
@@ -242,7 +242,7 @@ class Circuit:
         return {**content, "sha256": sha256_json(content)}
 
     @classmethod
-    def load(cls, path: Path) -> "Circuit":
+    def load(cls, path: str | Path) -> "Circuit":
         """Read ``circuit.json``.
 
         Raises:

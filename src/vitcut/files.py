@@ -24,11 +24,12 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Generator[Path]:
+def atomic_path(path: str | Path) -> Generator[Path]:
     """Yield a temporary file beside ``path`` that takes its name when the block succeeds.
 
     Whoever reads ``path`` sees the old content or the whole new one, after a kill too.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
@@ -71,18 +72,18 @@ def atomic_folder(folder: Path, *, replace: bool = True) -> Generator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically, keys in the given order, NaN refused."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, *, kind: str, newest_version: int) -> dict[str, Any]:
+def read_json(path: str | Path, *, kind: str, newest_version: int) -> dict[str, Any]:
     """Read a versioned JSON file that vitcut wrote.
 
     Args:
@@ -94,7 +95,7 @@ def read_json(path: Path, *, kind: str, newest_version: int) -> dict[str, Any]:
         ArtefactError: The file is missing, damaged, or of a newer version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"no {kind} file at {path}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -150,12 +150,12 @@ class Results:
         found = (c for c in self.comparisons if (c.point, c.against, c.runtime, c.batch) == wanted)
         return next(found, None)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write ``results.json`` atomically."""
         write_json(path, {"format_version": FORMAT_VERSION, **as_plain(self)})
 
     @classmethod
-    def load(cls, path: Path) -> "Results":
+    def load(cls, path: str | Path) -> "Results":
         """Read what `save` wrote.
 
         Raises:

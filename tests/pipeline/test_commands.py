@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import vitcut
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.cli import main
@@ -14,6 +15,7 @@ from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, CircuitError, ConfigError
+from vitcut.pipeline.checks import calibrate
 from vitcut.pipeline.commands import (
     bench_command,
     cut_command,
@@ -22,8 +24,10 @@ from vitcut.pipeline.commands import (
     find_origin,
     resolve_origin,
 )
+from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
+from vitcut.vits.given import Given
 
 DATA = DataConfig()
 FOUND = DiscoverConfig(tau=0.03, images=8)
@@ -57,6 +61,28 @@ def test_discovery_by_itself_finds_the_circuit_of_the_run(finished, found):
     )
     assert ours == runs
     assert (ours.method, ours.task, ours.tau) == ("acdc", "shapes", 0.03)
+
+
+def test_a_run_directory_is_the_model_that_it_is_about(finished, found, cut, monkeypatch):
+    own = vitcut.load_model(finished)
+    for run in (found, cut, str(cut)):
+        assert vitcut.load_model(run).weight_hash == own.weight_hash
+
+    def measured(shape, *_args, **_settings):
+        raise ArtefactError(f"{shape.num_layers} blocks")
+
+    monkeypatch.setattr("vitcut.pipeline.checks.measure_circuits", measured)
+    with pytest.raises(ArtefactError, match="2 blocks"):
+        calibrate(str(cut), models=3, seconds=0.01)
+
+
+def test_what_is_said_of_a_runs_model_goes_before_what_the_run_says(tmp_path, finished):
+    origin = Origin.load(finished)
+    given = Given(random_weights=True, image_size=32)
+    about = replace(origin, model="timm:test_vit", given=given)
+    about.claim(RunFolder(tmp_path / "run", about.settings()))
+    assert vitcut.load_model(tmp_path / "run").image_size == 32
+    assert vitcut.load_model(tmp_path / "run", image_size=48).image_size == 48
 
 
 def test_a_circuit_that_is_there_is_not_searched_again(finished, found, capsys):

@@ -42,6 +42,11 @@ def test_one_file_runs_any_batch_and_gives_torch_logits(vit, exported, batch):
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
+def test_the_path_may_be_text(vit, tmp_path):
+    export_onnx(vit, f"{tmp_path}/model.onnx", example=images(2))
+    assert load_session(f"{tmp_path}/model.onnx", batch=1, threads=1).run(images(1)).shape == (1, 7)
+
+
 def test_the_file_is_whole_valid_and_alone(exported):
     model = onnx.load(exported)
     onnx.checker.check_model(model)

@@ -72,9 +72,9 @@ class StoredModel:
 class Companions:
     """What lies beside a model for people: where it comes from, and what it is."""
 
-    circuit: Path | str | None = None
-    """The ``circuit.json`` that the model was compiled from: its path or its text."""
-    fill: Path | None = None
+    circuit: str | Path | None = None
+    """The ``circuit.json`` that the model was compiled from: its path, or its text."""
+    fill: str | Path | None = None
     """The ``fill.safetensors`` that stood in for what the circuit cuts."""
     card: str | None = None
     """The model card's text, for ``README.md``."""
@@ -205,20 +205,20 @@ def _where_else(folder: Path) -> str:
     return f"it is a run directory, give one of its models: {', '.join(map(str, found))}"
 
 
-def _read_circuit(circuit: Path | str | None) -> str | None:
-    if not isinstance(circuit, Path):
-        return circuit
+def _read_circuit(circuit: str | Path | None) -> str | None:
+    if circuit is None or str(circuit).lstrip().startswith("{"):
+        return None if circuit is None else str(circuit)
     try:
-        return circuit.read_text(encoding="utf-8")
+        return Path(circuit).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtefactError(f"cannot read the circuit {circuit}: {error}") from None
 
 
-def _read_fill(fill: Path | None) -> bytes | None:
+def _read_fill(fill: str | Path | None) -> bytes | None:
     if fill is None:
         return None
     try:
-        return fill.read_bytes()
+        return Path(fill).read_bytes()
     except OSError as error:
         raise ArtefactError(f"cannot read the fill {fill}: {error}") from None
 

@@ -153,15 +153,16 @@ class CompactViT(nn.Module):
         self,
         folder: str | Path,
         *,
-        circuit: Path | str | None = None,
-        fill: Path | None = None,
+        circuit: str | Path | None = None,
+        fill: str | Path | None = None,
         card: str | None = None,
     ) -> None:
         """Write a model directory; it appears as a whole or not at all.
 
         Args:
             folder: Where; an earlier model directory of that name is replaced.
-            circuit: The ``circuit.json`` that the model was compiled from: its path or its text.
+            circuit: The ``circuit.json`` that the model was compiled from: its path, or its text,
+                which begins with a brace.
             fill: The ``fill.safetensors`` that it was compiled with.
             card: The model card's text, for ``README.md``.
 
@@ -193,8 +194,8 @@ class CompactViT(nn.Module):
         hub_id: str,
         *,
         private: bool = False,
-        circuit: Path | str | None = None,
-        fill: Path | None = None,
+        circuit: str | Path | None = None,
+        fill: str | Path | None = None,
         card: str | None = None,
     ) -> str:
         """Upload the model directory to the Hugging Face hub.

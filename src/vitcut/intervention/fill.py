@@ -77,7 +77,7 @@ class Fill:
         if circuit.neurons is not None and self.neurons is None:
             raise CircuitError("the circuit cuts neurons, the fill has no values for them")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write ``fill.safetensors``, atomically, with a hash of its content.
 
         Raises:
@@ -97,7 +97,7 @@ class Fill:
             raise ArtefactError(f"cannot write {path}: {error}; is the disk full?") from None
 
     @classmethod
-    def load(cls, path: Path) -> "Fill":
+    def load(cls, path: str | Path) -> "Fill":
         """Read what ``save`` wrote.
 
         Raises:

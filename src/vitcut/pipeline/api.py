@@ -6,11 +6,10 @@ Thin on purpose: the work is done by ``stages``; files and resuming are left to 
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +25,17 @@ from vitcut.data import images as task_images
 from vitcut.data.images import TaskImages, to_float
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.errors import ConfigError, TaskError
-from vitcut.framing import Framing
+from vitcut.errors import ConfigError
 from vitcut.intervention.tracing import read_model
+from vitcut.pipeline.arguments import (
+    configured,
+    configured_both,
+    numbers_of,
+    require_circuit_or_budget,
+    require_kind,
+    require_made_for,
+    require_names,
+)
 from vitcut.pipeline.budget import BudgetSearch, require_possible
 from vitcut.pipeline.classes import fit, load_images_for
 from vitcut.pipeline.costs import cost_model
@@ -37,18 +44,15 @@ from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.repair import repair
 from vitcut.pipeline.stages import Cut, Discovery, cut_circuit
 from vitcut.pipeline.stored import require_cut_of
-from vitcut.pipeline.subject import Subject
+from vitcut.pipeline.subject import Subject, load_dense
 from vitcut.selection.settings import SelectConfig
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits import loading
 from vitcut.vits.adapters import as_classifier
 from vitcut.vits.given import Given
+from vitcut.vits.loaded import per_channel
 from vitcut.vits.loading import LoadedModel, weight_hash
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 _BUDGETS = {"target_macs", "target_latency"}
 
@@ -56,8 +60,8 @@ _BUDGETS = {"target_macs", "target_latency"}
 def load_model(
     model: str | Path | nn.Module,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     arch: str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
@@ -65,12 +69,13 @@ def load_model(
     """Load a dense model, or wrap one that was loaded already.
 
     Args:
-        model: "animals", a run directory, a folder of timm or transformers, "timm:NAME",
-            "hf-hub:REPOSITORY", a file of bare weights; or a ViT of timm, torchvision,
-            transformers or a class with an adapter, which is copied, not changed.
-        mean: Per channel, on the scale 0 to 1: what the module's pixels are shifted by. Needed
-            with a module, possible with bare weights, and refused with all else.
-        std: Per channel: what they are divided by afterwards. Likewise.
+        model: "animals", a run directory (the model that it trained, or that it is about), a
+            folder of timm or transformers, "timm:NAME", "hf-hub:REPOSITORY", a file of bare
+            weights; or a ViT of timm, torchvision, transformers or a class with an adapter, which
+            is copied, not changed.
+        mean: On the scale 0 to 1: what the module's pixels are shifted by, one number or one per
+            channel. Needed with a module, possible with bare weights, and refused with all else.
+        std: What they are divided by afterwards. Likewise.
         arch: The architecture of a file of bare weights: timm's name, or "torchvision:NAME".
         random_weights: Build "timm:NAME" without its weights, and without network.
         image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
@@ -81,17 +86,18 @@ def load_model(
         UnsupportedModelError: The module has a feature that is not understood.
         ConfigError: ``mean`` and ``std`` are missing; something is given that is for another kind
             of model, or out of range; transformers is not installed.
+        ArtefactError: The run directory is damaged.
     """
     given = Given(
         arch=arch,
-        mean=None if mean is None else tuple(mean),
-        std=None if std is None else tuple(std),
+        mean=numbers_of("mean", mean),
+        std=numbers_of("std", std),
         random_weights=random_weights,
         image_size=image_size,
     )
     if isinstance(model, nn.Module):
         return _wrap(model, given)
-    return loading.load_model(str(model), given)
+    return load_dense(str(model), given)
 
 
 def load_images(  # noqa: PLR0913 - what a caller may choose
@@ -122,6 +128,8 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
         TaskError: There is no such task, or it does not fit the data.
         ConfigError: A setting is out of range, or not the model's.
     """
+    if model is not None:
+        require_kind(model, LoadedModel)
     if image_size is not None and model is not None and image_size != model.image_size:
         raise ConfigError(
             f"the model takes images of {model.image_size} pixels, got image_size={image_size}: "
@@ -141,7 +149,7 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
 
 
 def discover(
-    model: LoadedModel, images: TaskImages, /, *, log: Path | None = None, **settings: Any
+    model: LoadedModel, images: TaskImages, /, *, log: str | Path | None = None, **settings: Any
 ) -> Circuit:
     """Find the circuit of a task in a model.
 
@@ -157,8 +165,10 @@ def discover(
         UnsupportedModelError: The model has a feature that is not understood.
         ArtefactError: ``log`` belongs to another search.
     """
-    config = _configured(DiscoverConfig, settings)
-    return Discovery(_subject(model, images), config).find(config.tau, log=log)
+    _require_loaded(model, images)
+    config = configured(DiscoverConfig, settings)
+    path = None if log is None else Path(log)
+    return Discovery(_subject(model, images), config).find(config.tau, log=path)
 
 
 def cut(
@@ -167,7 +177,7 @@ def cut(
     circuit: Circuit | None = None,
     /,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     **settings: Any,
 ) -> Cut:
     """Cut a model down to a circuit, or to a budget, and check that it computes the masked model.
@@ -193,15 +203,18 @@ def cut(
         ExactnessError: The compact model does not compute the masked one.
         ArtefactError: ``out`` belongs to another cut.
     """
+    _require_loaded(model, images)
+    if circuit is not None:
+        require_kind(circuit, Circuit)
     if circuit is not None and not settings.keys() & _BUDGETS:
-        return cut_circuit(_subject(model, images), circuit, _configured(CutConfig, settings))
-    config, select = _configured_both(CutConfig, SelectConfig, settings)
+        return cut_circuit(_subject(model, images), circuit, configured(CutConfig, settings))
+    config, select = configured_both(CutConfig, SelectConfig, settings)
     config = replace(config, ablation=config.ablation_for(None))
-    select.require_budget_or(circuit, merge=config.merge)
+    require_circuit_or_budget(circuit, select, merge=config.merge)
     subject = _subject(model, images)
     with TemporaryDirectory() as temporary:
         folder = RunFolder(
-            Path(temporary) if out is None else out,
+            Path(temporary if out is None else out),
             {
                 "weight_hash": model.weight_hash,
                 "images_fingerprint": images.fingerprint,
@@ -223,7 +236,7 @@ def finetune(
     images: TaskImages,
     /,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     **settings: Any,
 ) -> CompactViT:
     """Repair a compact model: a few epochs of distillation from the model that it was cut from.
@@ -244,12 +257,14 @@ def finetune(
         TaskError: The classes are not the task's.
         ArtefactError: ``out`` belongs to another training.
     """
-    config = _configured(FinetuneConfig, settings)
+    require_kind(compact, CompactViT)
+    _require_loaded(model, images)
+    config = configured(FinetuneConfig, settings)
     subject = _subject(model, images)
     require_cut_of(compact, subject)
     repaired = deepcopy(compact)
     with TemporaryDirectory() as temporary:
-        repair(subject, repaired, config, Path(temporary) if out is None else out)
+        repair(subject, repaired, config, Path(temporary if out is None else out))
     return repaired
 
 
@@ -266,14 +281,16 @@ def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
         ModelError: A logit is NaN or infinite.
     """
     compact = isinstance(model, CompactViT)
+    require_kind(model, CompactViT if compact else LoadedModel)
+    require_kind(images, TaskImages)
     size = model.plan.shape.image_size if compact else model.image_size
     if compact:
         module, known = model, model.info
-        _require_names(known.class_names, images.task)
+        require_names(known.class_names, images.task)
     else:
         known = fit(model, images)
         module = known.model
-    _require_made_for(size, known.framing, len(known.mean), images)
+    require_made_for(size, known.framing, len(known.mean), images)
     parameter = next(module.parameters())
 
     def preprocess(pixels: NDArray[np.uint8]) -> Float[Tensor, "images channels y x"]:
@@ -296,85 +313,33 @@ def _wrap(module: nn.Module, given: Given) -> LoadedModel:
     mean, std = given.mean, given.std
     if mean is None or std is None:
         raise ConfigError(
-            "a module needs mean and std, per channel on the scale 0 to 1: give those that it was "
-            "trained with"
+            "a module needs mean and std, on the scale 0 to 1, one number each or one per channel: "
+            "give those that it was trained with"
         )
     own = as_classifier(deepcopy(module).float().cpu().eval())
     weights = read_model(own)
-    if not len(mean) == len(std) == weights.channels:
+    if not {len(mean), len(std)} <= {1, weights.channels}:
         raise ConfigError(
-            f"mean and std need {weights.channels} numbers each, one per channel, got {len(mean)} "
-            f"and {len(std)}"
+            f"mean and std need one number each, or {weights.channels}, one per channel, got "
+            f"{len(mean)} and {len(std)}"
         )
     return LoadedModel(
         model=own,
         name=type(module).__name__,
         class_ids=None,
         class_names=None,
-        mean=mean,
-        std=std,
+        mean=per_channel(mean, weights.channels, "mean"),
+        std=per_channel(std, weights.channels, "std"),
         image_size=weights.image_size,
         weight_hash=weight_hash(own),
     )
 
 
+def _require_loaded(model: object, images: object) -> None:
+    require_kind(model, LoadedModel)
+    require_kind(images, TaskImages)
+
+
 def _subject(model: LoadedModel, images: TaskImages) -> Subject:
-    _require_made_for(model.image_size, model.framing, len(model.mean), images)
+    require_made_for(model.image_size, model.framing, len(model.mean), images)
     return Subject.of(model, images)
-
-
-def _configured(kind: type[T], given: dict[str, Any]) -> T:
-    _require_known(given, _names_of(kind))
-    return kind(**given)
-
-
-def _configured_both(first: type[T], second: type[U], given: dict[str, Any]) -> tuple[T, U]:
-    """Two settings from one set of names; what both have goes to both."""
-    names = [_names_of(kind) for kind in (first, second)]
-    _require_known(given, [*names[0], *names[1]])
-    one, other = ({key: value for key, value in given.items() if key in own} for own in names)
-    return first(**one), second(**other)
-
-
-def _names_of(kind: type) -> list[str]:
-    return [item.name for item in fields(kind)]
-
-
-def _require_known(given: dict[str, Any], known: list[str]) -> None:
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-            raise ConfigError(f"no setting {name!r}: {hint}")
-
-
-def _require_made_for(
-    image_size: int, framing: Framing | None, channels: int, images: TaskImages
-) -> None:
-    if image_size != images.image_size:
-        raise ConfigError(
-            f"the model takes images of {image_size} pixels, got {images.image_size}: give "
-            f"load_images model=..., or image_size={image_size}"
-        )
-    wanted = framing or replace(images.framing, channels=channels)
-    for item in fields(Framing):
-        own, got = getattr(wanted, item.name), getattr(images.framing, item.name)
-        if own != got:
-            raise ConfigError(
-                f"the model takes images with {item.name} {own}, got {got}: give load_images "
-                "model=..."
-            )
-
-
-def _require_names(class_names: tuple[str, ...] | None, task: Task) -> None:
-    if not class_names:
-        return
-    # Hugging Face's labels are texts: a folder's name, or what a person calls the class.
-    either = [{item.id, item.name} for item in task.classes]
-    if len(either) != len(class_names) or any(
-        name not in names for name, names in zip(class_names, either, strict=True)
-    ):
-        raise TaskError(
-            f"the model's classes are not those of task {task.name!r}: use the label file that it "
-            "was made for"
-        )

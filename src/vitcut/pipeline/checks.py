@@ -17,8 +17,8 @@ from vitcut.compiler.planning import plan_circuit
 from vitcut.graph import Graph
 from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.costs import cost_model, save_costs
+from vitcut.pipeline.subject import load_dense
 from vitcut.progress import say
-from vitcut.vits.loading import load_model
 
 _BATCHES = (1, 64)
 _HELD_OUT = 4
@@ -48,7 +48,7 @@ def calibrate(model: str, *, models: int, seconds: float, seed: int = 0) -> Cali
         seconds: Time spent on each, for each batch size.
         seed: Of the circuits.
     """
-    weights = read_model(load_model(model).model)
+    weights = read_model(load_dense(model).model)
     shape, graph = weights.shape, weights.split_graph
     circuits = list(random_circuits(graph, shape, models, seed))
     measured = measure_circuits(shape, circuits, seconds=seconds)

@@ -62,8 +62,9 @@ def resolve_origin(
         TaskError: There is no such task.
         ConfigError: No task was given and the model does not bring one.
     """
-    if model is not None and model != SHIPPED_MODEL and (Path(model) / ORIGIN_FILE).exists():
-        base = Origin.load(Path(model))
+    run = None if model is None else Origin.of_run(model)
+    if run is not None:
+        base = run
     elif model is not None and base is not None:
         base = replace(base, model=_whereabouts(model), given=NOTHING)
     if base is None:

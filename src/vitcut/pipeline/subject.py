@@ -20,7 +20,7 @@ from vitcut.pipeline.folder import RunFolder
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.task import Task, parse_task
 from vitcut.vits.given import NOTHING, Given
-from vitcut.vits.loading import LoadedModel, load_model
+from vitcut.vits.loading import SHIPPED, LoadedModel, load_model
 from vitcut.vits.weights import ViTWeights
 
 _ORIGIN_VERSION = 1
@@ -87,6 +87,17 @@ class Origin:
         write_json(path, {"format_version": _ORIGIN_VERSION, **content})
 
     @classmethod
+    def of_run(cls, model: str) -> "Origin | None":
+        """The origin of the run directory that is given as model; None where it is none.
+
+        Raises:
+            ArtefactError: Its ``origin.json`` is damaged.
+        """
+        folder = Path(model)
+        shipped = model in SHIPPED
+        return None if shipped or not (folder / ORIGIN_FILE).exists() else cls.load(folder)
+
+    @classmethod
     def load(cls, folder: Path) -> "Origin":
         """Read ``origin.json`` of a run directory.
 
@@ -146,6 +157,24 @@ class Origin:
         """
         model = self.load_model() if model is None else model
         return Subject.of(model, load_images_for(model, self.data, self.task))
+
+
+def load_dense(model: str, given: Given = NOTHING) -> LoadedModel:
+    """Load a dense model; a run directory means the one that it trained, or that it is about.
+
+    Args:
+        model: A run directory, or anything else that `load_model` takes.
+        given: What is said of it besides; for the rest what the run says of its own.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        ConfigError: What was given is for another kind of model.
+        ArtefactError: The run directory's ``origin.json`` is damaged.
+    """
+    origin = Origin.of_run(model)
+    if origin is None:
+        return load_model(model, given)
+    return load_model(origin.model, given.over(origin.given))
 
 
 @dataclass(frozen=True, kw_only=True)

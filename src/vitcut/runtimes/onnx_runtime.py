@@ -24,7 +24,7 @@ _ERRORS_ONLY = 3
 
 
 def export_onnx(
-    module: nn.Module, path: Path, *, example: Float[Tensor, "batch channels y x"]
+    module: nn.Module, path: str | Path, *, example: Float[Tensor, "batch channels y x"]
 ) -> None:
     """Write a model as one ONNX file that takes any batch size, atomically.
 
@@ -63,7 +63,7 @@ def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> t
         )
 
 
-def load_session(path: Path, *, batch: int, threads: int) -> Session:
+def load_session(path: str | Path, *, batch: int, threads: int) -> Session:
     """Load an ONNX file that `export_onnx` wrote."""
     session = _open(path, threads=threads)
     return Session(
@@ -92,7 +92,7 @@ def _write(model: nn.Module, path: Path, example: Tensor) -> None:
     )
 
 
-def _open(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
+def _open(path: str | Path, *, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

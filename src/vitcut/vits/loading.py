@@ -20,9 +20,10 @@ from vitcut.vits.loaded import LoadedModel, weight_hash
 from vitcut.vits.saving import CONFIG, FORMAT_VERSION, TENSORS, DenseCard, save_dense
 from vitcut.vits.timm_folders import load_random, load_timm
 
-__all__ = ["DenseCard", "LoadedModel", "load_model", "save_dense", "weight_hash"]
+__all__ = ["SHIPPED", "DenseCard", "LoadedModel", "load_model", "save_dense", "weight_hash"]
 
-_SHIPPED = ("animals",)
+SHIPPED = ("animals",)
+"""The models that come with vitcut, by name."""
 _HUB = "hf-hub:"
 _HF_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1]]
 _PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
@@ -76,13 +77,13 @@ def _from_hub(spec: str) -> LoadedModel:
 
 
 def _folder(spec: str) -> Path:
-    if spec in _SHIPPED:
+    if spec in SHIPPED:
         return Path(str(resources.files("vitcut"))) / "assets" / spec
     path = Path(spec.removeprefix("local-dir:"))
     if not path.exists():
         raise ModelError(
             f"no model at {path}: expected a folder with {CONFIG}, a run directory, a file of "
-            f"weights, timm:NAME, hf-hub:REPOSITORY, or one of {', '.join(_SHIPPED)}"
+            f"weights, timm:NAME, hf-hub:REPOSITORY, or one of {', '.join(SHIPPED)}"
         )
     if not path.is_dir():
         raise ModelError(f"{path} is a file: expected a model folder with {CONFIG}")
