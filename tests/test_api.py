@@ -244,9 +244,11 @@ def test_one_number_is_that_of_all_channels(one):
     assert (loaded.mean, loaded.std) == (MEAN, STD)
 
 
-def test_a_module_that_is_not_understood_is_refused_by_name():
+def test_a_model_that_is_not_understood_is_refused_by_name():
     with pytest.raises(ModelError, match="ResNet"):
         vitcut.load_model(timm.create_model("resnet10t", num_classes=12), mean=MEAN, std=STD)
+    with pytest.raises(ModelError, match=r"not supported: .*Swin"):
+        vitcut.load_model("timm:swin_tiny_patch4_window7_224", random_weights=True)
 
 
 MODULE = timm.create_model("test_vit")

@@ -18,6 +18,7 @@ from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
+from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.classes import fit
 from vitcut.pipeline.commands import cut_command, find_origin, resolve_origin
 from vitcut.pipeline.repair import finetune_command
@@ -27,7 +28,9 @@ from vitcut.pipeline.subject import Origin, Subject
 from vitcut.results import Results
 from vitcut.task import parse_task
 from vitcut.training.settings import FinetuneConfig
+from vitcut.vits.adapters import read_weights
 from vitcut.vits.loading import LoadedModel, load_model, weight_hash
+from vitcut.vits.weights import map_tensors
 from vitcut.wordnet import imagenet_names
 
 DRAWN = (
@@ -52,6 +55,12 @@ def _model(ids, *, names=None, count=None) -> LoadedModel:
     )
 
 
+def _tensors(weights) -> list[list]:
+    found = []
+    map_tensors(weights, lambda tensor: found.append(tensor.tolist()) or tensor)
+    return found
+
+
 def _nameless(count) -> LoadedModel:
     return LoadedModel(**{**vars(_model(("?",) * count)), "class_ids": None, "class_names": None})
 
@@ -60,6 +69,10 @@ def _images(text, model=None):
     task = parse_task(text, origin="labels.yaml")
     size = None if model else 16
     return vitcut.load_images("drawn", task=task, model=model, image_size=size)
+
+
+def _fitted(model, images) -> LoadedModel:
+    return fit(model, read_weights(model.model), images)[0]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +95,7 @@ def test_the_model_of_a_task_gives_the_models_logits_of_its_classes(shuffled, te
     columns = [SHUFFLED.index(class_id) for class_id in images.task.class_ids]
     torch.testing.assert_close(own, full[:, columns])
     assert subject.weights.num_classes == len(subject.group_of_class) == len(columns)
+    assert _tensors(subject.weights) == _tensors(read_model(subject.model.model))
     assert subject.model.class_ids == images.task.class_ids
     assert subject.model.weight_hash == shuffled.weight_hash
     after = shuffled.model.state_dict()
@@ -145,7 +159,7 @@ def test_a_class_that_the_model_lacks_is_refused(shuffled):
     with pytest.raises(TaskError, match=r"lacks: zigzag; .* such as ring, star, .*: mend the"):
         vitcut.evaluate(_model(("ring", "star", "wolf")), _images("classes: [ring, zigzag]"))
     with pytest.raises(ModelError, match="names 14 classes and gives 3 logits: expected as many"):
-        fit(_model(SHUFFLED, count=3), _images("classes: [ring, disc]"))
+        _fitted(_model(SHUFFLED, count=3), _images("classes: [ring, disc]"))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +173,7 @@ def test_a_class_that_the_model_lacks_is_refused(shuffled):
 def test_what_unnamed_logits_mean_is_told_by_their_number(count, text, told, rows, capsys):
     model = _nameless(count)
     images = _images(text, model)
-    fitted = fit(model, images)
+    fitted = _fitted(model, images)
     assert told in capsys.readouterr().err
     torch.testing.assert_close(fitted.model.head.weight, model.model.head.weight[rows])
 
@@ -178,7 +192,7 @@ def test_folders_that_are_called_by_position_need_no_names(tmp_path, monkeypatch
     model = _nameless(30)
     task = parse_task("groups: {a: ['3'], b: ['11']}", origin="x.yaml")
     images = vitcut.load_images(source, task=task, model=model)
-    fitted = fit(model, images)
+    fitted = _fitted(model, images)
     torch.testing.assert_close(fitted.model.head.weight, model.model.head.weight[[11, 3]])
 
 
@@ -188,7 +202,7 @@ def test_a_thousand_unnamed_logits_are_imagenets_where_the_data_is(tmp_path, mon
     model = _nameless(1000)
     task = parse_task("classes: [tabby, Golden_Retriever]", origin="x.yaml")
     images = vitcut.load_images(source, task=task, model=model)
-    fitted = fit(model, images)
+    fitted = _fitted(model, images)
     assert "1000 logits are taken as ImageNet-1k's classes" in capsys.readouterr().err
     positions = [list(imagenet_names()).index(key) for key in ("n02099601", "n02123045")]
     assert positions == [207, 281]

@@ -15,6 +15,7 @@ from vitcut.compiler.settings import CutConfig
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, CircuitError, ConfigError
+from vitcut.intervention import tracing
 from vitcut.pipeline.checks import calibrate
 from vitcut.pipeline.commands import (
     bench_command,
@@ -27,6 +28,7 @@ from vitcut.pipeline.commands import (
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
+from vitcut.task import parse_task
 from vitcut.vits.given import Given
 
 DATA = DataConfig()
@@ -83,6 +85,30 @@ def test_what_is_said_of_a_runs_model_goes_before_what_the_run_says(tmp_path, fi
     about.claim(RunFolder(tmp_path / "run", about.settings()))
     assert vitcut.load_model(tmp_path / "run").image_size == 32
     assert vitcut.load_model(tmp_path / "run", image_size=48).image_size == 48
+
+
+@pytest.mark.parametrize("verb", ["discover", "cut"])
+def test_a_model_that_is_not_understood_is_refused_before_images_are_touched(
+    found, tmp_path, capsys, monkeypatch, verb
+):
+    monkeypatch.setattr("vitcut.pipeline.classes.prepare", None)
+    run = [str(found)] if verb == "cut" else ["--tau", "0.1"]
+    model = ["--model", "timm:swin_tiny_patch4_window7_224", "--random-weights", "true"]
+    typed = [verb, *run, *model, "--source", "drawn", "--task", "drawn"]
+    assert main([*typed, "--out", str(tmp_path / "out")]) == 2
+    assert "not supported: SwinTransformer" in capsys.readouterr().err
+
+
+def test_a_model_is_checked_once_for_a_run(finished, monkeypatch):
+    counted = []
+    check = tracing._require_same_logits
+    monkeypatch.setattr(
+        tracing, "_require_same_logits", lambda *both: counted.append(1) or check(*both)
+    )
+    pair = parse_task("classes: [disc, grid]", origin="pair.yaml")
+    subject = replace(Origin.load(finished), task=pair).load_subject()
+    assert subject.weights.num_classes == 2
+    assert len(counted) == 1
 
 
 def test_a_circuit_that_is_there_is_not_searched_again(finished, found, capsys):

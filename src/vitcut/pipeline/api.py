@@ -49,7 +49,7 @@ from vitcut.selection.settings import SelectConfig
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.adapters import as_classifier
+from vitcut.vits.adapters import as_classifier, read_weights
 from vitcut.vits.given import Given
 from vitcut.vits.loaded import per_channel
 from vitcut.vits.loading import LoadedModel, weight_hash
@@ -66,7 +66,7 @@ def load_model(
     random_weights: bool = False,
     image_size: int | None = None,
 ) -> LoadedModel:
-    """Load a dense model, or wrap one that was loaded already.
+    """Load a dense model, or wrap one that was loaded already, and check that it is understood.
 
     Args:
         model: "animals", a run directory (the model that it trained, or that it is about), a
@@ -83,7 +83,7 @@ def load_model(
 
     Raises:
         ModelError: There is no such model, it is damaged, or its weights are not finite.
-        UnsupportedModelError: The module has a feature that is not understood.
+        UnsupportedModelError: The model has a feature that is not understood.
         ConfigError: ``mean`` and ``std`` are missing; something is given that is for another kind
             of model, or out of range; transformers is not installed.
         ArtefactError: The run directory is damaged.
@@ -97,7 +97,9 @@ def load_model(
     )
     if isinstance(model, nn.Module):
         return _wrap(model, given)
-    return load_dense(str(model), given)
+    loaded = load_dense(str(model), given)
+    read_model(loaded.model)
+    return loaded
 
 
 def load_images(  # noqa: PLR0913 - what a caller may choose
@@ -288,7 +290,7 @@ def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
         module, known = model, model.info
         require_names(known.class_names, images.task)
     else:
-        known = fit(model, images)
+        known, _ = fit(model, read_weights(model.model), images)
         module = known.model
     require_made_for(size, known.framing, len(known.mean), images)
     parameter = next(module.parameters())

@@ -78,8 +78,9 @@ def budget_command(
         return Results.load(folder.results)
     model = origin.load_model()
     # What cannot be met is refused before images are decoded and the folder is claimed.
-    require_possible(read_model(model.model), select, cut)
-    subject = origin.load_subject(model)
+    weights = read_model(model.model)
+    require_possible(weights, select, cut)
+    subject = origin.load_subject(model, weights)
     origin.loaded(subject).claim(folder)
     point, compact = cut_to_budget(subject, folder, select, cut, threads=bench.threads, into=out)
     baseline = class_only(subject, batch=cut.batch)

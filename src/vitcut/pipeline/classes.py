@@ -13,6 +13,7 @@ from vitcut.task import Task, unknown_classes
 from vitcut.vits.adapters import read_weights
 from vitcut.vits.classifier import keep_rows
 from vitcut.vits.loading import LoadedModel
+from vitcut.vits.weights import ViTWeights
 from vitcut.wordnet import imagenet_names
 
 
@@ -30,14 +31,21 @@ def load_images_for(model: LoadedModel, config: DataConfig, task: Task) -> TaskI
     return task_images(prepared, config, task.among(known), framing)
 
 
-def fit(model: LoadedModel, images: TaskImages) -> LoadedModel:
-    """The model whose logits are a task's fine classes, in their order; its weight hash stays.
+def fit(
+    model: LoadedModel, weights: ViTWeights, images: TaskImages
+) -> tuple[LoadedModel, ViTWeights]:
+    """The model whose logits are a task's fine classes, in their order, and its weights.
+
+    Args:
+        model: Its weight hash stays.
+        weights: What was read of it.
+        images: Of the task.
 
     Raises:
         TaskError: The task has a class that the model lacks.
-        UnsupportedModelError: The model has a feature that is not understood.
+        UnsupportedModelError: The classifier is not understood well enough to leave rows out.
     """
-    weights, task = read_weights(model.model), images.task
+    task = images.task
     known, told = _labels(model, weights.num_classes, images.data_labels, task)
     if told is not None:
         say(f"model: {model.name} does not say its classes: {told}")
@@ -47,18 +55,20 @@ def fit(model: LoadedModel, images: TaskImages) -> LoadedModel:
         raise TaskError(unknown_classes(task.name, unknown, known))
     rows = [position[class_id] for class_id in task.class_ids]
     if rows == list(range(weights.num_classes)):
-        return model
+        return model, weights
     if len(rows) < weights.num_classes:
         say(
             f"model: {model.name} keeps {len(rows)} of its {weights.num_classes} logits, those of "
             f"task {task.name!r}"
         )
-    return replace(
+    fitted = replace(
         model,
         model=keep_rows(model.model, weights, rows),
         class_ids=task.class_ids,
         class_names=task.class_names,
     )
+    head, bias = weights.head_weight[rows], weights.head_bias[rows]
+    return fitted, replace(weights, head_weight=head, head_bias=bias)
 
 
 def _called(labels: tuple[str, ...], data: Labels, task: Task) -> tuple[str, ...]:

@@ -144,19 +144,25 @@ class Origin:
         """
         return load_model(self.model, self.given)
 
-    def load_subject(self, model: LoadedModel | None = None) -> "Subject":
-        """Load the model, then the images as it takes them.
+    def load_subject(
+        self, model: LoadedModel | None = None, weights: ViTWeights | None = None
+    ) -> "Subject":
+        """Load and read the model, then prepare the images as it takes them.
 
         Args:
             model: This origin's, where it was loaded already.
+            weights: What `read_model` gave of it, where it was read already.
 
         Raises:
+            UnsupportedModelError: The model has a feature that is not understood.
             DataError: The source cannot be used.
             TaskError: The task does not fit the data or the model.
             ModelError: The model cannot be loaded.
         """
         model = self.load_model() if model is None else model
-        return Subject.of(model, load_images_for(model, self.data, self.task))
+        # Before the images, which may be fetched and decoded for many minutes.
+        weights = read_model(model.model) if weights is None else weights
+        return Subject.of(model, load_images_for(model, self.data, self.task), weights)
 
 
 def load_dense(model: str, given: Given = NOTHING) -> LoadedModel:
@@ -188,15 +194,23 @@ class Subject:
     images: TaskImages
 
     @classmethod
-    def of(cls, model: LoadedModel, images: TaskImages) -> "Subject":
-        """Read a loaded model for the images of a task; logits that are not the task's go.
+    def of(
+        cls, model: LoadedModel, images: TaskImages, weights: ViTWeights | None = None
+    ) -> "Subject":
+        """A loaded model for the images of a task; logits that are not the task's go.
+
+        Args:
+            model: The model.
+            images: The images.
+            weights: What `read_model` gave of the model, where it was read already.
 
         Raises:
             UnsupportedModelError: The model has a feature that is not understood.
             TaskError: The task has a class that the model lacks.
         """
-        fitted = fit(model, images)
-        return cls(model=fitted, weights=read_model(fitted.model), images=images)
+        weights = read_model(model.model) if weights is None else weights
+        fitted, weights = fit(model, weights, images)
+        return cls(model=fitted, weights=weights, images=images)
 
     @property
     def task(self) -> Task:
