@@ -215,6 +215,10 @@ def test_unnamed_logits_that_fit_nothing_are_refused():
         _images(PAIR, _nameless(5))
     with pytest.raises(TaskError, match=match):
         vitcut.discover(_nameless(5), _images(PAIR), tau=0.1)
+    with pytest.raises(TaskError, match=r"by position, 0 to 4$"):
+        _images(PAIR, _nameless(5))
+    with pytest.raises(TaskError, match=r"by position, 0 to 999, or by ImageNet's WordNet ids$"):
+        _images(PAIR, _nameless(1000))
 
 
 def test_images_of_another_size_than_the_models_are_refused(shuffled):

@@ -111,10 +111,11 @@ def _labels(model: LoadedModel, count: int, data: Labels, task: Task) -> tuple[L
         return labels, f"its {count} logits are taken as ImageNet-1k's classes, in the usual order"
     numbers = tuple(map(str, range(count)))
     if own.isdisjoint(numbers):
+        also = ", or by ImageNet's WordNet ids" if count == len(imagenet) else ""
         raise TaskError(
             f"{owner} does not say what its classes are: it has {count} classes, task "
             f"{task.name!r} has {len(task.classes)}, the data {len(data.ids)}: use a label file "
-            f"or data of as many, or call the data's classes by position, 0 to {count - 1}"
+            f"or data of as many, or call the data's classes by position, 0 to {count - 1}{also}"
         )
     told = f"its {count} logits are taken as the data's classes that are called by their position"
     return Labels(owner=owner, ids=numbers, names=numbers), told
