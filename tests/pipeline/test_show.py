@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +47,18 @@ def test_a_run_is_shown_with_all_circuits_and_results(finished, capsys):
     assert out.count("circuit by acdc") == 2
     for name in ("dense", "class-only", "acdc-resample-0.03", "acdc-resample-0.001"):
         assert name in out
+
+
+def test_the_plan_of_a_point_is_shown_and_points_are_listed(finished, tmp_path, capsys):
+    points = sorted(finished.glob("points/*"))
+    assert main(["show", "--plan", str(finished)]) == 2
+    assert f"give one of {points[0]}, {points[1]}\n" in capsys.readouterr().err
+    assert main(["show", "--plan", str(points[0])]) == 0
+    of_point = capsys.readouterr().out
+    assert "classifier" in of_point
+    shutil.copytree(points[0] / "model", tmp_path / "points" / "only" / "model")
+    assert main(["show", "--plan", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == of_point
 
 
 def test_a_dense_model_is_told_from_a_compact_one(finished, capsys):

@@ -60,16 +60,22 @@ def show(path: Path) -> None:
 
 
 def show_plan(path: Path) -> None:
-    """Print what the compact model of a run or model directory computes, with predicted times.
+    """Print what the compact model of a run, point or model directory computes, with its times.
 
     Raises:
-        ArtefactError: There is no compact model.
+        ArtefactError: There is no compact model, or several points have one.
     """
     model = _model_folder(path)
+    points = [point for point in sorted(path.glob("points/*")) if _model_folder(point)]
+    if model is None and len(points) > 1:
+        listed = ", ".join(map(str, points))
+        raise ArtefactError(f"{path} has compact models in its points: give one of {listed}")
+    if model is None and points:
+        model = _model_folder(points[0])
     if model is None:
         raise ArtefactError(
-            f"no compact model at {path}: expected a run directory that `vitcut cut` wrote, or a "
-            "model directory"
+            f"no compact model at {path}: expected a run directory that `vitcut cut` wrote, one of "
+            "its points, or a model directory"
         )
     print_plan(CompactViT.from_pretrained(model).plan, times=True)
 
