@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -356,19 +357,19 @@ def test_the_step_after_prepare_repeats_what_was_typed(place, capsys):
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        ("animals", " --source tiny-imagenet-200.zip"),
+        ("animals", " --source TINY_IMAGENET.zip"),
         ("timm:vit_tiny_patch16_224", " --source IMAGES --task LABELS.yaml"),
-        ("runs", ""),
+        ("my runs", ""),
     ],
 )
 def test_the_step_after_checks_names_the_images(model, flags, place, monkeypatch, capsys):
     found = Calibration(models=3, error_before=0.2, error_after=0.1)
     monkeypatch.setattr("vitcut.pipeline.checks.calibrate", lambda *_, **__: found)
-    (place / "runs").mkdir()
-    (place / "runs" / "origin.json").touch()
+    (place / "my runs").mkdir()
+    (place / "my runs" / "origin.json").touch()
     assert main(["checks", "--model", model]) == 0
-    then = f"next: vitcut cut --model {model}{flags} --target-latency 0.2 --ablation linear\n"
-    assert capsys.readouterr().out.endswith(then)
+    then = f"{shlex.quote(model)}{flags} --target-latency 0.2 --ablation linear\n"
+    assert capsys.readouterr().out.endswith(f"next: vitcut cut --model {then}")
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from vitcut.compiler.settings import CutConfig
-from vitcut.names import Ablation
+from vitcut.names import SHIPPED_MODEL, Ablation
 
 
 def after_prepare(parser: ArgumentParser, namespace: Namespace) -> str:
@@ -21,12 +21,13 @@ def after_prepare(parser: ArgumentParser, namespace: Namespace) -> str:
 
 def after_train(out: Path) -> str:
     """The search in the trained model, under what a cut fills with."""
-    return f"vitcut discover --model {out} --tau 0.01 --ablation mean"
+    return f"vitcut discover --model {_quoted(out)} --tau 0.01 --ablation mean"
 
 
 def after_discover(out: Path, point: str, ablation: Ablation) -> str:
     """The cut to the circuit that was found; no cut fills as ``resample`` does."""
-    return f"vitcut cut {out} --point {point} --ablation {CutConfig().ablation_for(ablation)}"
+    filled = CutConfig().ablation_for(ablation)
+    return f"vitcut cut {_quoted(out)} --point {point} --ablation {filled}"
 
 
 def about_search(ablation: Ablation) -> str:
@@ -38,12 +39,16 @@ def about_search(ablation: Ablation) -> str:
 
 def after_checks(model: str) -> str:
     """A cut by what was measured."""
-    if model == "animals":
-        data = " --source tiny-imagenet-200.zip"
+    if model == SHIPPED_MODEL:
+        data = " --source TINY_IMAGENET.zip"
     else:
         brought = (Path(model) / "origin.json").exists()
         data = "" if brought else " --source IMAGES --task LABELS.yaml"
-    return f"vitcut cut --model {model}{data} --target-latency 0.2 --ablation linear"
+    return f"vitcut cut --model {_quoted(model)}{data} --target-latency 0.2 --ablation linear"
+
+
+def _quoted(path: str | Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _again(parser: ArgumentParser, namespace: Namespace, *names: str) -> str:

@@ -32,6 +32,9 @@ Letter = Literal["q", "k", "v"]
 
 LETTERS: tuple[Letter, ...] = ("q", "k", "v")
 
+SHIPPED_MODEL = "animals"
+"""The model that comes with vitcut, and the name of its task."""
+
 SiteKey = tuple[int, str, int]
 """Block, "heads" or "neurons", position of the token group: parts that can stand in for another."""
 

@@ -206,6 +206,19 @@ def _resave(folder, change):
     (folder / CONFIG).write_text(json.dumps(config))
 
 
+def test_a_model_of_the_format_before_is_read(folder):
+    def as_before(config):
+        config["format_version"] = 4
+        del config["plan"]["shape"]["neuron_norm"]
+
+    now = CompactViT.from_pretrained(folder)
+    _resave(folder, as_before)
+    before = CompactViT.from_pretrained(folder)
+    pixels = random_pixels(WEIGHTS)
+    assert before.plan == now.plan
+    assert torch.equal(before(pixels), now(pixels))
+
+
 def test_a_framing_comes_back_and_models_of_before_show_the_whole_picture(folder):
     model = CompactViT.from_pretrained(folder)
     framing = Framing(channels=1, fit="squash", crop_fraction=0.9, interpolation="box")

@@ -84,7 +84,7 @@ def test_shares_of_a_batch_are_the_batch():
 
 
 def test_fewer_images_than_a_batch_are_refused():
-    message = "at most the 4 training images, got 8: give a smaller --batch-size"
+    message = "at most the 4 training images, got 8: give a smaller batch size"
     with pytest.raises(ConfigError, match=message):
         _batches(images=tiny_images(train=4).train)
 

@@ -280,7 +280,7 @@ def test_dinov2_at_another_size_computes_what_the_library_does_there(tmp_path, c
 
 def test_without_transformers_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vitcut.vits.transformers_models", None)
-    told = r'cannot load the model .*missing or too old.*pip install --upgrade "vitcut\[hf\]"'
+    told = "cannot load the model .*missing or too old.*pip install --upgrade transformers"
     expect_load_refusal(folder, told, ConfigError)
 
 

@@ -44,8 +44,7 @@ class Routes:
         """What all projections computed, each of shape [tokens, columns], in pieces."""
         found: dict[Piece, Tensor] = {}
         for number, (product, pieces) in enumerate(zip(columns, self._cuts, strict=True)):
-            # All at once are put into their heads: a reshape and a transposition for each of many
-            # small pieces take as long as the products.
+            # Put into heads all at once: at one image every reshape and transposition counts.
             rows = self._plan.projections[number].rows
             if number in self._one_by_one:
                 whole, dim, size = by_image(product, rows), 2, self._head_dim

@@ -15,6 +15,7 @@ from vitcut.data.images import load_images
 from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.names import SHIPPED_MODEL
 from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.folder import RunFolder, choose_point
 from vitcut.pipeline.path import PATH_FOLDER
@@ -36,7 +37,6 @@ from vitcut.vits.given import NOTHING, Given
 from vitcut.vits.loading import load_model
 from vitcut.vits.settings import VitConfig
 
-SHIPPED_MODEL = "animals"
 _RESULTS = "results.json"
 
 

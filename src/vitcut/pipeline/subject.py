@@ -15,12 +15,13 @@ from vitcut.data.settings import DataConfig
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.files import read_json, write_json
 from vitcut.intervention.tracing import read_model
+from vitcut.names import SHIPPED_MODEL
 from vitcut.pipeline.classes import fit, load_images_for
 from vitcut.pipeline.folder import RunFolder
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.task import Task, parse_task
 from vitcut.vits.given import NOTHING, Given
-from vitcut.vits.loading import SHIPPED, LoadedModel, load_model
+from vitcut.vits.loading import LoadedModel, load_model
 from vitcut.vits.weights import ViTWeights
 
 _ORIGIN_VERSION = 1
@@ -94,7 +95,7 @@ class Origin:
             ArtefactError: Its ``origin.json`` is damaged.
         """
         folder = Path(model)
-        shipped = model in SHIPPED
+        shipped = model == SHIPPED_MODEL
         return None if shipped or not (folder / ORIGIN_FILE).exists() else cls.load(folder)
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import nn
 
 from vitcut.errors import ConfigError, ExactnessError
 from vitcut.names import RuntimeName
-from vitcut.runtimes.table import RUNTIME_EXTRAS, RUNTIME_MODULES, require_runtime
+from vitcut.runtimes.table import RUNTIME_MODULES, require_runtime
 from vitcut.shapes import Float, Tensor
 
 _TOLERANCE = 1e-4
@@ -66,10 +66,9 @@ def prepare_sessions(
     try:
         runtime = import_module(RUNTIME_MODULES[name])
     except ModuleNotFoundError as error:
-        install = f"vitcut[{RUNTIME_EXTRAS[name]}]" if name in RUNTIME_EXTRAS else error.name
         raise ConfigError(
             f"runtime {name!r} needs the package {error.name!r}, which is not installed: "
-            f"pip install {install}"
+            f"pip install {error.name}"
         ) from None
     return runtime.prepare(module, examples, threads=threads)
 

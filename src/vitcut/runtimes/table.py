@@ -12,9 +12,6 @@ RUNTIME_MODULES: dict[RuntimeName, str] = {
 """The module of each runtime; it has ``prepare(module, examples, *, threads)``, which
 gives one session per example."""
 
-RUNTIME_EXTRAS: dict[RuntimeName, str] = {"openvino": "openvino"}
-"""What to install with vitcut for a runtime that it does not bring along: ``vitcut[EXTRA]``."""
-
 
 def require_runtime(name: str) -> None:
     """Refuse a runtime that this version cannot run.

@@ -158,11 +158,11 @@ class Savings:
         With the last one goes what the whole MLP needs: operations, and under a norm over its
         neurons all of these.
         """
-        left = self._alive.left(site)
-        if len(left) == 1:
-            return self.of(((site, left),))
+        if self._alive.at(site).sum() == 1:
+            return self.of(((site, self._alive.left(site)),))
         if site not in self._neurons:
-            self._neurons[site] = self.of(((site, left[:1]),))
+            first = self._alive.left(site)[:1]
+            self._neurons[site] = self.of(((site, first),))
         return self._neurons[site]
 
     def cut(self, candidate: Candidate) -> None:

@@ -75,7 +75,7 @@ class TrainingBatches:
         if len(images) < config.batch_size:
             raise ConfigError(
                 f"batch_size must be at most the {len(images)} training images, "
-                f"got {config.batch_size}: give a smaller --batch-size"
+                f"got {config.batch_size}: give a smaller batch size"
             )
         if config.batch_size % share.count:
             raise ConfigError(

@@ -21,8 +21,6 @@ _LIBRARIES: dict[str, tuple[str, str]] = {
     "transformers": ("vitcut.vits.transformers_models", "read_transformers"),
 }
 """By the package that a model's class comes from: the file of its adapter, and the function."""
-_PACKAGES = {"transformers": "vitcut[hf]"}
-"""What brings a library, where it is not called like it."""
 
 _REMEDY = (
     "expected a ViT of timm, torchvision or transformers, or a class that an adapter was "
@@ -107,7 +105,7 @@ def adapter_of(library: str) -> Callable[[nn.Module], ViTWeights]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"models of {library} cannot be read, it is missing or too old ({error}): "
-            f'pip install --upgrade "{_PACKAGES.get(library, library)}"'
+            f"pip install --upgrade {library}"
         ) from None
 
 
@@ -149,7 +147,7 @@ def _read_with_library(model: nn.Module) -> ViTWeights:
         raise UnsupportedModelError(
             f"not supported: {type(model).__name__} of {library}, of which a part is missing: "
             f"{error}; expected a whole model of a recent version: "
-            f'pip install --upgrade "{_PACKAGES.get(library, library)}"'
+            f"pip install --upgrade {library}"
         ) from error
 
 

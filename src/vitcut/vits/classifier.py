@@ -28,7 +28,7 @@ def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.
     found = [layer for layer in linear if _is_read(layer, weights)]
     for layer in found:
         _take(layer, list(rows))
-    if not found or not torch.equal(read_weights(fewer).head_weight, weights.head_weight[rows]):
+    if not found or not _has_rows(read_weights(fewer), weights, rows):
         raise UnsupportedModelError(
             f"not supported: {type(model).__name__} for some of its classes: {len(found)} of its "
             "layers seem to be the classifier that was read, expected nn.Linear alone; name every "
@@ -38,6 +38,11 @@ def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.
         said: Any = fewer
         said.num_classes = len(rows)
     return fewer
+
+
+def _has_rows(fewer: ViTWeights, weights: ViTWeights, rows: Sequence[int]) -> bool:
+    own, read = (fewer.head_weight, fewer.head_bias), (weights.head_weight, weights.head_bias)
+    return all(torch.equal(one, other[rows]) for one, other in zip(own, read, strict=True))
 
 
 def _is_read(layer: nn.Linear, weights: ViTWeights) -> bool:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from vitcut.errors import ModelError
 from vitcut.files import hash_of_read, sha256_file
+from vitcut.names import SHIPPED_MODEL
 from vitcut.vits.checkpoints import load_checkpoint
 from vitcut.vits.given import NOTHING, TIMM, Given, is_weights_file
 from vitcut.vits.hf_folders import WEIGHTS, load_hf_folder
@@ -20,10 +21,8 @@ from vitcut.vits.loaded import LoadedModel, weight_hash
 from vitcut.vits.saving import CONFIG, FORMAT_VERSION, TENSORS, DenseCard, save_dense
 from vitcut.vits.timm_folders import load_random, load_timm
 
-__all__ = ["SHIPPED", "DenseCard", "LoadedModel", "load_model", "save_dense", "weight_hash"]
+__all__ = ["DenseCard", "LoadedModel", "load_model", "save_dense", "weight_hash"]
 
-SHIPPED = ("animals",)
-"""The models that come with vitcut, by name."""
 _HUB = "hf-hub:"
 _HF_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1]]
 _PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
@@ -77,13 +76,13 @@ def _from_hub(spec: str) -> LoadedModel:
 
 
 def _folder(spec: str) -> Path:
-    if spec in SHIPPED:
+    if spec == SHIPPED_MODEL:
         return Path(str(resources.files("vitcut"))) / "assets" / spec
     path = Path(spec.removeprefix("local-dir:"))
     if not path.exists():
         raise ModelError(
             f"no model at {path}: expected a folder with {CONFIG}, a run directory, a file of "
-            f"weights, timm:NAME, hf-hub:REPOSITORY, or one of {', '.join(SHIPPED)}"
+            f"weights, timm:NAME, hf-hub:REPOSITORY, or one of {SHIPPED_MODEL}"
         )
     if not path.is_dir():
         raise ModelError(f"{path} is a file: expected a model folder with {CONFIG}")
