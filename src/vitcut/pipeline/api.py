@@ -28,10 +28,10 @@ from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
 from vitcut.intervention.tracing import read_model
 from vitcut.pipeline.arguments import (
+    IN_PYTHON,
     configured,
     configured_both,
     numbers_of,
-    require_circuit_or_budget,
     require_kind,
     require_made_for,
     require_names,
@@ -212,7 +212,7 @@ def cut(
         return cut_circuit(_subject(model, images), circuit, configured(CutConfig, settings))
     config, select = configured_both(CutConfig, SelectConfig, settings)
     config = replace(config, ablation=config.ablation_for(None))
-    require_circuit_or_budget(circuit, select, merge=config.merge)
+    select.require_budget_or(circuit, merge=config.merge, words=IN_PYTHON)
     subject = _subject(model, images)
     with TemporaryDirectory() as temporary:
         folder = RunFolder(

@@ -16,12 +16,19 @@ from vitcut.data.images import TaskImages
 from vitcut.errors import ConfigError, TaskError
 from vitcut.framing import Framing
 from vitcut.pipeline.stages import Cut
-from vitcut.selection.settings import SelectConfig
+from vitcut.selection.settings import CutWords
 from vitcut.task import Task
 from vitcut.vits.loading import LoadedModel
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+IN_PYTHON = CutWords(
+    circuit="what vitcut.discover or vitcut.Circuit.load gives",
+    budget="target_macs=0.2, or target_latency=0.25",
+    merging="vitcut.cut(model, images, cut.circuit, merge=True)",
+)
+"""How to ask `vitcut.cut`."""
 
 _KINDS: dict[type, tuple[str, str]] = {
     LoadedModel: ("what vitcut.load_model gives", "vitcut.load_model(...)"),
@@ -86,27 +93,6 @@ def configured_both(first: type[T], second: type[U], given: dict[str, Any]) -> t
     _require_known(given, [*names[0], *names[1]])
     one, other = ({key: value for key, value in given.items() if key in own} for own in names)
     return first(**one), second(**other)
-
-
-def require_circuit_or_budget(
-    circuit: Circuit | None, select: SelectConfig, *, merge: bool
-) -> None:
-    """Check that there is a circuit or a budget to cut to, not both.
-
-    Raises:
-        ConfigError: There is neither, there are both, or a budget is to be merged.
-    """
-    if circuit is None and not select.has_budget:
-        raise ConfigError(
-            "cut needs a circuit (what vitcut.discover or vitcut.Circuit.load gives), or a budget: "
-            "target_macs=0.2, or target_latency=0.25"
-        )
-    if circuit is None and merge:
-        raise ConfigError(
-            "merge brings edges back to a circuit that is there, got a budget: cut to the budget "
-            "first, then vitcut.cut(model, images, cut.circuit, merge=True)"
-        )
-    select.require_budget_or(circuit, merge=merge)
 
 
 def require_made_for(

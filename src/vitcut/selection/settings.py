@@ -13,6 +13,17 @@ Scores = Literal["fisher", "random", "magnitude"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class CutWords:
+    """How to ask for a cut, in the words of an interface."""
+
+    circuit: str = "a run directory or circuit.json"
+    """What gives a circuit."""
+    budget: str = "target-macs 0.2, or target-latency 0.25"
+    merging: str = "merge what came of it: vitcut cut RUN --merge"
+    """What follows a cut to a budget whose streams are to be merged."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """How parts are chosen under a budget."""
 
@@ -63,25 +74,26 @@ class SelectConfig:
         """Whether a budget is given."""
         return self.target_macs is not None or self.target_latency is not None
 
-    def require_budget_or(self, circuit: object | None, *, merge: bool = False) -> None:
+    def require_budget_or(
+        self, circuit: object | None, *, merge: bool = False, words: "CutWords | None" = None
+    ) -> None:
         """Check that there is a budget or a circuit to cut to, not both.
 
         Args:
             circuit: The circuit, or where it is.
             merge: Whether streams are to be merged, which a budget does not allow for.
+            words: How the caller says these things; None is the command line.
 
         Raises:
             ConfigError: There is neither, there are both, or a budget is to be merged.
         """
+        said = words or CutWords()
         if circuit is None and not self.has_budget:
-            raise ConfigError(
-                "cut needs a circuit (a run directory or circuit.json), or a budget: target-macs "
-                "0.2, or target-latency 0.25"
-            )
+            raise ConfigError(f"cut needs a circuit ({said.circuit}), or a budget: {said.budget}")
         if circuit is not None and self.has_budget:
             raise ConfigError("cut takes a circuit or a budget, got both: leave one of them out")
         if self.has_budget and merge:
             raise ConfigError(
                 "merge brings edges back to a circuit that is there, got a budget: cut to the "
-                "budget first, then merge what came of it: vitcut cut RUN --merge"
+                f"budget first, then {said.merging}"
             )
