@@ -66,7 +66,7 @@ which is `vitcut run animals-quick`, and this page made of its results. Raw:
 which is exact. Against it instead of the untouched dense model:
 
 {class_only_table(results)}
-KL is KL(dense || cut) over the groups on the validation images, in nats. Every cut model was
+KL is KL(dense || cut) over the groups on the test images, in nats. Every cut model was
 compared with its masked original; the largest difference of two logits was
 {max(point.max_abs_diff or 0 for point in results.points):.1g}.
 
@@ -102,7 +102,7 @@ def conditions(results: Results) -> str:
         f"{threads.pop()} thread, float32, load {machine['load_1min']} before; torch "
         f"{versions['torch']}, ONNX Runtime {versions['onnxruntime']}. Latencies are medians of "
         f"interleaved rounds; speed-ups are medians of paired ratios with their 95 % bootstrap "
-        f"interval. Accuracy on all {images} validation images; always answering the largest group "
+        f"interval. Accuracy on all {images} test images; always answering the largest group "
         f"scores {majority(results):.1%}."
     )
 
@@ -172,7 +172,7 @@ def training(run: Path) -> str:
     return (
         f"{len(rows)} epochs in {seconds / 60:.0f} minutes; "
         f"best epoch {best['epoch']}: {best['accuracy_fine']:.1%} fine and "
-        f"{best['accuracy_coarse']:.1%} coarse on the tuning images."
+        f"{best['accuracy_coarse']:.1%} coarse on the val images."
     )
 
 

@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from vitcut.data.settings import DataConfig
 from vitcut.discovery.exact import exact_edges, exact_heads, exact_neurons
 from vitcut.discovery.fisher import fisher_scores
 from vitcut.discovery.scores import PartScores
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.intervention.masking import full_run
-from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.images.settings import DataConfig
+from vitcut.masked.masking import full_run
+from vitcut.masked.oracle import Examples, Oracle
 from vitcut.metrics import coarse_log_probs
+from vitcut.model.weights import ViTWeights
 from vitcut.names import Ablation
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.stages import examples_of
 from vitcut.pipeline.subject import Subject
 from vitcut.runtime import describe_machine
-from vitcut.vits.weights import ViTWeights
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "fisher"
 IMAGES, NEURONS, EDGES = 116, 96, 120

@@ -21,8 +21,8 @@ from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
-from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
+from vitcut.images.settings import DataConfig
 from vitcut.pipeline.budget import cut_to_budget
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.folder import RunFolder

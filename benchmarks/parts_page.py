@@ -143,7 +143,7 @@ def conditions(results: Results) -> str:
         f"{machine['cpu']} ({machine['cores']} cores), one thread, float32, ONNX Runtime "
         f"{versions['onnxruntime']}, load {machine['load_1min']} before; all models interleaved, "
         "speed-ups are medians of paired ratios against the untouched dense export with their 95 % "
-        f"interval. Accuracies on all {results.dense and results.dense.images} validation images, "
+        f"interval. Accuracies on all {results.dense and results.dense.images} test images, "
         "differences paired with 95 % bootstrap intervals."
     )
 

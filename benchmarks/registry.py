@@ -25,11 +25,11 @@ from vitcut.circuit import Circuit
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.verify import verify
 from vitcut.errors import UnsupportedModelError, VitcutError
-from vitcut.intervention.ablation import mean_fill, zero_fill
-from vitcut.intervention.tracing import read_model
+from vitcut.masked.ablation import mean_fill, zero_fill
+from vitcut.model.adapters import read_weights
+from vitcut.model.tracing import read_model
+from vitcut.model.weights import ViTWeights
 from vitcut.progress import say
-from vitcut.vits.adapters import read_weights
-from vitcut.vits.weights import ViTWeights
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported-models.md"
 MODULES = (

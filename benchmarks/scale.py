@@ -27,11 +27,11 @@ from vitcut.discovery.cache import require_room
 from vitcut.discovery.fisher import fisher_scores
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
-from vitcut.intervention.oracle import Examples, Oracle
-from vitcut.intervention.tracing import read_model
+from vitcut.masked.oracle import Examples, Oracle
 from vitcut.metrics import coarse_log_probs
+from vitcut.model.tracing import read_model
+from vitcut.model.weights import ViTWeights
 from vitcut.runtime import describe_machine
-from vitcut.vits.weights import ViTWeights
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "scale"
 CLASSES, GROUPS = 58, 6

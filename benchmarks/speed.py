@@ -25,8 +25,8 @@ from vitcut.compact.model import CompactViT
 from vitcut.compiler.calibration import Measured, fit_costs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.settings import CutConfig
-from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
+from vitcut.images.settings import DataConfig
 from vitcut.pipeline.budget import BudgetSearch
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.fills import Fills

@@ -129,7 +129,7 @@ def conditions(results: Results) -> str:
         f"ONNX Runtime {machine['versions']['onnxruntime']}, load {machine['load_1min']} before; "
         "all models interleaved, speed-ups are medians of paired ratios against the untouched dense "
         "export with their 95 % interval. Accuracies on all "
-        f"{results.dense and results.dense.images} validation images."
+        f"{results.dense and results.dense.images} test images."
     )
 
 

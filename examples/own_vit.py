@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import vitcut
-from vitcut.vits.weights import AttentionWeights, BlockWeights, MlpWeights, NormWeights, ViTWeights
+from vitcut.model.weights import AttentionWeights, BlockWeights, MlpWeights, NormWeights, ViTWeights
 
 
 class OwnViT(nn.Module):

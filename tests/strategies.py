@@ -12,7 +12,7 @@ from tiny import random_vit
 from vitcut.circuit import Circuit
 from vitcut.compiler.cost import CostModel
 from vitcut.graph import Graph
-from vitcut.vits.weights import ViTWeights
+from vitcut.model.weights import ViTWeights
 
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 

@@ -12,12 +12,12 @@ import torch
 import vitcut
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.errors import ArtefactError, CircuitError, ConfigError, ModelError, TaskError
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.oracle import Oracle
-from vitcut.intervention.tracing import read_model
-from vitcut.vits.loading import DenseCard, LoadedModel, save_dense, weight_hash
-from vitcut.vits.reference import build_reference
-from vitcut.vits.settings import VitConfig
+from vitcut.masked.fill import Fill
+from vitcut.masked.oracle import Oracle
+from vitcut.model.loading import DenseCard, LoadedModel, save_dense, weight_hash
+from vitcut.model.reference import build_reference
+from vitcut.model.settings import VitConfig
+from vitcut.model.tracing import read_model
 
 MEAN = STD = (0.5, 0.5, 0.5)
 SIDE = 16

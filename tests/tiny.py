@@ -6,17 +6,17 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import ViTShape
-from vitcut.intervention.ablation import zero_fill
-from vitcut.intervention.fill import Fill
-from vitcut.names import Activation, PatchReadout
-from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import (
+from vitcut.masked.ablation import zero_fill
+from vitcut.masked.fill import Fill
+from vitcut.model.weights import (
     AttentionWeights,
     BlockWeights,
     MlpWeights,
     NormWeights,
     ViTWeights,
 )
+from vitcut.names import Activation, PatchReadout
+from vitcut.shapes import Float, Tensor
 
 
 def random_vit(

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from vitcut.circuit import Circuit
     from vitcut.compact.model import CompactViT
     from vitcut.errors import VitcutError
+    from vitcut.model.adapters import register_adapter
     from vitcut.pipeline.api import cut, discover, evaluate, finetune, load_images, load_model
     from vitcut.task import Task, load_task
-    from vitcut.vits.adapters import register_adapter
 
     __version__: str
 
@@ -45,7 +45,7 @@ _HOMES = {
     "load_images": "vitcut.pipeline.api",
     "load_model": "vitcut.pipeline.api",
     "load_task": "vitcut.task",
-    "register_adapter": "vitcut.vits.adapters",
+    "register_adapter": "vitcut.model.adapters",
 }
 """The module that each public name lives in."""
 

@@ -9,8 +9,8 @@ from jsonargparse import ArgumentParser, Namespace
 from vitcut.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vitcut.data.settings import DataConfig
-    from vitcut.vits.given import Given
+    from vitcut.images.settings import DataConfig
+    from vitcut.model.given import Given
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def add_subject(parser: ArgumentParser) -> None:
 
 def data_of(namespace: Namespace, **given: Any) -> "DataConfig":
     """The data settings that ``--source`` and its like say."""
-    from vitcut.data.settings import DataConfig
+    from vitcut.images.settings import DataConfig
 
     source = namespace.source
     return at_home(DataConfig(source=source, skip_bad_images=namespace.skip_bad_images, **given))
@@ -102,7 +102,7 @@ def given_of(namespace: Namespace) -> "Given":
     Raises:
         ConfigError: A number is none, or out of range.
     """
-    from vitcut.vits.given import Given
+    from vitcut.model.given import Given
 
     return Given(
         arch=namespace.arch,

@@ -17,7 +17,7 @@ PairMode = Literal["each_other_group", "one_random"]
 RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino"]
 """What executes a model; every measured latency names its own."""
 
-Split = Literal["train", "tuning", "validation"]
+Split = Literal["train", "val", "test"]
 """Disjoint image sets: fitting and calibration, choosing, and reporting."""
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]

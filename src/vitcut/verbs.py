@@ -19,7 +19,7 @@ from vitcut.hints import about_search, after_checks, after_discover, after_prepa
 from vitcut.typed import arrange_demo, arrange_run, recipe_file, recipes
 
 if TYPE_CHECKING:
-    from vitcut.data.settings import DataConfig
+    from vitcut.images.settings import DataConfig
     from vitcut.pipeline.subject import Origin
     from vitcut.results import Results
 
@@ -88,7 +88,7 @@ def _add_prepare(parser: ArgumentParser) -> None:
 
 
 def _prepare(parser: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.data.prepare import prepare
+    from vitcut.images.prepare import prepare
 
     prepared = prepare(data_of(namespace, image_size=namespace.image_size))
     sys.stdout.write(
@@ -118,8 +118,8 @@ def _suggest(_: ArgumentParser, namespace: Namespace) -> None:
 
 
 def _add_train(parser: ArgumentParser) -> None:
+    from vitcut.model.settings import VitConfig
     from vitcut.training.settings import TrainConfig
-    from vitcut.vits.settings import VitConfig
 
     add_common(parser, "runs/train")
     add_data(parser)

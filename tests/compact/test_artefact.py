@@ -17,7 +17,7 @@ from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError
 from vitcut.files import sha256_file, sha256_json
 from vitcut.framing import WHOLE, Framing
-from vitcut.intervention.fill import Fill
+from vitcut.masked.fill import Fill
 
 WEIGHTS = random_vit(num_heads=3)
 INFO = ModelInfo(

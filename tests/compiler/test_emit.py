@@ -17,7 +17,7 @@ from vitcut.compact.stream import Stream
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.verify import verify
 from vitcut.errors import CircuitError
-from vitcut.intervention.masking import full_run
+from vitcut.masked.masking import full_run
 
 
 @st.composite

@@ -16,8 +16,8 @@ from vitcut.discovery.propagation import Propagation
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
 from vitcut.graph import Graph
-from vitcut.intervention.forward import project_head
-from vitcut.vits.weights import ViTWeights, map_tensors
+from vitcut.model.forward import project_head
+from vitcut.model.weights import ViTWeights, map_tensors
 
 
 def outcome(decisions) -> list[tuple[str, str, bool]]:

@@ -8,10 +8,10 @@ from tiny_oracle import GROUP_OF_CLASS, make_oracle
 
 from vitcut.discovery.exact import exact_edges, exact_heads, exact_neurons
 from vitcut.errors import CircuitError
-from vitcut.intervention.forward import classify
-from vitcut.intervention.masking import full_run
-from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.masked.masking import full_run
+from vitcut.masked.oracle import Examples, Oracle
 from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.model.forward import classify
 
 TOKENS = pytest.mark.parametrize("tokens", ["all", "split"])
 WEIGHTS = random_vit(num_layers=2, num_heads=2, num_prefix=2, hidden=3)

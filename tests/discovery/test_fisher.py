@@ -11,12 +11,12 @@ from tiny import random_pixels, random_vit
 
 from vitcut.discovery.fisher import fisher_scores, trace_gradients
 from vitcut.errors import CircuitError
-from vitcut.intervention.ablation import fixed_fill, resample_fill
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.masking import full_run, masked_logits
-from vitcut.intervention.oracle import Examples
+from vitcut.masked.ablation import fixed_fill, resample_fill
+from vitcut.masked.fill import Fill
+from vitcut.masked.masking import full_run, masked_logits
+from vitcut.masked.oracle import Examples
 from vitcut.metrics import coarse_log_probs, kl_divergence
-from vitcut.vits.weights import ViTWeights, map_tensors
+from vitcut.model.weights import ViTWeights, map_tensors
 
 GROUPS = torch.tensor([0, 1, 1, 2])
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from tiny import random_pixels, random_vit
 
-from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.masked.oracle import Examples, Oracle
+from vitcut.model.weights import BlockWeights, ViTWeights
 from vitcut.names import Ablation, Tokens
-from vitcut.vits.weights import BlockWeights, ViTWeights
 
 GROUP_OF_CLASS = torch.tensor([0, 1, 1, 2])
 

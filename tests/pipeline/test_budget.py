@@ -17,10 +17,10 @@ from vitcut.compact.artefact import FILL
 from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
-from vitcut.data.settings import DataConfig
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.masking import masked_run
+from vitcut.images.settings import DataConfig
+from vitcut.masked.fill import Fill
+from vitcut.masked.masking import masked_run
 from vitcut.pipeline import budget as budgeting
 from vitcut.pipeline.budget import budget_command
 from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
@@ -132,7 +132,7 @@ def test_the_verb_prints_the_path_and_says_when_there_is_nothing_to_do(
     words += ["--rounds", "2", "--images", "32", "--score-images", "16", "--verify-images", "8"]
     assert main([*words, "--out", str(out)]) == 0
     first = capsys.readouterr()
-    assert "the path, on tuning images" in first.out
+    assert "the path, on val images" in first.out
     assert "fisher-mean-macs-0.55" in first.out
     before = {item: item.stat().st_mtime_ns for item in out.rglob("*")}
     assert main([*words, "--out", str(out)]) == 0
@@ -147,7 +147,7 @@ def test_the_saved_fill_is_the_circuits_and_gives_the_compact_model(cut):
     assert fill.circuit == circuit.fingerprint
     assert circuit == _circuits(cut)["macs-0.5500"]
     subject = Origin.load(cut).load_subject()
-    pixels = subject.normalise(subject.images.validation.read(range(16)))
+    pixels = subject.normalise(subject.images.test.read(range(16)))
     model = CompactViT.from_pretrained(cut / "model")
     with torch.no_grad():
         masked = masked_run(subject.weights, pixels, circuit, fill).logits
@@ -387,7 +387,7 @@ def test_a_run_ends_with_a_budget_and_its_repair(run_to_budget, tmp_path, capsys
     assert main(["show", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "circuit by fisher, linear ablation" in shown
-    assert "the path, on tuning images" in shown
+    assert "the path, on val images" in shown
 
 
 def test_a_run_that_is_killed_in_the_repair_does_not_select_again(

@@ -16,9 +16,12 @@ from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
-from vitcut.data.settings import DataConfig
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
-from vitcut.intervention.tracing import read_model
+from vitcut.images.settings import DataConfig
+from vitcut.model.adapters import read_weights
+from vitcut.model.loading import LoadedModel, load_model, weight_hash
+from vitcut.model.tracing import read_model
+from vitcut.model.weights import map_tensors
 from vitcut.pipeline.classes import fit
 from vitcut.pipeline.commands import cut_command, find_origin, resolve_origin
 from vitcut.pipeline.repair import finetune_command
@@ -28,9 +31,6 @@ from vitcut.pipeline.subject import Origin, Subject
 from vitcut.results import Results
 from vitcut.task import parse_task
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.adapters import read_weights
-from vitcut.vits.loading import LoadedModel, load_model, weight_hash
-from vitcut.vits.weights import map_tensors
 from vitcut.wordnet import imagenet_names
 
 DRAWN = (
@@ -89,7 +89,7 @@ def test_the_model_of_a_task_gives_the_models_logits_of_its_classes(shuffled, te
     images = _images(text, shuffled)
     before = {key: value.clone() for key, value in shuffled.model.state_dict().items()}
     subject = Subject.of(shuffled, images)
-    pixels = subject.normalise(images.validation.read(np.arange(8)))
+    pixels = subject.normalise(images.test.read(np.arange(8)))
     with torch.no_grad():
         full, own = shuffled.model(pixels), subject.model.model(pixels)
     columns = [SHUFFLED.index(class_id) for class_id in images.task.class_ids]
@@ -118,11 +118,11 @@ def test_accuracy_is_that_of_the_logits_that_stay(shuffled):
     found = vitcut.evaluate(shuffled, images)
     columns = [SHUFFLED.index(class_id) for class_id in images.task.class_ids]
     with torch.no_grad():
-        pixels = Subject.of(shuffled, images).normalise(images.validation.all())
+        pixels = Subject.of(shuffled, images).normalise(images.test.all())
         probabilities = shuffled.model(pixels)[:, columns].double().softmax(1)
     ring, pointed = probabilities[:, 0], probabilities[:, 1:].sum(1)
     torch.testing.assert_close(found.log_probs.exp(), torch.stack([ring, pointed], 1))
-    best = probabilities.argmax(1).numpy() == images.validation.labels
+    best = probabilities.argmax(1).numpy() == images.test.labels
     assert found.accuracy_fine == best.mean()
 
 

@@ -12,10 +12,11 @@ from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
-from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, CircuitError, ConfigError
-from vitcut.intervention import tracing
+from vitcut.images.settings import DataConfig
+from vitcut.model import tracing
+from vitcut.model.given import Given
 from vitcut.pipeline.checks import calibrate
 from vitcut.pipeline.commands import (
     bench_command,
@@ -29,7 +30,6 @@ from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
 from vitcut.task import parse_task
-from vitcut.vits.given import Given
 
 DATA = DataConfig()
 FOUND = DiscoverConfig(tau=0.03, images=8)
@@ -135,7 +135,7 @@ def test_a_cut_by_itself_gives_the_model_of_the_run(finished, cut):
     assert point.faithfulness == run_point.faithfulness
 
 
-def test_a_batch_larger_than_the_validation_images_is_timed(cut):
+def test_a_batch_larger_than_the_test_images_is_timed(cut):
     rows = Results.load(cut / "results.json").dense.latency
     assert [row.batch for row in rows] == [1, 256]
 

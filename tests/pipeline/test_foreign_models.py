@@ -21,10 +21,13 @@ from vitcut.benchmark.settings import BenchConfig
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
-from vitcut.data.settings import DataConfig
 from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.framing import Framing
-from vitcut.intervention.tracing import read_model
+from vitcut.images.settings import DataConfig
+from vitcut.model.adapters import as_classifier
+from vitcut.model.given import Given
+from vitcut.model.loading import load_model
+from vitcut.model.tracing import read_model
 from vitcut.pipeline import repair as repairing
 from vitcut.pipeline.commands import bench_command, cut_command, resolve_origin
 from vitcut.pipeline.repair import finetune_command
@@ -34,9 +37,6 @@ from vitcut.pipeline.subject import Origin
 from vitcut.runtimes.onnx_runtime import export_onnx
 from vitcut.task import load_task
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.adapters import as_classifier
-from vitcut.vits.given import Given
-from vitcut.vits.loading import load_model
 
 BENCH = BenchConfig(
     runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3, min_sample_ms=0.1
@@ -239,7 +239,7 @@ def test_a_module_of_one_channel_gets_grey_images_in_python():
     module = timm.create_model("test_vit", num_classes=12, img_size=32, in_chans=1)
     model = vitcut.load_model(module, mean=(0.5,), std=(0.5,))
     images = vitcut.load_images("drawn", task="drawn", model=model)
-    assert vitcut.evaluate(model, images).images == len(images.validation)
+    assert vitcut.evaluate(model, images).images == len(images.test)
     colours = vitcut.load_images("drawn", task="drawn", image_size=32)
     with pytest.raises(ConfigError, match="takes images with channels 1, got 3"):
         vitcut.evaluate(model, colours)

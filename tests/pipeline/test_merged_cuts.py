@@ -11,7 +11,7 @@ from vitcut.compiler.merging import MERGES
 from vitcut.compiler.planning import plan_circuit
 from vitcut.errors import ConfigError
 from vitcut.graph import Graph
-from vitcut.intervention.fill import Fill
+from vitcut.masked.fill import Fill
 from vitcut.pipeline import api
 from vitcut.pipeline.commands import find_circuit
 from vitcut.pipeline.merging import merge_cost, num_streams
@@ -66,7 +66,7 @@ def test_a_merged_circuit_is_saved_compiled_and_told_of(
     before, after = merged["kl"]
     assert before > after == pytest.approx(0, abs=1e-6)
     assert point.max_abs_diff < 1e-4
-    line = f"merged: 4 edges came back, 7 -> 5 streams, KL on the tuning images {before:.3f} -> "
+    line = f"merged: 4 edges came back, 7 -> 5 streams, KL on the val images {before:.3f} -> "
     assert line + "0.000" in capsys.readouterr().out
 
     assert main(["show", str(out)]) == 0

@@ -14,7 +14,8 @@ from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
-from vitcut.intervention.ablation import zero_fill
+from vitcut.masked.ablation import zero_fill
+from vitcut.model.loading import load_model
 from vitcut.pipeline import repair as repairing
 from vitcut.pipeline import show
 from vitcut.pipeline.commands import bench_command, find_origin, resolve_origin
@@ -25,7 +26,6 @@ from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
 from vitcut.runtimes.onnx_runtime import export_onnx
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.loading import load_model
 
 SHORT = {
     "runtimes": ("torch",),

@@ -10,8 +10,8 @@ from vitcut.circuit import Circuit
 from vitcut.discovery.controls import magnitude_scores
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
-from vitcut.intervention.masking import full_run, masked_run
-from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.masked.masking import full_run, masked_run
+from vitcut.masked.oracle import Examples, Oracle
 from vitcut.selection.greedy import Alive
 from vitcut.selection.rounds import (
     Calibration,

@@ -8,9 +8,9 @@ from strategies import undisturbed, vits
 from tiny import random_pixels, random_vit
 
 from vitcut.errors import CircuitError
-from vitcut.intervention.ablation import fixed_fill
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.masking import full_run, masked_run
+from vitcut.masked.ablation import fixed_fill
+from vitcut.masked.fill import Fill
+from vitcut.masked.masking import full_run, masked_run
 from vitcut.selection.sites import Objective, Site, trace_sites
 
 CLASSES, IMAGES, TOKENS = 3, 4, 2

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_training import CONFIG, tiny_images
 
-from vitcut.data.images import ImageSet
 from vitcut.errors import ConfigError
+from vitcut.images.images import ImageSet
 from vitcut.training.batches import Share, TrainingBatches
 from vitcut.training.settings import TrainConfig
 

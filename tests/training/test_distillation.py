@@ -13,12 +13,12 @@ from tiny_training import CONFIG, TASK, tiny_images, tiny_model
 
 from vitcut.config import as_plain
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.model.loading import weight_hash
 from vitcut.training.batches import Batch
 from vitcut.training.distillation import Distillation
 from vitcut.training.loop import train
 from vitcut.training.losses import Loss, SoftCrossEntropy
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.loading import weight_hash
 
 FINE = FinetuneConfig(**{**as_plain(CONFIG), "mean": CONFIG.mean, "std": CONFIG.std})
 GROUPS = torch.from_numpy(TASK.group_of_class)

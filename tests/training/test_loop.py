@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from tiny_training import CONFIG, tiny_images, tiny_model
 
 from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut.model.loading import weight_hash
+from vitcut.model.reference import build_reference
+from vitcut.model.settings import VitConfig
 from vitcut.training import checkpoint, loop
 from vitcut.training.loop import train
 from vitcut.training.losses import SoftCrossEntropy
 from vitcut.training.settings import TrainConfig
-from vitcut.training.tuning import TuningSet
-from vitcut.vits.loading import weight_hash
-from vitcut.vits.reference import build_reference
-from vitcut.vits.settings import VitConfig
+from vitcut.training.val import ValSet
 
 
 class Killed(BaseException):
@@ -117,14 +117,14 @@ def test_training_lowers_the_loss_and_leaves_the_model_ready(tmp_path):
 
 
 def _script_accuracies(monkeypatch, fine_and_coarse) -> list[str]:
-    """Make the tuning split say these accuracies; the weights seen are appended to the list."""
+    """Make the val split say these accuracies; the weights seen are appended to the list."""
     seen = []
 
     def accuracies(self, model):
         seen.append(weight_hash(model))
         return fine_and_coarse[len(seen) - 1]
 
-    monkeypatch.setattr(TuningSet, "accuracies", accuracies)
+    monkeypatch.setattr(ValSet, "accuracies", accuracies)
     return seen
 
 
@@ -157,12 +157,12 @@ class Leaning(torch.nn.Module):
         return self.logits.expand(len(images), -1)
 
 
-def test_the_tuning_split_is_measured_by_summed_probabilities(tmp_path):
+def test_the_val_split_is_measured_by_summed_probabilities(tmp_path):
     images = tiny_images()
-    labels = images.tuning.labels
-    unbalanced = images.tuning.take(np.flatnonzero(labels != 1))
+    labels = images.val.labels
+    unbalanced = images.val.take(np.flatnonzero(labels != 1))
     config = replace(CONFIG, epochs=1, warmup_epochs=0, learning_rate=1e-12)
-    result = train(Leaning(), replace(images, tuning=unbalanced), config, tmp_path)
+    result = train(Leaning(), replace(images, val=unbalanced), config, tmp_path)
     assert result.accuracy_fine == pytest.approx(1 / 3)
     assert result.accuracy_coarse == pytest.approx(2 / 3)
 

@@ -3,7 +3,7 @@
 import numpy as np
 from torch import nn
 
-from vitcut.data.images import ImageSet, TaskImages
+from vitcut.images.images import ImageSet, TaskImages
 from vitcut.labels import Labels
 from vitcut.runtime import seed_everything
 from vitcut.task import Task, TaskClass
@@ -36,8 +36,8 @@ def tiny_images(*, train: int = 36, side: int = 8) -> TaskImages:
     return TaskImages(
         task=TASK,
         train=part(0, train),
-        tuning=part(train, train + 8),
-        validation=part(train + 8, train + 16),
+        val=part(train, train + 8),
+        test=part(train + 8, train + 16),
         fingerprint="tiny",
         ignored_classes=0,
         data_labels=Labels(owner="the data", ids=TASK.class_ids, names=TASK.class_names),

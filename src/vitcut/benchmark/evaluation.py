@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vitcut.benchmark.bootstrap import mean_interval
-from vitcut.data.images import ImageSet
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
+from vitcut.images.images import ImageSet
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.progress import track
 from vitcut.shapes import Float, Tensor

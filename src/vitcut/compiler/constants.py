@@ -11,8 +11,8 @@ from vitcut.circuit import Circuit
 from vitcut.compact.plan import Rows
 from vitcut.compiler.reads import EMBED_SOURCE, Reads
 from vitcut.compiler.streams import Stream
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.forward import (
+from vitcut.masked.fill import Fill
+from vitcut.model.forward import (
     activate,
     attend,
     embed,
@@ -21,9 +21,9 @@ from vitcut.intervention.forward import (
     output_bias,
     project_head,
 )
+from vitcut.model.weights import ViTWeights
 from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import ViTWeights
 
 
 class Writers:

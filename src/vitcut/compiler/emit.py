@@ -10,9 +10,9 @@ from vitcut.compact.model import CompactViT
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.folding import fold
 from vitcut.compiler.planning import draft_circuit, split_circuit
-from vitcut.intervention.fill import Fill
+from vitcut.masked.fill import Fill
+from vitcut.model.weights import ViTWeights
 from vitcut.shapes import Tensor
-from vitcut.vits.weights import ViTWeights
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, MlpPlan, OutputPla
 from vitcut.compiler.constants import Constants, Writers
 from vitcut.compiler.planning import Draft
 from vitcut.errors import CircuitError
-from vitcut.intervention.fill import Fill
+from vitcut.masked.fill import Fill
+from vitcut.model.weights import NormWeights, ViTWeights
 from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import NormWeights, ViTWeights
 
 Tensors = dict[str, Tensor]
 """Tensors by their name in the module's ``state_dict``."""

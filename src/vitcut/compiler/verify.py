@@ -7,11 +7,11 @@ import torch
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.errors import ExactnessError
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.masking import masked_run
-from vitcut.intervention.tracing import tolerance
+from vitcut.masked.fill import Fill
+from vitcut.masked.masking import masked_run
+from vitcut.model.tracing import tolerance
+from vitcut.model.weights import ViTWeights
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import ViTWeights
 
 _CHUNK = 16
 """Images per masked forward, which holds every source of every image."""

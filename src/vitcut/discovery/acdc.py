@@ -24,11 +24,11 @@ from vitcut.discovery.propagation import Propagation
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError, ExactnessError
 from vitcut.graph import Graph
-from vitcut.intervention.oracle import Oracle
+from vitcut.masked.oracle import Oracle
+from vitcut.model.weights import ViTWeights, map_tensors
 from vitcut.names import LETTERS, Criterion
 from vitcut.progress import Meter, say
 from vitcut.shapes import Tensor
-from vitcut.vits.weights import ViTWeights, map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ import torch
 
 from vitcut.config import require_memory
 from vitcut.discovery.settings import DiscoverConfig
-from vitcut.intervention.masking import full_run
-from vitcut.intervention.oracle import PAIRS_AT_A_TIME, Examples, Oracle
+from vitcut.masked.masking import full_run
+from vitcut.masked.oracle import PAIRS_AT_A_TIME, Examples, Oracle
+from vitcut.model.weights import ViTWeights
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import ViTWeights
 
 _TRACE_CHUNK = 32
 

@@ -5,8 +5,8 @@ import torch
 
 from vitcut.discovery.scores import PartScores
 from vitcut.graph import Graph
+from vitcut.model.weights import MlpWeights, ViTWeights
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import MlpWeights, ViTWeights
 
 
 def random_scores(graph: Graph, num_neurons: int, *, seed: int) -> PartScores:

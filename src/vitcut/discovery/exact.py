@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcut.errors import CircuitError
-from vitcut.intervention.oracle import Oracle
+from vitcut.masked.oracle import Oracle
 from vitcut.progress import track
 
 

@@ -19,15 +19,15 @@ import torch
 from vitcut.circuit import Circuit
 from vitcut.discovery.scores import PartScores
 from vitcut.graph import Graph
-from vitcut.intervention.ablation import fixed_fill, resample_fill
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.masking import Run, full_run, masked_run
-from vitcut.intervention.oracle import Examples
+from vitcut.masked.ablation import fixed_fill, resample_fill
+from vitcut.masked.fill import Fill
+from vitcut.masked.masking import Run, full_run, masked_run
+from vitcut.masked.oracle import Examples
 from vitcut.metrics import coarse_log_probs
+from vitcut.model.weights import ViTWeights
 from vitcut.names import LETTERS, Ablation, Tokens
 from vitcut.progress import track
 from vitcut.shapes import Float, Int, Tensor
-from vitcut.vits.weights import ViTWeights
 
 _CHUNK = 16
 """Pairs per forward pass: what is held at once."""

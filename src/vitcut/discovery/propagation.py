@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from vitcut.discovery.cache import Cache
 from vitcut.graph import Graph
-from vitcut.intervention.forward import (
+from vitcut.masked.oracle import Oracle
+from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.model.forward import (
     attend,
     classify,
     normalise,
@@ -26,11 +28,9 @@ from vitcut.intervention.forward import (
     run_mlp,
     write_head,
 )
-from vitcut.intervention.oracle import Oracle
-from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.model.weights import ViTWeights
 from vitcut.names import Letter
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import ViTWeights
 
 K = TypeVar("K")
 

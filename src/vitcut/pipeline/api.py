@@ -21,12 +21,16 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.config import as_plain
-from vitcut.data import images as task_images
-from vitcut.data.images import TaskImages, to_float
-from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
-from vitcut.intervention.tracing import read_model
+from vitcut.images import images as task_images
+from vitcut.images.images import TaskImages, to_float
+from vitcut.images.settings import DataConfig
+from vitcut.model.adapters import as_classifier, read_weights
+from vitcut.model.given import Given
+from vitcut.model.loaded import per_channel
+from vitcut.model.loading import LoadedModel, weight_hash
+from vitcut.model.tracing import read_model
 from vitcut.pipeline.arguments import (
     IN_PYTHON,
     configured,
@@ -49,10 +53,6 @@ from vitcut.selection.settings import SelectConfig
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.adapters import as_classifier, read_weights
-from vitcut.vits.given import Given
-from vitcut.vits.loaded import per_channel
-from vitcut.vits.loading import LoadedModel, weight_hash
 
 _BUDGETS = {"target_macs", "target_latency"}
 
@@ -109,7 +109,7 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
     model: LoadedModel | None = None,
     image_size: int | None = None,
     seed: int = 0,
-    tuning_fraction: float = 0.1,
+    val_fraction: float = 0.1,
     skip_bad_images: bool = False,
 ) -> TaskImages:
     """Prepare the images of a task; they are decoded once and kept in the cache.
@@ -122,7 +122,7 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
             task's positions, names and rest are then of its classes, else of the data's.
         image_size: Height and width, in pixels; None is the model's, or 64 without a model.
         seed: Of the splits that the data lacks, and of drawn pictures.
-        tuning_fraction: Part of each class's training images that is set aside for choosing.
+        val_fraction: Part of each class's training images that is set aside for choosing.
         skip_bad_images: Leave out images that do not decode, instead of stopping.
 
     Raises:
@@ -141,7 +141,7 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
         source=None if source is None else str(source),
         image_size=(model.image_size if model else 64) if image_size is None else image_size,
         seed=seed,
-        tuning_fraction=tuning_fraction,
+        val_fraction=val_fraction,
         skip_bad_images=skip_bad_images,
     )
     wanted = task if isinstance(task, Task) else load_task(task)
@@ -271,7 +271,7 @@ def finetune(
 
 
 def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
-    """Measure a dense or compact model on the validation images.
+    """Measure a dense or compact model on the test images.
 
     Args:
         model: From `load_model`, `cut` or ``CompactViT.from_pretrained``.
@@ -305,9 +305,7 @@ def evaluate(model: LoadedModel | CompactViT, images: TaskImages) -> Evaluation:
         )
 
     groups = images.task.group_of_class
-    return evaluation.evaluate(
-        module, images.validation, group_of_class=groups, preprocess=preprocess
-    )
+    return evaluation.evaluate(module, images.test, group_of_class=groups, preprocess=preprocess)
 
 
 def _wrap(module: nn.Module, given: Given) -> LoadedModel:

@@ -12,13 +12,13 @@ from torch import nn
 
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.data.images import TaskImages
 from vitcut.errors import ConfigError, TaskError
 from vitcut.framing import Framing
+from vitcut.images.images import TaskImages
+from vitcut.model.loading import LoadedModel
 from vitcut.pipeline.stages import Cut
 from vitcut.selection.settings import CutWords
 from vitcut.task import Task
-from vitcut.vits.loading import LoadedModel
 
 T = TypeVar("T")
 U = TypeVar("U")

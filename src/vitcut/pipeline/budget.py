@@ -23,9 +23,10 @@ from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutConfig
 from vitcut.config import as_plain
-from vitcut.data.images import ImageSet
 from vitcut.errors import CircuitError
-from vitcut.intervention.tracing import read_model
+from vitcut.images.images import ImageSet
+from vitcut.model.tracing import read_model
+from vitcut.model.weights import ViTWeights
 from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
@@ -51,7 +52,6 @@ from vitcut.selection.rounds import (
 )
 from vitcut.selection.settings import SelectConfig
 from vitcut.shapes import Float, Tensor
-from vitcut.vits.weights import ViTWeights
 
 _MOST_ROUNDS = 16
 """Of a latency budget, which is met by steps."""
@@ -335,8 +335,8 @@ class BudgetSearch:
 
     @cached_property
     def _timed(self) -> Float[Tensor, "images channels y x"]:
-        tuning = self._subject.images.tuning
-        return self._subject.normalise(tuning.read(range(min(self._cut.batch, len(tuning)))))
+        val = self._subject.images.val
+        return self._subject.normalise(val.read(range(min(self._cut.batch, len(val)))))
 
     @cached_property
     def _dense(self) -> Evaluation:
@@ -345,7 +345,7 @@ class BudgetSearch:
     def _evaluate(self, model: torch.nn.Module, dense: Evaluation | None = None) -> Evaluation:
         return evaluate(
             model,
-            self._subject.images.tuning,
+            self._subject.images.val,
             group_of_class=self._subject.task.group_of_class,
             preprocess=self._subject.normalise,
             reference_log_probs=None if dense is None else dense.log_probs,
@@ -365,7 +365,7 @@ def _line(step: PathStep) -> str:
         latency = f", {step.latency_fraction:.1%} of the latency"
     return (
         f"{step.name}: {step.macs_fraction:.1%} of the MACs{latency}, coarse accuracy "
-        f"{step.accuracy_coarse:.1%}, KL {step.kl:z.4f} on the tuning images"
+        f"{step.accuracy_coarse:.1%}, KL {step.kl:z.4f} on the val images"
     )
 
 

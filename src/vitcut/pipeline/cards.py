@@ -24,7 +24,7 @@ def dense_card(task: Task, result: TrainResult, config: TrainConfig) -> str:
     return f"""# A small Vision Transformer for the task {task.name!r}
 
 Trained by vitcut: {config.augmentation} augmentation, best of {result.epochs_run} epochs (epoch
-{result.best_epoch}), seed {config.seed}. On the tuning images, which chose the epoch, it reaches
+{result.best_epoch}), seed {config.seed}. On the val images, which chose the epoch, it reaches
 {result.accuracy_fine:.1%} over the {len(task.classes)} classes and {result.accuracy_coarse:.1%}
 over the {len(task.groups)} groups.
 
@@ -45,7 +45,7 @@ def dense_repaired_card(task: Task, result: TrainResult, config: FinetuneConfig)
     """The card of a dense model that got a cut model's repair."""
     return f"""# A Vision Transformer for the task {task.name!r}, fine-tuned
 
-Fine-tuned by vitcut: {_recipe(result, config)}. On the tuning images, which chose the epoch, it
+Fine-tuned by vitcut: {_recipe(result, config)}. On the val images, which chose the epoch, it
 reaches {result.accuracy_coarse:.1%} over the {len(task.groups)} groups. Cut models that were
 repaired in the same way are compared with it.
 
@@ -122,7 +122,7 @@ tags: [vision-transformer, circuit, pruning]
 ## Measured
 
 {to_markdown(point_table(chosen))}
-float32, {threads} thread(s) of {results.machine["cpu"]}, {point.images} validation images.
+float32, {threads} thread(s) of {results.machine["cpu"]}, {point.images} test images.
 Speed-ups are against the dense model in the same runtime, with their 95 % interval.
 
 ## Terms

@@ -15,7 +15,7 @@ from vitcut.compiler.calibration import Measured, fit_costs, relative_errors
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import plan_circuit
 from vitcut.graph import Graph
-from vitcut.intervention.tracing import read_model
+from vitcut.model.tracing import read_model
 from vitcut.pipeline.costs import cost_model, save_costs
 from vitcut.pipeline.subject import load_dense
 from vitcut.progress import say

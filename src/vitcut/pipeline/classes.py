@@ -2,18 +2,18 @@
 
 from dataclasses import replace
 
-from vitcut.data.images import TaskImages, labels_of, task_images
-from vitcut.data.prepare import prepare
-from vitcut.data.settings import DataConfig
 from vitcut.errors import ModelError, TaskError
 from vitcut.framing import Framing
+from vitcut.images.images import TaskImages, labels_of, task_images
+from vitcut.images.prepare import prepare
+from vitcut.images.settings import DataConfig
 from vitcut.labels import Labels
+from vitcut.model.adapters import read_weights
+from vitcut.model.classifier import keep_rows
+from vitcut.model.loading import LoadedModel
+from vitcut.model.weights import ViTWeights
 from vitcut.progress import say
 from vitcut.task import Task, unknown_classes
-from vitcut.vits.adapters import read_weights
-from vitcut.vits.classifier import keep_rows
-from vitcut.vits.loading import LoadedModel
-from vitcut.vits.weights import ViTWeights
 from vitcut.wordnet import imagenet_names
 
 

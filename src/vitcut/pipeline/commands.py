@@ -11,10 +11,13 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutConfig
 from vitcut.config import as_plain
-from vitcut.data.images import load_images
-from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.images.images import load_images
+from vitcut.images.settings import DataConfig
+from vitcut.model.given import NOTHING, Given
+from vitcut.model.loading import load_model
+from vitcut.model.settings import VitConfig
 from vitcut.names import SHIPPED_MODEL
 from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.folder import RunFolder, choose_point
@@ -33,9 +36,6 @@ from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.task import load_task, shipped_tasks
 from vitcut.training.settings import TrainConfig
-from vitcut.vits.given import NOTHING, Given
-from vitcut.vits.loading import load_model
-from vitcut.vits.settings import VitConfig
 
 _RESULTS = "results.json"
 

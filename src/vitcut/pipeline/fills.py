@@ -6,10 +6,10 @@ from functools import cached_property
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutConfig
 from vitcut.config import require_memory
-from vitcut.intervention.ablation import mean_fill, zero_fill
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.least_squares import LinearFit, SiteStatistics, fit_fill
-from vitcut.intervention.masking import run_gib
+from vitcut.masked.ablation import mean_fill, zero_fill
+from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import LinearFit, SiteStatistics, fit_fill
+from vitcut.masked.masking import run_gib
 from vitcut.names import SiteKey
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import track

@@ -57,10 +57,10 @@ def merge_facts(
 
 
 def _evaluated(subject: Subject, model: nn.Module, dense: Evaluation | None = None) -> Evaluation:
-    """On the tuning images: the validation images are for reporting."""
+    """On the val images: the test images are for reporting."""
     return evaluate(
         model,
-        subject.images.tuning,
+        subject.images.val,
         group_of_class=subject.task.group_of_class,
         preprocess=subject.normalise,
         reference_log_probs=None if dense is None else dense.log_probs,

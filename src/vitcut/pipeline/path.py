@@ -17,7 +17,7 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PathStep:
-    """The model after one round of a selection; measured on the tuning images."""
+    """The model after one round of a selection; measured on the val images."""
 
     name: str
     circuit: str
@@ -70,7 +70,7 @@ def load_path(path: Path) -> tuple[PathStep, ...]:
 def print_path(steps: Sequence[PathStep]) -> None:
     """One line per round, for a terminal."""
     timed = any(step.latency_fraction is not None for step in steps)
-    table = Table(title="the path, on tuning images")
+    table = Table(title="the path, on val images")
     table.add_column("point")
     headers = ("MACs", *(("latency",) if timed else ()), "coarse", "KL", "heads", "neurons")
     for header in headers:

@@ -18,6 +18,8 @@ from vitcut.compact.model import CompactViT
 from vitcut.config import as_plain
 from vitcut.errors import ArtefactError
 from vitcut.files import read_json, write_json, write_text
+from vitcut.model.loading import DenseCard, load_model, save_dense
+from vitcut.model.saving import require_savable
 from vitcut.pipeline.cards import dense_repaired_card, repaired_card
 from vitcut.pipeline.folder import RunFolder, differences
 from vitcut.pipeline.points import MODEL_FOLDER
@@ -39,8 +41,6 @@ from vitcut.training.checkpoint import read_training
 from vitcut.training.distillation import Distillation
 from vitcut.training.loop import TrainResult, train, training_settings
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.loading import DenseCard, load_model, save_dense
-from vitcut.vits.saving import require_savable
 
 REPAIR_FILE = "repair.json"
 """What the trainings came to, and the paired differences of accuracy."""
@@ -67,7 +67,7 @@ class Repair:
     """The content of ``repair.json``."""
 
     training: TrainResult
-    """Of the compact model; accuracies are on the tuning images."""
+    """Of the compact model; accuracies are on the val images."""
     dense_training: TrainResult | None
     """Of the dense model; None where it was not repaired."""
     paired: tuple[AccuracyDifference, ...]

@@ -7,9 +7,12 @@ from torch import nn
 
 from vitcut.circuit import Circuit
 from vitcut.config import as_plain
-from vitcut.data.images import TaskImages, load_images
 from vitcut.errors import ArtefactError
-from vitcut.intervention.tracing import read_model
+from vitcut.images.images import TaskImages, load_images
+from vitcut.model.loading import DenseCard, load_model, save_dense
+from vitcut.model.reference import build_reference
+from vitcut.model.settings import VitConfig
+from vitcut.model.tracing import read_model
 from vitcut.pipeline.budget import cut_to_budget, require_possible
 from vitcut.pipeline.cards import dense_card
 from vitcut.pipeline.folder import RunFolder
@@ -24,9 +27,6 @@ from vitcut.results import Point, Results
 from vitcut.task import load_task
 from vitcut.training.loop import train
 from vitcut.training.settings import TrainConfig
-from vitcut.vits.loading import DenseCard, load_model, save_dense
-from vitcut.vits.reference import build_reference
-from vitcut.vits.settings import VitConfig
 
 
 def run(config: RunConfig, out: Path) -> Results:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from vitcut.benchmark.settings import BenchConfig
 from vitcut.compiler.settings import CutConfig
 from vitcut.config import require_positive
-from vitcut.data.settings import DataConfig
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import ConfigError
+from vitcut.images.settings import DataConfig
+from vitcut.model.settings import VitConfig
 from vitcut.names import EdgeAblation
 from vitcut.selection.settings import SelectConfig
 from vitcut.training.settings import FinetuneConfig, TrainConfig
-from vitcut.vits.settings import VitConfig
 
 
 @dataclass(frozen=True, kw_only=True)

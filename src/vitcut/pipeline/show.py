@@ -145,7 +145,7 @@ def _merge_line(point: Point) -> str:
     was, now = merged["kl"]
     return (
         f"merged: {merged['edges_restored']} edges came back, {before} -> {after} streams, KL on "
-        f"the tuning images {was:.3f} -> {now:.3f} ({point.ablation})"
+        f"the val images {was:.3f} -> {now:.3f} ({point.ablation})"
     )
 
 

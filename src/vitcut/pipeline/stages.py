@@ -22,15 +22,15 @@ from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.settings import CutConfig
 from vitcut.compiler.verify import Exactness, verify
 from vitcut.config import as_plain
-from vitcut.data.images import ImageSet
-from vitcut.data.pairs import make_pairs
-from vitcut.data.stratified import choose_evenly
 from vitcut.discovery.acdc import acdc
 from vitcut.discovery.cache import Cache, require_room
 from vitcut.discovery.settings import DiscoverConfig
 from vitcut.errors import CircuitError
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.oracle import Examples, Oracle
+from vitcut.images.images import ImageSet
+from vitcut.images.pairs import make_pairs
+from vitcut.images.stratified import choose_evenly
+from vitcut.masked.fill import Fill
+from vitcut.masked.oracle import Examples, Oracle
 from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.merging import merge, merge_facts
@@ -148,9 +148,9 @@ def cut_circuit(
     fill = fills.of(final)
     model = compile_circuit(subject.weights, final, fill, costs=costs)
     model.info = _model_info(subject)
-    tuning = subject.images.tuning
-    chosen = choose_evenly(tuning.labels, min(config.verify_images, len(tuning)), seed=config.seed)
-    pixels = subject.normalise(tuning.read(chosen))
+    val = subject.images.val
+    chosen = choose_evenly(val.labels, min(config.verify_images, len(val)), seed=config.seed)
+    pixels = subject.normalise(val.read(chosen))
     exactness = verify(model, subject.weights, final, fill, pixels)
     faithfulness = _faithfulness(subject, circuit, final, model)
     if config.merge:
@@ -170,8 +170,8 @@ def cut_circuit(
 def evaluate_points(
     subject: Subject, points: Mapping[str, tuple[Point, nn.Module]]
 ) -> dict[str, Evaluation]:
-    """What the dense model and each point answer on the validation images, by name."""
-    images = subject.images.validation
+    """What the dense model and each point answer on the test images, by name."""
+    images = subject.images.test
     dense = _evaluated(subject, subject.model.model, images)
     others = {
         name: _evaluated(subject, model, images, dense) for name, (_, model) in points.items()
@@ -186,7 +186,7 @@ def measure(
     *,
     evaluations: Mapping[str, Evaluation] | None = None,
 ) -> Results:
-    """Accuracy on the validation images and interleaved latency, of the dense model and points.
+    """Accuracy on the test images and interleaved latency, of the dense model and points.
 
     Args:
         subject: The dense model and the images.
@@ -200,8 +200,8 @@ def measure(
     models = {name: model for name, (_, model) in everything.items()}
     measured = {name: _with_accuracy(point, found[name]) for name, (point, _) in everything.items()}
     # Few images are repeated to fill the largest batch.
-    positions = np.resize(np.arange(len(subject.images.validation)), max(config.batches))
-    pixels = subject.normalise(subject.images.validation.read(positions))
+    positions = np.resize(np.arange(len(subject.images.test)), max(config.batches))
+    pixels = subject.normalise(subject.images.test.read(positions))
     baselines = tuple(name for name in (DENSE, CLASS_ONLY) if name in models)
     report = measure_latency(models, pixels, config, baselines=baselines)
     timed = {

@@ -9,12 +9,12 @@ from vitcut.compact.artefact import CIRCUIT, CONFIG, TENSORS
 from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
 from vitcut.errors import ArtefactError, ModelError, TaskError
+from vitcut.model.loading import weight_hash
 from vitcut.pipeline.folder import choose_point
 from vitcut.pipeline.points import MODEL_FOLDER, RECORD_FILE, point_name
 from vitcut.pipeline.stages import circuit_point, num_bytes, num_params
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
-from vitcut.vits.loading import weight_hash
 
 _UNKNOWN = "cut"
 """The name of a point of which nothing is known."""

@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.config import as_plain
-from vitcut.data.images import ImageSet, TaskImages, to_float
-from vitcut.data.settings import DataConfig
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.files import read_json, write_json
-from vitcut.intervention.tracing import read_model
+from vitcut.images.images import ImageSet, TaskImages, to_float
+from vitcut.images.settings import DataConfig
+from vitcut.model.given import NOTHING, Given
+from vitcut.model.loading import LoadedModel, load_model
+from vitcut.model.tracing import read_model
+from vitcut.model.weights import ViTWeights
 from vitcut.names import SHIPPED_MODEL
 from vitcut.pipeline.classes import fit, load_images_for
 from vitcut.pipeline.folder import RunFolder
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.task import Task, parse_task
-from vitcut.vits.given import NOTHING, Given
-from vitcut.vits.loading import LoadedModel, load_model
-from vitcut.vits.weights import ViTWeights
 
 _ORIGIN_VERSION = 1
 ORIGIN_FILE = "origin.json"

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import yaml
 
-from vitcut.data.drawn import SOURCE_WORD
-from vitcut.data.settings import DataConfig
-from vitcut.data.sources import open_source
 from vitcut.errors import ConfigError, TaskError
 from vitcut.files import write_text
+from vitcut.images.drawn import SOURCE_WORD
+from vitcut.images.settings import DataConfig
+from vitcut.images.sources import open_source
 from vitcut.task import Task, TaskClass
 from vitcut.wordnet import imagenet_names, suggest_groups
 

@@ -17,8 +17,9 @@ from vitcut.discovery.controls import magnitude_scores, random_scores
 from vitcut.discovery.scores import PartScores
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
-from vitcut.intervention.fill import Fill
-from vitcut.intervention.least_squares import SiteStatistics
+from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import SiteStatistics
+from vitcut.model.weights import ViTWeights
 from vitcut.names import Ablation, SiteKey
 from vitcut.progress import Meter
 from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, cut_down
@@ -26,7 +27,6 @@ from vitcut.selection.joint import Joint
 from vitcut.selection.settings import SelectConfig
 from vitcut.selection.sites import trace_sites
 from vitcut.shapes import Float, Int, Tensor
-from vitcut.vits.weights import ViTWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader, Dataset
 
-from vitcut.data.images import ImageSet
 from vitcut.errors import ConfigError
+from vitcut.images.images import ImageSet
 from vitcut.runtime import seed_everything
 from vitcut.shapes import Float, Tensor
 from vitcut.training.augment import (

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.model.loading import weight_hash
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.training.attention import fast_attention
 from vitcut.training.batches import Batch
 from vitcut.training.settings import FinetuneConfig
-from vitcut.vits.loading import weight_hash
 
 
 class Distillation:

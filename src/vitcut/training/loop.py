@@ -18,8 +18,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from vitcut.config import as_plain, config_hash
-from vitcut.data.images import TaskImages
 from vitcut.errors import ConfigError, ModelError
+from vitcut.images.images import TaskImages
+from vitcut.model.loading import weight_hash
 from vitcut.progress import Meter
 from vitcut.runtime import choose_device, set_threads
 from vitcut.shapes import Tensor
@@ -37,8 +38,7 @@ from vitcut.training.checkpoint import (
 from vitcut.training.losses import Loss, SoftCrossEntropy
 from vitcut.training.optimizer import create_optimizer, create_schedule
 from vitcut.training.settings import TrainConfig
-from vitcut.training.tuning import TuningSet
-from vitcut.vits.loading import weight_hash
+from vitcut.training.val import ValSet
 
 _READ_LOSS_EVERY = 10
 """Steps; reading it makes a GPU wait."""
@@ -46,7 +46,7 @@ _READ_LOSS_EVERY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a training came to; accuracies are on the tuning split, as fractions of 1."""
+    """What a training came to; accuracies are on the val split, as fractions of 1."""
 
     best_epoch: int
     """Counted from 1; its weights are the result."""
@@ -78,7 +78,7 @@ def train(
     Args:
         model: Gives logits of the task's fine classes; afterwards in eval mode, on its own
             device, with the weights of the best epoch (coarse accuracy, then fine).
-        images: Trained on ``train``, chosen on ``tuning``; ``validation`` is not read.
+        images: Trained on ``train``, chosen on ``val``; ``test`` is not read.
         config: The recipe.
         out: A folder for ``training.json``, ``metrics.jsonl`` and ``checkpoints/``.
         loss: What to minimise; soft cross-entropy on the fine classes if None.
@@ -136,7 +136,7 @@ class _Training:
         self._config = config
         self._folder = folder
         self._loss = loss
-        self._tuning = TuningSet(images, config, self._accelerator)
+        self._val = ValSet(images, config, self._accelerator)
         self._batches = TrainingBatches(
             images.train, config, num_classes=num_classes, device=device, share=share
         )
@@ -183,7 +183,7 @@ class _Training:
         start = time.perf_counter()
         mean_loss = self._train_steps(epoch, meter)
         train_seconds = time.perf_counter() - start
-        fine, coarse = self._tuning.accuracies(self._evaluated())
+        fine, coarse = self._val.accuracies(self._evaluated())
         return {
             "epoch": epoch + 1,
             "loss": mean_loss,

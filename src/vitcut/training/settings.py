@@ -31,7 +31,7 @@ class TrainConfig:
     warmup_epochs: int = 3
     """Epochs of linear warm-up."""
     patience: int | None = None
-    """Stop after this many epochs without a better tuning accuracy; None: never."""
+    """Stop after this many epochs without a better val accuracy; None: never."""
     seed: int = 0
     """Of the data order, augmentation and dropout."""
     augmentation: Augmentation = "light"
@@ -86,7 +86,7 @@ class FinetuneConfig(TrainConfig):
     warmup_epochs: int = 1
     """Epochs of linear warm-up."""
     patience: int | None = 3
-    """Stop after this many epochs without a better tuning accuracy; None: never."""
+    """Stop after this many epochs without a better val accuracy; None: never."""
     compile: bool = False
     """Use torch.compile for the training steps; it takes longer than a few epochs gain."""
     coarse_weight: float = 1.0

@@ -1,0 +1,162 @@
+"""The reference measurement: mean KL of a circuit, in float64, by full masked forwards.
+
+Every decision of a faster method must equal the one that these numbers give.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vitcut.errors import CircuitError, ModelError
+from vitcut.masked.ablation import fixed_fill, resample_fill
+from vitcut.masked.fill import Fill
+from vitcut.masked.masking import full_run, masked_logits
+from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.model.weights import ViTWeights
+from vitcut.names import Ablation, Tokens
+from vitcut.shapes import Float, Int, Tensor
+
+PAIRS_AT_A_TIME = 16
+"""Pairs per masked forward: what a cache holds. Fixed, so that every run sums alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What a discovery method measures on: images, their pairing and the task's groups."""
+
+    pixels: Float[Tensor, "images channels y x"]
+    """Normalised calibration images."""
+    clean: NDArray[np.int64]
+    """Number of the clean image of each pair, shape [pairs]."""
+    corrupted: NDArray[np.int64]
+    """Number of the corrupted image of each pair, shape [pairs]; read by ``resample`` alone."""
+    group_of_class: Int[Tensor, "classes"]
+    """The group number of each class of the model."""
+
+    @property
+    def num_groups(self) -> int:
+        """Coarse groups of the task."""
+        return int(self.group_of_class.max()) + 1
+
+    def for_ablation(self, ablation: Ablation) -> "Examples":
+        """The same examples, each image once where the ablation does not read the pairing."""
+        if ablation == "resample":
+            return self
+        images = np.arange(len(self.pixels))
+        return Examples(
+            pixels=self.pixels,
+            clean=images,
+            corrupted=images,
+            group_of_class=self.group_of_class,
+        )
+
+
+class Oracle:
+    """Mean KL(full || circuit) on the task distribution over all pairs."""
+
+    def __init__(
+        self,
+        weights: ViTWeights,
+        examples: Examples,
+        ablation: Ablation,
+        *,
+        tokens: Tokens = "all",
+    ) -> None:
+        """Measure the full model once.
+
+        Args:
+            weights: The model, in any precision.
+            examples: Images, pairs and groups.
+            ablation: What stands in for cut parts.
+            tokens: Whether circuits are over whole tokens or per token group.
+
+        Raises:
+            CircuitError: There are no pairs.
+        """
+        self.ablation = ablation
+        self.graph = weights.graph_of(tokens)
+        self._weights = weights.to(torch.float64)
+        self._examples = examples.for_ablation(ablation)
+        if len(self._examples.clean) == 0:
+            raise CircuitError("there are no pairs of clean and corrupted images to measure on")
+        self._pixels = examples.pixels.to(self._weights.device, torch.float64)
+        self._fill = None
+        if ablation != "resample":
+            chunks = self._pixels.split(PAIRS_AT_A_TIME)
+            self._fill = fixed_fill(ablation, self._weights, chunks)
+        self.calls = 0
+        self._last: tuple[bytes, float] | None = None
+        self.full_log_probs = self._full_log_probs()
+
+    @property
+    def examples(self) -> Examples:
+        """The pairs that are averaged over."""
+        return self._examples
+
+    @property
+    def fill(self) -> Fill | None:
+        """The ablated values, float64; None under ``resample``."""
+        return self._fill
+
+    @torch.no_grad()
+    def kl_per_pair(
+        self, kept: NDArray[np.bool_], neurons: NDArray[np.bool_] | None = None
+    ) -> Float[Tensor, "pairs"]:
+        """KL(full || circuit) of every pair, in nats.
+
+        Args:
+            kept: True where an edge is kept, shape [sources, targets].
+            neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
+        """
+        self.calls += 1
+        found: list[Tensor] = []
+        for pairs in torch.arange(len(self._examples.clean)).split(PAIRS_AT_A_TIME):
+            clean, corrupted = self._pair_pixels(pairs)
+            fill = self._fill
+            if fill is None:
+                fill = resample_fill(self._weights, corrupted, neurons=neurons is not None)
+            logits = masked_logits(
+                self._weights, clean, kept, fill, graph=self.graph, neurons=neurons
+            )
+            full = self.full_log_probs[torch.from_numpy(self._examples.clean)[pairs]]
+            found.append(kl_divergence(full, self._log_probs(logits)))
+        return torch.cat(found)
+
+    def kl(self, kept: NDArray[np.bool_], neurons: NDArray[np.bool_] | None = None) -> float:
+        """Mean KL(full || circuit) in nats, summed exactly in the order of the pairs.
+
+        Args:
+            kept: True where an edge is kept, shape [sources, targets].
+            neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
+
+        Raises:
+            ModelError: The model's output under this circuit is not finite.
+        """
+        mask = kept.tobytes() + (b"" if neurons is None else neurons.tobytes())
+        if self._last is None or self._last[0] != mask:
+            values = self.kl_per_pair(kept, neurons).tolist()
+            mean = math.fsum(values) / len(values)
+            if not math.isfinite(mean):
+                raise ModelError(
+                    f"the KL divergence of a circuit is {mean}, expected a finite number: the "
+                    "model's weights or activations overflow"
+                )
+            self._last = (mask, mean)
+        return self._last[1]
+
+    @torch.no_grad()
+    def _full_log_probs(self) -> Float[Tensor, "images groups"]:
+        chunks = self._pixels.split(PAIRS_AT_A_TIME)
+        return torch.cat([self._log_probs(full_run(self._weights, x).logits) for x in chunks])
+
+    def _log_probs(self, logits: Float[Tensor, "images classes"]) -> Tensor:
+        examples = self._examples
+        return coarse_log_probs(logits, examples.group_of_class, examples.num_groups)
+
+    def _pair_pixels(self, pairs: Int[Tensor, "chunk"]) -> tuple[Tensor, Tensor]:
+        clean = torch.from_numpy(self._examples.clean)[pairs]
+        corrupted = torch.from_numpy(self._examples.corrupted)[pairs]
+        return self._pixels[clean], self._pixels[corrupted]

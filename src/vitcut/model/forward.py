@@ -1,0 +1,188 @@
+"""The arithmetic of a ViT on `ViTWeights`: the whole model first, then one function per part.
+
+Functions of parts take rows of tokens, so that a caller may compute the readout row alone.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from vitcut.compact.activations import ACTIVATIONS
+from vitcut.compact.rotary import rotate
+from vitcut.model.weights import AttentionWeights, MlpWeights, NormWeights, ViTWeights
+from vitcut.names import LETTERS, Letter
+from vitcut.shapes import Float, Tensor
+
+
+def forward(
+    weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]
+) -> Float[Tensor, "images classes"]:
+    """Logits of the whole model: what every adapter is checked by.
+
+    Args:
+        weights: The model.
+        pixels: Normalised images.
+    """
+    stream = embed(weights, pixels)
+    for block in weights.blocks:
+        attn, normed = block.attn, normalise(block.attn_norm, stream)[None]
+        q, k, v = (project(attn, letter, normed) for letter in LETTERS)
+        stream = stream + write(attn, attend(q, k, attn.scale) @ v).sum(0) + attn.out_bias
+        stream = stream + run_mlp(block.mlp, normalise(block.mlp_norm, stream)) + block.mlp.out_bias
+    return classify(weights, read_out(weights, stream))
+
+
+def embed(
+    weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]
+) -> Float[Tensor, "images tokens stream"]:
+    """Everything that enters block 0: prefix tokens, patches and positions."""
+    patches = F.conv2d(pixels, weights.patch_weight, weights.patch_bias, stride=weights.patch_size)
+    patches = patches.flatten(2).transpose(1, 2) + weights.positions
+    if weights.patch_norm is not None:
+        patches = normalise(weights.patch_norm, patches)
+    prefix = weights.prefix.expand(pixels.shape[0], -1, -1)
+    return torch.cat([prefix, patches], dim=1)
+
+
+def normalise(
+    norm: NormWeights, stream: Float[Tensor, "*rows width"]
+) -> Float[Tensor, "*rows width"]:
+    """LayerNorm."""
+    return F.layer_norm(stream, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+
+
+def project(
+    attn: AttentionWeights, letter: Letter, normed: Float[Tensor, "#heads images tokens width"]
+) -> Float[Tensor, "heads images tokens head_dim"]:
+    """q, k or v of every head for all tokens; the attention scale is left to ``attend``."""
+    weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
+    found = torch.einsum("hnrw,hdw->hnrd", normed, weight) + bias[:, None, None]
+    turn = None if attn.rotation is None else attn.rotation[:, :, None]
+    return _place(attn, letter, found, turn)
+
+
+def project_head(
+    attn: AttentionWeights,
+    letter: Letter,
+    head: int,
+    normed: Float[Tensor, "images rows width"],
+    rows: slice,
+) -> Float[Tensor, "images rows head_dim"]:
+    """q, k or v of one head for some tokens; the attention scale is left to ``attend``."""
+    weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
+    found = F.linear(normed, weight[head], bias[head])
+    turn = None
+    if attn.rotation is not None:
+        turn = attn.rotation[:, head if attn.rotation.shape[1] > 1 else 0, rows]
+    return _place(attn, letter, found, turn)
+
+
+def _place(
+    attn: AttentionWeights,
+    letter: Letter,
+    values: Float[Tensor, "*rows head_dim"],
+    rotation: Float[Tensor, "2 *#rows head_dim"] | None,
+) -> Float[Tensor, "*rows head_dim"]:
+    """What becomes of queries and keys behind their product: LayerNorm, rotary positions."""
+    if letter == "v":
+        return values
+    norm = attn.q_norm if letter == "q" else attn.k_norm
+    if norm is not None:
+        values = normalise(norm, values)
+    return values if rotation is None else rotate(values, *rotation)
+
+
+def attend(
+    q: Float[Tensor, "*heads queries head_dim"],
+    k: Float[Tensor, "*heads keys head_dim"],
+    scale: float,
+) -> Float[Tensor, "*heads queries keys"]:
+    """The attention pattern."""
+    return torch.softmax((q * scale) @ k.transpose(-1, -2), dim=-1)
+
+
+def write(
+    attn: AttentionWeights, z: Float[Tensor, "heads images rows head_dim"]
+) -> Float[Tensor, "heads images rows width"]:
+    """What every head adds to the residual stream; the shared output bias belongs to none."""
+    return torch.einsum("hnrd,hwd->hnrw", z, attn.out_weight)
+
+
+def write_head(
+    attn: AttentionWeights, head: int, z: Float[Tensor, "images rows head_dim"]
+) -> Float[Tensor, "images rows width"]:
+    """What one head adds to the residual stream."""
+    return F.linear(z, attn.out_weight[head])
+
+
+def activate(
+    mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
+) -> Float[Tensor, "images rows neurons"]:
+    """The hidden units of an MLP, as its second layer reads them."""
+    hidden = F.linear(normed, mlp.in_weight, mlp.in_bias)
+    if mlp.gate is None:
+        hidden = ACTIVATIONS[mlp.activation](hidden)
+    else:
+        hidden = ACTIVATIONS[mlp.activation](F.linear(normed, *mlp.gate)) * hidden
+    return hidden if mlp.norm is None else normalise(mlp.norm, hidden)
+
+
+def write_neurons(
+    mlp: MlpWeights, hidden: Float[Tensor, "images rows neurons"]
+) -> Float[Tensor, "images rows width"]:
+    """What hidden units add to the residual stream, without the output bias."""
+    return F.linear(hidden, mlp.out_weight)
+
+
+def run_mlp(
+    mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
+) -> Float[Tensor, "images rows width"]:
+    """What an MLP adds to the residual stream, without its output bias."""
+    return write_neurons(mlp, activate(mlp, normed))
+
+
+def read_out(
+    weights: ViTWeights, stream: Float[Tensor, "images tokens width"]
+) -> Float[Tensor, "images read_tokens width"]:
+    """The tokens that the classifier reads."""
+    if weights.patch_readout == "none":
+        return stream[:, : weights.num_read]
+    patches = stream[:, weights.num_prefix :]
+    if not weights.num_read:
+        return patches
+    return torch.cat([stream[:, : weights.num_read], patches], dim=1)
+
+
+def classify(
+    weights: ViTWeights, readout: Float[Tensor, "images read_tokens width"]
+) -> Float[Tensor, "images classes"]:
+    """Logits from the tokens that the classifier reads (see ``read_out``)."""
+    features = normalise_last(weights, readout[:, : weights.num_read])
+    if weights.patch_readout != "none":
+        patches = readout[:, weights.num_read :]
+        if weights.patch_readout == "mean":
+            pooled = normalise_last(weights, patches.mean(1, keepdim=True))
+        else:
+            pooled = normalise_last(weights, patches).mean(1, keepdim=True)
+        features = torch.cat([features, pooled], dim=1)
+    return F.linear(features.flatten(1), weights.head_weight, weights.head_bias)
+
+
+def normalise_last(
+    weights: ViTWeights, stream: Float[Tensor, "*rows width"]
+) -> Float[Tensor, "*rows width"]:
+    """The LayerNorm before the classifier, where there is one."""
+    return stream if weights.norm is None else normalise(weights.norm, stream)
+
+
+def output_bias(weights: ViTWeights, readable: int) -> Float[Tensor, "width"]:
+    """The sum of the output biases that come before a target which reads ``readable`` sources.
+
+    They belong to no source: no circuit cuts them.
+    """
+    total = torch.zeros(weights.width, dtype=weights.dtype, device=weights.device)
+    for layer, block in enumerate(weights.blocks):
+        if readable >= weights.graph.mlp_source(layer):
+            total = total + block.attn.out_bias
+        if readable > weights.graph.mlp_source(layer):
+            total = total + block.mlp.out_bias
+    return total

@@ -1,0 +1,45 @@
+"""The reference experiment's model: a small class-token ViT. Training it is left to `training`."""
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from vitcut.errors import ModelError
+from vitcut.model.settings import VitConfig
+
+_ARCHITECTURE = "vit_tiny_patch16_224"
+"""timm builds any plain ViT under this name; every size is given."""
+
+
+def build_reference(
+    config: VitConfig, *, num_classes: int, image_size: int = 64, seed: int = 0
+) -> VisionTransformer:
+    """Build a freshly initialised ViT; torch's generator is left as it was.
+
+    Args:
+        config: The architecture.
+        num_classes: Outputs of the classifier.
+        image_size: Height and width, in pixels; a multiple of the patch size.
+        seed: Of the initial weights.
+
+    Raises:
+        ConfigError: The image cannot be cut into whole patches.
+    """
+    config.require_whole_patches(image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(
+            _ARCHITECTURE,
+            img_size=image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            num_classes=num_classes,
+            pos_drop_rate=config.dropout,
+            proj_drop_rate=config.dropout,
+        )
+    if not isinstance(model, VisionTransformer):
+        raise ModelError(f"timm built a {type(model).__name__}, expected a VisionTransformer")
+    return model

@@ -1,0 +1,150 @@
+"""From a user's module to checked weights: they must reproduce the module's logits."""
+
+import torch
+from torch import nn
+
+from vitcut.errors import ModelError, UnsupportedModelError
+from vitcut.model.adapters import logits_of, read_weights
+from vitcut.model.forward import forward
+from vitcut.model.weights import ViTWeights, map_tensors
+from vitcut.shapes import Float, Tensor
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference of logits, relative to max(1, largest logit)."""
+_CHECK_IMAGES = 2
+
+
+def read_model(model: nn.Module) -> ViTWeights:
+    """Read a model's weights, in its own precision, and check them. The model is not changed.
+
+    Raises:
+        UnsupportedModelError: The model has a feature that is not understood, or weights that are
+            not all float32 or all float64.
+        ModelError: A weight is NaN or infinite.
+    """
+    weights = read_weights(model)
+    _require_one_dtype(weights)
+    _require_finite(weights)
+    _require_alike_blocks(weights)
+    _require_square(weights)
+    _require_readout(weights)
+    _require_same_logits(model, weights)
+    return weights
+
+
+def tolerance(dtype: torch.dtype, logits: Float[Tensor, "..."]) -> float:
+    """How far two computations of the same logits may be apart."""
+    return _TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
+
+
+def _require_one_dtype(weights: ViTWeights) -> None:
+    dtypes: set[torch.dtype] = set()
+
+    def collect(tensor: Tensor) -> Tensor:
+        dtypes.add(tensor.dtype)
+        return tensor
+
+    map_tensors(weights, collect)
+    if len(dtypes) > 1 or not dtypes <= _TOLERANCE.keys():
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UnsupportedModelError(
+            f"not supported: weights of type {names}; expected all float32 or all float64: "
+            "convert the model with model.float()"
+        )
+
+
+def _require_alike_blocks(weights: ViTWeights) -> None:
+    blocks = weights.blocks
+    attns = [block.attn for block in blocks]
+    norms = [norm for block in blocks for norm in (block.attn_norm, block.mlp_norm)]
+    on_heads = [norm for attn in attns for norm in (attn.q_norm, attn.k_norm)]
+    on_neurons = [block.mlp.norm for block in blocks]
+    every = (*norms, *on_heads, *on_neurons, weights.patch_norm, weights.norm)
+    found = {
+        "hidden units": {block.mlp.in_weight.shape[0] for block in blocks},
+        "heads": {block.attn.q_weight.shape[0] for block in blocks},
+        "head width": {block.attn.q_weight.shape[1] for block in blocks},
+        "activation": {block.mlp.activation for block in blocks},
+        "LayerNorm epsilon": {norm.eps for norm in every if norm is not None},
+    }
+    for what, values in found.items():
+        if len(values) != 1:
+            listed = ", ".join(map(str, sorted(values))) or "no blocks"
+            raise UnsupportedModelError(
+                f"not supported: {what} {listed} in one model; expected the same in every block"
+            )
+    optional = {
+        "norms of queries and keys": on_heads,
+        "rotary positions": [attn.rotation for attn in attns],
+        "gated MLPs": [block.mlp.gate_weight for block in blocks],
+        "norms over the neurons": on_neurons,
+    }
+    for what, items in optional.items():
+        missing = sum(item is None for item in items)
+        if 0 < missing < len(items):
+            raise UnsupportedModelError(
+                f"not supported: {what} in some places and not in others; expected the same in "
+                "every block"
+            )
+
+
+def _require_readout(weights: ViTWeights) -> None:
+    """What an adapter of a user's own may get wrong."""
+    read = weights.num_read + (weights.patch_readout != "none")
+    features = weights.head_weight.shape[1]
+    if not 0 <= weights.num_read <= weights.num_prefix or features != read * weights.width:
+        raise UnsupportedModelError(
+            f"not supported: a classifier of {features} features that reads {weights.num_read} of "
+            f"{weights.num_prefix} prefix tokens and of the patches {weights.patch_readout!r}; "
+            f"expected {weights.width} features for each token, and for the patches' mean"
+        )
+
+
+def _require_square(weights: ViTWeights) -> None:
+    patches = len(weights.positions)
+    if round(patches**0.5) ** 2 != patches:
+        raise UnsupportedModelError(
+            f"not supported: {patches} patches, which are no square; expected as many across as "
+            "down"
+        )
+
+
+def _require_finite(weights: ViTWeights) -> None:
+    bad = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal bad
+        bad += int((~torch.isfinite(tensor)).sum())
+        return tensor
+
+    map_tensors(weights, count)
+    if bad:
+        raise ModelError(f"the model has {bad} NaN or infinite weights: load a sound checkpoint")
+
+
+def _require_same_logits(model: nn.Module, weights: ViTWeights) -> None:
+    generator = torch.Generator().manual_seed(0)
+    side = weights.image_size
+    pixels = torch.randn(_CHECK_IMAGES, weights.channels, side, side, generator=generator)
+    pixels = pixels.to(weights.device, weights.dtype)
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            expected = logits_of(model.eval(), pixels)
+            got = forward(weights, pixels)
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+    if got.shape != expected.shape:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives {expected.shape[1]} logits, what was read of it "
+            f"{got.shape[1]}: mend the adapter"
+        )
+    difference = float((got - expected).abs().max())
+    # A bias of the classifier, large where classes are masked, says nothing of what was read.
+    allowed = tolerance(weights.dtype, expected - weights.head_bias)
+    if not difference <= allowed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does something that was not understood: its traced logits "
+            f"differ by {difference:.2g}; expected at most {allowed:.2g}"
+        )
