@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 uv run --with matplotlib python benchmarks/fisher.py \
         --source tiny-imagenet-200.zip
 
-Every head of every token group, and neurons and edges drawn at random among those that can reach
+Every head of every token kind, and neurons and edges drawn at random among those that can reach
 the classifier, are cut alone and measured in float64 (`exact`); Fisher scores them all at once.
 """
 
@@ -20,8 +20,8 @@ from matplotlib import pyplot as plt
 from vitcut.discovery.exact import exact_edges, exact_heads, exact_neurons
 from vitcut.discovery.fisher import fisher_scores
 from vitcut.discovery.scores import PartScores
-from vitcut.discovery.settings import DiscoverConfig
-from vitcut.images.settings import DataConfig
+from vitcut.discovery.settings import DiscoverSettings
+from vitcut.images.settings import DataSettings
 from vitcut.masked.masking import full_run
 from vitcut.masked.oracle import Examples, Oracle
 from vitcut.metrics import coarse_log_probs
@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="The Tiny ImageNet archive or folder.")
     parser.add_argument("--only-times", action="store_true", help="Keep the scores that are there.")
     arguments = parser.parse_args()
-    data = DataConfig(source=str(Path(arguments.source).resolve()))
+    data = DataSettings(source=str(Path(arguments.source).resolve()))
     subject = resolve_origin("animals", "animals", data).load_subject()
-    examples = examples_of(subject, DiscoverConfig(images=IMAGES))
+    examples = examples_of(subject, DiscoverSettings(images=IMAGES))
     PAGE.mkdir(parents=True, exist_ok=True)
     if not arguments.only_times:
         found = [row for ablation in ABLATIONS for row in compare(subject, examples, ablation)]
@@ -187,7 +187,7 @@ def page(rows: list[Row], times: dict[str, float]) -> str:
     OMP_NUM_THREADS=1 uv run --with matplotlib python benchmarks/fisher.py \\
         --source tiny-imagenet-200.zip
 
-The shipped model (`--model animals`), {IMAGES} training images, parts per token group, float64.
+The shipped model (`--model animals`), {IMAGES} training images, parts per token kind, float64.
 Each part is cut alone and the mean KL(full || cut) on the task distribution is measured (*exact*); the
 Fisher scores of all parts come from one forward and six backward passes per image. All heads that
 can reach the classifier, and neurons and edges drawn at random among those that can. Raw:

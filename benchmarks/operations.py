@@ -23,10 +23,10 @@ from torch.export import Dim
 
 from vitcut.compact.deployment import centred
 from vitcut.compact.model import CompactViT
-from vitcut.files import write_text
 from vitcut.model.loading import load_model
 from vitcut.runtime import describe_machine
 from vitcut.runtimes.onnx_runtime import export_onnx
+from vitcut.store import write_text
 
 CHOSEN = {64: "batch-64-predicted-0.1750", 1: "batch-1-predicted-0.3400"}
 PRODUCTS = {"Gemm", "MatMul", "FusedMatMul", "FusedGemm", "Conv"}

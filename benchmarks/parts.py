@@ -1,4 +1,4 @@
-"""Make docs/benchmarks/parts again: circuits of token groups, heads and neurons, cut and repaired.
+"""Make docs/benchmarks/parts again: circuits of token kinds, heads and neurons, cut and repaired.
 
     OMP_NUM_THREADS=1 uv run python benchmarks/parts.py --source tiny-imagenet-200.zip
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from parts_page import write_page
 from torch import nn
 
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
-from vitcut.discovery.settings import DiscoverConfig
-from vitcut.images.settings import DataConfig
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
+from vitcut.images.settings import DataSettings
 from vitcut.pipeline.budget import cut_to_budget
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.folder import RunFolder
@@ -40,8 +40,8 @@ from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import say
 from vitcut.results import Point
-from vitcut.selection.settings import SelectConfig
-from vitcut.training.settings import FinetuneConfig
+from vitcut.selection.settings import Budget
+from vitcut.training.settings import FinetuneSettings
 
 TARGET, ROUNDS, SCORE_IMAGES = 0.05, 10, 290
 ONE_ROUND = {"joint": False, "rescore": False}
@@ -84,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out, only = arguments.out, arguments.only
     if only != "page":
-        data = DataConfig(source=str(Path(arguments.source).resolve()))
+        data = DataSettings(source=str(Path(arguments.source).resolve()))
         subject = resolve_origin("animals", "animals", data).load_subject()
         claimed(out, settings_of(subject))
         if only in {None, "search"}:
@@ -112,20 +112,20 @@ def settings_of(subject: Subject) -> dict:
 
 def search(subject: Subject, variant: Variant, out: Path) -> None:
     """One variant's path of budgets; its last point is compiled, too."""
-    select = SelectConfig(
+    select = Budget(
         target_macs=TARGET, rounds=ROUNDS, score_images=SCORE_IMAGES, **variant.settings
     )
     folder = claimed(out / variant.name, {"variant": variant.name, "select": str(select)})
     if not (folder.path / PATH_FILE).exists():
         say(f"searching {variant.name}")
-        cut_to_budget(subject, folder, select, CutConfig(ablation=variant.ablation))
+        cut_to_budget(subject, folder, select, CutSettings(ablation=variant.ablation))
 
 
 def search_acdc(subject: Subject, out: Path) -> None:
     """ACDC's circuits over whole tokens, searched under mean ablation."""
     folder = claimed(out / "acdc", {"taus": list(TAUS)})
-    config = DiscoverConfig(ablation="mean")
-    for _, _ in PointMaker(subject, folder, CutConfig()).find(config, TAUS):
+    config = DiscoverSettings(ablation="mean")
+    for _, _ in PointMaker(subject, folder, CutSettings()).find(config, TAUS):
         pass
 
 
@@ -139,14 +139,14 @@ def claimed(path: Path, settings: dict) -> RunFolder:
 def cuts(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
     """The circuits of two variants and half of the others', compiled or read again."""
     for variant in VARIANTS:
-        cut = CutConfig(ablation=variant.ablation)
+        cut = CutSettings(ablation=variant.ablation)
         maker = PointMaker(subject, claimed(out, settings_of(subject)), cut)
         steps = load_path(out / variant.name / PATH_FILE)
         for step in steps if variant.name in WHOLE else steps[1::2]:
             circuit = Circuit.load(out / variant.name / step.circuit)
             name = f"{variant.name}-{step.name}"
             yield maker.cut(name, circuit, into=out / "points" / name)
-    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutConfig())
+    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutSettings())
     for path in sorted((out / "acdc" / "points").glob("*/circuit.json")):
         name = path.parent.name
         yield maker.cut(name, Circuit.load(path), into=out / "points" / name)
@@ -160,9 +160,9 @@ def repair_all(subject: Subject, out: Path) -> None:
         repaired_dense(subject, out, seed)
 
 
-def repair_config(seed: int) -> FinetuneConfig:
+def repair_config(seed: int) -> FinetuneSettings:
     """What the page's repairs were trained with: once the defaults."""
-    return FinetuneConfig(seed=seed, batch_size=256, learning_rate=2e-3)
+    return FinetuneSettings(seed=seed, batch_size=256, learning_rate=2e-3)
 
 
 def repaired_dense(subject: Subject, out: Path, seed: int) -> tuple[Point, nn.Module]:
@@ -175,7 +175,7 @@ def repaired_dense(subject: Subject, out: Path, seed: int) -> tuple[Point, nn.Mo
 
 def repairs(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
     """The repaired cuts."""
-    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutConfig(ablation="linear"))
+    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutSettings(ablation="linear"))
     for step, seeds in REPAIRED.items():
         name = f"{BEST}-{step}"
         into = out / "points" / name
@@ -195,7 +195,7 @@ def measure_all(subject: Subject, out: Path) -> None:
     made += [repaired_dense(subject, out, seed) for seed in DENSE_SEEDS]
     points |= {point.name: (point, model) for point, model in made}
     evaluations = evaluate_points(subject, points)
-    bench = BenchConfig(runtimes=("onnxruntime",), seconds=0.7)
+    bench = BenchSettings(runtimes=("onnxruntime",), seconds=0.7)
     results = measure(subject, points, bench, evaluations=evaluations)
     results.save(out / "results.json")
     correct = {name: found.correct_coarse.tolist() for name, found in evaluations.items()}

@@ -160,7 +160,7 @@ def page(results: Results, correct: dict[str, np.ndarray]) -> str:
     repaired = [point for point in results.points if "repaired" in point.name]
     sections_text = "\n".join(sections)
     worst = max(point.max_abs_diff or 0 for point in results.points)
-    return f"""# Parts: circuits of token groups, heads and neurons
+    return f"""# Parts: circuits of token kinds, heads and neurons
 
     OMP_NUM_THREADS=1 uv run --with matplotlib python benchmarks/parts.py \\
         --source tiny-imagenet-200.zip

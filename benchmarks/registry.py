@@ -138,10 +138,10 @@ def compiled_difference(weights: ViTWeights) -> float:
 
 
 def circuits(weights: ViTWeights) -> Iterator[Circuit]:
-    """Everything, random parts per token group, and random edges."""
+    """Everything, random parts per token kind, and random edges."""
     random, graph = np.random.default_rng(0), weights.split_graph
     yield Circuit.full(graph, ablation="zero")
-    places = (graph.num_layers, graph.num_groups)
+    places = (graph.num_layers, graph.num_kinds)
     yield Circuit.of_parts(
         graph,
         heads=random.random((places[0], graph.num_heads, places[1])) < 0.6,
@@ -172,7 +172,7 @@ in float64 (models of over 100 M parameters with two blocks in float32; images o
 patches where the model takes such): {total} names, {counts}.
 
 *exact*: the traced logits are the model's own, and the compact models of three circuits (all of it,
-random heads and neurons per token group, random edges) compute what their masked models do; the
+random heads and neurons per token kind, random edges) compute what their masked models do; the
 largest difference of these is given. *refused*: with the reason. Other libraries' models stand in
 [bring your own model](how-to/bring-a-model.md).
 

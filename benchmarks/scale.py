@@ -25,7 +25,7 @@ from torch import nn
 from vitcut.discovery.acdc import acdc
 from vitcut.discovery.cache import require_room
 from vitcut.discovery.fisher import fisher_scores
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
 from vitcut.masked.oracle import Examples, Oracle
 from vitcut.metrics import coarse_log_probs
@@ -126,7 +126,7 @@ def passes() -> Callable[[], dict[str, Any]]:
 
 
 def fisher() -> Callable[[], dict[str, Any]]:
-    """Fisher scores of every head and neuron per token group."""
+    """Fisher scores of every head and neuron per token kind."""
     weights, examples = read_model(random_model(FISHER[0])), random_examples(FISHER[1])
 
     def job() -> dict[str, Any]:
@@ -142,7 +142,7 @@ def search(memory_gib: float) -> Callable[[], dict[str, Any]]:
     examples = random_examples(ACDC[1])
 
     def job() -> dict[str, Any]:
-        config = DiscoverConfig(tau=TAU, images=ACDC[1], memory_gib=memory_gib)
+        config = DiscoverSettings(tau=TAU, images=ACDC[1], memory_gib=memory_gib)
         try:
             require_room(weights, examples, config)
         except ConfigError as error:
@@ -182,7 +182,7 @@ does not. Each figure is of a process of its own; *peak* is the most memory that
 ## Fisher scores of ViT-B/16
 
 `{FISHER[0]}` (86 M parameters), {GROUPS} groups, mean ablation, {BATCH} images at a
-time: the scores of {scores["parts"]:,} heads and neurons per token group on {FISHER[1]} images took
+time: the scores of {scores["parts"]:,} heads and neurons per token kind on {FISHER[1]} images took
 {scores["seconds"]:.0f} s, means included, and {scores["peak_gib"]:.1f} GiB at the peak
 ({scores["loaded_gib"]:.1f} loaded). One forward pass of timm's own model and one backward pass per group,
 to the pixels, took {passes["seconds"]:.0f} s for {BATCH} images ({passes["peak_gib"]:.1f} GiB): per

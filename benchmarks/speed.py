@@ -19,14 +19,14 @@ import torch
 from speed_page import write_page
 from torch import nn
 
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.calibration import Measured, fit_costs
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.settings import CutConfig
-from vitcut.discovery.settings import DiscoverConfig
-from vitcut.images.settings import DataConfig
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
+from vitcut.images.settings import DataSettings
 from vitcut.pipeline.budget import BudgetSearch
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.fills import Fills
@@ -39,15 +39,15 @@ from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import say
 from vitcut.results import Point, Results
-from vitcut.selection.settings import SelectConfig
-from vitcut.training.settings import FinetuneConfig
+from vitcut.selection.settings import Budget
+from vitcut.training.settings import FinetuneSettings
 
 PATHS = {
     64: (0.5, 0.36, 0.27, 0.215, 0.175, 0.15, 0.13, 0.11, 0.095, 0.08, 0.07, 0.06),
     1: (0.8, 0.65, 0.53, 0.45, 0.39, 0.365, 0.34, 0.3, 0.27, 0.24, 0.21, 0.18),
 }
 """Per batch size the predicted latencies of its path, as fractions of the uncut compact model's."""
-SELECT = SelectConfig(target_latency=0.5, score_images=290)
+SELECT = Budget(target_latency=0.5, score_images=290)
 REPAIRED = (
     (64, "predicted-0.1500"),
     (64, "predicted-0.1300"),
@@ -70,7 +70,7 @@ def main() -> None:
     out, only = arguments.out, arguments.only
     torch.set_num_threads(1)
     if only != "page":
-        data = DataConfig(source=str(Path(arguments.source).resolve()))
+        data = DataSettings(source=str(Path(arguments.source).resolve()))
         subject = resolve_origin("animals", "animals", data).load_subject()
         home(subject, out)
         if only in {None, "search"}:
@@ -100,9 +100,9 @@ def home(subject: Subject, out: Path) -> RunFolder:
     return claimed(out, {"weights": subject.model.weight_hash, "images": images})
 
 
-def cut_config(batch: int) -> CutConfig:
+def cut_config(batch: int) -> CutSettings:
     """How the cuts of a path are compiled."""
-    return CutConfig(ablation="linear", batch=batch)
+    return CutSettings(ablation="linear", batch=batch)
 
 
 def search(subject: Subject, batch: int, out: Path) -> None:
@@ -122,7 +122,9 @@ def path_folder(out: Path, batch: int) -> Path:
 def search_acdc(subject: Subject, out: Path) -> None:
     """ACDC's circuits over whole tokens, searched under mean ablation."""
     folder = claimed(out / "acdc", {"taus": list(TAUS)})
-    for _ in PointMaker(subject, folder, CutConfig()).find(DiscoverConfig(ablation="mean"), TAUS):
+    for _ in PointMaker(subject, folder, CutSettings()).find(
+        DiscoverSettings(ablation="mean"), TAUS
+    ):
         pass
 
 
@@ -137,7 +139,7 @@ def cuts(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
             name = f"batch-{batch}-{step}"
             yield maker.cut(name, Circuit.load(path), into=out / "points" / name)
     for merge in (False, True):
-        maker = PointMaker(subject, folder, CutConfig(merge=merge))
+        maker = PointMaker(subject, folder, CutSettings(merge=merge))
         for path in sorted((out / "acdc" / "points").glob(f"*/{CIRCUIT_FILE}")):
             name = path.parent.name + ("-merged" if merge else "")
             yield maker.cut(name, Circuit.load(path), into=out / "points" / name)
@@ -161,7 +163,7 @@ def repaired_cut(
     maker.cut(name, circuit, into=out / "points" / name)
     stored = StoredCut.load(out / "points" / name / MODEL_FOLDER)
     folder = out / "repairs" / f"{name}-{seed}"
-    point, model, _ = repair_compact(subject, stored, FinetuneConfig(seed=seed), folder, base=out)
+    point, model, _ = repair_compact(subject, stored, FinetuneSettings(seed=seed), folder, base=out)
     return replace(point, name=f"{name}-repaired-{seed}"), model
 
 
@@ -169,7 +171,7 @@ def repaired_dense(subject: Subject, out: Path, seed: int) -> tuple[Point, nn.Mo
     """The dense model after the repair that the cuts get."""
     say(f"repairing the dense model, seed {seed}")
     model = deepcopy(subject.model.model)
-    repair(subject, model, FinetuneConfig(seed=seed), out / "repairs" / f"dense-{seed}")
+    repair(subject, model, FinetuneSettings(seed=seed), out / "repairs" / f"dense-{seed}")
     return replace(dense_point(subject), name=f"dense-repaired-{seed}"), model
 
 
@@ -188,10 +190,10 @@ def measure_all(subject: Subject, out: Path) -> None:
     timed = {name: item for name, item in points.items() if not name.endswith(("-1", "-2"))}
     few = {name: item for name, item in timed.items() if is_shown_everywhere(name)}
     for threads in (1, 2):
-        bench = BenchConfig(runtimes=("onnxruntime",), threads=threads, seconds=1.0)
+        bench = BenchSettings(runtimes=("onnxruntime",), threads=threads, seconds=1.0)
         results = measure(subject, timed, bench, evaluations=evaluations)
         results.save(out / f"onnxruntime-{threads}.json")
-        others = BenchConfig(
+        others = BenchSettings(
             runtimes=("openvino", "torch", "torch-compile"), threads=threads, seconds=1.0
         )
         results = measure(subject, few, others, evaluations=evaluations)

@@ -20,8 +20,8 @@ DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 def skipping_a_head(graph: Graph) -> Circuit:
     """The full circuit in which no MLP and no classifier reads the middle head of a block."""
     kept = graph.edges.copy()
-    readers = [target.kind in {"mlp", "classifier"} for target in graph.targets]
-    middle = [source.kind == "head" and source.head == 1 for source in graph.sources]
+    readers = [target.role in {"mlp", "classifier"} for target in graph.targets]
+    middle = [source.role == "head" and source.head == 1 for source in graph.sources]
     kept[np.outer(middle, readers)] = False
     return Circuit(graph=graph, kept=kept, ablation="mean")
 
@@ -29,9 +29,9 @@ def skipping_a_head(graph: Graph) -> Circuit:
 def parts_per_group(weights: ViTWeights) -> Circuit:
     """All class-token heads; of the patches one head and some neurons, in the first block only."""
     graph = weights.split_graph
-    patch = graph.num_groups - 1
+    patch = graph.num_kinds - 1
     kept = graph.edges.copy()
-    neurons = np.ones((graph.num_layers, graph.num_groups, weights.num_neurons), dtype=np.bool_)
+    neurons = np.ones((graph.num_layers, graph.num_kinds, weights.num_neurons), dtype=np.bool_)
     neurons[0, patch, ::2] = False
     for layer in range(graph.num_layers):
         for head in range(1 if layer == 0 else 0, graph.num_heads):
@@ -102,7 +102,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
 @st.composite
 @undisturbed
 def split_circuits(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
-    """Random circuits of edges, heads and neurons, over whole tokens or per group, also linear."""
+    """Random circuits of edges, heads and neurons, over whole tokens or per kind, also linear."""
     graph = weights.graph_of(draw(st.sampled_from(["all", "split"])))
     circuit = draw(circuits(graph))
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -111,9 +111,9 @@ def split_circuits(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
         # Parts only: every edge is there, then whole sources are cut.
         kept = graph.edges.copy()
         kept[random.random(len(graph.sources)) < draw(st.sampled_from(DENSITIES))] = False
-        kept[0 : graph.num_groups] = graph.edges[0 : graph.num_groups]
+        kept[0 : graph.num_kinds] = graph.edges[0 : graph.num_kinds]
     if draw(st.booleans()):
-        shape = (graph.num_layers, graph.num_groups, weights.num_neurons)
+        shape = (graph.num_layers, graph.num_kinds, weights.num_neurons)
         neurons = random.random(shape) < draw(st.sampled_from(DENSITIES))
     ablation = draw(st.sampled_from(["zero", "mean", "linear"]))
     return replace(circuit, kept=kept, neurons=neurons, ablation=ablation)
@@ -136,7 +136,7 @@ def circuits(draw: st.DrawFn, graph: Graph) -> Circuit:
 
 def _cut_letter(letter: str):
     def cut(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-        kept[:, [target.kind == letter for target in graph.targets]] = False
+        kept[:, [target.role == letter for target in graph.targets]] = False
 
     return cut
 
@@ -156,11 +156,11 @@ def _read_alike(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generat
 def _keep_embed_for_keys_and_values(
     kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator
 ) -> None:
-    kept[: graph.num_groups] = [target.kind in {"k", "v"} for target in graph.targets]
+    kept[: graph.num_kinds] = [target.role in {"k", "v"} for target in graph.targets]
 
 
 def _cut_embed(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    kept[: graph.num_groups, random.random(len(graph.targets)) < 0.8] = False
+    kept[: graph.num_kinds, random.random(len(graph.targets)) < 0.8] = False
 
 
 def _keep_one_path(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
@@ -180,7 +180,7 @@ def _connect(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator)
     """Most random cuts leave nothing that depends on the image; these let embed through."""
     for _ in range(2):
         layer, head = int(random.integers(graph.num_layers)), int(random.integers(graph.num_heads))
-        last = graph.num_groups - 1
+        last = graph.num_kinds - 1
         letter = "v" if random.random() < 0.5 else "k"
         kept[graph.embed_source(last), graph.head_target(layer, head, letter, last)] = True
         kept[graph.head_source(layer, head), graph.classifier] = True

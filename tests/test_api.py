@@ -16,7 +16,7 @@ from vitcut.masked.fill import Fill
 from vitcut.masked.oracle import Oracle
 from vitcut.model.loading import DenseCard, LoadedModel, save_dense, weight_hash
 from vitcut.model.reference import build_reference
-from vitcut.model.settings import VitConfig
+from vitcut.model.settings import VitSettings
 from vitcut.model.tracing import read_model
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -26,7 +26,7 @@ SIDE = 16
 def build_module(num_classes: int = 12, *, std: float = 0.3) -> torch.nn.Module:
     """A tiny ViT whose weights are large enough that some of its edges matter."""
     model = build_reference(
-        VitConfig(width=16, depth=2, num_heads=2, mlp_ratio=2.0),
+        VitSettings(width=16, depth=2, num_heads=2, mlp_ratio=2.0),
         num_classes=num_classes,
         image_size=SIDE,
     )

@@ -205,7 +205,7 @@ def test_live_reached_and_kept_heads_agree_with_a_walk_of_all_paths(circuit):
     live = {source for path in paths for source in path}
     reached = _reachable(circuit)
     from_embed = {source for path in paths if path[0] == 0 for source in path}
-    heads = {number for number, source in enumerate(graph.sources) if source.kind == "head"}
+    heads = {number for number, source in enumerate(graph.sources) if source.role == "head"}
     assert set(np.flatnonzero(circuit.live_sources)) == live
     assert set(np.flatnonzero(circuit.reached_sources)) == reached
     assert circuit.num_heads_kept == len(heads & from_embed)

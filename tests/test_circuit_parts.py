@@ -1,4 +1,4 @@
-"""Circuits of heads and neurons, per token group; those of edges are left to test_circuit.py."""
+"""Circuits of heads and neurons, per token kind; those of edges are left to test_circuit.py."""
 
 import json
 from dataclasses import replace
@@ -11,11 +11,11 @@ from strategies import circuits, undisturbed
 
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.files import sha256_json
 from vitcut.graph import Graph
+from vitcut.store import sha256_json
 
 GRAPH = Graph(num_layers=2, num_heads=2)
-SPLIT = Graph(num_layers=2, num_heads=2, groups=("cls", "patch"), readout=("cls",))
+SPLIT = Graph(num_layers=2, num_heads=2, kinds=("cls", "patch"), readout=("cls",))
 
 
 def _edit(path, change):
@@ -32,9 +32,9 @@ def _expect_refusal(path, match):
 @st.composite
 @undisturbed
 def of_neurons(draw, graph=SPLIT, ablation="linear"):
-    """Circuits of edges and neurons, per token group."""
+    """Circuits of edges and neurons, per token kind."""
     neurons = np.random.default_rng(draw(st.integers(0, 10**6))).random(
-        (graph.num_layers, graph.num_groups, 3)
+        (graph.num_layers, graph.num_kinds, 3)
     )
     circuit = replace(draw(circuits(graph)), ablation=ablation)
     return replace(circuit, neurons=neurons < draw(st.sampled_from([0.0, 0.5, 1.0])))
@@ -42,8 +42,8 @@ def of_neurons(draw, graph=SPLIT, ablation="linear"):
 
 def _parts(graph=SPLIT, **cut):
     """Everything but some places of ``heads`` and ``neurons``; three neurons per MLP."""
-    heads = np.ones((graph.num_layers, graph.num_heads, graph.num_groups), dtype=bool)
-    neurons = np.ones((graph.num_layers, graph.num_groups, 3), dtype=bool)
+    heads = np.ones((graph.num_layers, graph.num_heads, graph.num_kinds), dtype=bool)
+    neurons = np.ones((graph.num_layers, graph.num_kinds, 3), dtype=bool)
     for place in cut.get("heads", []):
         heads[place] = False
     for place in cut.get("neurons", []):
@@ -106,7 +106,7 @@ def test_another_set_of_neurons_is_an_altered_file(tmp_path):
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 1, 3), (1, 2, 3), (2, 2, 0)])
 def test_neurons_of_another_graph_are_refused(shape):
-    with pytest.raises(CircuitError, match=r"needs \(2, 2, neurons\) \(blocks, groups, neurons\)"):
+    with pytest.raises(CircuitError, match=r"needs \(2, 2, neurons\) \(blocks, kinds, neurons\)"):
         Circuit(graph=SPLIT, kept=SPLIT.edges, ablation="mean", neurons=np.ones(shape, dtype=bool))
 
 
@@ -140,16 +140,16 @@ def test_what_a_circuit_of_parts_was_found_by_is_kept():
 
 @given(of_neurons(GRAPH))
 def test_splitting_keeps_edges_and_neurons_in_every_group(circuit):
-    split = circuit.split(SPLIT.groups, SPLIT.readout)
+    split = circuit.split(SPLIT.kinds, SPLIT.readout)
     assert split.graph == SPLIT
     for source, target in np.argwhere(SPLIT.edges):
         names = SPLIT.sources[source].name, SPLIT.targets[target].name
         whole = [name.removesuffix(".cls").removesuffix(".patch") for name in names]
         numbers = GRAPH.source_numbers[whole[0]], GRAPH.target_numbers[whole[1]]
         assert split.kept[source, target] == circuit.kept[numbers]
-    for group in range(2):
-        np.testing.assert_array_equal(split.neurons[:, group], circuit.neurons[:, 0])
-    assert split.split(SPLIT.groups, SPLIT.readout) is split
+    for kind in range(2):
+        np.testing.assert_array_equal(split.neurons[:, kind], circuit.neurons[:, 0])
+    assert split.split(SPLIT.kinds, SPLIT.readout) is split
 
 
 def test_splitting_into_other_groups_is_refused():

@@ -64,10 +64,10 @@ def test_a_target_reads_exactly_the_sources_written_before_it(graph):
     """Attention of a block is read, then written; then its MLP; then the next block."""
 
     def written(source):
-        return (source.layer, {"embed": 1, "head": 0, "mlp": 1}[source.kind])
+        return (source.layer, {"embed": 1, "head": 0, "mlp": 1}[source.role])
 
     def read(target):
-        return (target.layer, 1 if target.kind == "mlp" else 0)
+        return (target.layer, 1 if target.role == "mlp" else 0)
 
     expected = [[written(s) < read(t) for t in graph.targets] for s in graph.sources]
     np.testing.assert_array_equal(graph.edges, expected)
@@ -103,7 +103,7 @@ def test_a_graph_without_blocks_or_heads_is_refused(num_layers, num_heads):
         Graph(num_layers=num_layers, num_heads=num_heads)
 
 
-SPLIT = Graph(num_layers=6, num_heads=8, groups=("cls", "patch"), readout=("cls",))
+SPLIT = Graph(num_layers=6, num_heads=8, kinds=("cls", "patch"), readout=("cls",))
 
 
 def test_a_split_graph_has_the_published_counts():
@@ -122,7 +122,7 @@ splits = st.builds(
     Graph,
     num_layers=st.integers(1, 3),
     num_heads=st.integers(1, 3),
-    groups=st.just(("cls", "register", "patch")),
+    kinds=st.just(("cls", "register", "patch")),
     readout=st.sampled_from([("cls",), ("patch",), ("cls", "patch")]),
 )
 
@@ -130,21 +130,21 @@ splits = st.builds(
 @given(splits)
 def test_edges_join_parts_of_one_group_in_the_order_of_the_unsplit_graph(graph):
     whole = graph.unsplit
-    for group, name in enumerate(graph.groups):
+    for kind, name in enumerate(graph.kinds):
         expected = whole.edges.copy()
         expected[:, whole.classifier] &= name in graph.readout
-        np.testing.assert_array_equal(graph.in_group(graph.edges, group), expected)
+        np.testing.assert_array_equal(graph.of_kind(graph.edges, kind), expected)
     pairs = np.argwhere(graph.edges)
-    assert all(graph.sources[s].group == graph.targets[t].group for s, t in pairs)
+    assert all(graph.sources[s].kind == graph.targets[t].kind for s, t in pairs)
 
 
 @given(splits)
 def test_queries_feed_their_own_group_keys_and_values_all(graph):
     for number, target in enumerate(graph.targets):
         fed = [graph.sources[source] for source in graph.sources_of(number)]
-        everyone = target.kind in {"k", "v"}
-        groups = graph.groups if everyone else [target.group]
-        assert [item.group for item in fed] == ([] if target.kind == "classifier" else [*groups])
+        everyone = target.role in {"k", "v"}
+        kinds = graph.kinds if everyone else [target.kind]
+        assert [item.kind for item in fed] == ([] if target.role == "classifier" else [*kinds])
         assert all(number in graph.targets_of(s) for s in graph.sources_of(number))
     for number in range(len(graph.sources)):
         assert all(number in graph.sources_of(target) for target in graph.targets_of(number))
@@ -152,16 +152,16 @@ def test_queries_feed_their_own_group_keys_and_values_all(graph):
 
 @given(splits)
 def test_split_names_tell_the_numbers(graph):
-    for layer, group in product(range(graph.num_layers), range(graph.num_groups)):
-        suffix = graph.groups[group]
-        assert graph.source_numbers[f"mlp.{layer}.{suffix}"] == graph.mlp_source(layer, group)
-        assert graph.target_numbers[f"mlp.{layer}.{suffix}"] == graph.mlp_target(layer, group)
+    for layer, kind in product(range(graph.num_layers), range(graph.num_kinds)):
+        suffix = graph.kinds[kind]
+        assert graph.source_numbers[f"mlp.{layer}.{suffix}"] == graph.mlp_source(layer, kind)
+        assert graph.target_numbers[f"mlp.{layer}.{suffix}"] == graph.mlp_target(layer, kind)
         name = f"attn.{layer}.0"
-        assert graph.source_numbers[f"{name}.{suffix}"] == graph.head_source(layer, 0, group)
+        assert graph.source_numbers[f"{name}.{suffix}"] == graph.head_source(layer, 0, kind)
         for letter in LETTERS:
-            number = graph.head_target(layer, 0, letter, group)
+            number = graph.head_target(layer, 0, letter, kind)
             assert graph.target_numbers[f"{name}.{letter}.{suffix}"] == number
-    assert [graph.targets[t].group for t in graph.classifiers] == list(graph.readout)
+    assert [graph.targets[t].kind for t in graph.classifiers] == list(graph.readout)
 
 
 def test_acdc_visits_a_targets_groups_in_their_order():
@@ -171,7 +171,7 @@ def test_acdc_visits_a_targets_groups_in_their_order():
 
 
 @pytest.mark.parametrize(
-    ("groups", "readout", "message"),
+    ("kinds", "readout", "message"),
     [
         (("patch", "cls"), ("cls",), "in this order"),
         (("cls", "cls"), ("cls",), "must be different ones of cls, register, patch"),
@@ -179,6 +179,6 @@ def test_acdc_visits_a_targets_groups_in_their_order():
         (("cls", "patch"), (), "or neither"),
     ],
 )
-def test_impossible_groups_are_refused(groups, readout, message):
+def test_impossible_groups_are_refused(kinds, readout, message):
     with pytest.raises(CircuitError, match=message):
-        Graph(num_layers=1, num_heads=1, groups=groups, readout=readout)
+        Graph(num_layers=1, num_heads=1, kinds=kinds, readout=readout)

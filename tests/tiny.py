@@ -130,7 +130,7 @@ def random_fill(weights: ViTWeights, circuit: Circuit | None = None, seed: int =
         return tables
     if circuit.ablation == "zero":
         return zero_fill(weights)
-    groups, head_dim = circuit.graph.num_groups, weights.blocks[0].attn.q_weight.shape[1]
+    groups, head_dim = circuit.graph.num_kinds, weights.blocks[0].attn.q_weight.shape[1]
     head_maps = normal(blocks, groups, weights.num_heads, weights.width, head_dim) / 2
     neuron_maps = normal(blocks, groups, weights.width, hidden) / 2
     live = circuit.live_sources[groups:].reshape(blocks, weights.num_heads + 1, groups)

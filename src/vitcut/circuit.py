@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.files import read_json, sha256_json, write_json
 from vitcut.graph import Graph
-from vitcut.names import Ablation, TokenGroup
+from vitcut.names import Ablation, TokenKind
+from vitcut.store import read_json, sha256_json, write_json
 
 FORMAT_VERSION = 2
 _SAME = ("graph", "task", "ablation")
@@ -38,7 +38,7 @@ class Circuit:
     ablation: Ablation
     """What stands in for a cut part."""
     neurons: NDArray[np.bool_] | None = None
-    """True where a neuron is kept, shape [blocks, groups, neurons]; None where all are."""
+    """True where a neuron is kept, shape [blocks, kinds, neurons]; None where all are."""
     method: str = "manual"
     """Which algorithm chose the parts."""
     task: str | None = None
@@ -88,9 +88,9 @@ class Circuit:
         """The circuit that keeps some heads and neurons, and every edge of what it keeps.
 
         Args:
-            graph: Over whole tokens or per token group.
-            heads: True where a head is kept, shape [blocks, heads, groups].
-            neurons: True where a neuron is kept, shape [blocks, groups, neurons].
+            graph: Over whole tokens or per token kind.
+            heads: True where a head is kept, shape [blocks, heads, kinds].
+            neurons: True where a neuron is kept, shape [blocks, kinds, neurons].
             ablation: What stands in for the others.
             **origin: ``method``, ``task``, ``tau``, ``provenance``.
         """
@@ -151,26 +151,26 @@ class Circuit:
         """SHA-256 of what the circuit computes: graph, kept edges and neurons, ablation."""
         return sha256_json(self._content())
 
-    def split(self, groups: tuple[TokenGroup, ...], readout: tuple[TokenGroup, ...]) -> "Circuit":
-        """The same circuit per token group: every kept edge and neuron is kept in each group.
+    def split(self, kinds: tuple[TokenKind, ...], readout: tuple[TokenKind, ...]) -> "Circuit":
+        """The same circuit per token kind: every kept edge and neuron is kept in each kind.
 
         Args:
-            groups: Those of the model.
+            kinds: Those of the model.
             readout: The ones that the classifier reads.
 
         Raises:
-            CircuitError: The circuit has other token groups.
+            CircuitError: The circuit has other token kinds.
         """
-        graph = _split_graph(self.graph.unsplit, groups, readout)
-        if self.graph.groups and self.graph != graph:
+        graph = _split_graph(self.graph.unsplit, kinds, readout)
+        if self.graph.kinds and self.graph != graph:
             raise CircuitError(
-                f"the circuit has the token groups {', '.join(self.graph.groups)} (readout "
-                f"{', '.join(self.graph.readout)}), the model has {', '.join(groups)} (readout "
+                f"the circuit has the token kinds {', '.join(self.graph.kinds)} (readout "
+                f"{', '.join(self.graph.readout)}), the model has {', '.join(kinds)} (readout "
                 f"{', '.join(readout)}): use the model that it was found in"
             )
-        if self.graph.groups:
+        if self.graph.kinds:
             return self
-        many = graph.num_groups
+        many = graph.num_kinds
         kept = np.repeat(np.repeat(self.kept, many, axis=0), many, axis=1)
         neurons = None if self.neurons is None else np.repeat(self.neurons, many, axis=1)
         kept = kept[:, : len(graph.targets)] & graph.edges
@@ -200,7 +200,7 @@ class Circuit:
     def reached_sources(self) -> NDArray[np.bool_]:
         """Sources with a kept path from embed, shape [sources]."""
         reached = np.zeros(len(self.graph.sources), dtype=np.bool_)
-        first = self.graph.num_groups
+        first = self.graph.num_kinds
         reached[:first] = True
         for source in range(first, len(self.graph.sources)):
             readers = list(self.graph.targets_of(source))
@@ -209,12 +209,12 @@ class Circuit:
 
     @cached_property
     def heads_on_path(self) -> NDArray[np.bool_]:
-        """Heads on a kept path from embed to the classifier, shape [blocks, heads, groups]."""
+        """Heads on a kept path from embed to the classifier, shape [blocks, heads, kinds]."""
         return self.graph.by_block(self.live_sources & self.reached_sources)[0]
 
     @cached_property
     def num_heads_kept(self) -> int:
-        """Heads on a kept path from embed to the classifier, in any token group."""
+        """Heads on a kept path from embed to the classifier, in any token kind."""
         return int(self.heads_on_path.any(axis=2).sum())
 
     @cached_property
@@ -277,8 +277,8 @@ class Circuit:
             "num_layers": self.graph.num_layers,
             "num_heads": self.graph.num_heads,
         }
-        if self.graph.groups:
-            graph |= {"groups": list(self.graph.groups), "readout": list(self.graph.readout)}
+        if self.graph.kinds:
+            graph |= {"groups": list(self.graph.kinds), "readout": list(self.graph.readout)}
         names = [source.name for source in self.graph.sources]
         kept = {
             target.name: [names[source] for source in np.flatnonzero(self.kept[:, number])]
@@ -291,10 +291,10 @@ class Circuit:
         """The kept neurons of each MLP, by the name of its source."""
         neurons = np.empty((0, 0, 0)) if self.neurons is None else self.neurons
         kept = {
-            self.graph.sources[self.graph.mlp_source(layer, group)].name: np.flatnonzero(
-                neurons[layer, group]
+            self.graph.sources[self.graph.mlp_source(layer, kind)].name: np.flatnonzero(
+                neurons[layer, kind]
             ).tolist()
-            for layer, group in np.ndindex(neurons.shape[:2])
+            for layer, kind in np.ndindex(neurons.shape[:2])
         }
         return {"per_mlp": neurons.shape[2], "kept": kept}
 
@@ -331,10 +331,10 @@ class Circuit:
 
 @cache
 def _split_graph(
-    whole: Graph, groups: tuple[TokenGroup, ...], readout: tuple[TokenGroup, ...]
+    whole: Graph, kinds: tuple[TokenKind, ...], readout: tuple[TokenKind, ...]
 ) -> Graph:
-    """The same graph per token group; its parts are listed once for all circuits of a model."""
-    return replace(whole, groups=groups, readout=readout)
+    """The same graph per token kind; its parts are listed once for all circuits of a model."""
+    return replace(whole, kinds=kinds, readout=readout)
 
 
 def _kept_from_names(graph: Graph, names: Mapping[str, list[str]]) -> NDArray[np.bool_]:
@@ -346,19 +346,20 @@ def _kept_from_names(graph: Graph, names: Mapping[str, list[str]]) -> NDArray[np
 
 
 def _graph_from(content: Mapping[str, Any]) -> Graph:
-    groups = {name: tuple(content[name]) for name in ("groups", "readout") if name in content}
-    return Graph(num_layers=content["num_layers"], num_heads=content["num_heads"], **groups)
+    stored = {"kinds": "groups", "readout": "readout"}
+    kinds = {name: tuple(content[key]) for name, key in stored.items() if key in content}
+    return Graph(num_layers=content["num_layers"], num_heads=content["num_heads"], **kinds)
 
 
 def _checked_neurons(graph: Graph, neurons: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
     if neurons is None:
         return None
     checked = np.array(neurons, dtype=np.bool_)
-    places = (graph.num_layers, graph.num_groups)
+    places = (graph.num_layers, graph.num_kinds)
     if checked.ndim != 3 or checked.shape[:2] != places or checked.shape[2] < 1:
         raise CircuitError(
             f"neurons has shape {checked.shape}, this graph needs ({graph.num_layers}, "
-            f"{graph.num_groups}, neurons) (blocks, groups, neurons)"
+            f"{graph.num_kinds}, neurons) (blocks, kinds, neurons)"
         )
     checked.setflags(write=False)
     return checked
@@ -369,8 +370,8 @@ def _neurons_from_lists(
 ) -> NDArray[np.bool_] | None:
     if content is None:
         return None
-    neurons = np.zeros((graph.num_layers, graph.num_groups, content["per_mlp"]), dtype=np.bool_)
-    for layer, group in np.ndindex(neurons.shape[:2]):
-        name = graph.sources[graph.mlp_source(layer, group)].name
-        neurons[layer, group, content["kept"][name]] = True
+    neurons = np.zeros((graph.num_layers, graph.num_kinds, content["per_mlp"]), dtype=np.bool_)
+    for layer, kind in np.ndindex(neurons.shape[:2]):
+        name = graph.sources[graph.mlp_source(layer, kind)].name
+        neurons[layer, kind, content["kept"][name]] = True
     return neurons

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from vitcut.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vitcut.images.settings import DataConfig
+    from vitcut.images.settings import DataSettings
     from vitcut.model.given import Given
 
 T = TypeVar("T")
@@ -88,12 +88,12 @@ def add_subject(parser: ArgumentParser) -> None:
     )
 
 
-def data_of(namespace: Namespace, **given: Any) -> "DataConfig":
+def data_of(namespace: Namespace, **given: Any) -> "DataSettings":
     """The data settings that ``--source`` and its like say."""
-    from vitcut.images.settings import DataConfig
+    from vitcut.images.settings import DataSettings
 
     source = namespace.source
-    return at_home(DataConfig(source=source, skip_bad_images=namespace.skip_bad_images, **given))
+    return at_home(DataSettings(source=source, skip_bad_images=namespace.skip_bad_images, **given))
 
 
 def given_of(namespace: Namespace) -> "Given":
@@ -113,7 +113,7 @@ def given_of(namespace: Namespace) -> "Given":
     )
 
 
-def at_home(data: "DataConfig") -> "DataConfig":
+def at_home(data: "DataSettings") -> "DataSettings":
     """A path as source is kept absolute: a run directory is read from other places too."""
     if data.source is not None and Path(data.source).exists():
         return replace(data, source=str(Path(data.source).resolve()))

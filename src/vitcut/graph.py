@@ -4,9 +4,9 @@ Sources in the order in which they write: ``embed``, then per block its heads an
 reads every source written before it. The counting follows EAP and AutoCircuit: one edge per source
 and per q, k or v input of a head.
 
-With token groups every source, target and edge exists once per group. A target reads the sources of
-its own group; queries of a group feed the head's source of that group, keys and values of every
-group feed the head's sources of all groups; the classifier reads the readout groups alone.
+With token kinds every source, target and edge exists once per kind. A target reads the sources of
+its own kind; queries of a kind feed the head's source of that kind, keys and values of every
+kind feed the head's sources of all kinds; the classifier reads the readout kinds alone.
 """
 
 from collections.abc import Iterator
@@ -19,67 +19,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcut.errors import CircuitError
-from vitcut.names import LETTERS, TOKEN_GROUPS, Letter, TokenGroup, Tokens
+from vitcut.names import LETTERS, TOKEN_KINDS, Letter, TokenKind, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What writes into the residual stream."""
 
-    kind: Literal["embed", "head", "mlp"]
+    role: Literal["embed", "head", "mlp"]
     layer: int
     """Block number; -1 for embed."""
     head: int
     """Head number within the block; -1 unless a head."""
-    group: TokenGroup | None = None
+    kind: TokenKind | None = None
     """The tokens that it writes to; None for all."""
 
     @property
     def name(self) -> str:
-        """``embed``, ``attn.L.H`` or ``mlp.L``, followed by ``.GROUP`` where there are groups."""
-        if self.kind == "embed":
-            return _in_group("embed", self.group)
-        name = f"attn.{self.layer}.{self.head}" if self.kind == "head" else f"mlp.{self.layer}"
-        return _in_group(name, self.group)
+        """``embed``, ``attn.L.H`` or ``mlp.L``, followed by ``.GROUP`` where there are kinds."""
+        if self.role == "embed":
+            return _of_kind("embed", self.kind)
+        name = f"attn.{self.layer}.{self.head}" if self.role == "head" else f"mlp.{self.layer}"
+        return _of_kind(name, self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What reads the residual stream, before its LayerNorm."""
 
-    kind: Literal["q", "k", "v", "mlp", "classifier"]
+    role: Literal["q", "k", "v", "mlp", "classifier"]
     layer: int
     """Block number; the number of blocks for the classifier."""
     head: int
     """Head number within the block; -1 unless q, k or v."""
-    group: TokenGroup | None = None
+    kind: TokenKind | None = None
     """The tokens that it reads; None for all."""
 
     @property
     def name(self) -> str:
         """``attn.L.H.q`` (k, v), ``mlp.L`` or ``classifier``, with ``.GROUP`` as for sources."""
-        if self.kind == "classifier":
-            return _in_group("classifier", self.group)
-        if self.kind == "mlp":
-            return _in_group(f"mlp.{self.layer}", self.group)
-        return _in_group(f"attn.{self.layer}.{self.head}.{self.kind}", self.group)
+        if self.role == "classifier":
+            return _of_kind("classifier", self.kind)
+        if self.role == "mlp":
+            return _of_kind(f"mlp.{self.layer}", self.kind)
+        return _of_kind(f"attn.{self.layer}.{self.head}.{self.role}", self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """All sources, targets and edges of a pre-norm ViT, over whole tokens or per token group.
+    """All sources, targets and edges of a pre-norm ViT, over whole tokens or per token kind.
 
-    Numbers: a source of the unsplit graph keeps its place, with one number per group; targets
-    likewise, the classifier with one per readout group. Methods that take a ``group`` take its
-    position in ``groups``; without groups it is 0.
+    Numbers: a source of the unsplit graph keeps its place, with one number per kind; targets
+    likewise, the classifier with one per readout kind. Methods that take a ``kind`` take its
+    position in ``kinds``; without kinds it is 0.
     """
 
     num_layers: int
     num_heads: int
-    groups: tuple[TokenGroup, ...] = ()
-    """The token groups in the order of their tokens; empty for whole tokens."""
-    readout: tuple[TokenGroup, ...] = ()
-    """The groups that the classifier reads; empty for whole tokens."""
+    kinds: tuple[TokenKind, ...] = ()
+    """The token kinds in the order of their tokens; empty for whole tokens."""
+    readout: tuple[TokenKind, ...] = ()
+    """The kinds that the classifier reads; empty for whole tokens."""
 
     def __post_init__(self) -> None:
         if self.num_layers < 1 or self.num_heads < 1:
@@ -88,26 +88,26 @@ class Graph:
                 f"{self.num_heads} heads"
             )
         for name, chosen, known in (
-            ("groups", self.groups, TOKEN_GROUPS),
-            ("readout", self.readout, self.groups),
+            ("kinds", self.kinds, TOKEN_KINDS),
+            ("readout", self.readout, self.kinds),
         ):
-            if tuple(group for group in known if group in chosen) != chosen:
+            if tuple(kind for kind in known if kind in chosen) != chosen:
                 raise CircuitError(
-                    f"{name} must be different ones of {', '.join(known) or 'no group'}, in this "
+                    f"{name} must be different ones of {', '.join(known) or 'no kind'}, in this "
                     f"order, got {', '.join(chosen)}"
                 )
-        if bool(self.groups) != bool(self.readout):
-            raise CircuitError("a graph has token groups and readout groups, or neither")
+        if bool(self.kinds) != bool(self.readout):
+            raise CircuitError("a graph has token kinds and readout kinds, or neither")
 
     @property
     def tokens(self) -> Tokens:
-        """Whether sources and targets are over whole tokens or per group."""
-        return "split" if self.groups else "all"
+        """Whether sources and targets are over whole tokens or per kind."""
+        return "split" if self.kinds else "all"
 
     @property
-    def num_groups(self) -> int:
+    def num_kinds(self) -> int:
         """Sources per writer: 1 for whole tokens."""
-        return max(1, len(self.groups))
+        return max(1, len(self.kinds))
 
     @cached_property
     def unsplit(self) -> "Graph":
@@ -117,67 +117,67 @@ class Graph:
     @cached_property
     def sources(self) -> tuple[Source, ...]:
         """Every source, in the order in which they write."""
-        groups = self.groups or (None,)
-        found = [Source(kind="embed", layer=-1, head=-1, group=group) for group in groups]
+        kinds = self.kinds or (None,)
+        found = [Source(role="embed", layer=-1, head=-1, kind=kind) for kind in kinds]
         for layer in range(self.num_layers):
             found += [
-                Source(kind="head", layer=layer, head=head, group=group)
-                for head, group in product(range(self.num_heads), groups)
+                Source(role="head", layer=layer, head=head, kind=kind)
+                for head, kind in product(range(self.num_heads), kinds)
             ]
-            found += [Source(kind="mlp", layer=layer, head=-1, group=group) for group in groups]
+            found += [Source(role="mlp", layer=layer, head=-1, kind=kind) for kind in kinds]
         return tuple(found)
 
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """Every target, in the order in which they read: per block q, k, v, then the MLP."""
-        groups = self.groups or (None,)
+        kinds = self.kinds or (None,)
         found: list[Target] = []
         for layer in range(self.num_layers):
             found += [
-                Target(kind=letter, layer=layer, head=head, group=group)
-                for letter, head, group in product(LETTERS, range(self.num_heads), groups)
+                Target(role=letter, layer=layer, head=head, kind=kind)
+                for letter, head, kind in product(LETTERS, range(self.num_heads), kinds)
             ]
-            found += [Target(kind="mlp", layer=layer, head=-1, group=group) for group in groups]
+            found += [Target(role="mlp", layer=layer, head=-1, kind=kind) for kind in kinds]
         found += [
-            Target(kind="classifier", layer=self.num_layers, head=-1, group=group)
-            for group in self.readout or (None,)
+            Target(role="classifier", layer=self.num_layers, head=-1, kind=kind)
+            for kind in self.readout or (None,)
         ]
         return tuple(found)
 
-    def group_number(self, part: Source | Target) -> int:
-        """The position of a source's or target's group in ``groups``; 0 for whole tokens."""
-        return 0 if part.group is None else self.groups.index(part.group)
+    def kind_number(self, part: Source | Target) -> int:
+        """The position of a source's or target's kind in ``kinds``; 0 for whole tokens."""
+        return 0 if part.kind is None else self.kinds.index(part.kind)
 
-    def embed_source(self, group: int = 0) -> int:
+    def embed_source(self, kind: int = 0) -> int:
         """The number of the source ``embed``."""
-        return group
+        return kind
 
-    def head_source(self, layer: int, head: int, group: int = 0) -> int:
+    def head_source(self, layer: int, head: int, kind: int = 0) -> int:
         """The number of the source ``attn.layer.head``."""
-        return (1 + layer * (self.num_heads + 1) + head) * self.num_groups + group
+        return (1 + layer * (self.num_heads + 1) + head) * self.num_kinds + kind
 
-    def mlp_source(self, layer: int, group: int = 0) -> int:
+    def mlp_source(self, layer: int, kind: int = 0) -> int:
         """The number of the source ``mlp.layer``."""
-        return self.head_source(layer, self.num_heads, group)
+        return self.head_source(layer, self.num_heads, kind)
 
-    def head_target(self, layer: int, head: int, letter: Letter, group: int = 0) -> int:
+    def head_target(self, layer: int, head: int, letter: Letter, kind: int = 0) -> int:
         """The number of the target ``attn.layer.head.letter``."""
         block = layer * (3 * self.num_heads + 1)
         place = block + LETTERS.index(letter) * self.num_heads + head
-        return place * self.num_groups + group
+        return place * self.num_kinds + kind
 
-    def letter_targets(self, layer: int, letter: Letter, group: int = 0) -> range:
-        """The numbers of the targets ``attn.layer.*.letter`` of a group, one per head."""
-        first = self.head_target(layer, 0, letter, group)
-        return range(first, first + self.num_heads * self.num_groups, self.num_groups)
+    def letter_targets(self, layer: int, letter: Letter, kind: int = 0) -> range:
+        """The numbers of the targets ``attn.layer.*.letter`` of a kind, one per head."""
+        first = self.head_target(layer, 0, letter, kind)
+        return range(first, first + self.num_heads * self.num_kinds, self.num_kinds)
 
-    def mlp_target(self, layer: int, group: int = 0) -> int:
+    def mlp_target(self, layer: int, kind: int = 0) -> int:
         """The number of the target ``mlp.layer``."""
-        return self.head_target(layer + 1, 0, "q", group) - self.num_groups
+        return self.head_target(layer + 1, 0, "q", kind) - self.num_kinds
 
     @cached_property
     def classifiers(self) -> tuple[int, ...]:
-        """The numbers of the targets ``classifier``, one per readout group; the last ones."""
+        """The numbers of the targets ``classifier``, one per readout kind; the last ones."""
         first = self.head_target(self.num_layers, 0, "q")
         return tuple(range(first, first + max(1, len(self.readout))))
 
@@ -186,57 +186,57 @@ class Graph:
         """The number of the first target ``classifier``: the only one of a single readout."""
         return self.classifiers[0]
 
-    def target_in_group(self, target: int, group: int) -> int | None:
-        """The number of an unsplit graph's target in a group; None where no classifier reads it."""
+    def target_of_kind(self, target: int, kind: int) -> int | None:
+        """The number of an unsplit graph's target in a kind; None where no classifier reads it."""
         if target != self.unsplit.classifier:
-            return target * self.num_groups + group
-        if not self.groups:
+            return target * self.num_kinds + kind
+        if not self.kinds:
             return target
-        name = self.groups[group]
+        name = self.kinds[kind]
         return self.classifiers[self.readout.index(name)] if name in self.readout else None
 
     def sources_of(self, target: int) -> tuple[int, ...]:
         """The sources that are computed from a target; the classifier feeds none."""
         item = self.targets[target]
-        if item.kind == "classifier":
+        if item.role == "classifier":
             return ()
-        own = self.group_number(item)
-        if item.kind == "mlp":
+        own = self.kind_number(item)
+        if item.role == "mlp":
             return (self.mlp_source(item.layer, own),)
-        groups = range(self.num_groups) if item.kind in {"k", "v"} else (own,)
-        return tuple(self.head_source(item.layer, item.head, group) for group in groups)
+        kinds = range(self.num_kinds) if item.role in {"k", "v"} else (own,)
+        return tuple(self.head_source(item.layer, item.head, kind) for kind in kinds)
 
     def targets_of(self, source: int) -> tuple[int, ...]:
         """The targets that a source is computed from: q, k, v of a head, the MLP's own, or none.
 
-        Of a head: q of the source's own group, then k of every group, then v of every group.
+        Of a head: q of the source's own kind, then k of every kind, then v of every kind.
         """
         item = self.sources[source]
-        if item.kind == "embed":
+        if item.role == "embed":
             return ()
-        own = self.group_number(item)
-        if item.kind == "mlp":
+        own = self.kind_number(item)
+        if item.role == "mlp":
             return (self.mlp_target(item.layer, own),)
         query = self.head_target(item.layer, item.head, "q", own)
         return (
             query,
             *(
-                self.head_target(item.layer, item.head, letter, group)
+                self.head_target(item.layer, item.head, letter, kind)
                 for letter in ("k", "v")
-                for group in range(self.num_groups)
+                for kind in range(self.num_kinds)
             ),
         )
 
     def num_written(self, target: int) -> int:
         """How many sources of the unsplit graph are written before a target reads."""
         item = self.targets[target]
-        heads = self.num_heads if item.kind == "mlp" else 0
+        heads = self.num_heads if item.role == "mlp" else 0
         return 1 + item.layer * (self.num_heads + 1) + heads
 
     def readable(self, target: int) -> range:
         """The numbers of the sources that a target can read, in the order of writing."""
-        group = self.group_number(self.targets[target])
-        return range(group, self.num_written(target) * self.num_groups, self.num_groups)
+        kind = self.kind_number(self.targets[target])
+        return range(kind, self.num_written(target) * self.num_kinds, self.num_kinds)
 
     @cached_property
     def edges(self) -> NDArray[np.bool_]:
@@ -297,10 +297,10 @@ class Graph:
             of_sources: Shape [sources]; embed is left out.
 
         Returns:
-            Of heads, shape [blocks, heads, groups], and of MLPs, shape [blocks, groups].
+            Of heads, shape [blocks, heads, kinds], and of MLPs, shape [blocks, kinds].
         """
-        shape = (self.num_layers, self.num_heads + 1, self.num_groups)
-        found = of_sources[self.num_groups :].reshape(shape)
+        shape = (self.num_layers, self.num_heads + 1, self.num_kinds)
+        found = of_sources[self.num_kinds :].reshape(shape)
         return found[:, :-1], found[:, -1]
 
     @cached_property
@@ -313,20 +313,20 @@ class Graph:
         """Target names to numbers."""
         return {target.name: number for number, target in enumerate(self.targets)}
 
-    def in_group(self, kept: NDArray[np.bool_], group: int) -> NDArray[np.bool_]:
-        """The edges of one group as edges of the unsplit graph.
+    def of_kind(self, kept: NDArray[np.bool_], kind: int) -> NDArray[np.bool_]:
+        """The edges of one kind as edges of the unsplit graph.
 
         Args:
             kept: True where an edge is kept, shape [sources, targets].
-            group: Position of the group.
+            kind: Position of the kind.
 
         Returns:
-            Shape [sources, targets] of the unsplit graph; a classifier that the group lacks reads
+            Shape [sources, targets] of the unsplit graph; a classifier that the kind lacks reads
             nothing.
         """
-        columns = [t for t, item in enumerate(self.targets) if self.group_number(item) == group]
+        columns = [t for t, item in enumerate(self.targets) if self.kind_number(item) == kind]
         found = np.zeros(self.unsplit.edges.shape, dtype=np.bool_)
-        found[:, : len(columns)] = kept[group :: self.num_groups, columns]
+        found[:, : len(columns)] = kept[kind :: self.num_kinds, columns]
         return found
 
     def backward_order(self) -> Iterator[int]:
@@ -334,16 +334,16 @@ class Graph:
 
         The classifier, then per block from the last: its MLP, all v, all k, all q, heads
         descending in each (order of Conmy et al. 2023, arXiv:2304.14997, code version 1.1); of
-        each the groups in their order.
+        each the kinds in their order.
         """
         yield from self.classifiers
-        groups = range(self.num_groups)
+        kinds = range(self.num_kinds)
         for layer in reversed(range(self.num_layers)):
-            yield from (self.mlp_target(layer, group) for group in groups)
+            yield from (self.mlp_target(layer, kind) for kind in kinds)
             for letter in reversed(LETTERS):
-                for head, group in product(reversed(range(self.num_heads)), groups):
-                    yield self.head_target(layer, head, letter, group)
+                for head, kind in product(reversed(range(self.num_heads)), kinds):
+                    yield self.head_target(layer, head, letter, kind)
 
 
-def _in_group(name: str, group: TokenGroup | None) -> str:
-    return name if group is None else f"{name}.{group}"
+def _of_kind(name: str, kind: TokenKind | None) -> str:
+    return name if kind is None else f"{name}.{kind}"

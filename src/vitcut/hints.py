@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from vitcut.compiler.settings import CutConfig
+from vitcut.compiler.settings import CutSettings
 from vitcut.names import SHIPPED_MODEL, Ablation
 
 
@@ -26,13 +26,13 @@ def after_train(out: Path) -> str:
 
 def after_discover(out: Path, point: str, ablation: Ablation) -> str:
     """The cut to the circuit that was found; no cut fills as ``resample`` does."""
-    filled = CutConfig().ablation_for(ablation)
+    filled = CutSettings().ablation_for(ablation)
     return f"vitcut cut {_quoted(out)} --point {point} --ablation {filled}"
 
 
 def about_search(ablation: Ablation) -> str:
     """What to know of a search before a cut follows it; mostly nothing."""
-    if ablation == CutConfig().ablation_for(ablation):
+    if ablation == CutSettings().ablation_for(ablation):
         return ""
     return "for a cut, search with --ablation mean: that is what it fills with\n"
 

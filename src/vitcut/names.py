@@ -36,12 +36,12 @@ SHIPPED_MODEL = "animals"
 """The model that comes with vitcut, and the name of its task."""
 
 SiteKey = tuple[int, str, int]
-"""Block, "heads" or "neurons", position of the token group: parts that can stand in for another."""
+"""Block, "heads" or "neurons", position of the token kind: parts that can stand in for another."""
 
 Tokens = Literal["all", "split"]
-"""Whether parts are over whole tokens or exist once per token group."""
+"""Whether parts are over whole tokens or exist once per token kind."""
 
-TokenGroup = Literal["cls", "register", "patch"]
+TokenKind = Literal["cls", "register", "patch"]
 """Prefix tokens that the classifier reads, other prefix tokens, patch tokens."""
 
-TOKEN_GROUPS: tuple[TokenGroup, ...] = ("cls", "register", "patch")
+TOKEN_KINDS: tuple[TokenKind, ...] = ("cls", "register", "patch")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vitcut.config import as_plain, require_fraction
 from vitcut.errors import ArtefactError, ConfigError, ModelError
-from vitcut.files import read_json, write_json
 from vitcut.names import RuntimeName
+from vitcut.settings import as_plain, require_fraction
+from vitcut.store import read_json, write_json
 
 FORMAT_VERSION = 1
 

@@ -19,7 +19,7 @@ from vitcut.hints import about_search, after_checks, after_discover, after_prepa
 from vitcut.typed import arrange_demo, arrange_run, recipe_file, recipes
 
 if TYPE_CHECKING:
-    from vitcut.images.settings import DataConfig
+    from vitcut.images.settings import DataSettings
     from vitcut.pipeline.subject import Origin
     from vitcut.results import Results
 
@@ -51,7 +51,7 @@ def _say_next(out: Path, then: str) -> None:
     sys.stdout.write(f"results: {out}\nnext: {then}\n")
 
 
-def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = None) -> "Origin":
+def _origin(namespace: Namespace, data: "DataSettings", base: "Origin | None" = None) -> "Origin":
     from vitcut.pipeline.commands import resolve_origin
 
     given = given_of(namespace)
@@ -59,10 +59,10 @@ def _origin(namespace: Namespace, data: "DataConfig", base: "Origin | None" = No
 
 
 def _add_run(parser: ArgumentParser, out: str = "runs/RECIPE") -> None:
-    from vitcut.pipeline.settings import RunConfig
+    from vitcut.pipeline.settings import RunSettings
 
     add_common(parser, out)
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RunSettings)
 
 
 def _add_demo(parser: ArgumentParser) -> None:
@@ -71,9 +71,9 @@ def _add_demo(parser: ArgumentParser) -> None:
 
 
 def _run(parser: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.pipeline.settings import RunConfig
+    from vitcut.pipeline.settings import RunSettings
 
-    config = take(parser.instantiate(namespace), RunConfig)
+    config = take(parser.instantiate(namespace), RunSettings)
     config = replace(config, data=at_home(config.data))
     from vitcut.pipeline.run import run
 
@@ -118,23 +118,23 @@ def _suggest(_: ArgumentParser, namespace: Namespace) -> None:
 
 
 def _add_train(parser: ArgumentParser) -> None:
-    from vitcut.model.settings import VitConfig
-    from vitcut.training.settings import TrainConfig
+    from vitcut.model.settings import VitSettings
+    from vitcut.training.settings import TrainSettings
 
     add_common(parser, "runs/train")
     add_data(parser)
     parser.add_argument("--task", type=str, default="animals", help="A task's name or label file.")
     parser.add_argument("--image_size", type=int, default=64, help="Side in pixels.")
-    parser.add_class_arguments(VitConfig, "vit")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(VitSettings, "vit")
+    parser.add_class_arguments(TrainSettings)
 
 
 def _train(parser: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.training.settings import TrainConfig
+    from vitcut.training.settings import TrainSettings
 
     data = data_of(namespace, image_size=namespace.image_size)
     vit = parser.instantiate(namespace).vit
-    config = take(namespace, TrainConfig)
+    config = take(namespace, TrainSettings)
     from vitcut.pipeline.commands import train_command
 
     folder = train_command(namespace.task, data, vit, config, namespace.out)
@@ -142,17 +142,17 @@ def _train(parser: ArgumentParser, namespace: Namespace) -> None:
 
 
 def _add_discover(parser: ArgumentParser) -> None:
-    from vitcut.discovery.settings import DiscoverConfig
+    from vitcut.discovery.settings import DiscoverSettings
 
     add_common(parser, "runs/discover")
     add_subject(parser)
-    parser.add_class_arguments(DiscoverConfig)
+    parser.add_class_arguments(DiscoverSettings)
 
 
 def _discover(_: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.discovery.settings import DiscoverConfig
+    from vitcut.discovery.settings import DiscoverSettings
 
-    config = take(namespace, DiscoverConfig)
+    config = take(namespace, DiscoverSettings)
     data = data_of(namespace)
     from vitcut.pipeline.commands import discover_command
     from vitcut.pipeline.points import point_name
@@ -166,8 +166,8 @@ def _discover(_: ArgumentParser, namespace: Namespace) -> None:
 
 
 def _add_cut(parser: ArgumentParser) -> None:
-    from vitcut.compiler.settings import CutConfig
-    from vitcut.selection.settings import SelectConfig
+    from vitcut.compiler.settings import CutSettings
+    from vitcut.selection.settings import Budget
 
     parser.add_argument(
         "circuit",
@@ -181,18 +181,18 @@ def _add_cut(parser: ArgumentParser) -> None:
     )
     add_common(parser, "runs/cut")
     add_subject(parser)
-    parser.add_class_arguments(CutConfig)
-    parser.add_class_arguments(SelectConfig, skip={"seed"})
+    parser.add_class_arguments(CutSettings)
+    parser.add_class_arguments(Budget, skip={"seed"})
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the timing.")
 
 
 def _cut(_: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.benchmark.settings import BenchConfig
-    from vitcut.compiler.settings import CutConfig
-    from vitcut.selection.settings import SelectConfig
+    from vitcut.benchmark.settings import BenchSettings
+    from vitcut.compiler.settings import CutSettings
+    from vitcut.selection.settings import Budget
 
-    config, bench = take(namespace, CutConfig), BenchConfig(threads=namespace.threads)
-    select, data = take(namespace, SelectConfig), data_of(namespace)
+    config, bench = take(namespace, CutSettings), BenchSettings(threads=namespace.threads)
+    select, data = take(namespace, Budget), data_of(namespace)
     select.require_budget_or(namespace.circuit, merge=config.merge)
     from vitcut.circuit import Circuit
     from vitcut.pipeline.budget import budget_command
@@ -211,7 +211,7 @@ def _cut(_: ArgumentParser, namespace: Namespace) -> None:
 
 
 def _add_finetune(parser: ArgumentParser) -> None:
-    from vitcut.training.settings import FinetuneConfig
+    from vitcut.training.settings import FinetuneSettings
 
     parser.add_argument("run", type=Path, help="What `cut` wrote: a run or model directory.")
     parser.add_argument(
@@ -231,21 +231,23 @@ def _add_finetune(parser: ArgumentParser) -> None:
         default=None,
         help="Take the repaired dense model of an earlier run directory of finetune.",
     )
-    parser.add_class_arguments(FinetuneConfig, skip={"mean", "std"})
+    parser.add_class_arguments(FinetuneSettings, skip={"mean", "std"})
 
 
 def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.benchmark.settings import BenchConfig
-    from vitcut.pipeline.settings import RepairConfig
-    from vitcut.training.settings import FinetuneConfig
+    from vitcut.benchmark.settings import BenchSettings
+    from vitcut.pipeline.settings import RepairSettings
+    from vitcut.training.settings import FinetuneSettings
 
     dense = namespace.repaired_dense
-    config = RepairConfig(
+    config = RepairSettings(
         # The flags of these names are the dense model's, which brings them along.
-        finetune=take(namespace, FinetuneConfig, mean=FinetuneConfig.mean, std=FinetuneConfig.std),
+        finetune=take(
+            namespace, FinetuneSettings, mean=FinetuneSettings.mean, std=FinetuneSettings.std
+        ),
         repair_dense=namespace.repair_dense,
         repaired_dense=None if dense is None else str(Path(dense).resolve()),
-        bench=BenchConfig(threads=namespace.threads or 1),
+        bench=BenchSettings(threads=namespace.threads or 1),
     )
     data = data_of(namespace)
     from vitcut.pipeline.commands import find_origin
@@ -262,17 +264,17 @@ def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
 
 
 def _add_bench(parser: ArgumentParser) -> None:
-    from vitcut.benchmark.settings import BenchConfig
+    from vitcut.benchmark.settings import BenchSettings
 
     parser.add_argument("run", type=Path, help="A run directory with results.")
     add_common(parser, "runs/bench")
-    parser.add_class_arguments(BenchConfig)
+    parser.add_class_arguments(BenchSettings)
 
 
 def _bench(_: ArgumentParser, namespace: Namespace) -> None:
-    from vitcut.benchmark.settings import BenchConfig
+    from vitcut.benchmark.settings import BenchSettings
 
-    config = take(namespace, BenchConfig)
+    config = take(namespace, BenchSettings)
     from vitcut.pipeline.commands import bench_command
 
     results = bench_command(namespace.run, config, namespace.out)

@@ -1,6 +1,6 @@
 import pytest
 
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.errors import ConfigError
 
 
@@ -20,11 +20,11 @@ from vitcut.errors import ConfigError
 )
 def test_a_setting_out_of_range_is_refused_by_name(change, message):
     with pytest.raises(ConfigError, match=message):
-        BenchConfig(**change)
+        BenchSettings(**change)
 
 
 def test_an_unknown_runtime_is_refused_by_name():
-    config = BenchConfig()
+    config = BenchSettings()
     # Past the shape hook, which refuses it first in tests.
     object.__setattr__(config, "runtimes", ("torch", "pt2"))
     with pytest.raises(ConfigError, match=r"runtime must be one of torch, .*'pt2'"):
@@ -32,6 +32,6 @@ def test_an_unknown_runtime_is_refused_by_name():
 
 
 def test_unless_told_otherwise_torch_and_onnxruntime_run_one_and_64_images_on_one_thread():
-    config = BenchConfig()
+    config = BenchSettings()
     assert config.runtimes == ("torch", "onnxruntime")
     assert (config.batches, config.threads) == ((1, 64), 1)

@@ -10,12 +10,12 @@ from torch import nn
 from vitcut.benchmark import latency
 from vitcut.benchmark.latency import measure_latency, time_sessions
 from vitcut.benchmark.load import CpuTimes
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.errors import ConfigError
 from vitcut.runtimes.session import Session
 
 IMAGES = torch.zeros(2, 3, 4, 4)
-QUICK = BenchConfig(
+QUICK = BenchSettings(
     runtimes=("torch",), batches=(1, 3), seconds=0.05, min_rounds=5, min_sample_ms=1.0
 )
 
@@ -66,7 +66,7 @@ class Model(nn.Module):
 def test_every_round_times_every_session_once_in_a_shuffled_order():
     calls: list[str] = []
     sessions = {name: worker(2, calls, name) for name in "abc"}
-    samples = time_sessions(sessions, IMAGES, BenchConfig(seconds=0.01, min_sample_ms=2.0))
+    samples = time_sessions(sessions, IMAGES, BenchSettings(seconds=0.01, min_sample_ms=2.0))
     timed = calls[-3 * 11 :]
     rounds = [tuple(timed[start : start + 3]) for start in range(0, len(timed), 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
@@ -78,7 +78,7 @@ def test_the_order_depends_on_the_seed_alone():
     def order(seed: int) -> list[str]:
         calls: list[str] = []
         sessions = {name: worker(1, calls, name) for name in "abc"}
-        time_sessions(sessions, IMAGES, BenchConfig(seconds=0.2, seed=seed))
+        time_sessions(sessions, IMAGES, BenchSettings(seconds=0.2, seed=seed))
         return calls
 
     assert order(3) == order(3)
@@ -104,7 +104,7 @@ def test_samples_are_milliseconds_per_call():
 
 def test_a_short_call_is_repeated_until_a_sample_can_be_timed():
     calls: list[str] = []
-    config = BenchConfig(seconds=0.01, min_rounds=5, min_sample_ms=4.0)
+    config = BenchSettings(seconds=0.01, min_rounds=5, min_sample_ms=4.0)
     samples = time_sessions({"a": worker(0.125, calls)}, IMAGES, config)["a"]
     assert len(calls) > 32 * len(samples)
     assert set(samples) == {0.125}
@@ -112,7 +112,7 @@ def test_a_short_call_is_repeated_until_a_sample_can_be_timed():
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 5), (0.1, 50), (60.0, 300)])
 def test_time_buys_rounds_but_never_fewer_than_asked_nor_without_end(seconds, rounds):
-    config = BenchConfig(seconds=seconds, min_rounds=5, min_sample_ms=1.0)
+    config = BenchSettings(seconds=seconds, min_rounds=5, min_sample_ms=1.0)
     assert len(time_sessions({"a": worker(2, [])}, IMAGES, config)["a"]) == rounds
 
 
@@ -141,7 +141,7 @@ def test_torch_runs_on_the_threads_of_the_settings_and_gets_its_own_back(clock):
     before = torch.get_num_threads()
     threads = before + 1
     session = Session(runtime="torch", batch=2, threads=threads, run=run)
-    time_sessions({"a": session}, IMAGES, BenchConfig(threads=threads, seconds=0.01))
+    time_sessions({"a": session}, IMAGES, BenchSettings(threads=threads, seconds=0.01))
     assert seen == {threads}
     assert torch.get_num_threads() == before
 
@@ -170,7 +170,7 @@ def test_load_that_comes_and_goes_between_rounds_leaves_the_ratio(clock):
         return Session(runtime="torch", batch=2, threads=1, run=run)
 
     sessions = {"dense": session(8), "small": session(4)}
-    samples = time_sessions(sessions, IMAGES, BenchConfig(seconds=1.0, min_sample_ms=1.0))
+    samples = time_sessions(sessions, IMAGES, BenchSettings(seconds=1.0, min_sample_ms=1.0))
     spread = np.percentile(samples["dense"], 90) / np.percentile(samples["dense"], 10)
     ratios = samples["dense"] / samples["small"]
     assert spread > 3

@@ -15,9 +15,9 @@ from vitcut.compact.artefact import CONFIG, TENSORS, ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError
-from vitcut.files import sha256_file, sha256_json
 from vitcut.framing import WHOLE, Framing
 from vitcut.masked.fill import Fill
+from vitcut.store import sha256_file, sha256_json
 
 WEIGHTS = random_vit(num_heads=3)
 INFO = ModelInfo(

@@ -52,8 +52,8 @@ def test_a_plan_of_before_a_kind_of_model_was_known_is_still_read():
 
 def test_every_token_belongs_to_one_group():
     shape = replace(PLAN.shape, num_prefix=3)
-    assert list(PLAN.shape.group_rows.items()) == [("cls", CLS), ("patch", PATCHES)]
-    assert [rows.count for rows in shape.group_rows.values()] == [1, 2, 4]
+    assert list(PLAN.shape.kind_rows.items()) == [("cls", CLS), ("patch", PATCHES)]
+    assert [rows.count for rows in shape.kind_rows.values()] == [1, 2, 4]
     assert shape.name_of(shape.all_rows) == "cls + register + patch"
 
 

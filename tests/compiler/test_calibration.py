@@ -11,7 +11,7 @@ from vitcut.compiler.planning import plan_circuit
 from vitcut.errors import ConfigError
 from vitcut.graph import Graph
 
-GRAPH = Graph(num_layers=6, num_heads=8, groups=("cls", "patch"), readout=("cls",))
+GRAPH = Graph(num_layers=6, num_heads=8, kinds=("cls", "patch"), readout=("cls",))
 MACHINE = CostModel(
     nanoseconds={
         unit: cost * factor

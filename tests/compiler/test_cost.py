@@ -10,7 +10,7 @@ from vitcut.compiler.cost import CostModel, count_operations
 from vitcut.compiler.planning import plan_circuit
 from vitcut.graph import Graph
 
-GRAPH = Graph(num_layers=6, num_heads=8, groups=("cls", "patch"), readout=("cls",))
+GRAPH = Graph(num_layers=6, num_heads=8, kinds=("cls", "patch"), readout=("cls",))
 FULL = Circuit.full(GRAPH, ablation="linear")
 
 

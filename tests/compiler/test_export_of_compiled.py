@@ -16,7 +16,7 @@ def compiled(density, *, letters_cut=""):
     weights = random_vit(num_layers=2, num_heads=3, width=8).to(torch.float32)
     graph = weights.graph
     kept = graph.edges & (np.random.default_rng(0).random(graph.edges.shape) < density)
-    kept[:, [t.kind in letters_cut and t.layer == 1 and t.head < 2 for t in graph.targets]] = False
+    kept[:, [t.role in letters_cut and t.layer == 1 and t.head < 2 for t in graph.targets]] = False
     circuit = Circuit(graph=graph, kept=kept, ablation="mean")
     return compile_circuit(weights, circuit, random_fill(weights)), weights
 
@@ -65,7 +65,7 @@ def of_constants():
 
 CASES = {
     "constants": of_constants,
-    "token groups and neurons": per_group,
+    "token kinds and neurons": per_group,
     "every kind of block": with_every_kind_of_block,
     "head gaps": with_gaps,
     "a table of keys": lambda: with_tables(0.5, "k"),

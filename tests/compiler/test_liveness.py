@@ -13,14 +13,14 @@ graphs = st.builds(
     Graph,
     num_layers=st.integers(1, 3),
     num_heads=st.integers(1, 3),
-    groups=GROUPS,
+    kinds=GROUPS,
     readout=st.just(("cls",)),
 )
 
 
 def split(num_layers, num_heads):
     return Graph(
-        num_layers=num_layers, num_heads=num_heads, groups=("cls", "patch"), readout=("cls",)
+        num_layers=num_layers, num_heads=num_heads, kinds=("cls", "patch"), readout=("cls",)
     )
 
 
@@ -41,7 +41,7 @@ def names(circuit, masks):
     return {
         source.name
         for number, source in enumerate(graph.sources)
-        if masks[number % graph.num_groups] >> number // graph.num_groups & 1
+        if masks[number % graph.num_kinds] >> number // graph.num_kinds & 1
     }
 
 

@@ -169,7 +169,7 @@ def test_a_later_sum_comes_to_build_on_an_earlier_one_though_others_may_not_chan
 
 
 def test_token_groups_come_to_read_alike_where_that_makes_them_one_tensor():
-    graph = Graph(num_layers=2, num_heads=2, groups=("cls", "patch"), readout=("cls",))
+    graph = Graph(num_layers=2, num_heads=2, kinds=("cls", "patch"), readout=("cls",))
     head = graph.source_numbers["attn.0.0.patch"]
     readers = [
         target.name for target, edge in zip(graph.targets, graph.edges[head], strict=True) if edge
@@ -215,7 +215,7 @@ def test_a_second_merge_is_told_after_the_first():
 
 @pytest.mark.parametrize("groups", [(), ("cls", "patch")])
 def test_thousands_of_edges_take_few_plans(groups):
-    graph = Graph(num_layers=6, num_heads=8, groups=groups, readout=groups[:1])
+    graph = Graph(num_layers=6, num_heads=8, kinds=groups, readout=groups[:1])
     random = np.random.default_rng(0)
     kept = graph.edges & (random.random(graph.edges.shape) < 0.5)
     circuit = Circuit(graph=graph, kept=kept, ablation="mean")
@@ -224,7 +224,7 @@ def test_thousands_of_edges_take_few_plans(groups):
     def count_sums(candidate):
         next(calls)
         columns = zip(graph.targets, candidate.kept.T, strict=True)
-        return float(len({(t.layer, t.kind == "mlp", t.group, c.tobytes()) for t, c in columns}))
+        return float(len({(t.layer, t.role == "mlp", t.kind, c.tobytes()) for t, c in columns}))
 
     assert count_sums(merge_streams(circuit, count_sums, REFERENCE)) < count_sums(circuit) / 4
     assert next(calls) < 500

@@ -156,7 +156,7 @@ def test_one_query_meets_the_tokens_directly_and_many_have_keys_and_values():
 
 
 def test_what_a_linear_fill_may_write_differently_per_group_is_not_written_jointly():
-    graph = Graph(num_layers=2, num_heads=2, groups=("cls", "patch"), readout=("cls",))
+    graph = Graph(num_layers=2, num_heads=2, kinds=("cls", "patch"), readout=("cls",))
     shape = dataclasses.replace(REFERENCE, num_layers=2, num_heads=2)
     joint, apart = (
         plan_circuit(shape, Circuit.full(graph, ablation=ablation)).blocks[0]

@@ -13,7 +13,7 @@ from tiny_oracle import drifting_vit, make_oracle
 from vitcut.discovery.acdc import acdc, acdc_reference, guard, stages
 from vitcut.discovery.cache import Cache, require_room
 from vitcut.discovery.propagation import Propagation
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
 from vitcut.graph import Graph
 from vitcut.model.forward import project_head
@@ -46,7 +46,7 @@ def test_incremental_decides_every_edge_as_naive(
     tokens, weights, ablation, criterion, tau, precision
 ):
     oracle = make_oracle(weights, ablation, tokens=tokens)
-    config = DiscoverConfig(
+    config = DiscoverSettings(
         tau=tau,
         ablation=ablation,
         tokens=tokens,
@@ -66,10 +66,10 @@ def test_incremental_decides_every_edge_as_naive(
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
 def test_changes_that_cross_token_groups_are_decided_as_naive(ablation):
-    # Drawn models are often too shallow for one group to change another before the readout.
+    # Drawn models are often too shallow for one kind to change another before the readout.
     weights = random_vit(num_layers=2, num_heads=1, num_prefix=2)
     oracle = make_oracle(weights, ablation, images=2, tokens="split")
-    config = DiscoverConfig(tau=1e-3, ablation=ablation, images=2, tokens="split")
+    config = DiscoverSettings(tau=1e-3, ablation=ablation, images=2, tokens="split")
     search = acdc(weights, oracle, config)
     assert outcome(search.decisions) == outcome(acdc_reference(oracle, tau=1e-3))
     assert {item.decided_by for item in search.decisions} >= {"fast", "dead"}
@@ -77,7 +77,7 @@ def test_changes_that_cross_token_groups_are_decided_as_naive(ablation):
 
 def test_decisions_follow_the_published_order():
     weights = random_vit(num_layers=1, num_heads=2)
-    search = acdc(weights, make_oracle(weights), DiscoverConfig(tau=0.01, images=4))
+    search = acdc(weights, make_oracle(weights), DiscoverSettings(tau=0.01, images=4))
     edges = [f"{item.source} -> {item.target}" for item in search.decisions]
     assert edges == [
         "mlp.0 -> classifier",
@@ -98,13 +98,13 @@ def test_decisions_follow_the_published_order():
 
 def test_token_groups_follow_each_other_head_by_head():
     weights = random_vit(num_layers=1, num_heads=2, num_prefix=2)
-    config = DiscoverConfig(tau=0.01, images=4, tokens="split")
+    config = DiscoverSettings(tau=0.01, images=4, tokens="split")
     search = acdc(weights, make_oracle(weights, tokens="split"), config)
     targets = list(dict.fromkeys(item.target for item in search.decisions))
-    groups = ["cls", "register", "patch"]
-    expected = ["classifier.cls", *(f"mlp.0.{group}" for group in groups)]
+    kinds = ["cls", "register", "patch"]
+    expected = ["classifier.cls", *(f"mlp.0.{kind}" for kind in kinds)]
     for letter in "vkq":
-        expected += [f"attn.0.{head}.{letter}.{group}" for head in (1, 0) for group in groups]
+        expected += [f"attn.0.{head}.{letter}.{kind}" for head in (1, 0) for kind in kinds]
     assert targets == expected
     of_mlp = [item.source for item in search.decisions if item.target == "mlp.0.patch"]
     assert of_mlp == ["attn.0.1.patch", "attn.0.0.patch", "embed.patch"]
@@ -118,7 +118,7 @@ def test_a_part_that_writes_nothing_is_cut_and_a_planted_path_is_kept():
         mlp=map_tensors(weights.blocks[1].mlp, torch.zeros_like),
     )
     weights = replace(weights, blocks=(weights.blocks[0], silent))
-    search = acdc(weights, make_oracle(weights), DiscoverConfig(tau=1e-6, images=4))
+    search = acdc(weights, make_oracle(weights), DiscoverSettings(tau=1e-6, images=4))
     graph = weights.graph
     assert not search.kept[graph.head_source(1, 0) :].any()
     assert not search.kept[:, graph.head_target(1, 0, "q") : graph.classifier].any()
@@ -127,7 +127,7 @@ def test_a_part_that_writes_nothing_is_cut_and_a_planted_path_is_kept():
 
 def test_edges_into_dead_targets_are_cut_untested():
     weights = random_vit(num_layers=2)
-    search = acdc(weights, make_oracle(weights), DiscoverConfig(tau=1e6, images=4))
+    search = acdc(weights, make_oracle(weights), DiscoverSettings(tau=1e6, images=4))
     decided = {item.target: item.decided_by for item in search.decisions}
     assert decided.pop("classifier") == "fast"
     assert set(decided.values()) == {"dead"}
@@ -138,16 +138,16 @@ def test_edges_into_dead_targets_are_cut_untested():
 def test_fewer_nodes_are_evaluated_than_naively(tokens):
     weights = random_vit(num_layers=3, num_heads=3)
     oracle = make_oracle(weights, tokens=tokens)
-    search = acdc(weights, oracle, DiscoverConfig(tau=0.01, images=4, tokens=tokens))
+    search = acdc(weights, oracle, DiscoverSettings(tau=0.01, images=4, tokens=tokens))
     naive = oracle.graph.num_edges * len(oracle.graph.sources)
     assert 0 < search.node_evaluations < naive / 5
 
 
 def test_one_cache_serves_every_tau_over_whole_tokens_and_token_groups():
     weights = random_vit()
-    cache = Cache.build(weights, make_oracle(weights), DiscoverConfig(images=4))
+    cache = Cache.build(weights, make_oracle(weights), DiscoverSettings(images=4))
     for tau, tokens in product((0.1, 0.001), ("all", "split")):
-        config = DiscoverConfig(tau=tau, images=4, tokens=tokens)
+        config = DiscoverSettings(tau=tau, images=4, tokens=tokens)
         shared = acdc(weights, make_oracle(weights, tokens=tokens), config, cache=cache)
         alone = acdc(weights, make_oracle(weights, tokens=tokens), config)
         assert shared.decisions == alone.decisions
@@ -157,7 +157,7 @@ def test_one_cache_serves_every_tau_over_whole_tokens_and_token_groups():
 def test_what_a_group_is_asked_for_is_computed_once_for_all_that_read_it(monkeypatch, letter):
     weights = random_vit(num_layers=2, num_prefix=2)
     oracle = make_oracle(weights, tokens="split")
-    state = Propagation(weights, Cache.build(weights, oracle, DiscoverConfig(images=4)), oracle)
+    state = Propagation(weights, Cache.build(weights, oracle, DiscoverSettings(images=4)), oracle)
     graph = oracle.graph
     state.rebuild(graph.edges, 0)
     state.take_evaluations()
@@ -168,7 +168,7 @@ def test_what_a_group_is_asked_for_is_computed_once_for_all_that_read_it(monkeyp
         return project_head(attn, letter, head, normed, rows)
 
     monkeypatch.setattr("vitcut.discovery.propagation.project_head", counted)
-    patch, num_patches = graph.groups.index("patch"), weights.num_tokens - weights.num_prefix
+    patch, num_patches = graph.kinds.index("patch"), weights.num_tokens - weights.num_prefix
     state.try_cut(graph.embed_source(patch), graph.head_target(0, 1, letter, patch))
     changed = [num_patches] if letter == "q" else [1, 1, num_patches]
     # Of block 1 the classifier reads cls alone: no other queries.
@@ -183,13 +183,13 @@ def test_an_oracle_of_other_tokens_or_ablation_is_refused():
     weights = random_vit()
     for change in ({"tokens": "split"}, {"ablation": "mean"}):
         with pytest.raises(ConfigError, match=f"{next(iter(change))} must be that of the oracle"):
-            acdc(weights, make_oracle(weights), DiscoverConfig(images=4, **change))
+            acdc(weights, make_oracle(weights), DiscoverSettings(images=4, **change))
 
 
 def test_the_model_is_untouched():
     weights = random_vit()
     before = map_tensors(weights, torch.clone)
-    acdc(weights, make_oracle(weights), DiscoverConfig(images=4))
+    acdc(weights, make_oracle(weights), DiscoverSettings(images=4))
     same = []
     originals = iter_tensors(weights)
     for was, now in zip(iter_tensors(before), originals, strict=True):
@@ -212,7 +212,7 @@ def test_float32_that_overflows_is_replaced_by_float64(monkeypatch):
         return float("nan") if readout.dtype == torch.float32 else exact(self, readout)
 
     monkeypatch.setattr(Propagation, "_kl", overflowing)
-    search = acdc(weights, make_oracle(weights), DiscoverConfig(images=4))
+    search = acdc(weights, make_oracle(weights), DiscoverSettings(images=4))
     naive = acdc_reference(make_oracle(weights), tau=0.01)
     assert search.precision == "float64"
     assert outcome(search.decisions) == outcome(naive)
@@ -233,7 +233,7 @@ def test_near_tau_the_oracle_decides(criterion, offset):
     # The decisions before the one aimed at must stay as they are under the new tau.
     tau = aimed + offset
     naive = acdc_reference(oracle, tau=tau, criterion=criterion)
-    config = DiscoverConfig(tau=tau, criterion=criterion, images=4)
+    config = DiscoverSettings(tau=tau, criterion=criterion, images=4)
     search = acdc(weights, oracle, config)
     assert outcome(search.decisions) == outcome(naive)
     assert any(item.decided_by == "oracle" for item in search.decisions)
@@ -256,7 +256,7 @@ def test_an_error_within_the_guard_changes_no_decision(monkeypatch, sign):
 
     monkeypatch.setattr(Propagation, "try_cut", disturbed)
     monkeypatch.setattr("vitcut.discovery.acdc._allowed_drift", lambda config: np.inf)
-    search = acdc(weights, oracle, DiscoverConfig(tau=tau, images=4, precision="float64"))
+    search = acdc(weights, oracle, DiscoverSettings(tau=tau, images=4, precision="float64"))
     first = next(i for i, item in enumerate(naive) if abs(item.increment - tau) < guard(tau))
     assert outcome(search.decisions)[: first + 1] == outcome(naive)[: first + 1]
     assert search.decisions[first].decided_by == "oracle"
@@ -273,7 +273,7 @@ def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkey
 
     monkeypatch.setattr(Propagation, "_kl", spoiled)
     log = tmp_path / "decisions.jsonl"
-    search = acdc(weights, make_oracle(weights), DiscoverConfig(images=4), log=log)
+    search = acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
     assert search.precision == "float64"
     assert any("searching in float64" in line for line in said)
     monkeypatch.undo()
@@ -285,7 +285,7 @@ def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkey
 @pytest.mark.parametrize(("ablation", "sources"), [("resample", 3), ("zero", 2)])
 def test_the_oracle_counts_in_what_a_search_needs(ablation, sources):
     """2 blocks of 2 heads: 7 sources, 15 targets; streams of 5 tokens and 6 features."""
-    weights, config = random_vit(), DiscoverConfig(images=4, ablation=ablation)
+    weights, config = random_vit(), DiscoverSettings(images=4, ablation=ablation)
     oracle = make_oracle(weights, ablation)
     many = len(oracle.examples.clean) * 5 * 6
     cached = 2 * (7 + 15) * many * 4
@@ -297,13 +297,13 @@ def test_the_oracle_counts_in_what_a_search_needs(ablation, sources):
 
 def test_too_little_memory_is_refused_with_the_need():
     weights = random_vit()
-    config = DiscoverConfig(images=4, memory_gib=1e-6)
+    config = DiscoverSettings(images=4, memory_gib=1e-6)
     with pytest.raises(ConfigError, match=r"needs about .* GiB.*memory-gib allows 1e-06"):
         acdc(weights, make_oracle(weights), config)
 
 
 def test_float32_that_drifts_is_replaced_by_float64(monkeypatch):
-    weights, config = drifting_vit(), DiscoverConfig(tau=0.1, ablation="zero", images=4)
+    weights, config = drifting_vit(), DiscoverSettings(tau=0.1, ablation="zero", images=4)
     oracle = make_oracle(weights, "zero")
     said: list[str] = []
     monkeypatch.setattr("vitcut.discovery.acdc.say", said.append)
@@ -314,7 +314,7 @@ def test_float32_that_drifts_is_replaced_by_float64(monkeypatch):
     assert any("float64" in line for line in said)
 
 
-@pytest.mark.parametrize("groups", [(), ("cls", "patch")])
-def test_stages_cover_every_target_once(groups):
-    graph = Graph(num_layers=3, num_heads=2, groups=groups, readout=groups[:1])
+@pytest.mark.parametrize("kinds", [(), ("cls", "patch")])
+def test_stages_cover_every_target_once(kinds):
+    graph = Graph(num_layers=3, num_heads=2, kinds=kinds, readout=kinds[:1])
     assert [target for stage in stages(graph) for target in stage] == list(graph.backward_order())

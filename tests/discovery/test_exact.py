@@ -47,11 +47,11 @@ def test_a_head_is_scored_by_cutting_all_that_it_writes(tokens, ablation):
     oracle = make_oracle(WEIGHTS, ablation, tokens=tokens)
     graph = oracle.graph
     scores = exact_heads(oracle)
-    assert scores.shape == (2, 2, graph.num_groups)
-    for layer, head, group in np.ndindex(scores.shape):
+    assert scores.shape == (2, 2, graph.num_kinds)
+    for layer, head, kind in np.ndindex(scores.shape):
         kept = graph.edges.copy()
-        kept[graph.head_source(layer, head, group)] = False
-        assert scores[layer, head, group] == oracle.kl(kept)
+        kept[graph.head_source(layer, head, kind)] = False
+        assert scores[layer, head, kind] == oracle.kl(kept)
 
 
 def kl_of_last_block_without(neuron: int, pixels: torch.Tensor) -> float:
@@ -66,7 +66,7 @@ def kl_of_last_block_without(neuron: int, pixels: torch.Tensor) -> float:
 @TOKENS
 def test_a_neuron_is_scored_by_cutting_it_alone(tokens):
     oracle = make_oracle(WEIGHTS, "zero", tokens=tokens)
-    neurons = np.ones((2, oracle.graph.num_groups, 3), dtype=np.bool_)
+    neurons = np.ones((2, oracle.graph.num_kinds, 3), dtype=np.bool_)
     scores = exact_neurons(oracle, neurons)
     assert np.isfinite(scores).all()
     for neuron in range(3):

@@ -74,15 +74,15 @@ class Cuts:
     def kl(self, eps: float, **part) -> float:
         return float(kl_divergence(self.full, self.along(eps, **part)).mean())
 
-    def without_head(self, layer, head, group):
+    def without_head(self, layer, head, kind):
         kept = self.graph.edges.copy()
-        kept[self.graph.head_source(layer, head, group)] = False
+        kept[self.graph.head_source(layer, head, kind)] = False
         return {"kept": kept}
 
-    def without_neuron(self, layer, group, neuron):
+    def without_neuron(self, layer, kind, neuron):
         graph = self.graph
-        neurons = np.ones((graph.num_layers, graph.num_groups, self.weights.num_neurons), bool)
-        neurons[layer, group, neuron] = False
+        neurons = np.ones((graph.num_layers, graph.num_kinds, self.weights.num_neurons), bool)
+        neurons[layer, kind, neuron] = False
         return {"neurons": neurons}
 
     def without_edge(self, source, target):
@@ -185,7 +185,7 @@ def test_scores_of_small_changes_are_the_exact_divergence(ablation, tokens):
     for score, part in (
         (scores.heads[0, 1, 0], cuts.without_head(0, 1, 0)),
         (scores.heads[1, 0, 0], cuts.without_head(1, 0, 0)),
-        (scores.neurons[0, -1, 2], cuts.without_neuron(0, -1 % graph.num_groups, 2)),
+        (scores.neurons[0, -1, 2], cuts.without_neuron(0, -1 % graph.num_kinds, 2)),
         (scores.edges[edge], cuts.without_edge(*edge)),
     ):
         ratio = score * eps**2 / cuts.kl(eps, **part)
@@ -205,7 +205,7 @@ def test_what_changes_nothing_scores_zero():
 def test_parts_that_reach_nothing_score_zero():
     weights = random_vit(num_layers=2)
     scores = fisher_scores(weights, examples_of(weights), "zero", edges=True)
-    patch = list(weights.group_rows).index("patch")
+    patch = list(weights.kind_rows).index("patch")
     assert (scores.heads[-1, :, patch] == 0).all()
     assert (scores.neurons[-1, patch] == 0).all()
     graph = weights.split_graph

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from vitcut.errors import ConfigError
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from vitcut.images.settings import DataConfig
 )
 def test_settings_out_of_range_are_refused_by_name(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        DataConfig(**wrong)
+        DataSettings(**wrong)
 
 
 def test_settings_load_neither_torch_nor_numpy() -> None:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from vitcut.errors import ConfigError, DataError, TaskError
 from vitcut.images.images import ImageSet, TaskImages, load_images, task_images, to_float
 from vitcut.images.prepare import prepare
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.task import Task, TaskClass, load_task, parse_task
 
 TASK = task_of(cats=[CAT], dogs=[DOG])
 
 
 def _load(path: Path, **changes: object) -> TaskImages:
-    return load_images(DataConfig(**{"source": str(path), "image_size": 8, **changes}), TASK)
+    return load_images(DataSettings(**{"source": str(path), "image_size": 8, **changes}), TASK)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_the_same_settings_give_the_same_splits(archive: Path) -> None:
 
 def test_an_image_that_one_task_tunes_on_trains_no_other(archive: Path) -> None:
     other = load_images(
-        DataConfig(source=str(archive), image_size=8), task_of(dogs=[DOG], owls=[OWL])
+        DataSettings(source=str(archive), image_size=8), task_of(dogs=[DOG], owls=[OWL])
     )
     assert not _rows(_load(archive).val) & _rows(other.train)
 
@@ -76,7 +76,7 @@ def test_data_in_one_part_is_split_by_class(tmp_path: Path) -> None:
 def test_a_class_that_the_data_lacks_is_named(archive: Path) -> None:
     task = task_of(cats=[CAT], others=[f"n1{i:07}" for i in range(7)])
     with pytest.raises(TaskError, match=r"names 7 classes that the data lacks: n10000000, .*\.\."):
-        load_images(DataConfig(source=str(archive), image_size=8), task)
+        load_images(DataSettings(source=str(archive), image_size=8), task)
 
 
 def test_a_class_with_too_few_images_is_named(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_calibration_images_are_training_images_of_all_classes(
 def test_the_rest_counts_as_one_class_among_calibration_images(archive: Path) -> None:
     text = f"groups: {{cats: [{CAT}]}}\nrest: other"
     data = load_images(
-        DataConfig(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
+        DataSettings(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
     )
     assert np.bincount(data.train.labels).tolist() == [18, 18, 18]
     chosen = data.calibration(20, seed=0)
@@ -114,7 +114,7 @@ def test_a_rest_without_images_is_refused(archive: Path) -> None:
     classes = [TaskClass(id=name, name=name, group="all") for name in (CAT, DOG, OWL)]
     unseen = TaskClass(id="unseen", name="unseen", group="rest")
     task = Task(name="x", classes=(*classes, unseen), groups=("all", "rest"), rest="rest")
-    config = DataConfig(source=str(archive), image_size=8)
+    config = DataSettings(source=str(archive), image_size=8)
     with pytest.raises(DataError, match="has no train images of the rest, group 'rest'"):
         task_images(prepare(config), config, task)
 
@@ -122,14 +122,14 @@ def test_a_rest_without_images_is_refused(archive: Path) -> None:
 def test_names_of_the_data_and_of_imagenet_name_classes(tmp_path: Path, archive: Path) -> None:
     text = "groups: {cats: [House Cat], dogs: [dog]}"
     data = load_images(
-        DataConfig(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
+        DataSettings(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
     )
     assert data.task.class_ids == (CAT, DOG)
     assert data.data_labels.ids == (CAT, DOG, OWL)
     files = {f"{c}/{i}.png": encoded(i) for c in ("n02123045", "n02099601") for i in range(9)}
     source = str(write_folder(tmp_path / "folder", files))
     task = parse_task("classes: [tabby, golden retriever]", origin="x.yaml")
-    named = load_images(DataConfig(source=source, image_size=8), task).task
+    named = load_images(DataSettings(source=source, image_size=8), task).task
     assert named.class_names == ("golden retriever", "tabby, tabby cat")
     assert named.groups == ("tabby", "golden retriever")
 
@@ -148,7 +148,7 @@ def test_taking_from_a_set_keeps_images_and_labels_together(archive: Path) -> No
 
 
 def test_the_drawn_set_fits_its_label_file() -> None:
-    data = load_images(DataConfig(source="drawn", image_size=16), load_task("drawn"))
+    data = load_images(DataSettings(source="drawn", image_size=16), load_task("drawn"))
     assert [len(s) for s in (data.train, data.val, data.test)] == [1620, 180, 600]
 
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from data_samples import encoded, shades, tiny_imagenet, write_folder, write_parquet, write_zip
 
-from vitcut.config import config_hash
 from vitcut.errors import DataError
 from vitcut.framing import Framing
 from vitcut.images import prepare as prepare_module
 from vitcut.images.prepare import prepare
 from vitcut.images.prepared import FORMAT_VERSION, PreparedData
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
+from vitcut.settings import config_hash
 
 
-def _config(source: Path, **changes: object) -> DataConfig:
-    return DataConfig(**{"source": str(source), "image_size": 8, **changes})
+def _config(source: Path, **changes: object) -> DataSettings:
+    return DataSettings(**{"source": str(source), "image_size": 8, **changes})
 
 
 def _bad_zip(path: Path) -> Path:
@@ -74,7 +74,7 @@ def test_another_framing_is_another_cache_and_the_default_is_the_one_of_before(
 
 
 def test_drawn_pictures_come_in_grey_too() -> None:
-    config = DataConfig(source="drawn", image_size=8)
+    config = DataSettings(source="drawn", image_size=8)
     colours, grey = prepare(config), prepare(config, Framing(channels=1))
     assert grey.images.shape == (*colours.images.shape[:3], 1)
     expected = colours.images.astype(float) @ [0.299, 0.587, 0.114]
@@ -109,10 +109,10 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path: Path, cache: Path) ->
     code = f"""
 import os, signal
 from vitcut.images import prepare
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 prepare.write_index = kill
-prepare.prepare(DataConfig(source={str(path)!r}, image_size=8))
+prepare.prepare(DataSettings(source={str(path)!r}, image_size=8))
 """
     killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -186,7 +186,7 @@ def test_a_damaged_cache_says_what_to_delete(
 
 
 def test_drawn_pictures_do_not_touch_the_disk(cache: Path) -> None:
-    assert prepare(DataConfig(source="drawn", image_size=8)).images.shape == (2400, 8, 8, 3)
+    assert prepare(DataSettings(source="drawn", image_size=8)).images.shape == (2400, 8, 8, 3)
     assert not cache.exists()
 
 

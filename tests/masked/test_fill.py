@@ -22,8 +22,8 @@ WEIGHTS = random_vit()
 
 def linear_circuit(weights=WEIGHTS) -> Circuit:
     graph = weights.split_graph
-    heads = np.ones((graph.num_layers, graph.num_heads, graph.num_groups), dtype=bool)
-    neurons = np.ones((graph.num_layers, graph.num_groups, weights.num_neurons), dtype=bool)
+    heads = np.ones((graph.num_layers, graph.num_heads, graph.num_kinds), dtype=bool)
+    neurons = np.ones((graph.num_layers, graph.num_kinds, weights.num_neurons), dtype=bool)
     heads[0, 0, 1] = neurons[0, 1, 2] = False
     return Circuit.of_parts(graph, heads=heads, neurons=neurons, ablation="linear")
 

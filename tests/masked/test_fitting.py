@@ -34,8 +34,8 @@ def parts(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
     density = draw(st.sampled_from(DENSITIES))
     return circuit_of(
         weights,
-        random.random((graph.num_layers, graph.num_heads, graph.num_groups)) < density,
-        random.random((graph.num_layers, graph.num_groups, weights.num_neurons)) < density,
+        random.random((graph.num_layers, graph.num_heads, graph.num_kinds)) < density,
+        random.random((graph.num_layers, graph.num_kinds, weights.num_neurons)) < density,
     )
 
 
@@ -44,17 +44,17 @@ def circuit_of(weights, heads=None, neurons=None) -> Circuit:
     if heads is not None and heads.shape[2] == 1:
         graph = weights.graph
     if heads is None:
-        heads = np.ones((graph.num_layers, graph.num_heads, graph.num_groups), dtype=bool)
+        heads = np.ones((graph.num_layers, graph.num_heads, graph.num_kinds), dtype=bool)
     if neurons is None:
-        neurons = np.ones((graph.num_layers, graph.num_groups, weights.num_neurons), dtype=bool)
+        neurons = np.ones((graph.num_layers, graph.num_kinds, weights.num_neurons), dtype=bool)
     return Circuit.of_parts(graph, heads=heads, neurons=neurons, ablation="linear")
 
 
 def cut_literally(weights: ViTWeights, circuit: Circuit, pixels, ridge: float) -> torch.Tensor:
     """Logits with a_cut[t] := R a_kept[t] + c[t] put into the activations, block by block."""
     graph, rows = circuit.graph, weights.rows_of(circuit.graph)
-    shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-    heads = circuit.kept[graph.num_groups :].any(1).reshape(shape)[:, :-1]
+    shape = (graph.num_layers, graph.num_heads + 1, graph.num_kinds)
+    heads = circuit.kept[graph.num_kinds :].any(1).reshape(shape)[:, :-1]
     # What reaches nothing counts as cut; nothing can tell.
     stream = embed(weights, pixels)
     for layer, block in enumerate(weights.blocks):
@@ -62,15 +62,15 @@ def cut_literally(weights: ViTWeights, circuit: Circuit, pixels, ridge: float) -
         q, k, v = (project(block.attn, letter, normed) for letter in LETTERS)
         z = (attend(q, k, block.attn.scale) @ v).permute(1, 2, 0, 3)
         flat, size = z.flatten(2).numpy().copy(), z.shape[3]
-        for group, span in enumerate(rows):
-            kept = heads[layer, :, group].repeat(size)
+        for kind, span in enumerate(rows):
+            kept = heads[layer, :, kind].repeat(size)
             flat[:, span] = predict(flat[:, span], kept, ridge)
         z = torch.from_numpy(flat).view_as(z)
         stream = stream + torch.einsum("nthd,hwd->ntw", z, block.attn.out_weight)
         stream = stream + block.attn.out_bias
         hidden = activate(block.mlp, normalise(block.mlp_norm, stream)).numpy().copy()
-        for group, span in enumerate(rows):
-            hidden[:, span] = predict(hidden[:, span], circuit.neurons[layer, group], ridge)
+        for kind, span in enumerate(rows):
+            hidden[:, span] = predict(hidden[:, span], circuit.neurons[layer, kind], ridge)
         stream = stream + torch.from_numpy(hidden) @ block.mlp.out_weight.T + block.mlp.out_bias
     return classify(weights, read_out(weights, stream))
 
@@ -159,12 +159,12 @@ def test_an_edge_that_is_cut_while_its_head_lives_carries_means_of_all_that_it_w
     heads[0, 1, 1] = False
     circuit, means = circuit_of(weights, heads), mean_fill(weights, [pixels])
     fit = fit_fill(weights, circuit, pixels, means, ridge=0.1)
-    patches = weights.group_rows["patch"]
+    patches = weights.kind_rows["patch"]
     mapped = fit.sites[0, "heads", 1].means[:, :3] @ fit.fill.head_maps[0, 1, 0].T
     assert mapped.abs().max() > 0.01
     torch.testing.assert_close(fit.fill.sources[1, patches], means.sources[1, patches] + mapped)
-    untouched = fit.fill.sources[1:3, weights.group_rows["cls"]]
-    torch.testing.assert_close(untouched, means.sources[1:3, weights.group_rows["cls"]])
+    untouched = fit.fill.sources[1:3, weights.kind_rows["cls"]]
+    torch.testing.assert_close(untouched, means.sources[1:3, weights.kind_rows["cls"]])
 
 
 def ridge_of(features: torch.Tensor) -> float:

@@ -28,7 +28,7 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
     """The masked model edge by edge, head by head and token by token, from names alone."""
     graph, kept = circuit.graph, circuit.kept
     whole = weights.graph.source_numbers
-    spans = dict(zip(graph.groups or ("all",), weights.rows_of(graph), strict=True))
+    spans = dict(zip(graph.kinds or ("all",), weights.rows_of(graph), strict=True))
     patches = F.conv2d(pixels, weights.patch_weight, weights.patch_bias, stride=weights.patch_size)
     patches = patches.flatten(2).transpose(1, 2) + weights.positions
     if weights.patch_norm is not None:
@@ -40,8 +40,8 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
     def read(target: str) -> torch.Tensor:
         total = biases.expand_as(written["embed"]).clone()
         for source, value in written.items():
-            for group, span in spans.items():
-                suffix = f".{group}" if graph.groups else ""
+            for kind, span in spans.items():
+                suffix = f".{kind}" if graph.kinds else ""
                 if (number := graph.target_numbers.get(target + suffix)) is None:
                     continue
                 alive = kept[graph.source_numbers[source + suffix], number]
@@ -65,8 +65,8 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
             z = attend(q, k, block.attn.scale) @ v
             value = z @ block.attn.out_weight[head].T
             if fill.head_maps is not None:
-                for group, span in enumerate(spans.values()):
-                    value[:, span] += z[:, span] @ fill.head_maps[layer, group, head].T
+                for kind, span in enumerate(spans.values()):
+                    value[:, span] += z[:, span] @ fill.head_maps[layer, kind, head].T
             heads[f"attn.{layer}.{head}"] = value
         written |= heads
         biases = biases + block.attn.out_bias
@@ -80,13 +80,13 @@ def mlp_by_hand(mlp, normed, circuit: Circuit, fill: Fill, place) -> torch.Tenso
     layer, spans = place
     hidden = activate(mlp, normed)
     value = torch.zeros_like(normed)
-    for group, span in enumerate(spans.values()):
+    for kind, span in enumerate(spans.values()):
         for neuron in range(hidden.shape[-1]):
-            alive = circuit.neurons is None or circuit.neurons[layer, group, neuron]
+            alive = circuit.neurons is None or circuit.neurons[layer, kind, neuron]
             now = hidden[:, span, neuron] if alive else fill.neurons[layer, span, neuron]
             value[:, span] += now[..., None] * mlp.out_weight[:, neuron]
             if alive and circuit.neurons is not None and fill.neuron_maps is not None:
-                value[:, span] += now[..., None] * fill.neuron_maps[layer, group, :, neuron]
+                value[:, span] += now[..., None] * fill.neuron_maps[layer, kind, :, neuron]
     return value
 
 
@@ -103,7 +103,7 @@ def test_masked_model_is_the_sum_of_kept_and_ablated_parts(data, weights):
 @given(data=st.data(), weights=vits())
 def test_a_split_circuit_computes_what_it_was_split_from(data, weights):
     circuit = data.draw(circuits(weights.graph))
-    split = circuit.split(weights.split_graph.groups, weights.split_graph.readout)
+    split = circuit.split(weights.split_graph.kinds, weights.split_graph.readout)
     pixels, fill = random_pixels(weights, images=2), random_fill(weights, circuit)
     torch.testing.assert_close(
         masked_run(weights, pixels, split, fill).logits,

@@ -25,7 +25,7 @@ def make_examples(weights, images: int = 5, pairs: int = 7) -> Examples:
 
 def group_probs(logits: torch.Tensor) -> torch.Tensor:
     fine = logits.softmax(-1)
-    return torch.stack([fine[:, group == GROUPS].sum(-1) for group in range(3)], dim=-1)
+    return torch.stack([fine[:, kind == GROUPS].sum(-1) for kind in range(3)], dim=-1)
 
 
 def test_resample_cuts_carry_the_paired_images_value():

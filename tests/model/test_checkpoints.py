@@ -10,7 +10,7 @@ from torch import nn
 from vitcut import cli
 from vitcut.errors import ConfigError, ModelError
 from vitcut.framing import Framing
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.model.checkpoints import _sizes
 from vitcut.model.given import NOTHING, Given
 from vitcut.model.loading import load_model, weight_hash
@@ -206,12 +206,14 @@ def test_random_weights_only_on_request_and_the_same_each_time(capsys):
 def test_an_origin_remembers_the_architecture(model, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
-    origin = resolve_origin(str(path), "drawn", DataConfig(source="drawn"), given=Given(arch=ARCH))
+    origin = resolve_origin(
+        str(path), "drawn", DataSettings(source="drawn"), given=Given(arch=ARCH)
+    )
     assert origin.settings()["arch"] == ARCH
     assert origin.load_model().weight_hash == weight_hash(model)
-    moved = resolve_origin("animals", None, DataConfig(), base=origin)
+    moved = resolve_origin("animals", None, DataSettings(), base=origin)
     assert moved.given == NOTHING
-    assert resolve_origin(None, None, DataConfig(), base=origin).given.arch == ARCH
+    assert resolve_origin(None, None, DataSettings(), base=origin).given.arch == ARCH
     assert "arch" not in Origin(model="x", task=origin.task, data=origin.data).settings()
 
 
@@ -302,14 +304,14 @@ def test_an_origin_remembers_mean_and_std(model, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
     given = Given(arch=ARCH, mean=(0.5,), std=(0.2,))
-    origin = resolve_origin(str(path), "drawn", DataConfig(source="drawn"), given=given)
+    origin = resolve_origin(str(path), "drawn", DataSettings(source="drawn"), given=given)
     folder = RunFolder(tmp_path / "run", origin.settings())
     origin.claim(folder)
     again = Origin.load(tmp_path / "run")
     assert again.given == given
     assert again.load_model().std == (0.2,) * 3
-    assert resolve_origin(None, None, DataConfig(), base=again).given.std == (0.2,)
-    assert resolve_origin("animals", None, DataConfig(), base=again).given == NOTHING
+    assert resolve_origin(None, None, DataSettings(), base=again).given.std == (0.2,)
+    assert resolve_origin("animals", None, DataSettings(), base=again).given == NOTHING
 
 
 @pytest.mark.parametrize(

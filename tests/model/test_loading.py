@@ -13,14 +13,14 @@ from tiny_models import TINY_CARD
 from vitcut.framing import WHOLE, Framing
 from vitcut.model.loading import load_model, save_dense, weight_hash
 from vitcut.model.reference import build_reference
-from vitcut.model.settings import VitConfig
+from vitcut.model.settings import VitSettings
 
 CARD = replace(TINY_CARD, image_size=16)
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = VitConfig(width=8, depth=1, num_heads=2, dropout=0.2)
+    config = VitSettings(width=8, depth=1, num_heads=2, dropout=0.2)
     return build_reference(config, num_classes=3, image_size=16).eval()
 
 

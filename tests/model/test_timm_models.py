@@ -98,7 +98,7 @@ def test_a_distilled_model_answers_with_the_mean_of_two_classifiers():
     torch.manual_seed(0)
     weights = check_reading(shaken(VisionTransformerDistilled(**SIZES)))
     assert (weights.num_read, weights.num_prefix, weights.patch_readout) == (2, 2, "none")
-    assert weights.split_graph.groups == ("cls", "patch")
+    assert weights.split_graph.kinds == ("cls", "patch")
     assert weights.split_graph.readout == ("cls",)
 
 
@@ -112,7 +112,7 @@ def test_a_distilled_model_answers_with_the_mean_of_two_classifiers():
 )
 def test_token_groups_follow_what_the_classifier_reads(variant, readout, groups):
     graph = read_model(_vit(**variant)).split_graph
-    assert (graph.readout, graph.groups) == (readout, groups)
+    assert (graph.readout, graph.kinds) == (readout, groups)
 
 
 def test_heads_wider_than_their_share_of_the_width_are_read():
@@ -131,7 +131,7 @@ def test_sizes_are_those_of_the_model():
     assert (weights.image_size, weights.patch_size, weights.channels) == (24, 8, 1)
     assert (weights.width, weights.num_heads, weights.num_classes) == (12, 2, 5)
     assert (weights.num_prefix, weights.num_tokens) == (4, 13)
-    assert weights.split_graph.groups == ("cls", "register", "patch")
+    assert weights.split_graph.kinds == ("cls", "register", "patch")
     assert (weights.graph.num_layers, weights.graph.num_heads) == (2, 2)
 
 

@@ -35,7 +35,7 @@ def test_a_read_vit_computes_the_same_and_compiles(variant):
 
 def test_deits_distillation_token_is_a_register():
     weights = check_reading(_build("DeiT"))
-    assert weights.split_graph.groups == ("cls", "register", "patch")
+    assert weights.split_graph.kinds == ("cls", "register", "patch")
 
 
 @pytest.mark.parametrize("variant", [{}, {"drop_path_rate": 0.2, "use_mask_token": False}])
@@ -53,21 +53,21 @@ def test_dinov2_is_read_where_its_classifier_reads_the_patches_too(variant):
 
 def test_dinov2_is_read_with_registers():
     weights = check_reading(_build("Dinov2WithRegisters", num_register_tokens=3))
-    assert weights.split_graph.groups == ("cls", "register", "patch")
+    assert weights.split_graph.kinds == ("cls", "register", "patch")
     assert weights.num_prefix == 4
 
 
 def test_a_deit_with_a_teacher_answers_with_the_mean_of_two_classifiers():
     weights = check_reading(_build("DeiT", "ForImageClassificationWithTeacher"))
     assert weights.num_read == 2
-    assert weights.split_graph.groups == ("cls", "patch")
+    assert weights.split_graph.kinds == ("cls", "patch")
 
 
 @pytest.mark.parametrize("variant", [{}, {"num_channels": 1, "hidden_act": "gelu"}])
 def test_clips_classifier_reads_the_mean_of_patches_without_a_norm(variant):
     weights = check_reading(_build("CLIP", **variant))
     assert weights.norm is None
-    assert weights.split_graph.groups == ("register", "patch")
+    assert weights.split_graph.kinds == ("register", "patch")
     assert weights.split_graph.readout == ("patch",)
 
 

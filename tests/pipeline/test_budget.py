@@ -10,15 +10,15 @@ import yaml
 from safetensors.torch import load_file
 
 from vitcut.benchmark import settings as benchmark_settings
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.artefact import FILL
 from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.masked.fill import Fill
 from vitcut.masked.masking import masked_run
 from vitcut.pipeline import budget as budgeting
@@ -28,7 +28,7 @@ from vitcut.pipeline.path import PATH_FILE, STEP_FILE, PathStep, load_path
 from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
-from vitcut.selection.settings import SelectConfig
+from vitcut.selection.settings import Budget
 
 SHORT = {
     "runtimes": ("torch",),
@@ -37,9 +37,9 @@ SHORT = {
     "min_rounds": 3,
     "min_sample_ms": 0.1,
 }
-BENCH = BenchConfig(**SHORT)
-SELECT = SelectConfig(target_macs=0.55, rounds=2, score_images=16)
-CUT = CutConfig(ablation="linear", images=48, verify_images=8)
+BENCH = BenchSettings(**SHORT)
+SELECT = Budget(target_macs=0.55, rounds=2, score_images=16)
+CUT = CutSettings(ablation="linear", images=48, verify_images=8)
 NAME = "fisher-linear-macs-0.55"
 
 
@@ -48,7 +48,7 @@ class Killed(BaseException):
 
 
 def _cut(run, out, select=SELECT, cut=CUT):
-    return budget_command(resolve_origin(str(run), None, DataConfig()), select, cut, BENCH, out)
+    return budget_command(resolve_origin(str(run), None, DataSettings()), select, cut, BENCH, out)
 
 
 def _told(out):
@@ -126,7 +126,7 @@ def test_the_verb_prints_the_path_and_says_when_there_is_nothing_to_do(
     finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(benchmark_settings, "BenchConfig", lambda threads: BENCH)
+    monkeypatch.setattr(benchmark_settings, "BenchSettings", lambda threads: BENCH)
     out = tmp_path / "out"
     words = ["cut", "--model", str(finished), "--target-macs", "0.55", "--ablation", "mean"]
     words += ["--rounds", "2", "--images", "32", "--score-images", "16", "--verify-images", "8"]
@@ -223,7 +223,7 @@ def test_controls_meet_the_budget_too(finished, tmp_path, scores):
 
 def test_parts_over_whole_tokens_meet_the_budget(finished, tmp_path):
     _cut(finished, tmp_path / "out", replace(SELECT, rounds=1, tokens="all"))
-    assert Circuit.load(tmp_path / "out" / "model" / "circuit.json").graph.groups == ()
+    assert Circuit.load(tmp_path / "out" / "model" / "circuit.json").graph.kinds == ()
 
 
 def _clock(monkeypatch, milliseconds):
@@ -239,7 +239,7 @@ def _clock(monkeypatch, milliseconds):
     return calls
 
 
-LATENCY = SelectConfig(target_latency=0.5, runtime="torch", score_images=16)
+LATENCY = Budget(target_latency=0.5, runtime="torch", score_images=16)
 MEAN = replace(CUT, ablation="mean", batch=8)
 
 
@@ -348,7 +348,7 @@ def test_a_cut_that_is_cut_again_keeps_its_ablation(finished, tmp_path):
     ],
 )
 def test_the_ablation_of_a_cut_is_the_circuits_unless_it_was_given(given, circuit, expected):
-    assert CutConfig(ablation=given).ablation_for(circuit) == expected
+    assert CutSettings(ablation=given).ablation_for(circuit) == expected
 
 
 @pytest.fixture(scope="module")

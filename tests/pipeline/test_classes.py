@@ -11,13 +11,13 @@ from test_api import build_module
 from torch import nn
 
 import vitcut
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.model.adapters import read_weights
 from vitcut.model.loading import LoadedModel, load_model, weight_hash
 from vitcut.model.tracing import read_model
@@ -25,12 +25,12 @@ from vitcut.model.weights import map_tensors
 from vitcut.pipeline.classes import fit
 from vitcut.pipeline.commands import cut_command, find_origin, resolve_origin
 from vitcut.pipeline.repair import finetune_command
-from vitcut.pipeline.settings import RepairConfig
+from vitcut.pipeline.settings import RepairSettings
 from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Origin, Subject
 from vitcut.results import Results
 from vitcut.task import parse_task
-from vitcut.training.settings import FinetuneConfig
+from vitcut.training.settings import FinetuneSettings
 from vitcut.wordnet import imagenet_names
 
 DRAWN = (
@@ -265,18 +265,18 @@ def test_a_complete_run_knows_its_label_file_by_what_it_says(recipe, finished, t
 def test_the_dense_model_given_the_same_repair_has_the_tasks_classes(finished, tmp_path, capsys):
     labels, cut, fine = tmp_path / "pair.yaml", tmp_path / "cut", tmp_path / "fine"
     labels.write_text("classes: [Disc, grid]")
-    origin = resolve_origin(str(finished), str(labels), DataConfig())
+    origin = resolve_origin(str(finished), str(labels), DataSettings())
     circuit = Circuit.load(finished / "points" / "acdc-resample-0.001" / "circuit.json")
-    bench = BenchConfig(
+    bench = BenchSettings(
         runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3, min_sample_ms=0.1
     )
-    cut_command(circuit, origin, CutConfig(images=24, verify_images=8), bench, cut)
+    cut_command(circuit, origin, CutSettings(images=24, verify_images=8), bench, cut)
     assert "keeps 2 of its 4 logits, those of task 'pair'" in capsys.readouterr().err
-    finetune = FinetuneConfig(
+    finetune = FinetuneSettings(
         epochs=1, warmup_epochs=0, batch_size=32, augmentation="none", precision="float32",
         device="cpu",
     )  # fmt: skip
-    config = RepairConfig(finetune=finetune, bench=bench)
+    config = RepairSettings(finetune=finetune, bench=bench)
     finetune_command(StoredCut.load(cut), find_origin(cut), config, fine)
     dense = load_model(str(fine / "dense-repaired"))
     assert dense.class_ids == ("disc", "grid")
@@ -306,6 +306,6 @@ def test_the_command_line_tells_it_in_one_line(finished, tmp_path, capsys, text,
 
 def test_a_task_of_positions_is_the_same_data_whoever_loads_it():
     task = parse_task("groups: {a: ['0'], b: ['1']}", origin="x.yaml")
-    origin = Origin(model="x", task=task, data=DataConfig(source="drawn"))
+    origin = Origin(model="x", task=task, data=DataSettings(source="drawn"))
     subject = origin.load_subject(_model(DRAWN))
     assert subject.images.fingerprint == _images("groups: {a: [crescent], b: [disc]}").fingerprint

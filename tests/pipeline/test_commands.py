@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 import vitcut
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, CircuitError, ConfigError
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.model import tracing
 from vitcut.model.given import Given
 from vitcut.pipeline.checks import calibrate
@@ -31,10 +31,10 @@ from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
 from vitcut.task import parse_task
 
-DATA = DataConfig()
-FOUND = DiscoverConfig(tau=0.03, images=8)
-CUT = CutConfig(images=32, verify_images=8)
-BENCH = BenchConfig(
+DATA = DataSettings()
+FOUND = DiscoverSettings(tau=0.03, images=8)
+CUT = CutSettings(images=32, verify_images=8)
+BENCH = BenchSettings(
     runtimes=("torch",), batches=(1, 256), seconds=0.05, min_rounds=3, min_sample_ms=0.1
 )
 
@@ -202,7 +202,7 @@ def test_a_relative_model_is_found_from_everywhere(finished, monkeypatch):
 
 def test_a_source_typed_for_a_cut_keeps_the_model_of_the_run(finished):
     base = Origin.load(finished)
-    typed = DataConfig(source="elsewhere.zip", skip_bad_images=True)
+    typed = DataSettings(source="elsewhere.zip", skip_bad_images=True)
     origin = resolve_origin(None, None, typed, base=base)
     assert (origin.model, origin.task) == (base.model, base.task)
     assert (origin.data.source, origin.data.skip_bad_images) == ("elsewhere.zip", True)
@@ -255,7 +255,7 @@ def test_a_directory_holds_the_circuits_of_several_taus(found, capsys):
 
 
 def test_what_is_given_replaces_what_the_run_brings(finished):
-    origin = resolve_origin(str(finished), "drawn", DataConfig(source="elsewhere"))
+    origin = resolve_origin(str(finished), "drawn", DataSettings(source="elsewhere"))
     assert origin.task.name == "drawn"
     assert origin.data.source == "elsewhere"
     assert origin.data.image_size == 16

@@ -17,13 +17,13 @@ from torchvision.models.vision_transformer import VisionTransformer
 import vitcut
 from vitcut import cli
 from vitcut.benchmark import settings as benchmark_settings
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.framing import Framing
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.model.adapters import as_classifier
 from vitcut.model.given import Given
 from vitcut.model.loading import load_model
@@ -31,17 +31,17 @@ from vitcut.model.tracing import read_model
 from vitcut.pipeline import repair as repairing
 from vitcut.pipeline.commands import bench_command, cut_command, resolve_origin
 from vitcut.pipeline.repair import finetune_command
-from vitcut.pipeline.settings import RepairConfig
+from vitcut.pipeline.settings import RepairSettings
 from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Origin
 from vitcut.runtimes.onnx_runtime import export_onnx
 from vitcut.task import load_task
-from vitcut.training.settings import FinetuneConfig
+from vitcut.training.settings import FinetuneSettings
 
-BENCH = BenchConfig(
+BENCH = BenchSettings(
     runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3, min_sample_ms=0.1
 )
-FINETUNE = FinetuneConfig(
+FINETUNE = FinetuneSettings(
     epochs=1,
     warmup_epochs=0,
     batch_size=64,
@@ -112,7 +112,7 @@ def sized(tmp_path, monkeypatch):
 def test_a_cut_for_images_of_another_size_is_measured_and_repaired_in_that_size(
     sized, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(benchmark_settings, "BenchConfig", lambda threads: BENCH)
+    monkeypatch.setattr(benchmark_settings, "BenchSettings", lambda threads: BENCH)
     cut, fine = tmp_path / "cut", tmp_path / "fine"
     words = ["cut", str(sized), "--model", "timm:test_vit", "--image-size", "32"]
     words += ["--source", "drawn", "--task", "drawn", "--images", "24", "--verify-images", "12"]
@@ -135,12 +135,12 @@ def cut(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(_api.BUILTIN_MODELS, "vit_tiny_8", vit_tiny_8)
         given = KINDS[request.param][0](folder)
-        data = DataConfig(source="drawn")
+        data = DataSettings(source="drawn")
         origin = resolve_origin(given["model"], "drawn", data, given=Given.from_dict(given))
         graph = origin.load_subject().weights.graph
         circuit = Circuit.full(graph, ablation="mean")
         circuit = replace(circuit, kept=circuit.kept & ~_first_head(graph))
-        config = CutConfig(images=24, verify_images=12)
+        config = CutSettings(images=24, verify_images=12)
         cut_command(circuit, origin, config, BENCH, folder / "cut")
         yield request.param, folder / "cut"
 
@@ -160,7 +160,7 @@ def test_what_images_are_made_into_travels_with_the_compact_model(cut):
 
 def test_the_dense_model_is_repaired_saved_and_read_again(cut, tmp_path):
     _, folder = cut
-    config = RepairConfig(finetune=FINETUNE, bench=BENCH)
+    config = RepairSettings(finetune=FINETUNE, bench=BENCH)
     results, _ = finetune_command(
         StoredCut.load(folder), Origin.load(folder), config, tmp_path / "fine"
     )
@@ -195,7 +195,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_trained(cut, tmp_pat
     monkeypatch.setattr(repairing, "require_savable", refuse)
     monkeypatch.setattr(repairing, "train", None)
     stored, origin = StoredCut.load(folder), Origin.load(folder)
-    config = RepairConfig(finetune=FINETUNE, bench=BENCH)
+    config = RepairSettings(finetune=FINETUNE, bench=BENCH)
     with pytest.raises(ModelError, match="cannot be saved"):
         finetune_command(stored, origin, config, tmp_path / "fine")
     assert not (tmp_path / "fine").exists()
@@ -206,7 +206,7 @@ def test_labels_may_be_what_a_person_calls_the_classes(tmp_path):
     task = load_task("drawn")
     named = replace(task, classes=tuple(replace(c, name=f"a {c.id}") for c in task.classes))
     origin = resolve_origin(
-        **_hf(tmp_path, [f"a {i}" for i in LABELS]), task="drawn", data=DataConfig(source="drawn")
+        **_hf(tmp_path, [f"a {i}" for i in LABELS]), task="drawn", data=DataSettings(source="drawn")
     )
     subject = replace(origin, task=named).load_subject()
     assert subject.model.class_names == named.class_names
@@ -216,7 +216,9 @@ def test_labels_may_be_what_a_person_calls_the_classes(tmp_path):
 
 def test_labels_in_another_order_are_brought_into_the_tasks(tmp_path):
     given = _hf(tmp_path, LABELS[::-1])
-    subject = resolve_origin(**given, task="drawn", data=DataConfig(source="drawn")).load_subject()
+    subject = resolve_origin(
+        **given, task="drawn", data=DataSettings(source="drawn")
+    ).load_subject()
     assert subject.model.class_ids == subject.task.class_ids == tuple(LABELS)
     full = vitcut.load_model(**given)
     pixels = random_pixels(subject.weights)

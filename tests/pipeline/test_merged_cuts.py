@@ -2,7 +2,7 @@ import pytest
 from tiny import REFERENCE
 
 from vitcut.benchmark import settings as benchmark_settings
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
@@ -18,7 +18,7 @@ from vitcut.pipeline.merging import merge_cost, num_streams
 from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
 
-BENCH = BenchConfig(
+BENCH = BenchSettings(
     runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3, min_sample_ms=0.1
 )
 FEW = ["--images", "32", "--verify-images", "8"]
@@ -39,7 +39,7 @@ def scattered(finished, tmp_path):
 
 def cut(monkeypatch, *words):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(benchmark_settings, "BenchConfig", lambda threads: BENCH)
+    monkeypatch.setattr(benchmark_settings, "BenchSettings", lambda threads: BENCH)
     assert main(["cut", *map(str, words), *FEW]) == 0
 
 

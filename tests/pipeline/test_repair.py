@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitcut.benchmark import settings as benchmark_settings
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
@@ -20,12 +20,12 @@ from vitcut.pipeline import repair as repairing
 from vitcut.pipeline import show
 from vitcut.pipeline.commands import bench_command, find_origin, resolve_origin
 from vitcut.pipeline.repair import REPAIR_FILE, Repair, finetune_command
-from vitcut.pipeline.settings import RepairConfig
+from vitcut.pipeline.settings import RepairSettings
 from vitcut.pipeline.stored import StoredCut, require_sight
 from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
 from vitcut.runtimes.onnx_runtime import export_onnx
-from vitcut.training.settings import FinetuneConfig
+from vitcut.training.settings import FinetuneSettings
 
 SHORT = {
     "runtimes": ("torch",),
@@ -34,7 +34,7 @@ SHORT = {
     "min_rounds": 3,
     "min_sample_ms": 0.1,
 }
-FINETUNE = FinetuneConfig(
+FINETUNE = FinetuneSettings(
     epochs=2,
     batch_size=32,
     learning_rate=2e-3,
@@ -42,7 +42,7 @@ FINETUNE = FinetuneConfig(
     precision="float32",
     device="cpu",
 )
-CONFIG = RepairConfig(finetune=FINETUNE, bench=BenchConfig(**SHORT))
+CONFIG = RepairSettings(finetune=FINETUNE, bench=BenchSettings(**SHORT))
 POINT = "acdc-resample-0.03"
 FLAGS = [
     *("--epochs", "2", "--batch-size", "32", "--learning-rate", "2e-3", "--augmentation", "none"),
@@ -304,7 +304,7 @@ def test_a_damaged_record_of_a_repair_is_refused(repaired, tmp_path):
 def test_the_verb_repairs_and_shows_the_differences(
     finished, repaired, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(benchmark_settings, "BenchConfig", partial(BenchConfig, **SHORT))
+    monkeypatch.setattr(benchmark_settings, "BenchSettings", partial(BenchSettings, **SHORT))
     out = tmp_path / "fine"
     words = ["finetune", str(finished), "--point", POINT, "--repaired-dense", str(repaired)]
     assert main([*words, *FLAGS, "--out", str(out)]) == 0

@@ -66,7 +66,7 @@ def test_a_dense_model_is_told_from_a_compact_one(finished, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-GRAPH = Graph(num_layers=2, num_heads=2, groups=("cls", "patch"), readout=("cls",))
+GRAPH = Graph(num_layers=2, num_heads=2, kinds=("cls", "patch"), readout=("cls",))
 
 
 def _cells(capsys):
@@ -88,7 +88,7 @@ def test_a_circuit_of_parts_is_shown_by_block_and_group(capsys):
     print_circuit(_parts())
     out = capsys.readouterr().out
     assert "circuit by fisher, linear ablation, task shapes" in out
-    assert "heads kept 4 of 4 (in any token group), neurons kept 44.4%" in out
+    assert "heads kept 4 of 4 (in any token kind), neurons kept 44.4%" in out
     assert "edges kept" not in out
     print_circuit(_parts())
     assert _cells(capsys) == [

@@ -30,15 +30,15 @@ def random_parts(
     weights: ViTWeights, ablation, *, seed: int, tokens="split", density: float = 0.7
 ) -> Circuit:
     graph, random = weights.graph_of(tokens), np.random.default_rng(seed)
-    heads = random.random((graph.num_layers, graph.num_heads, graph.num_groups)) < density
-    neurons = random.random((graph.num_layers, graph.num_groups, weights.num_neurons)) < density
+    heads = random.random((graph.num_layers, graph.num_heads, graph.num_kinds)) < density
+    neurons = random.random((graph.num_layers, graph.num_kinds, weights.num_neurons)) < density
     return circuit_of(weights, heads, neurons, ablation)
 
 
 def alive_of(circuit: Circuit):
     graph = circuit.graph
-    shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-    live = circuit.live_sources[graph.num_groups :].reshape(shape)
+    shape = (graph.num_layers, graph.num_heads + 1, graph.num_kinds)
+    live = circuit.live_sources[graph.num_kinds :].reshape(shape)
     return live[:, :-1], circuit.neurons & live[:, -1, :, None]
 
 
@@ -70,18 +70,18 @@ class Nudged(PartMask):
         share = super().heads(layer, z) + torch.zeros(1, dtype=z.dtype)
         out, size = self.weights.blocks[layer].attn.out_weight, z.shape[3]
         share = share.expand(*z.shape[:3], len(out[0])).clone()
-        for group, span in enumerate(self.rows):
-            for first in self.parts.get((layer, "heads", group), [])[:1]:
-                alive = torch.from_numpy(self.alive[0][layer, :, group].copy())
+        for kind, span in enumerate(self.rows):
+            for first in self.parts.get((layer, "heads", kind), [])[:1]:
+                alive = torch.from_numpy(self.alive[0][layer, :, kind].copy())
                 own = z[:, :, span]
                 if self.statistics is None:
                     change = torch.zeros(*own.shape[1:3], len(out[0]), dtype=z.dtype)
-                    for head in self.parts[layer, "heads", group]:
+                    for head in self.parts[layer, "heads", kind]:
                         table = self.fill.sources[self.weights.graph.head_source(layer, head), span]
                         change = change + table - own[head] @ out[head].T
                 else:
                     flat = own.permute(1, 2, 0, 3).flatten(2)
-                    moved = self._moved((layer, "heads", group), flat, alive, size)
+                    moved = self._moved((layer, "heads", kind), flat, alive, size)
                     change = torch.einsum("nthd,hwd->ntw", moved.unflatten(2, (-1, size)), out)
                 # Through a head that lives: what cut ones write is replaced.
                 share[first, :, span] += self.eps * change
@@ -92,8 +92,8 @@ class Nudged(PartMask):
         out = self.weights.blocks[layer].mlp.out_weight
         share = (share + torch.zeros(1, dtype=hidden.dtype)).expand(*hidden.shape[:2], len(out))
         share = share.clone()
-        for group, span in enumerate(self.rows):
-            parts = self.parts.get((layer, "neurons", group), [])
+        for kind, span in enumerate(self.rows):
+            parts = self.parts.get((layer, "neurons", kind), [])
             if not parts:
                 continue
             own = hidden[:, span]
@@ -101,8 +101,8 @@ class Nudged(PartMask):
                 moved = torch.zeros_like(own)
                 moved[..., parts] = (self.fill.neurons[layer, span] - own)[..., parts]
             else:
-                alive = torch.from_numpy(self.alive[1][layer, group].copy())
-                moved = self._moved((layer, "neurons", group), own, alive, 1)
+                alive = torch.from_numpy(self.alive[1][layer, kind].copy())
+                moved = self._moved((layer, "neurons", kind), own, alive, 1)
             share[:, span] += self.eps * (moved @ out.T)
         return replaced, share
 

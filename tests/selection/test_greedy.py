@@ -11,37 +11,37 @@ from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 from vitcut.selection.greedy import Additive, Alive, Savings, cut_down
 
-GRAPH = Graph(num_layers=2, num_heads=2, groups=("cls", "patch"), readout=("cls",))
+GRAPH = Graph(num_layers=2, num_heads=2, kinds=("cls", "patch"), readout=("cls",))
 WHOLE = Graph(num_layers=2, num_heads=2)
 NEURONS = 4
 
 
 def scores(heads: float = 1.0, neurons: float = 1.0, graph: Graph = GRAPH, **special):
-    """Equal scores but for some parts: ``heads_0_1_1=5.0`` is block 0, group 1, head 1."""
+    """Equal scores but for some parts: ``heads_0_1_1=5.0`` is block 0, kind 1, head 1."""
     found = {}
     for layer in range(graph.num_layers):
-        for group in range(graph.num_groups):
-            found[layer, "heads", group] = np.full(graph.num_heads, heads)
-            found[layer, "neurons", group] = np.full(NEURONS, neurons)
+        for kind in range(graph.num_kinds):
+            found[layer, "heads", kind] = np.full(graph.num_heads, heads)
+            found[layer, "neurons", kind] = np.full(NEURONS, neurons)
     for name, value in special.items():
-        kind, layer, group, part = name.split("_")
-        found[int(layer), kind, int(group)][int(part)] = value
+        parts, layer, kind, part = name.split("_")
+        found[int(layer), parts, int(kind)][int(part)] = value
     return found
 
 
 def count_parts(circuit: Circuit) -> float:
-    """A head of a group 3, a neuron 1."""
+    """A head of a kind 3, a neuron 1."""
     return 3.0 * num_heads(circuit).sum() + circuit.neurons.sum()
 
 
 def num_heads(circuit: Circuit):
     graph = circuit.graph
-    shape = (graph.num_layers, graph.num_heads + 1, graph.num_groups)
-    return circuit.kept[graph.num_groups :].any(1).reshape(shape)[:, :-1]
+    shape = (graph.num_layers, graph.num_heads + 1, graph.num_kinds)
+    return circuit.kept[graph.num_kinds :].any(1).reshape(shape)[:, :-1]
 
 
 def with_readers(circuit: Circuit) -> float:
-    """Keys and values cost 10 and go with a head's last group; queries cost 1 per group."""
+    """Keys and values cost 10 and go with a head's last kind; queries cost 1 per kind."""
     heads = circuit.heads_on_path
     return 10.0 * heads.any(2).sum() + heads.sum() + circuit.neurons.sum()
 
@@ -130,7 +130,7 @@ def test_what_saves_nothing_is_not_cut_even_if_it_costs_nothing():
 
 
 def test_keys_and_values_go_with_their_last_reader_and_the_pair_is_seen():
-    # Alone a group of one of block 0's heads saves 1; both groups of it together save 12.
+    # Alone a kind of one of block 0's heads saves 1; both kinds of it together save 12.
     dear = {f"heads_1_0_{head}": 99.0 for head in range(2)}
     alive = cut(58.0 - 12, Additive(scores(heads=1.0, neurons=2.0, **dear)), with_readers)
     assert sorted(alive.heads[0].sum(1).tolist()) == [0, 2]
@@ -178,7 +178,7 @@ def test_the_last_head_that_sees_the_image_stays():
 
 
 def test_all_heads_may_go_where_the_classifier_reads_patches():
-    graph = Graph(num_layers=2, num_heads=2, groups=("patch",), readout=("patch",))
+    graph = Graph(num_layers=2, num_heads=2, kinds=("patch",), readout=("patch",))
     alive = cut(0, Additive(scores(graph=graph)), graph=graph)
     assert not alive.heads.any()
 
@@ -233,10 +233,10 @@ def assert_savings_follow(cost, seed: int, tokens: str) -> None:
     alive.keep_live(Circuit.full(graph))
     savings = Savings(graph, cost, alive)
     sites = [
-        (layer, kind, group)
+        (layer, parts, kind)
         for layer in range(3)
-        for kind in ("heads", "neurons")
-        for group in range(graph.num_groups)
+        for parts in ("heads", "neurons")
+        for kind in range(graph.num_kinds)
     ]
     while alive.heads.sum() > 1:
         open_sites = [site for site in sites if alive.left(site)]

@@ -60,7 +60,7 @@ def test_the_rise_of_a_candidate_is_the_objective_of_its_summed_responses():
 def test_rises_along_the_way_add_up_to_the_objective_of_everything(random, linear):
     weigh, total = objective(), 0.0
     joint = Joint(sites(linear=linear), weigh, refresh_fraction=0)
-    alone = {site.kind: site.responses() for site in sites(linear=linear)}
+    alone = {site.parts: site.responses() for site in sites(linear=linear)}
     chosen = torch.zeros(RESPONSES, dtype=torch.float64)
     cuts = [(HEADS, 0), (HEADS, 2), *((NEURONS, n) for n in range(6))]
     random.shuffle(cuts)
@@ -232,7 +232,7 @@ def test_on_a_cut_model_small_cuts_rise_by_their_slope(ablation):
     for site in found:
         part = int(torch.nonzero(site.alive)[0])
         slope = float(site.responses()[part] @ weigh.slope)
-        place = (site.layer, site.kind, site.group)
+        place = (site.layer, site.parts, site.kind)
         nudged = Nudged(weights, circuit, fill, statistics, {place: [part]})
         exact = (nudged.kl(pixels, eps) - nudged.kl(pixels, -eps)) / (2 * eps)
         assert exact == pytest.approx(slope, rel=1e-4, abs=1e-9)

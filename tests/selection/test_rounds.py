@@ -21,14 +21,14 @@ from vitcut.selection.rounds import (
     smallest_cost,
     useful_parts,
 )
-from vitcut.selection.settings import SelectConfig
+from vitcut.selection.settings import Budget
 
 WEIGHTS = random_vit(2, num_layers=2, num_heads=3, hidden=6)
 PIXELS = random_pixels(WEIGHTS, images=12)
 
 
 def num_features(circuit: Circuit) -> float:
-    """Kept features: 3 for a head of a group, 1 for a neuron."""
+    """Kept features: 3 for a head of a kind, 1 for a neuron."""
     return 3.0 * circuit.heads_on_path.sum() + circuit.neurons.sum()
 
 
@@ -38,7 +38,7 @@ def selection(ablation="mean", cost=num_features, **config) -> Selection:
         group_of_class=GROUPS,
         fill=lambda circuit: fitted(WEIGHTS, circuit, PIXELS),
     )
-    return Selection(WEIGHTS, calibration, cost, SelectConfig(**config), ablation)
+    return Selection(WEIGHTS, calibration, cost, Budget(**config), ablation)
 
 
 def divergence(circuit: Circuit) -> float:
@@ -205,10 +205,10 @@ def test_scores_by_site_are_the_scores_by_part():
     found = by_site(scores)
     assert len(found) == 8
     alive = Alive.everything(graph, 6)
-    for (layer, kind, group), values in found.items():
-        table = scores.heads[layer, :, group] if kind == "heads" else scores.neurons[layer, group]
+    for (layer, parts, kind), values in found.items():
+        table = scores.heads[layer, :, kind] if parts == "heads" else scores.neurons[layer, kind]
         np.testing.assert_array_equal(values, table)
-        assert len(values) == len(alive.at((layer, kind, group)))
+        assert len(values) == len(alive.at((layer, parts, kind)))
 
 
 def test_geometric_budgets_fall_by_equal_ratios_and_end_exactly():

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from vitcut.errors import ConfigError
-from vitcut.selection.settings import SelectConfig
+from vitcut.selection.settings import Budget
 
 NAN, INF = float("nan"), float("inf")
 
@@ -30,7 +30,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_bad_settings_are_refused(given, match):
     with pytest.raises(ConfigError, match=match):
-        SelectConfig(**given)
+        Budget(**given)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,15 @@ def test_bad_settings_are_refused(given, match):
     ],
 )
 def test_good_settings_are_taken(given, has_budget):
-    assert SelectConfig(**given).has_budget == has_budget
+    assert Budget(**given).has_budget == has_budget
 
 
 def test_a_cut_takes_a_circuit_or_a_budget():
-    path, budget = Path("circuit.json"), SelectConfig(target_macs=0.2)
-    SelectConfig().require_budget_or(path)
+    path, budget = Path("circuit.json"), Budget(target_macs=0.2)
+    Budget().require_budget_or(path)
     budget.require_budget_or(None)
     with pytest.raises(ConfigError, match=r"needs a circuit .* or a budget"):
-        SelectConfig().require_budget_or(None)
+        Budget().require_budget_or(None)
     with pytest.raises(ConfigError, match="a circuit or a budget, got both"):
         budget.require_budget_or(path)
 
@@ -66,7 +66,7 @@ def test_a_cut_takes_a_circuit_or_a_budget():
     ],
 )
 def test_unknown_words_are_refused(name, value, match):
-    config = SelectConfig()
+    config = Budget()
     # Past the shape hook, which refuses them first in tests.
     object.__setattr__(config, name, value)
     with pytest.raises(ConfigError, match=match):

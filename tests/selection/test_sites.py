@@ -253,7 +253,7 @@ def test_responses_of_a_cut_model_are_the_slopes_of_its_log_probabilities(
     )
     random = np.random.default_rng(seed)
     for site in sites:
-        place = (site.layer, site.kind, site.group)
+        place = (site.layer, site.parts, site.kind)
         part = int(random.choice(torch.nonzero(site.alive).flatten().numpy()))
         nudged = Nudged(weights, circuit, fill, statistics, {place: [part]})
         assert_close(site.responses()[part], nudged.slope(pixels).T.flatten(), 1e-5)
@@ -272,7 +272,7 @@ def test_sites_that_are_cut_whole_are_left_out():
         alive=(heads, neurons),
         statistics=None,
     )
-    places = [(site.layer, site.kind, site.group) for site in sites]
+    places = [(site.layer, site.parts, site.kind) for site in sites]
     assert len(places) == 6
     assert (0, "heads", 1) not in places
     assert (1, "neurons", 0) not in places

@@ -8,11 +8,11 @@ from tiny_training import CONFIG, tiny_images
 from vitcut.errors import ConfigError
 from vitcut.images.images import ImageSet
 from vitcut.training.batches import Share, TrainingBatches
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 
 def _batches(
-    config: TrainConfig = CONFIG, *, share: Share | None = None, images: ImageSet | None = None
+    config: TrainSettings = CONFIG, *, share: Share | None = None, images: ImageSet | None = None
 ):
     return TrainingBatches(
         images or tiny_images().train,

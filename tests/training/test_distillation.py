@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import CONFIG, TASK, tiny_images, tiny_model
 
-from vitcut.config import as_plain
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.model.loading import weight_hash
+from vitcut.settings import as_plain
 from vitcut.training.batches import Batch
 from vitcut.training.distillation import Distillation
 from vitcut.training.loop import train
 from vitcut.training.losses import Loss, SoftCrossEntropy
-from vitcut.training.settings import FinetuneConfig
+from vitcut.training.settings import FinetuneSettings
 
-FINE = FinetuneConfig(**{**as_plain(CONFIG), "mean": CONFIG.mean, "std": CONFIG.std})
+FINE = FinetuneSettings(**{**as_plain(CONFIG), "mean": CONFIG.mean, "std": CONFIG.std})
 GROUPS = torch.from_numpy(TASK.group_of_class)
 
 
@@ -173,4 +173,4 @@ def test_a_repair_by_another_teacher_is_refused(tmp_path):
 )
 def test_weights_of_the_loss_are_checked(change, message):
     with pytest.raises(ConfigError, match=message):
-        FinetuneConfig(**change)
+        FinetuneSettings(**change)

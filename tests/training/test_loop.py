@@ -14,11 +14,11 @@ from tiny_training import CONFIG, tiny_images, tiny_model
 from vitcut.errors import ArtefactError, ConfigError, ModelError
 from vitcut.model.loading import weight_hash
 from vitcut.model.reference import build_reference
-from vitcut.model.settings import VitConfig
+from vitcut.model.settings import VitSettings
 from vitcut.training import checkpoint, loop
 from vitcut.training.loop import train
 from vitcut.training.losses import SoftCrossEntropy
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 from vitcut.training.val import ValSet
 
 
@@ -39,7 +39,7 @@ class DyingLoss(SoftCrossEntropy):
         return super().__call__(batch, logits)
 
 
-def _train(out: Path, config: TrainConfig = CONFIG, **options) -> tuple[str, loop.TrainResult]:
+def _train(out: Path, config: TrainSettings = CONFIG, **options) -> tuple[str, loop.TrainResult]:
     model = tiny_model()
     result = train(model, tiny_images(), config, out, **options)
     return weight_hash(model), result
@@ -206,7 +206,7 @@ def test_a_model_of_another_image_size_is_refused(tmp_path):
 def test_compiling_leaves_no_trace_in_the_model(tmp_path, monkeypatch):
     # The default backend would spend its time in a C++ compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    vit = VitConfig(patch_size=4, width=8, depth=1, num_heads=2)
+    vit = VitSettings(patch_size=4, width=8, depth=1, num_heads=2)
     model = build_reference(vit, num_classes=4, image_size=8)
     names = list(model.state_dict())
     config = replace(CONFIG, epochs=1, warmup_epochs=0, compile=True, precision="bfloat16")

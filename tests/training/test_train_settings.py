@@ -1,7 +1,7 @@
 import pytest
 
 from vitcut.errors import ConfigError
-from vitcut.training.settings import TrainConfig, reference_recipe
+from vitcut.training.settings import TrainSettings, reference_recipe
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from vitcut.training.settings import TrainConfig, reference_recipe
 def test_a_setting_out_of_range_is_named_with_what_was_got(setting):
     name = "batch_size" if "augmentation" in setting else next(iter(setting))
     with pytest.raises(ConfigError, match=f"{name}.*got") as caught:
-        TrainConfig(**setting)
+        TrainSettings(**setting)
     assert "\n" not in str(caught.value)
 
 

@@ -7,7 +7,7 @@ from vitcut.images.images import ImageSet, TaskImages
 from vitcut.labels import Labels
 from vitcut.runtime import seed_everything
 from vitcut.task import Task, TaskClass
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 TASK = Task(
     name="tiny",
@@ -15,7 +15,7 @@ TASK = Task(
     groups=("a", "b"),
 )
 
-CONFIG = TrainConfig(
+CONFIG = TrainSettings(
     epochs=3, batch_size=8, warmup_epochs=1, compile=False, precision="float32", device="cpu"
 )
 """Three epochs of four steps."""

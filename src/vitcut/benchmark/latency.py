@@ -18,7 +18,7 @@ from torch import nn
 
 from vitcut.benchmark.bootstrap import median_interval
 from vitcut.benchmark.load import foreign_cores, read_cpu_times
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName
 from vitcut.progress import Meter, say
@@ -46,7 +46,7 @@ class LatencyReport:
 def measure_latency(
     models: Mapping[str, nn.Module],
     images: Float[Tensor, "images channels y x"],
-    config: BenchConfig,
+    config: BenchSettings,
     *,
     baselines: tuple[str, ...],
 ) -> LatencyReport:
@@ -93,7 +93,7 @@ def measure_latency(
 def time_sessions(
     sessions: Mapping[str, Session],
     example: Float[Tensor, "batch channels y x"],
-    config: BenchConfig,
+    config: BenchSettings,
 ) -> dict[str, NDArray[np.float64]]:
     """Time sessions of one runtime and batch size in turn.
 
@@ -145,7 +145,7 @@ def _prepare(
     return sessions
 
 
-def _calls_per_sample(session: Session, example: Tensor, config: BenchConfig) -> int:
+def _calls_per_sample(session: Session, example: Tensor, config: BenchSettings) -> int:
     """Warm a session up, and count the calls that make a sample long enough to be timed."""
     calls_ms: list[float] = []
     while len(calls_ms) < _WARM_UP_CALLS or sum(calls_ms) < _WARM_UP_MS:
@@ -161,7 +161,7 @@ def _sample_ms(session: Session, example: Tensor, calls: int) -> float:
     return (time.perf_counter_ns() - start) / calls / 1e6
 
 
-def _rounds(round_ms: float, models: int, config: BenchConfig) -> int:
+def _rounds(round_ms: float, models: int, config: BenchSettings) -> int:
     wanted = int(config.seconds * 1000 * models / round_ms)
     return max(config.min_rounds, min(wanted, _MAX_ROUNDS))
 

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from vitcut.config import require_at_least, require_positive
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName
 from vitcut.runtimes.table import require_runtime
+from vitcut.settings import require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchSettings:
     """Where, and how long, models are timed in turn."""
 
     runtimes: tuple[RuntimeName, ...] = ("torch", "onnxruntime")

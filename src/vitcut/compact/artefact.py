@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError, ConfigError
-from vitcut.files import (
+from vitcut.framing import WHOLE, Framing
+from vitcut.shapes import Tensor
+from vitcut.store import (
     atomic_folder,
     atomic_path,
     hash_of_read,
@@ -24,8 +26,6 @@ from vitcut.files import (
     write_json,
     write_text,
 )
-from vitcut.framing import WHOLE, Framing
-from vitcut.shapes import Tensor
 
 FORMAT_VERSION = 5
 OLDEST_VERSION = 4

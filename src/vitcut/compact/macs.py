@@ -22,7 +22,7 @@ class PlanRow:
     part: str
     """``embed``, ``block 0``, ..., ``classifier``."""
     tokens: str = ""
-    """The token groups that it computes, such as ``cls`` or ``cls + patch``."""
+    """The token kinds that it computes, such as ``cls`` or ``cls + patch``."""
     streams: int = 0
     """Sums, nearly always with a LayerNorm each."""
     heads: int = 0

@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitcut.errors import ArtefactError
-from vitcut.names import Activation, Letter, PatchReadout, TokenGroup
+from vitcut.names import Activation, Letter, PatchReadout, TokenKind
 
 EMBED = "embed"
 """What the patch embedding is called among the terms of a stream."""
@@ -70,9 +70,9 @@ class ViTShape:
     """Whether a LayerNorm over all neurons stands before an MLP's second layer (sub-norm)."""
 
     @property
-    def readout(self) -> tuple[TokenGroup, ...]:
-        """The token groups that the classifier reads."""
-        prefix: tuple[TokenGroup, ...] = ("cls",) if self.num_read else ()
+    def readout(self) -> tuple[TokenKind, ...]:
+        """The token kinds that the classifier reads."""
+        prefix: tuple[TokenKind, ...] = ("cls",) if self.num_read else ()
         return prefix if self.patch_readout == "none" else (*prefix, "patch")
 
     @property
@@ -105,9 +105,9 @@ class ViTShape:
         return Rows(first=self.num_prefix, end=self.num_tokens)
 
     @property
-    def group_rows(self) -> dict[TokenGroup, Rows]:
+    def kind_rows(self) -> dict[TokenKind, Rows]:
         """The tokens of each group that there is, in their order."""
-        found: dict[TokenGroup, Rows] = {
+        found: dict[TokenKind, Rows] = {
             "cls": Rows(first=0, end=self.num_read),
             "register": Rows(first=self.num_read, end=self.num_prefix),
             "patch": self.patch_rows,
@@ -119,10 +119,10 @@ class ViTShape:
         return self.width * (1 if rows == self.patch_rows else rows.count)
 
     def name_of(self, rows: Rows) -> str:
-        """The token groups of a range, in words."""
+        """The token kinds of a range, in words."""
         inside = [
             group
-            for group, own in self.group_rows.items()
+            for group, own in self.kind_rows.items()
             if own.first >= rows.first and own.end <= rows.end
         ]
         return " + ".join(inside)
@@ -255,7 +255,7 @@ class Plan:
     """Whether the patch embedding is computed."""
     blocks: tuple[BlockPlan, ...]
     readout: tuple[StreamPlan, ...]
-    """What the classifier reads, a stream per token group; groups that do not depend on the image
+    """What the classifier reads, a stream per token kind; groups that do not depend on the image
     are left out, and with all of them the classifier."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Values that depend on no image, computed once: constant sources, inputs and attention patterns.
 
-All are per token group, [tokens of the group, width], in the precision of the weights.
+All are per token kind, [tokens of the group, width], in the precision of the weights.
 """
 
 from functools import cache
@@ -27,13 +27,13 @@ from vitcut.shapes import Float, Tensor
 
 
 class Writers:
-    """Output weights of heads and MLPs as a circuit and its fill leave them, per token group."""
+    """Output weights of heads and MLPs as a circuit and its fill leave them, per token kind."""
 
     def __init__(self, weights: ViTWeights, circuit: Circuit, fill: Fill) -> None:
         self._weights = weights
         self._fill = fill
         self._neurons = circuit.neurons
-        self.rows = tuple(weights.group_rows.values())
+        self.rows = tuple(weights.kind_rows.values())
         """The tokens of each group."""
 
     def head(self, layer: int, head: int, group: int) -> Float[Tensor, "width head_dim"]:
@@ -98,7 +98,7 @@ class Constants:
         item = self._reads.graph.targets[target]
         table = self._input(target, group)
         block = self._weights.blocks[item.layer]
-        return normalise(block.mlp_norm if item.kind == "mlp" else block.attn_norm, table)
+        return normalise(block.mlp_norm if item.role == "mlp" else block.attn_norm, table)
 
     def read_out(self, group: int) -> Float[Tensor, "features"]:
         """What the classifier reads of a constant group."""
@@ -169,7 +169,7 @@ class Constants:
         if source == EMBED_SOURCE:
             return self._embedding[self._writers.rows[group]]
         item = self._reads.graph.sources[source]
-        if item.kind == "mlp":
+        if item.role == "mlp":
             return self._mlp_value(item.layer, group)
         own = self._writers.rows[group]
         rows = Rows(first=own.start, end=own.stop)

@@ -19,7 +19,7 @@ from vitcut.compact.plan import (
     StreamPlan,
     ViTShape,
 )
-from vitcut.files import sha256_json
+from vitcut.store import sha256_json
 
 Unit = Literal[
     "call",

@@ -30,20 +30,20 @@ def fold(draft: Draft, weights: ViTWeights, circuit: Circuit, fill: Fill) -> Ten
     Args:
         draft: The circuit's plan.
         weights: The model.
-        circuit: The circuit, over the token groups of the model.
+        circuit: The circuit, over the token kinds of the model.
         fill: What stands in for cut parts.
 
     Raises:
         CircuitError: The fill does not fit the model.
     """
     plain = weights.to(torch.float64, "cpu")
-    double = _over_groups(fill.like(plain.patch_weight), circuit.graph.num_groups)
+    double = _over_groups(fill.like(plain.patch_weight), circuit.graph.num_kinds)
     _require_tables(plain, double)
     return _Folder(draft, plain, Writers(plain, circuit, double), double).fold()
 
 
 def _over_groups(fill: Fill, groups: int) -> Fill:
-    """A fill whose maps, if any, are per token group."""
+    """A fill whose maps, if any, are per token kind."""
 
     def expand(maps: Tensor | None) -> Tensor | None:
         if maps is None:
@@ -267,7 +267,7 @@ class _Folder:
             )
 
     def _group_of(self, rows: Rows) -> int:
-        """The first token group of a range; the others of a range write alike."""
+        """The first token kind of a range; the others of a range write alike."""
         starts = [own.start for own in self.writers.rows]
         return starts.index(rows.first)
 

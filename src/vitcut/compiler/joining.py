@@ -1,4 +1,4 @@
-"""Pass c of planning: which neighbouring token groups share one tensor.
+"""Pass c of planning: which neighbouring token kinds share one tensor.
 
 A writer is written jointly for two groups where its input is one tensor too, and where that helps
 some later reader. A table with a row per token absorbs constants that differ between groups; so a
@@ -14,7 +14,7 @@ from vitcut.compiler.reads import EMBED_BIT, Reads
 from vitcut.names import LETTERS
 
 Run = tuple[int, int]
-"""Neighbouring token groups: numbers of the first and the last."""
+"""Neighbouring token kinds: numbers of the first and the last."""
 
 
 @dataclass(frozen=True, kw_only=True)

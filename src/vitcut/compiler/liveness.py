@@ -1,6 +1,6 @@
 """Passes a and b of planning: what depends on the image, and what of it is needed.
 
-Both are known per token group. Which groups share a tensor is left to ``joining.py``.
+Both are known per token kind. Which groups share a tensor is left to ``joining.py``.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ Cost = Callable[[Circuit], float]
 """What a circuit's compact model costs: predicted milliseconds."""
 
 Change = tuple[tuple[int, int], ...]
-"""Targets, and what each of them then reads: bit n stands for source n of its own token group."""
+"""Targets, and what each of them then reads: bit n stands for source n of its own token kind."""
 
 MERGES = "merges"
 """The key of a merged circuit's provenance."""
@@ -79,7 +79,7 @@ def merge_streams(circuit: Circuit, cost: Cost, shape: ViTShape) -> Circuit:
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Targets of a token group that can share one sum: those between the same two writers."""
+    """Targets of a token kind that can share one sum: those between the same two writers."""
 
     number: int
     """Place in the order of reading: two per block, then the classifier."""
@@ -101,7 +101,7 @@ class _State:
     def __init__(self, circuit: Circuit, shape: ViTShape) -> None:
         self.graph = circuit.graph
         self._shape = shape
-        self._groups = tuple(map(self.graph.group_number, self.graph.targets))
+        self._groups = tuple(map(self.graph.kind_number, self.graph.targets))
         self.masks = tuple(_mask_of(column) for column in self._columns(circuit.kept))
         self._circuit = circuit
 
@@ -113,7 +113,7 @@ class _State:
         found: dict[tuple[int, int], dict[int, list[int]]] = {}
         for target in np.flatnonzero(live & reads).tolist():
             item = self.graph.targets[target]
-            key = 2 * item.layer + (item.kind == "mlp"), self._groups[target]
+            key = 2 * item.layer + (item.role == "mlp"), self._groups[target]
             found.setdefault(key, {}).setdefault(self.masks[target], []).append(target)
         return tuple(
             _Place(
@@ -140,7 +140,7 @@ class _State:
         return sum((mask & ~self.masks[target]).bit_count() for target, mask in change)
 
     def needs_nothing_new(self, change: Change) -> bool:
-        """Whether a change makes no source matter, in any token group, that did not before."""
+        """Whether a change makes no source matter, in any token kind, that did not before."""
         return bool(change) and self._count(self.circuit_with(change)) == self._active
 
     @cached_property
@@ -148,7 +148,7 @@ class _State:
         return self._count(self._circuit)
 
     def _count(self, circuit: Circuit) -> int:
-        """How many sources and token groups depend on the image and reach the classifier."""
+        """How many sources and token kinds depend on the image and reach the classifier."""
         split = split_circuit(self._shape, circuit)
         return int((split.live_sources & split.reached_sources).sum())
 
@@ -156,12 +156,12 @@ class _State:
         """The circuit after a change."""
         kept = self._circuit.kept.copy()
         for target, mask in change:
-            column = kept[self._groups[target] :: self.graph.num_groups, target]
+            column = kept[self._groups[target] :: self.graph.num_kinds, target]
             column |= _bits_of(mask, len(column))
         return replace(self._circuit, kept=kept)
 
     def _columns(self, kept: NDArray[np.bool_]) -> Iterator[NDArray[np.bool_]]:
-        many = self.graph.num_groups
+        many = self.graph.num_kinds
         return (kept[group::many, target] for target, group in enumerate(self._groups))
 
 
@@ -261,7 +261,7 @@ def _wholes(state: _State) -> Iterator[Change]:
     for place in state.places:
         kinds = [{letter} for letter in LETTERS]
         for chosen in (*kinds, {"q", "k"}, {"k", "v"}):
-            own = [t for t in place.targets if state.graph.targets[t].kind in chosen]
+            own = [t for t in place.targets if state.graph.targets[t].role in chosen]
             yield _alike(state, own)
     numbers = sorted({place.number for place in state.places})
     for first, last in (
@@ -271,7 +271,7 @@ def _wholes(state: _State) -> Iterator[Change]:
     ):
         chosen = [place for place in state.places if first <= place.number <= last]
         yield _alike(state, [target for place in chosen for target in place.targets])
-        for group in range(state.graph.num_groups):
+        for group in range(state.graph.num_kinds):
             own = [place for place in chosen if place.group == group]
             yield _alike(state, [target for place in own for target in place.targets])
 

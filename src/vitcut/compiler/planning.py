@@ -54,18 +54,18 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
     _require_compilable(shape, circuit)
     over_groups = split_circuit(shape, circuit)
     # The maps of a fill over whole tokens are the same for all groups.
-    differ = circuit.ablation == "linear" and bool(circuit.graph.groups)
+    differ = circuit.ablation == "linear" and bool(circuit.graph.kinds)
     reads = Reads.of(over_groups, shape.hidden, maps_differ=differ)
     return _Drafter(shape, reads, costs or CostModel()).draft()
 
 
 def split_circuit(shape: ViTShape, circuit: Circuit) -> Circuit:
-    """The same circuit over the token groups of a model.
+    """The same circuit over the token kinds of a model.
 
     Raises:
-        CircuitError: It has other token groups.
+        CircuitError: It has other token kinds.
     """
-    return circuit.split(tuple(shape.group_rows), shape.readout)
+    return circuit.split(tuple(shape.kind_rows), shape.readout)
 
 
 def _require_compilable(shape: ViTShape, circuit: Circuit) -> None:

@@ -1,6 +1,6 @@
 """Which sources each target keeps, as bit masks: what every pass of planning works on.
 
-Sources and targets have the numbers of the unsplit graph here; each exists once per token group.
+Sources and targets have the numbers of the unsplit graph here; each exists once per token kind.
 Bit n of a mask stands for source n.
 """
 
@@ -56,7 +56,7 @@ def _number_blocks(graph: Graph) -> tuple[Block, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """A circuit over token groups in integers."""
+    """A circuit over token kinds in integers."""
 
     graph: Graph
     """The unsplit one."""
@@ -78,16 +78,16 @@ class Reads:
 
     @classmethod
     def of(cls, circuit: Circuit, hidden: int, *, maps_differ: bool) -> "Reads":
-        """Read a circuit over token groups.
+        """Read a circuit over token kinds.
 
         Args:
-            circuit: Over token groups.
+            circuit: Over token kinds.
             hidden: Neurons per MLP.
             maps_differ: As the attribute.
         """
         graph, unsplit = circuit.graph, circuit.graph.unsplit
-        blocks, groups = graph.num_layers, graph.num_groups
-        readout = tuple(graph.groups.index(group) for group in graph.readout)
+        blocks, groups = graph.num_layers, graph.num_kinds
+        readout = tuple(graph.kinds.index(group) for group in graph.readout)
         neurons = circuit.neurons
         if neurons is None:
             neurons = np.ones((blocks, groups, hidden), dtype=np.bool_)
@@ -128,10 +128,10 @@ class Reads:
 def _group_masks(circuit: Circuit, group: int, readout: tuple[int, ...]) -> tuple[int, ...]:
     """Per target of the unsplit graph the kept sources of a group."""
     graph = circuit.graph
-    columns = list(range(group, graph.classifier, graph.num_groups))
+    columns = list(range(group, graph.classifier, graph.num_kinds))
     if group in readout:
         columns.append(graph.classifiers[readout.index(group)])
-    kept = circuit.kept[group :: graph.num_groups, columns]
+    kept = circuit.kept[group :: graph.num_kinds, columns]
     packed = np.packbits(kept, axis=0, bitorder="little").T.tobytes()
     size = len(packed) // len(columns)
     masks = [

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vitcut.config import require_at_least, require_one_of, require_positive
 from vitcut.errors import ConfigError
 from vitcut.names import Ablation
+from vitcut.settings import require_at_least, require_one_of, require_positive
 
 CutAblation = Literal["mean", "zero", "linear"]
 """Ablations that fold into constants."""
@@ -16,7 +16,7 @@ _LEAST_RIDGE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutConfig:
+class CutSettings:
     """How a circuit is compiled and checked."""
 
     ablation: CutAblation | None = None
@@ -28,7 +28,7 @@ class CutConfig:
     where there are fewer."""
     ridge: float | None = None
     """Of linear fills: added to the covariance's diagonal, as a fraction of its mean; chosen for
-    each layer and token group by cross-validation if None."""
+    each layer and token kind by cross-validation if None."""
     merge: bool = False
     """Whether edges come back where that saves predicted time, as targets then share a sum."""
     batch: int = 64

@@ -87,7 +87,7 @@ class StreamBuilder:
     """Head groups by block; added by the caller as soon as a block's are known."""
 
     def __post_init__(self) -> None:
-        self._spans = tuple(self.shape.group_rows.values())
+        self._spans = tuple(self.shape.kind_rows.values())
 
     def rows(self, run: Run) -> Rows:
         """The tokens of a run of groups."""

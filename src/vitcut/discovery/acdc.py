@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcut.config import config_hash
 from vitcut.discovery.cache import Cache
 from vitcut.discovery.decision_log import Decision, DecisionLog, Stage
 from vitcut.discovery.propagation import Propagation
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError, ExactnessError
 from vitcut.graph import Graph
 from vitcut.masked.oracle import Oracle
 from vitcut.model.weights import ViTWeights, map_tensors
 from vitcut.names import LETTERS, Criterion
 from vitcut.progress import Meter, say
+from vitcut.settings import config_hash
 from vitcut.shapes import Tensor
 
 
@@ -58,7 +58,7 @@ def guard(tau: float) -> float:
 def acdc(
     weights: ViTWeights,
     oracle: Oracle,
-    config: DiscoverConfig,
+    config: DiscoverSettings,
     *,
     cache: Cache | None = None,
     log: Path | None = None,
@@ -109,7 +109,7 @@ def stages(graph: Graph) -> Iterator[tuple[int, ...]]:
     """The targets in ACDC's order, in runs of one block and kind: where the state is rebuilt."""
 
     def place(target: int) -> tuple[int, str]:
-        return graph.targets[target].layer, graph.targets[target].kind
+        return graph.targets[target].layer, graph.targets[target].role
 
     for _, run in groupby(graph.backward_order(), key=place):
         yield tuple(run)
@@ -143,7 +143,7 @@ class _Search:
         self,
         weights: ViTWeights,
         oracle: Oracle,
-        config: DiscoverConfig,
+        config: DiscoverSettings,
         cache: Cache | None,
         log: DecisionLog,
     ) -> None:
@@ -212,7 +212,7 @@ class _Search:
 class _Attempt:
     """One stage, decided edge by edge from a state computed afresh."""
 
-    def __init__(self, state: Propagation, oracle: Oracle, config: DiscoverConfig) -> None:
+    def __init__(self, state: Propagation, oracle: Oracle, config: DiscoverSettings) -> None:
         self._graph = oracle.graph
         self._state = state
         self._oracle = oracle
@@ -225,7 +225,7 @@ class _Attempt:
         self._kept = kept
         frontier = self._graph.targets[targets[0]].layer
         self._kl = self._state.rebuild(kept, frontier)
-        if self._graph.targets[targets[0]].kind in LETTERS:
+        if self._graph.targets[targets[0]].role in LETTERS:
             # The stage before left this state; only a resumed search computes it again.
             self._state.take_evaluations()
         for target in targets:
@@ -306,18 +306,18 @@ def _require_same(name: str, asked: str, measured: str) -> None:
         )
 
 
-def _allowed_drift(config: DiscoverConfig) -> float:
+def _allowed_drift(config: DiscoverSettings) -> float:
     return guard(config.tau) / 10
 
 
-def _lost_precision(drift: float, config: DiscoverConfig) -> ExactnessError:
+def _lost_precision(drift: float, config: DiscoverSettings) -> ExactnessError:
     return ExactnessError(
         f"ACDC's running KL is {drift:.1g} nats off, at most {_allowed_drift(config):.1g} is "
         f"allowed at tau {config.tau:g}: choose a larger tau"
     )
 
 
-def _identity(weights: ViTWeights, oracle: Oracle, config: DiscoverConfig) -> str:
+def _identity(weights: ViTWeights, oracle: Oracle, config: DiscoverSettings) -> str:
     """A hash of everything that a decision depends on."""
     digest = hashlib.sha256()
 

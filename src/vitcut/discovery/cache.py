@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vitcut.config import require_memory
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.masked.masking import full_run
 from vitcut.masked.oracle import PAIRS_AT_A_TIME, Examples, Oracle
 from vitcut.model.weights import ViTWeights
+from vitcut.settings import require_memory
 from vitcut.shapes import Float, Tensor
 
 _TRACE_CHUNK = 32
@@ -36,7 +36,7 @@ class Cache:
         return str(self.change.dtype).removeprefix("torch.")
 
     @classmethod
-    def build(cls, weights: ViTWeights, oracle: Oracle, config: DiscoverConfig) -> "Cache":
+    def build(cls, weights: ViTWeights, oracle: Oracle, config: DiscoverSettings) -> "Cache":
         """Trace the clean and the corrupted images.
 
         Raises:
@@ -67,7 +67,7 @@ def _traced(weights: ViTWeights, pixels: Tensor) -> Float[Tensor, "sources pairs
         return torch.stack(full_run(weights, pixels).sources)
 
 
-def require_room(weights: ViTWeights, examples: Examples, config: DiscoverConfig) -> None:
+def require_room(weights: ViTWeights, examples: Examples, config: DiscoverSettings) -> None:
     """Check that a search fits into memory: its cache and state, and one visit of the oracle.
 
     Raises:

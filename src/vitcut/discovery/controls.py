@@ -10,12 +10,12 @@ from vitcut.shapes import Float, Tensor
 
 
 def random_scores(graph: Graph, num_neurons: int, *, seed: int) -> PartScores:
-    """Uniform between 0 and 1, for heads and neurons of every group."""
+    """Uniform between 0 and 1, for heads and neurons of every kind."""
     random = np.random.default_rng(seed)
-    blocks, groups = graph.num_layers, graph.num_groups
+    blocks, kinds = graph.num_layers, graph.num_kinds
     return PartScores(
-        heads=random.random((blocks, graph.num_heads, groups)),
-        neurons=random.random((blocks, groups, num_neurons)),
+        heads=random.random((blocks, graph.num_heads, kinds)),
+        neurons=random.random((blocks, kinds, num_neurons)),
         edges=None,
     )
 
@@ -24,7 +24,7 @@ def magnitude_scores(weights: ViTWeights, graph: Graph) -> PartScores:
     """The norms of a part's weights: value times output of a head, in times out of a neuron.
 
     Between in and out stands a neuron's factor in the norm over them, where there is one; gates
-    are left out. The same in every token group: weights do not know of tokens.
+    are left out. The same in every token kind: weights do not know of tokens.
     """
     heads = torch.stack(
         [
@@ -39,10 +39,10 @@ def magnitude_scores(weights: ViTWeights, graph: Graph) -> PartScores:
             for block in weights.blocks
         ]
     )
-    groups = graph.num_groups
+    kinds = graph.num_kinds
     return PartScores(
-        heads=heads.double().cpu().numpy()[:, :, None].repeat(groups, axis=2),
-        neurons=neurons.double().cpu().numpy()[:, None].repeat(groups, axis=1),
+        heads=heads.double().cpu().numpy()[:, :, None].repeat(kinds, axis=2),
+        neurons=neurons.double().cpu().numpy()[:, None].repeat(kinds, axis=1),
         edges=None,
     )
 

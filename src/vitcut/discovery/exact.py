@@ -42,25 +42,25 @@ def exact_edges(oracle: Oracle, edges: NDArray[np.bool_] | None = None) -> NDArr
 
 
 def exact_heads(oracle: Oracle, heads: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-    """The mean KL(full || circuit) of cutting one head in one token group and nothing else.
+    """The mean KL(full || circuit) of cutting one head in one token kind and nothing else.
 
-    A head is cut with all the edges that it writes to. It writes to a whole token group, or to all
-    tokens where the oracle's graph has no groups.
+    A head is cut with all the edges that it writes to. It writes to a whole token kind, or to all
+    tokens where the oracle's graph has no kinds.
 
     Args:
         oracle: Measures on its pairs, tokens and under its ablation; one masked forward per head.
-        heads: Which heads to measure, shape [blocks, heads, groups]; all of them if None.
+        heads: Which heads to measure, shape [blocks, heads, kinds]; all of them if None.
 
     Returns:
-        Scores in nats, shape [blocks, heads, groups]; NaN where nothing was measured.
+        Scores in nats, shape [blocks, heads, kinds]; NaN where nothing was measured.
 
     Raises:
         CircuitError: ``heads`` has another shape.
     """
     graph = oracle.graph
-    shape = (graph.num_layers, graph.num_heads, graph.num_groups)
+    shape = (graph.num_layers, graph.num_heads, graph.num_kinds)
     chosen = np.ones(shape, dtype=np.bool_) if heads is None else heads
-    _require_shape("heads", chosen, shape, "(blocks, heads, groups)")
+    _require_shape("heads", chosen, shape, "(blocks, heads, kinds)")
 
     def without(head: tuple[int, ...]) -> float:
         kept = graph.edges.copy()
@@ -71,21 +71,21 @@ def exact_heads(oracle: Oracle, heads: NDArray[np.bool_] | None = None) -> NDArr
 
 
 def exact_neurons(oracle: Oracle, neurons: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The mean KL(full || circuit) of cutting one neuron in one token group and nothing else.
+    """The mean KL(full || circuit) of cutting one neuron in one token kind and nothing else.
 
     Args:
         oracle: Measures on its pairs, tokens and under its ablation; one masked forward per neuron.
-        neurons: Which neurons to measure, shape [blocks, groups, neurons].
+        neurons: Which neurons to measure, shape [blocks, kinds, neurons].
 
     Returns:
-        Scores in nats, shape [blocks, groups, neurons]; NaN where nothing was measured.
+        Scores in nats, shape [blocks, kinds, neurons]; NaN where nothing was measured.
 
     Raises:
         CircuitError: ``neurons`` has another shape.
     """
     graph = oracle.graph
-    shape = (graph.num_layers, graph.num_groups, *neurons.shape[2:3])
-    _require_shape("neurons", neurons, shape, "(blocks, groups, neurons)")
+    shape = (graph.num_layers, graph.num_kinds, *neurons.shape[2:3])
+    _require_shape("neurons", neurons, shape, "(blocks, kinds, neurons)")
 
     def without(neuron: tuple[int, ...]) -> float:
         kept = np.ones_like(neurons)

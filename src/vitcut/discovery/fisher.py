@@ -21,7 +21,7 @@ from vitcut.discovery.scores import PartScores
 from vitcut.graph import Graph
 from vitcut.masked.ablation import fixed_fill, resample_fill
 from vitcut.masked.fill import Fill
-from vitcut.masked.masking import Run, full_run, masked_run
+from vitcut.masked.masking import Trace, full_run, masked_run
 from vitcut.masked.oracle import Examples
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.weights import ViTWeights
@@ -47,12 +47,12 @@ def trace_gradients(
     weights: ViTWeights,
     pixels: Float[Tensor, "images channels y x"],
     group_of_class: Int[Tensor, "classes"],
-    choose: Callable[[Run], Sequence[Tensor]],
+    choose: Callable[[Trace], Sequence[Tensor]],
     *,
     masked: tuple[Circuit, Fill] | None = None,
     per_head: bool = False,
-) -> tuple[Run, Iterator[Gradients]]:
-    """Run a model once, and then one backward pass per coarse class.
+) -> tuple[Trace, Iterator[Gradients]]:
+    """Trace a model once, and then one backward pass per coarse class.
 
     Args:
         weights: The model.
@@ -106,7 +106,7 @@ def fisher_scores(
         examples: Images, pairs and groups; under ``mean`` each image counts once, and the means
             are over the same images, as the oracle does it.
         ablation: What stands in for a cut part.
-        tokens: Parts over whole tokens, or per token group.
+        tokens: Parts over whole tokens, or per token kind.
         edges: Whether edges are scored too; takes longer.
 
     Raises:
@@ -137,10 +137,10 @@ class _Scorer:
         self._weights = weights
         self._graph = graph
         self._rows = weights.rows_of(graph)
-        blocks, groups = graph.num_layers, graph.num_groups
+        blocks, kinds = graph.num_layers, graph.num_kinds
         zero = torch.zeros((), dtype=torch.float64, device=weights.device)
-        self._heads = zero.new_zeros(blocks, graph.num_heads, groups)
-        self._neurons = zero.new_zeros(blocks, groups, weights.num_neurons)
+        self._heads = zero.new_zeros(blocks, graph.num_heads, kinds)
+        self._neurons = zero.new_zeros(blocks, kinds, weights.num_neurons)
         self._edges = zero.new_zeros(graph.edges.shape) if edges else None
 
     def add(self, pixels: Tensor, group_of_class: Tensor, fill: Fill) -> None:
@@ -148,7 +148,7 @@ class _Scorer:
         graph = self._weights.graph
         blocks = range(graph.num_layers)
 
-        def choose(run: Run) -> list[Tensor]:
+        def choose(run: Trace) -> list[Tensor]:
             # All heads of a block add to one stream: its gradient is that of any of them.
             streams = [run.sources[graph.head_source(layer, 0)] for layer in blocks]
             inputs = run.inputs if self._edges is not None else ()
@@ -193,15 +193,15 @@ class _Scorer:
     ) -> None:
         """<gradient, ablated - clean>: the ablated value at the stream, the clean one at z."""
         equation = "nkw,hkw->nh" if tables.ndim == 3 else "nkw,hnkw->nh"
-        for group, rows in enumerate(self._rows):
+        for kind, rows in enumerate(self._rows):
             ablated = torch.einsum(equation, stream[:, rows], tables[..., rows, :])
             change = ablated - own[:, :, rows].sum((2, 3)).T
-            self._heads[layer, :, group] += share.double() @ change.double().square()
+            self._heads[layer, :, kind] += share.double() @ change.double().square()
 
     def _add_neurons(self, layer: int, share: Tensor, change: Tensor) -> None:
-        for group, rows in enumerate(self._rows):
+        for kind, rows in enumerate(self._rows):
             total = change[:, rows].sum(1).double()
-            self._neurons[layer, group] += share.double() @ total.square()
+            self._neurons[layer, kind] += share.double() @ total.square()
 
     def _add_edges(self, share: Tensor, inputs: Sequence[Tensor], changes: Tensor) -> None:
         graph, own = self._graph, self._weights.graph
@@ -215,15 +215,15 @@ class _Scorer:
         ]
         for targets, gradient in zip([*reads, [own.classifier]], inputs, strict=True):
             written = changes[: own.num_written(targets[0])]
-            for group, rows in enumerate(self._rows):
-                found = [graph.target_in_group(target, group) for target in targets]
+            for kind, rows in enumerate(self._rows):
+                found = [graph.target_of_kind(target, kind) for target in targets]
                 numbers = [number for number in found if number is not None]
                 if numbers and self._edges is not None:
                     change = torch.einsum(
                         "tnkw,snkw->nst", gradient[:, :, rows], written[:, :, rows]
                     )
                     total = torch.einsum("n,nst->st", share.double(), change.double().square())
-                    sources = slice(group, len(written) * graph.num_groups, graph.num_groups)
+                    sources = slice(kind, len(written) * graph.num_kinds, graph.num_kinds)
                     self._edges[sources, numbers] += total
 
 

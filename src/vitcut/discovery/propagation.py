@@ -41,7 +41,7 @@ _ALL = slice(None)
 class Values:
     """Current values of the live part of a circuit; also holds a pending change of some of them.
 
-    A node is a source of the unsplit graph: a head or an MLP with its sources of all token groups.
+    A node is a source of the unsplit graph: a head or an MLP with its sources of all token kinds.
     """
 
     inputs: dict[int, Float[Tensor, "pairs rows width"]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Values:
     attended: dict[tuple[int, Letter], Float[Tensor, "pairs tokens head_dim"]] = field(
         default_factory=dict
     )
-    """Per head node: its keys, and its values, of all token groups."""
+    """Per head node: its keys, and its values, of all token kinds."""
     patterns: dict[int, Float[Tensor, "pairs queries keys"]] = field(default_factory=dict)
     """Per head source: its attention pattern."""
     outputs: dict[int, Float[Tensor, "pairs rows features"]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Propagation:
         self._values = Values()
         self._readers: dict[int, list[int]] = {}
         self._rows: dict[int, slice] = {}
-        """Per live target: which of its group's tokens matter."""
+        """Per live target: which of its kind's tokens matter."""
         self._streams: dict[int, Tensor] = {}
         self._evaluations = 0
         self._rebuilt: tuple[bytes, int] | None = None
@@ -172,7 +172,7 @@ class Propagation:
     def _compute(self, node: int, inputs: dict[int, Tensor], into: Values) -> dict[int, Tensor]:
         """Recompute a node's sources from new inputs; returns what each writes more than before."""
         into.inputs.update(inputs)
-        mlp = self._nodes[node].kind == "mlp"
+        mlp = self._nodes[node].role == "mlp"
         changes = (self._compute_mlp if mlp else self._compute_head)(node, inputs, into)
         self._evaluations += len(changes)
         return changes
@@ -191,23 +191,23 @@ class Propagation:
     def _compute_head(
         self, node: int, inputs: dict[int, Tensor], into: Values
     ) -> dict[int, Tensor]:
-        """Keys and values are shared by the head's sources of all groups, queries are not."""
-        item, groups = self._nodes[node], range(self._graph.num_groups)
+        """Keys and values are shared by the head's sources of all kinds, queries are not."""
+        item, kinds = self._nodes[node], range(self._graph.num_kinds)
         shared = self._attend_to(node, "k", inputs, into), self._attend_to(node, "v", inputs, into)
         changes: dict[int, Tensor] = {}
-        for group in groups:
-            query = self._graph.head_target(item.layer, item.head, "q", group)
+        for kind in kinds:
+            query = self._graph.head_target(item.layer, item.head, "q", kind)
             if query in inputs or (any(shared) and self.is_live(query)):
-                source = self._graph.head_source(item.layer, item.head, group)
+                source = self._graph.head_source(item.layer, item.head, kind)
                 changes[source] = self._compute_group(source, inputs.get(query), into)
         return changes
 
     def _attend_to(
         self, node: int, letter: Letter, inputs: dict[int, Tensor], into: Values
     ) -> bool:
-        """Recompute keys or values of those groups whose input changed; whether any did."""
-        item, groups = self._nodes[node], range(self._graph.num_groups)
-        targets = [self._graph.head_target(item.layer, item.head, letter, g) for g in groups]
+        """Recompute keys or values of those kinds whose input changed; whether any did."""
+        item, kinds = self._nodes[node], range(self._graph.num_kinds)
+        targets = [self._graph.head_target(item.layer, item.head, letter, g) for g in kinds]
         if not any(target in inputs for target in targets):
             return False
         block = self._weights.blocks[item.layer]
@@ -223,13 +223,13 @@ class Propagation:
         return True
 
     def _compute_group(self, source: int, query: Tensor | None, into: Values) -> Tensor:
-        """A head's source of one group: what it writes more than before."""
+        """A head's source of one kind: what it writes more than before."""
         now, node, item = self._values, self._node(source), self._graph.sources[source]
         block = self._weights.blocks[item.layer]
         if query is not None:
             normed = normalise(block.attn_norm, query)
-            group = self._graph.group_number(item)
-            rows = self._tokens_of(self._graph.head_target(item.layer, item.head, "q", group))
+            kind = self._graph.kind_number(item)
+            rows = self._tokens_of(self._graph.head_target(item.layer, item.head, "q", kind))
             into.queries[source] = project_head(block.attn, "q", item.head, normed, rows)
         if query is not None or (node, "k") in into.attended:
             q = _latest(source, into.queries, now.queries)
@@ -261,7 +261,7 @@ class Propagation:
     def _written(self, source: int, rows: slice) -> Tensor:
         item = self._graph.sources[source]
         value = self._values.outputs[source][:, rows]
-        if item.kind == "mlp":
+        if item.role == "mlp":
             return value
         return write_head(self._weights.blocks[item.layer].attn, item.head, value)
 
@@ -276,8 +276,8 @@ class Propagation:
         return self._streams[key]
 
     def _node(self, source: int) -> int:
-        """The source of the unsplit graph that a source is a group of."""
-        return source // self._graph.num_groups
+        """The source of the unsplit graph that a source is a kind of."""
+        return source // self._graph.num_kinds
 
     def _seen(self, values: Float[Tensor, "pairs tokens width"], target: int) -> Tensor:
         """Of a stream, the rows that a live target reads."""
@@ -285,16 +285,16 @@ class Propagation:
 
     def _tokens_of(self, target: int) -> slice:
         """The tokens that a live target reads."""
-        group = self._graph.group_number(self._graph.targets[target])
-        tokens = range(self._weights.num_tokens)[self._tokens[group]][self._rows[target]]
+        kind = self._graph.kind_number(self._graph.targets[target])
+        tokens = range(self._weights.num_tokens)[self._tokens[kind]][self._rows[target]]
         return slice(tokens.start, tokens.stop)
 
     def _readout(self, pending: Values) -> Float[Tensor, "pairs read_tokens width"]:
-        """What the classifier reads, of all its groups."""
+        """What the classifier reads, of all its kinds."""
         targets = self._graph.classifiers
         found = _joined([_latest(item, pending.inputs, self._values.inputs) for item in targets])
-        # Per group there is nothing but what is read; of whole tokens the registers are left out.
-        return found if self._graph.groups else read_out(self._weights, found)
+        # Per kind there is nothing but what is read; of whole tokens the registers are left out.
+        return found if self._graph.kinds else read_out(self._weights, found)
 
     def _kl(self, readout: Tensor) -> float:
         logits = classify(self._weights, readout).double()
@@ -318,13 +318,13 @@ class Propagation:
     def _set_rows(self, source: int, rows: slice) -> None:
         """Queries and MLPs need the rows that are read of their source; keys and values all."""
         for target in self._graph.targets_of(source):
-            keys_or_values = self._graph.targets[target].kind in {"k", "v"}
+            keys_or_values = self._graph.targets[target].role in {"k", "v"}
             self._rows[target] = _ALL if keys_or_values else rows
 
 
 def _inputs_of_nodes(graph: Graph) -> list[tuple[int, ...]]:
-    """Per source of the unsplit graph: the targets that its sources of all groups read."""
-    many = graph.num_groups
+    """Per source of the unsplit graph: the targets that its sources of all kinds read."""
+    many = graph.num_kinds
     of_source = [graph.targets_of(source) for source in range(len(graph.sources))]
     return [
         tuple(dict.fromkeys(chain.from_iterable(of_source[first : first + many])))
@@ -337,5 +337,5 @@ def _latest(key: K, pending: dict[K, Tensor], current: dict[K, Tensor]) -> Tenso
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """The tokens of all groups; one group's without copying."""
+    """The tokens of all kinds; one kind's without copying."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -11,8 +11,8 @@ class PartScores:
     """One score in nats per part of a graph; NaN where there is no such part."""
 
     heads: NDArray[np.float64]
-    """Shape [blocks, heads, groups]."""
+    """Shape [blocks, heads, kinds]."""
     neurons: NDArray[np.float64]
-    """Shape [blocks, groups, neurons]."""
+    """Shape [blocks, kinds, neurons]."""
     edges: NDArray[np.float64] | None
     """Shape [sources, targets]; None where they were not asked for."""

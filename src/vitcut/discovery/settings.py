@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vitcut.config import require_at_least, require_one_of, require_positive
 from vitcut.names import Criterion, EdgeAblation, PairMode, Tokens
+from vitcut.settings import require_at_least, require_one_of, require_positive
 
 Method = Literal["acdc"]
 """Discovery methods that give a circuit."""
@@ -14,7 +14,7 @@ Precision = Literal["float32", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscoverConfig:
+class DiscoverSettings:
     """How a circuit is looked for."""
 
     method: Method = "acdc"
@@ -24,7 +24,7 @@ class DiscoverConfig:
     ablation: EdgeAblation = "resample"
     """What stands in for a cut edge while searching."""
     tokens: Tokens = "all"
-    """Whether edges are over whole tokens, or exist once per token group (cls, register, patch)."""
+    """Whether edges are over whole tokens, or exist once per token kind (cls, register, patch)."""
     criterion: Criterion = "increment"
     """Whether the rise of the KL divergence, or its total, is compared with tau."""
     images: int = 128

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from vitcut.errors import DataError
-from vitcut.files import sha256_json
 from vitcut.progress import track
+from vitcut.store import sha256_json
 
 MAX_FILE_BYTES = 1 << 28
 """No encoded image or list is larger; an archive that claims more is a decompression bomb."""

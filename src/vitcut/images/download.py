@@ -9,8 +9,8 @@ import urllib.request
 from pathlib import Path
 
 from vitcut.errors import DataError
-from vitcut.files import atomic_path, cache_dir
 from vitcut.progress import Meter, say
+from vitcut.store import atomic_path, cache_dir
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 

@@ -10,8 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcut.config import config_hash
 from vitcut.images.prepared import PreparedData
+from vitcut.settings import config_hash
 
 SOURCE_WORD = "drawn"
 """What a user gives as the source to get this set."""

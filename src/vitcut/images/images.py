@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from vitcut.config import config_hash
 from vitcut.errors import ConfigError, DataError, TaskError
 from vitcut.framing import WHOLE, Framing
 from vitcut.images.prepare import differing, prepare
 from vitcut.images.prepared import PreparedData
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.images.stratified import choose_evenly, choose_fraction
 from vitcut.labels import Labels
 from vitcut.progress import say
+from vitcut.settings import config_hash
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, unknown_classes
 from vitcut.wordnet import imagenet_names
@@ -95,7 +95,7 @@ class TaskImages:
         return self.train.take(choose_evenly(labels, count, seed=seed))
 
 
-def load_images(config: DataConfig, task: Task, framing: Framing = WHOLE) -> TaskImages:
+def load_images(config: DataSettings, task: Task, framing: Framing = WHOLE) -> TaskImages:
     """Prepare a source and split its images for a task, whose classes are the data's.
 
     Args:
@@ -127,7 +127,7 @@ def labels_of(prepared: PreparedData) -> Labels:
 
 
 def task_images(
-    prepared: PreparedData, config: DataConfig, task: Task, framing: Framing = WHOLE
+    prepared: PreparedData, config: DataSettings, task: Task, framing: Framing = WHOLE
 ) -> TaskImages:
     """Split prepared images for a task whose classes are called by their ids.
 
@@ -195,7 +195,7 @@ def _task_labels(prepared: PreparedData, task: Task) -> NDArray[np.int64]:
     return np.array([number.get(str(name), -1) for name in ids], dtype=np.int64)[members]
 
 
-def _splits(prepared: PreparedData, config: DataConfig) -> dict[str, NDArray[np.bool_]]:
+def _splits(prepared: PreparedData, config: DataSettings) -> dict[str, NDArray[np.bool_]]:
     """Whether each prepared image belongs to a split; disjoint, and together all."""
     _, classes = np.unique(prepared.class_ids, return_inverse=True)
     test = prepared.splits == "test"
@@ -245,7 +245,7 @@ def _ignored_classes(prepared: PreparedData, task: Task) -> int:
     return ignored
 
 
-def _fingerprint(prepared: PreparedData, config: DataConfig, task: Task, framing: Framing) -> str:
+def _fingerprint(prepared: PreparedData, config: DataSettings, task: Task, framing: Framing) -> str:
     return config_hash(
         prepared.fingerprint,
         sorted(prepared.skipped),

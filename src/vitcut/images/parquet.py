@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitcut.errors import DataError
-from vitcut.files import sha256_file, sha256_json
 from vitcut.images.records import Record, RecordSplit, Source, checked_records
+from vitcut.store import sha256_file, sha256_json
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class")
 _VALIDATION_WORDS = {"val", "valid", "validation"}

@@ -16,9 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcut.config import config_hash
 from vitcut.errors import DataError
-from vitcut.files import atomic_folder, cache_dir
 from vitcut.framing import WHOLE, Framing
 from vitcut.images.decoding import decode
 from vitcut.images.drawn import SOURCE_WORD, drawn_data
@@ -31,15 +29,17 @@ from vitcut.images.prepared import (
     write_index,
 )
 from vitcut.images.records import Source
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.images.sources import open_source
 from vitcut.progress import Meter, say
+from vitcut.settings import config_hash
+from vitcut.store import atomic_folder, cache_dir
 
 _BLOCK_IMAGES = 512
 _MAX_THREADS = 8
 
 
-def prepare(config: DataConfig, framing: Framing = WHOLE) -> PreparedData:
+def prepare(config: DataSettings, framing: Framing = WHOLE) -> PreparedData:
     """Decode a source into the cache, or find it there; drawn pictures never touch the disk.
 
     Args:
@@ -75,7 +75,7 @@ def differing(framing: Framing) -> list[dict[str, Any]]:
     return [] if framing == WHOLE else [asdict(framing)]
 
 
-def _build(source: Source, folder: Path, config: DataConfig, framing: Framing) -> None:
+def _build(source: Source, folder: Path, config: DataSettings, framing: Framing) -> None:
     size = config.image_size
     try:
         # Equal keys hold equal content: where another process was faster, its folder stays.
@@ -132,7 +132,7 @@ def _decoded(
             yield from pool.map(read, range(start, min(start + _BLOCK_IMAGES, count)))
 
 
-def _refuse_bad_images(bad: dict[str, str], good: int, config: DataConfig) -> None:
+def _refuse_bad_images(bad: dict[str, str], good: int, config: DataSettings) -> None:
     """Bad images stop the run, unless the user said to skip them and some are left."""
     if bad and not (config.skip_bad_images and good):
         raise DataError(

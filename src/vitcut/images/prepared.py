@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vitcut.errors import ArtefactError, DataError
-from vitcut.files import read_json, write_json
 from vitcut.images.records import Record, Source
+from vitcut.store import read_json, write_json
 
 FORMAT_VERSION = 2
 IMAGES_FILE = "images.npy"

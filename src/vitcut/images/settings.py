@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from vitcut.config import require_at_least
 from vitcut.errors import ConfigError
+from vitcut.settings import require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataSettings:
     """Which images, at which size, split how."""
 
     source: str | None = None

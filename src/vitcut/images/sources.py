@@ -21,7 +21,7 @@ def open_source(source: str | None) -> Generator[Source]:
     """Open an archive, folder, parquet file or dataset for reading.
 
     Args:
-        source: As in `DataConfig`, except "drawn".
+        source: As in `DataSettings`, except "drawn".
 
     Raises:
         DataError: It does not exist, or is none of these.

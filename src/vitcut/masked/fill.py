@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.files import atomic_path, sha256_json
 from vitcut.model.weights import hash_tensors
 from vitcut.shapes import Float, Tensor
+from vitcut.store import atomic_path, sha256_json
 
 _TABLES = ("sources", "neurons")
 _MAPS = ("head_maps", "neuron_maps")
@@ -27,7 +27,7 @@ _METADATA = "fill"
 class Fill:
     """Tables for what is cut, and what the kept parts of a layer write in its place.
 
-    Under ``linear`` ablation the cut heads (neurons) of a layer and token group are predicted from
+    Under ``linear`` ablation the cut heads (neurons) of a layer and token kind are predicted from
     its kept ones: a_cut := R a_kept + c. The maps are W_cut R, with W_cut the output weight of the
     cut ones, and c stands in the tables. A map is part of what its head or MLP writes: it travels
     along that source's kept edges.
@@ -37,9 +37,9 @@ class Fill:
     """What each source of the unsplit graph carries along cut edges."""
     neurons: Float[Tensor, "blocks *images tokens neurons"] | None = None
     """The value of each hidden unit where it is cut; None for circuits that cut no neuron."""
-    head_maps: Float[Tensor, "blocks groups heads width head_dim"] | None = None
+    head_maps: Float[Tensor, "blocks kinds heads width head_dim"] | None = None
     """What a kept head writes for cut ones, besides its own output weight; None for nothing."""
-    neuron_maps: Float[Tensor, "blocks groups width neurons"] | None = None
+    neuron_maps: Float[Tensor, "blocks kinds width neurons"] | None = None
     """The same for neurons; zero where a neuron is cut."""
     circuit: str | None = None
     """Fingerprint of the only circuit that it belongs to; None where it fits any."""

@@ -1,6 +1,6 @@
 """Linear fills: cut heads and neurons are predicted from those that are kept beside them.
 
-For the heads (then the neurons) of a layer and token group, a_cut[t] := R a_kept[t] + c[t] with
+For the heads (then the neurons) of a layer and token kind, a_cut[t] := R a_kept[t] + c[t] with
 c[t] = mean_cut[t] - R mean_kept[t], and R by ridge regression on activations centred per token. All
 statistics come from the model that is cut already: earlier layers are filled before later ones are
 fitted. R = 0 is the mean.
@@ -31,7 +31,7 @@ _SAMPLES_PER_FEATURE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStatistics:
-    """The activations of a site, the heads or neurons of a layer and token group; float64."""
+    """The activations of a site, the heads or neurons of a layer and token kind; float64."""
 
     means: Float[Tensor, "tokens features"]
     covariance: Float[Tensor, "features features"]
@@ -87,12 +87,12 @@ class _Fitter(PartMask):
         self, weights: ViTWeights, circuit: Circuit, means: Fill, ridge: float | None
     ) -> None:
         graph, like = circuit.graph, weights.patch_weight
-        blocks, groups = graph.num_layers, graph.num_groups
+        blocks, kinds = graph.num_layers, graph.num_kinds
         head_dim = weights.blocks[0].attn.q_weight.shape[1]
         self._sources = means.sources.to(like.device, like.dtype, copy=True)
         self._neurons = like.new_zeros(blocks, weights.num_tokens, weights.num_neurons)
-        self._head_maps = like.new_zeros(blocks, groups, graph.num_heads, weights.width, head_dim)
-        self._neuron_maps = like.new_zeros(blocks, groups, weights.width, weights.num_neurons)
+        self._head_maps = like.new_zeros(blocks, kinds, graph.num_heads, weights.width, head_dim)
+        self._neuron_maps = like.new_zeros(blocks, kinds, weights.width, weights.num_neurons)
         self.fill = Fill(
             sources=self._sources,
             neurons=self._neurons,
@@ -111,16 +111,16 @@ class _Fitter(PartMask):
         """Fit the heads of a block, then give what kept heads write for cut ones."""
         out = self._weights.blocks[layer].attn.out_weight.double()
         first, (heads, _, _, head_dim) = self._weights.graph.head_source(layer, 0), z.shape
-        for group, rows in enumerate(self.rows):
-            alive = self._live_heads[layer, :, group]
+        for kind, rows in enumerate(self.rows):
+            alive = self._live_heads[layer, :, kind]
             features = z[:, :, rows].permute(1, 2, 0, 3).flatten(2)
             kept = alive.repeat_interleave(head_dim).to(z.device)
             site = site_statistics(features, self._ridge)
-            self.sites[layer, "heads", group] = site
+            self.sites[layer, "heads", kind] = site
             means, regression = site.means, regress(site.covariance, kept)
             maps = out.permute(1, 0, 2).flatten(1) @ regression
             by_head = maps.unflatten(1, (heads, head_dim)).transpose(0, 1)
-            self._head_maps[layer, group] = by_head
+            self._head_maps[layer, kind] = by_head
             constants = (means * ~kept - means @ regression.T).unflatten(1, (heads, head_dim))
             # A map is part of what its head writes: where that edge is cut, so is the map.
             carried = torch.einsum("hwd,thd->htw", by_head, means.unflatten(1, (heads, head_dim)))
@@ -134,16 +134,16 @@ class _Fitter(PartMask):
         """Fit the neurons of a block, then replace the cut ones."""
         mlp, graph = self._weights.blocks[layer].mlp, self._weights.graph
         out = mlp.out_weight.double()
-        for group, rows in enumerate(self.rows):
+        for kind, rows in enumerate(self.rows):
             kept = torch.ones(hidden.shape[2], dtype=torch.bool, device=hidden.device)
             if self._circuit.neurons is not None:
-                kept = torch.from_numpy(self._circuit.neurons[layer, group].copy()).to(kept.device)
+                kept = torch.from_numpy(self._circuit.neurons[layer, kind].copy()).to(kept.device)
             site = site_statistics(hidden[:, rows], self._ridge)
-            self.sites[layer, "neurons", group] = site
+            self.sites[layer, "neurons", kind] = site
             means, regression = site.means, regress(site.covariance, kept)
-            self._neuron_maps[layer, group] = out @ regression
+            self._neuron_maps[layer, kind] = out @ regression
             self._neurons[layer, rows] = (means * ~kept - means @ regression.T).to(hidden.dtype)
-            if not self._live_mlps[layer, group]:
+            if not self._live_mlps[layer, kind]:
                 self._sources[graph.mlp_source(layer), rows] = (means @ out.T).to(hidden.dtype)
         return super().neurons(layer, hidden)
 

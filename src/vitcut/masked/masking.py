@@ -40,7 +40,7 @@ One input stands for all of them where they read the same.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Trace:
     """One forward pass, part by part; sources and targets are those of the unsplit graph."""
 
     sources: tuple[Float[Tensor, "images tokens width"], ...]
@@ -69,7 +69,7 @@ def run_gib(weights: ViTWeights, images: int) -> float:
 
 def full_run(
     weights: ViTWeights, pixels: Float[Tensor, "images channels y x"], *, per_head: bool = False
-) -> Run:
+) -> Trace:
     """The uncut model, and what each of its parts computes.
 
     Args:
@@ -88,7 +88,7 @@ def masked_run(
     fill: Fill,
     *,
     mask: "PartMask | None" = None,
-) -> Run:
+) -> Trace:
     """The model in which cut parts carry what a fill puts in their place.
 
     A target's input, before its LayerNorm, is the sum of what its kept sources write now, the
@@ -98,7 +98,7 @@ def masked_run(
     Args:
         weights: The model.
         pixels: Normalised images.
-        circuit: What is kept, over whole tokens or per token group.
+        circuit: What is kept, over whole tokens or per token kind.
         fill: One value for all images (mean, zero, linear), or one per image (resample).
         mask: Applies circuit and fill to heads and neurons; to watch or change them on the way.
 
@@ -113,8 +113,8 @@ def masked_run(
     _require_sizes(weights, graph, circuit.kept, fill)
     rows = weights.rows_of(graph)
     alive = torch.zeros(len(fill.sources), weights.num_tokens, 1, dtype=torch.bool)
-    for group, span in enumerate(rows):
-        chosen = torch.from_numpy(circuit.read_by_all[group :: len(rows)].copy())
+    for kind, span in enumerate(rows):
+        chosen = torch.from_numpy(circuit.read_by_all[kind :: len(rows)].copy())
         alive[:, span] = chosen[:, None, None]
     return _run(weights, pixels, _Sum(weights, alive.to(weights.device), fill.sources), mask)
 
@@ -136,7 +136,7 @@ def masked_logits(
         kept: True where an edge is kept, shape [sources, targets].
         fill: What stands in for cut parts.
         graph: That ``kept`` belongs to; the unsplit one if None.
-        neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
+        neurons: True where a neuron is kept, shape [blocks, kinds, neurons]; None keeps all.
 
     Raises:
         CircuitError: ``kept`` or ``fill`` does not fit the model.
@@ -151,8 +151,8 @@ def _reader(weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], fill: Fi
     _require_sizes(weights, graph, kept, fill)
     rows = weights.rows_of(graph)
     masks = [
-        torch.from_numpy(graph.in_group(kept, group)).to(weights.device, weights.dtype)
-        for group in range(graph.num_groups)
+        torch.from_numpy(graph.of_kind(kept, kind)).to(weights.device, weights.dtype)
+        for kind in range(graph.num_kinds)
     ]
 
     def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
@@ -234,14 +234,14 @@ class PartMask:
             if neurons.shape != expected:
                 raise CircuitError(
                     f"neurons has shape {neurons.shape}, this model needs {expected} (blocks, "
-                    "groups, neurons)"
+                    "kinds, neurons)"
                 )
             if fill is None or fill.neurons is None:
                 raise CircuitError("the circuit cuts neurons, the fill has no values for them")
             shape = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
             self._kept = torch.ones(shape, dtype=torch.bool, device=weights.device)
-            for group, span in enumerate(self.rows):
-                self._kept[:, span] = torch.from_numpy(neurons[:, group].copy())[:, None]
+            for kind, span in enumerate(self.rows):
+                self._kept[:, span] = torch.from_numpy(neurons[:, kind].copy())[:, None]
 
     def heads(self, layer: int, z: Tensor) -> Tensor | float:
         """What kept heads write for cut ones, shape [heads, images, tokens, width]."""
@@ -249,8 +249,8 @@ class PartMask:
             return 0.0
         maps = self._fill.head_maps[layer]
         shares = [
-            torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps[group])
-            for group, span in enumerate(self.rows)
+            torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps[kind])
+            for kind, span in enumerate(self.rows)
         ]
         return torch.cat(shares, dim=2)
 
@@ -264,11 +264,11 @@ class PartMask:
             return replaced, 0.0
         alive = hidden * kept[layer]
         maps = fill.neuron_maps[layer]
-        shares = [alive[:, span] @ maps[group].T for group, span in enumerate(self.rows)]
+        shares = [alive[:, span] @ maps[kind].T for kind, span in enumerate(self.rows)]
         return replaced, torch.cat(shares, dim=1)
 
 
-def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: PartMask) -> Run:
+def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: PartMask) -> Trace:
     graph = weights.graph
     written = [embed(weights, pixels)]
     inputs: list[Tensor] = []
@@ -290,7 +290,7 @@ def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: PartMask) 
         replaced, share = mask.neurons(layer, hidden)
         written.append(write_neurons(block.mlp, replaced) + share)
     inputs.append(read([graph.classifier], written))
-    return Run(
+    return Trace(
         sources=tuple(written),
         inputs=tuple(inputs),
         heads=tuple(heads),

@@ -71,7 +71,7 @@ class Oracle:
             weights: The model, in any precision.
             examples: Images, pairs and groups.
             ablation: What stands in for cut parts.
-            tokens: Whether circuits are over whole tokens or per token group.
+            tokens: Whether circuits are over whole tokens or per token kind.
 
         Raises:
             CircuitError: There are no pairs.
@@ -109,7 +109,7 @@ class Oracle:
 
         Args:
             kept: True where an edge is kept, shape [sources, targets].
-            neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
+            neurons: True where a neuron is kept, shape [blocks, kinds, neurons]; None keeps all.
         """
         self.calls += 1
         found: list[Tensor] = []
@@ -130,7 +130,7 @@ class Oracle:
 
         Args:
             kept: True where an edge is kept, shape [sources, targets].
-            neurons: True where a neuron is kept, shape [blocks, groups, neurons]; None keeps all.
+            neurons: True where a neuron is kept, shape [blocks, kinds, neurons]; None keeps all.
 
         Raises:
             ModelError: The model's output under this circuit is not finite.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vitcut.config import as_plain, require_at_least, require_positive
 from vitcut.errors import ConfigError
+from vitcut.settings import as_plain, require_at_least, require_positive
 
 TIMM = "timm:"
 """Begins what names a model of timm."""

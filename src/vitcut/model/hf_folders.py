@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.files import write_json
 from vitcut.labels import Labels
 from vitcut.model.adapters import adapter_of, as_classifier
 from vitcut.model.hf_preprocessing import PREPROCESSOR, Preprocessor, processor_settings
 from vitcut.model.loaded import LoadedModel, Preprocessing, told_misfits
 from vitcut.progress import say
+from vitcut.store import write_json
 
 WEIGHTS = (
     "model.safetensors",

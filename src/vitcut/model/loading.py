@@ -12,7 +12,6 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from vitcut.errors import ModelError
-from vitcut.files import hash_of_read, sha256_file
 from vitcut.model.checkpoints import load_checkpoint
 from vitcut.model.given import NOTHING, TIMM, Given, is_weights_file
 from vitcut.model.hf_folders import WEIGHTS, load_hf_folder
@@ -20,6 +19,7 @@ from vitcut.model.loaded import LoadedModel, weight_hash
 from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS, DenseCard, save_dense
 from vitcut.model.timm_folders import load_random, load_timm
 from vitcut.names import SHIPPED_MODEL
+from vitcut.store import hash_of_read, sha256_file
 
 __all__ = ["DenseCard", "LoadedModel", "load_model", "save_dense", "weight_hash"]
 

@@ -5,14 +5,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from vitcut.errors import ModelError
-from vitcut.model.settings import VitConfig
+from vitcut.model.settings import VitSettings
 
 _ARCHITECTURE = "vit_tiny_patch16_224"
 """timm builds any plain ViT under this name; every size is given."""
 
 
 def build_reference(
-    config: VitConfig, *, num_classes: int, image_size: int = 64, seed: int = 0
+    config: VitSettings, *, num_classes: int, image_size: int = 64, seed: int = 0
 ) -> VisionTransformer:
     """Build a freshly initialised ViT; torch's generator is left as it was.
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from vitcut.errors import ModelError
-from vitcut.files import atomic_folder, sha256_file, sha256_json, write_json, write_text
 from vitcut.framing import WHOLE, Framing
 from vitcut.model.adapters import as_classifier, library_of
 from vitcut.model.loaded import Preprocessing
+from vitcut.store import atomic_folder, sha256_file, sha256_json, write_json, write_text
 
 FORMAT_VERSION = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"

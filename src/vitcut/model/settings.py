@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from vitcut.config import require_at_least, require_positive
 from vitcut.errors import ConfigError
+from vitcut.settings import require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitConfig:
+class VitSettings:
     """A plain class-token ViT; the defaults are the reference model's."""
 
     patch_size: int = 8

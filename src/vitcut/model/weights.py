@@ -14,7 +14,7 @@ import torch
 
 from vitcut.compact.plan import ViTShape
 from vitcut.graph import Graph
-from vitcut.names import Activation, PatchReadout, TokenGroup, Tokens
+from vitcut.names import Activation, PatchReadout, TokenKind, Tokens
 from vitcut.shapes import Float, Tensor
 
 W = TypeVar("W")
@@ -179,31 +179,31 @@ class ViTWeights:
 
     @cached_property
     def split_graph(self) -> Graph:
-        """The same per token group."""
+        """The same per token kind."""
         return Graph(
             num_layers=len(self.blocks),
             num_heads=self.num_heads,
-            groups=tuple(self.group_rows),
+            kinds=tuple(self.kind_rows),
             readout=self.readout,
         )
 
     def graph_of(self, tokens: Tokens) -> Graph:
-        """The graph over whole tokens, or per token group."""
+        """The graph over whole tokens, or per token kind."""
         return self.graph if tokens == "all" else self.split_graph
 
     @property
-    def readout(self) -> tuple[TokenGroup, ...]:
-        """The token groups that the classifier reads."""
+    def readout(self) -> tuple[TokenKind, ...]:
+        """The token kinds that the classifier reads."""
         return self.shape.readout
 
     @cached_property
-    def group_rows(self) -> dict[TokenGroup, slice]:
+    def kind_rows(self) -> dict[TokenKind, slice]:
         """The tokens of each group that the model has, in their order."""
-        return {group: slice(rows.first, rows.end) for group, rows in self.shape.group_rows.items()}
+        return {group: slice(rows.first, rows.end) for group, rows in self.shape.kind_rows.items()}
 
     def rows_of(self, graph: Graph) -> tuple[slice, ...]:
         """The tokens of each group of a graph of this model; all tokens where it has none."""
-        return tuple(self.group_rows[group] for group in graph.groups) or (slice(None),)
+        return tuple(self.kind_rows[group] for group in graph.kinds) or (slice(None),)
 
     @property
     def num_heads(self) -> int:

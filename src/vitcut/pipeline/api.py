@@ -19,13 +19,12 @@ from vitcut.benchmark import evaluation
 from vitcut.benchmark.evaluation import Evaluation
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
-from vitcut.config import as_plain
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
 from vitcut.images import images as task_images
 from vitcut.images.images import TaskImages, to_float
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.given import Given
 from vitcut.model.loaded import per_channel
@@ -49,10 +48,11 @@ from vitcut.pipeline.repair import repair
 from vitcut.pipeline.stages import Cut, Discovery, cut_circuit
 from vitcut.pipeline.stored import require_cut_of
 from vitcut.pipeline.subject import Subject, load_dense
-from vitcut.selection.settings import SelectConfig
+from vitcut.selection.settings import Budget
+from vitcut.settings import as_plain
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task, load_task
-from vitcut.training.settings import FinetuneConfig
+from vitcut.training.settings import FinetuneSettings
 
 _BUDGETS = {"target_macs", "target_latency"}
 
@@ -137,7 +137,7 @@ def load_images(  # noqa: PLR0913 - what a caller may choose
             f"the model takes images of {model.image_size} pixels, got image_size={image_size}: "
             "leave it out"
         )
-    config = DataConfig(
+    config = DataSettings(
         source=None if source is None else str(source),
         image_size=(model.image_size if model else 64) if image_size is None else image_size,
         seed=seed,
@@ -159,7 +159,7 @@ def discover(
         model: From `load_model`.
         images: From `load_images`; calibration images are drawn from the training images.
         log: Decisions are appended to this file; after a kill the same call continues it.
-        **settings: Those of `DiscoverConfig`, such as ``tau`` and ``images`` (how many).
+        **settings: Those of `DiscoverSettings`, such as ``tau`` and ``images`` (how many).
 
     Raises:
         ConfigError: A setting is unknown or out of range, or the images have another size.
@@ -168,7 +168,7 @@ def discover(
         ArtefactError: ``log`` belongs to another search.
     """
     _require_loaded(model, images)
-    config = configured(DiscoverConfig, settings)
+    config = configured(DiscoverSettings, settings)
     path = None if log is None else Path(log)
     return Discovery(_subject(model, images), config).find(config.tau, log=path)
 
@@ -192,8 +192,8 @@ def cut(
             ``target_latency``, under linear ablation unless a setting says so.
         out: Keeps the circuits on the way to a budget, and ``path.json``; after a kill the same
             call continues it.
-        **settings: Those of `CutConfig`, such as ``ablation``, ``images`` (how many) and ``merge``;
-            with a budget those of `SelectConfig` too, such as ``rounds``.
+        **settings: Those of `CutSettings`, such as ``ablation``, ``images`` (how many) and ``merge``;
+            with a budget those of `Budget` too, such as ``rounds``.
 
     Returns:
         The compact model, its circuit, and by how much its logits differ from the masked model's.
@@ -209,8 +209,8 @@ def cut(
     if circuit is not None:
         require_kind(circuit, Circuit)
     if circuit is not None and not settings.keys() & _BUDGETS:
-        return cut_circuit(_subject(model, images), circuit, configured(CutConfig, settings))
-    config, select = configured_both(CutConfig, SelectConfig, settings)
+        return cut_circuit(_subject(model, images), circuit, configured(CutSettings, settings))
+    config, select = configured_both(CutSettings, Budget, settings)
     config = replace(config, ablation=config.ablation_for(None))
     select.require_budget_or(circuit, merge=config.merge, words=IN_PYTHON)
     subject = _subject(model, images)
@@ -248,7 +248,7 @@ def finetune(
         model: The one that it was cut from; likewise.
         images: Of the task.
         out: Keeps checkpoints; after a kill the same call continues it.
-        **settings: Those of `FinetuneConfig`, such as ``epochs`` and ``learning_rate``.
+        **settings: Those of `FinetuneSettings`, such as ``epochs`` and ``learning_rate``.
 
     Returns:
         The compact model with the weights of the best epoch.
@@ -261,7 +261,7 @@ def finetune(
     """
     require_kind(compact, CompactViT)
     _require_loaded(model, images)
-    config = configured(FinetuneConfig, settings)
+    config = configured(FinetuneSettings, settings)
     subject = _subject(model, images)
     require_cut_of(compact, subject)
     repaired = deepcopy(compact)

@@ -15,14 +15,13 @@ import torch
 
 from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.benchmark.latency import measure_latency
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit
-from vitcut.compiler.settings import CutConfig
-from vitcut.config import as_plain
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import CircuitError
 from vitcut.images.images import ImageSet
 from vitcut.model.tracing import read_model
@@ -50,7 +49,8 @@ from vitcut.selection.rounds import (
     smallest_cost,
     useful_parts,
 )
-from vitcut.selection.settings import SelectConfig
+from vitcut.selection.settings import Budget
+from vitcut.settings import as_plain
 from vitcut.shapes import Float, Tensor
 
 _MOST_ROUNDS = 16
@@ -60,7 +60,7 @@ _SLOWEST_STEP, _FASTEST_STEP = 0.97, 0.7
 
 
 def budget_command(
-    origin: Origin, select: SelectConfig, cut: CutConfig, bench: BenchConfig, out: Path
+    origin: Origin, select: Budget, cut: CutSettings, bench: BenchSettings, out: Path
 ) -> Results:
     """Cut a model to a budget into ``out/model``, and measure it beside the dense model.
 
@@ -90,7 +90,7 @@ def budget_command(
     return results
 
 
-def require_possible(weights: ViTWeights, select: SelectConfig, cut: CutConfig) -> None:
+def require_possible(weights: ViTWeights, select: Budget, cut: CutSettings) -> None:
     """Check that MACs can be brought to a budget; a latency shows only when it is measured.
 
     Raises:
@@ -122,8 +122,8 @@ def require_possible(weights: ViTWeights, select: SelectConfig, cut: CutConfig) 
 def cut_to_budget(
     subject: Subject,
     folder: RunFolder,
-    select: SelectConfig,
-    cut: CutConfig,
+    select: Budget,
+    cut: CutSettings,
     *,
     threads: int = 1,
     into: Path | None = None,
@@ -158,8 +158,8 @@ class BudgetSearch:
         self,
         subject: Subject,
         folder: RunFolder,
-        select: SelectConfig,
-        cut: CutConfig,
+        select: Budget,
+        cut: CutSettings,
         fills: Fills,
         *,
         threads: int = 1,
@@ -323,7 +323,7 @@ class BudgetSearch:
         )
 
     def _latency_fraction(self, model: CompactViT) -> float:
-        config = BenchConfig(
+        config = BenchSettings(
             runtimes=(self._select.runtime,),
             batches=(self._cut.batch,),
             threads=self._threads,
@@ -369,7 +369,7 @@ def _line(step: PathStep) -> str:
     )
 
 
-def _budget(select: SelectConfig, cut: CutConfig) -> dict[str, Any]:
+def _budget(select: Budget, cut: CutSettings) -> dict[str, Any]:
     if select.target_macs is not None:
         return {"macs": select.target_macs}
     return {

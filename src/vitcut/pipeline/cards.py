@@ -5,7 +5,7 @@ from vitcut.pipeline.stages import DENSE_REPAIRED
 from vitcut.results import Point, Results
 from vitcut.task import Task
 from vitcut.training.loop import TrainResult
-from vitcut.training.settings import FinetuneConfig, TrainConfig
+from vitcut.training.settings import FinetuneSettings, TrainSettings
 
 _LICENCE_NOTE = (
     "The weights inherit the terms of the pictures that they were trained on; for ImageNet's "
@@ -15,7 +15,7 @@ _LICENCE_NOTE = (
 _NO_LONGER = "It no longer computes the masked original; `circuit.json` says what was cut."
 
 
-def dense_card(task: Task, result: TrainResult, config: TrainConfig) -> str:
+def dense_card(task: Task, result: TrainResult, config: TrainSettings) -> str:
     """The card of a trained dense model."""
     groups = "\n".join(
         f"- {group}: {', '.join(item.name for item in task.classes if item.group == group)}"
@@ -41,7 +41,7 @@ over the {len(task.groups)} groups.
 """
 
 
-def dense_repaired_card(task: Task, result: TrainResult, config: FinetuneConfig) -> str:
+def dense_repaired_card(task: Task, result: TrainResult, config: FinetuneSettings) -> str:
     """The card of a dense model that got a cut model's repair."""
     return f"""# A Vision Transformer for the task {task.name!r}, fine-tuned
 
@@ -68,7 +68,7 @@ differ from the masked original's by at most {point.max_abs_diff:.2g}."""
 
 
 def repaired_card(
-    results: Results, point: Point, result: TrainResult, config: FinetuneConfig
+    results: Results, point: Point, result: TrainResult, config: FinetuneSettings
 ) -> str:
     """The card of a repaired model, beside the dense one that got the same repair."""
     made = f"""{_kept(point)}
@@ -79,7 +79,7 @@ Then repaired: fine-tuned by {_recipe(result, config)}.
     return _card(results, point, made, shown=(*others, point))
 
 
-def _recipe(result: TrainResult, config: FinetuneConfig) -> str:
+def _recipe(result: TrainResult, config: FinetuneSettings) -> str:
     return f"""distillation from the dense model, best of {result.epochs_run} epochs
 (epoch {result.best_epoch}), learning rate {config.learning_rate:g}, loss {config.coarse_weight:g}
 KL on the groups + {config.fine_weight:g} KL on the classes + {config.label_weight:g} cross-entropy
@@ -92,7 +92,7 @@ def _kept(point: Point) -> str:
     heads = f"{point.heads_kept} of\n{point.heads_total} heads"
     kept = f"{point.edges_kept} of {point.edges_total} edges and {heads}"
     if point.granularity == "part" and point.neurons_kept_fraction is not None:
-        kept = f"{heads} (in any token group) and {point.neurons_kept_fraction:.1%} of the neurons"
+        kept = f"{heads} (in any token kind) and {point.neurons_kept_fraction:.1%} of the neurons"
     return f"""Cut by vitcut: {kept} are kept, {point.ablation} ablation stands in
 for the rest."""
 

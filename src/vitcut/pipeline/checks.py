@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vitcut.benchmark.latency import measure_latency
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import ViTShape
@@ -67,20 +67,20 @@ def random_circuits(graph: Graph, shape: ViTShape, count: int, seed: int) -> Ite
     """
     random = np.random.default_rng(seed)
     depth = np.linspace(1.0, 0.4, graph.num_layers)[:, None]
-    groups = np.linspace(1.0, 0.6, graph.num_groups)[None]
+    groups = np.linspace(1.0, 0.6, graph.num_kinds)[None]
     for number in range(count):
         heads, neurons = (random.uniform(0.02, 1.2) * depth * groups for _ in range(2))
         kept_heads = (
-            random.random((graph.num_layers, graph.num_heads, graph.num_groups)) < (heads[:, None])
+            random.random((graph.num_layers, graph.num_heads, graph.num_kinds)) < (heads[:, None])
         )
         kept_heads[:, 0, 0] = True
         kept_neurons = (
-            random.random((graph.num_layers, graph.num_groups, shape.hidden)) < (neurons[..., None])
+            random.random((graph.num_layers, graph.num_kinds, shape.hidden)) < (neurons[..., None])
         )
         circuit = Circuit.of_parts(graph, heads=kept_heads, neurons=kept_neurons, ablation="linear")
         if number % _WITH_EDGES == 0:
             edges = random.random(circuit.kept.shape) < random.uniform(0.3, 1.0)
-            edges[: graph.num_groups] = True
+            edges[: graph.num_kinds] = True
             layer = random.integers(graph.num_layers)
             edges[:, [target.layer != layer for target in graph.targets]] = True
             circuit = replace(circuit, kept=circuit.kept & edges)
@@ -101,7 +101,7 @@ def measure_circuits(
         for number, circuit in enumerate(circuits)
     ]
     models = {f"model {number}": CompactViT(plan).eval() for number, plan in enumerate(plans)}
-    config = BenchConfig(runtimes=("onnxruntime",), batches=_BATCHES, seconds=seconds)
+    config = BenchSettings(runtimes=("onnxruntime",), batches=_BATCHES, seconds=seconds)
     report = measure_latency(models, images, config, baselines=())
     latencies = [{item.batch: item.median_ms for item in own} for own in report.latencies.values()]
     return [

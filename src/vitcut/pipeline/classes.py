@@ -6,7 +6,7 @@ from vitcut.errors import ModelError, TaskError
 from vitcut.framing import Framing
 from vitcut.images.images import TaskImages, labels_of, task_images
 from vitcut.images.prepare import prepare
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.labels import Labels
 from vitcut.model.adapters import read_weights
 from vitcut.model.classifier import keep_rows
@@ -17,7 +17,7 @@ from vitcut.task import Task, unknown_classes
 from vitcut.wordnet import imagenet_names
 
 
-def load_images_for(model: LoadedModel, config: DataConfig, task: Task) -> TaskImages:
+def load_images_for(model: LoadedModel, config: DataSettings, task: Task) -> TaskImages:
     """The images of a task whose classes, and rest, are the model's; at the size that it takes.
 
     Raises:

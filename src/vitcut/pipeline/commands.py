@@ -6,18 +6,17 @@ from pathlib import Path
 
 from torch import nn
 
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
-from vitcut.config import as_plain
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.images.images import load_images
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.model.given import NOTHING, Given
 from vitcut.model.loading import load_model
-from vitcut.model.settings import VitConfig
+from vitcut.model.settings import VitSettings
 from vitcut.names import SHIPPED_MODEL
 from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.folder import RunFolder, choose_point
@@ -34,8 +33,9 @@ from vitcut.pipeline.stages import CLASS_ONLY, DENSE_REPAIRED, class_only, measu
 from vitcut.pipeline.subject import ORIGIN_FILE, Origin
 from vitcut.progress import say
 from vitcut.results import Point, Results
+from vitcut.settings import as_plain
 from vitcut.task import load_task, shipped_tasks
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 _RESULTS = "results.json"
 
@@ -43,7 +43,7 @@ _RESULTS = "results.json"
 def resolve_origin(
     model: str | None,
     task: str | None,
-    data: DataConfig,
+    data: DataSettings,
     *,
     base: Origin | None = None,
     given: Given = NOTHING,
@@ -78,7 +78,7 @@ def resolve_origin(
     )
 
 
-def _fresh_origin(model: str, task: str | None, data: DataConfig) -> Origin:
+def _fresh_origin(model: str, task: str | None, data: DataSettings) -> Origin:
     if task is None and model not in shipped_tasks():
         raise ConfigError(f"model {model!r} brings no task along: give --task")
     return Origin(model=_whereabouts(model), task=load_task(task or model), data=data)
@@ -91,7 +91,7 @@ def _whereabouts(model: str) -> str:
 
 
 def train_command(
-    task: str, data: DataConfig, vit: VitConfig, config: TrainConfig, out: Path
+    task: str, data: DataSettings, vit: VitSettings, config: TrainSettings, out: Path
 ) -> Path:
     """Train a dense model into ``out``; returns its folder."""
     loaded = load_task(task)
@@ -106,7 +106,7 @@ def train_command(
     return folder.dense
 
 
-def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circuit:
+def discover_command(origin: Origin, config: DiscoverSettings, out: Path) -> Circuit:
     """Find one circuit into ``out/points/NAME``."""
     settings = {**origin.settings(), "discover": as_plain(config)}
     # Every tau and ablation has a point of its own, so one directory may hold several.
@@ -118,7 +118,7 @@ def discover_command(origin: Origin, config: DiscoverConfig, out: Path) -> Circu
     origin.loaded(subject).claim(folder)
     if path.exists():
         say(f"{path} is there: nothing to do")
-    [(_, circuit)] = PointMaker(subject, folder, CutConfig()).find(config, [config.tau])
+    [(_, circuit)] = PointMaker(subject, folder, CutSettings()).find(config, [config.tau])
     return circuit
 
 
@@ -156,7 +156,7 @@ def find_origin(path: Path) -> Origin | None:
 
 
 def cut_command(
-    circuit: Circuit, origin: Origin, config: CutConfig, bench: BenchConfig, out: Path
+    circuit: Circuit, origin: Origin, config: CutSettings, bench: BenchSettings, out: Path
 ) -> Results:
     """Compile one circuit into ``out/model`` and measure it beside the dense model."""
     config = replace(config, ablation=config.ablation_for(circuit.ablation))
@@ -176,7 +176,7 @@ def cut_command(
     return results
 
 
-def bench_command(path: Path, config: BenchConfig, out: Path) -> Results:
+def bench_command(path: Path, config: BenchSettings, out: Path) -> Results:
     """Measure the dense model and every cut model of a run directory again.
 
     Raises:

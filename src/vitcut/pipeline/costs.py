@@ -10,9 +10,9 @@ from typing import get_args
 
 from vitcut.compiler.cost import CostModel, Unit
 from vitcut.errors import ArtefactError
-from vitcut.files import cache_dir, read_json, write_json
 from vitcut.progress import say
 from vitcut.runtime import describe_machine
+from vitcut.store import cache_dir, read_json, write_json
 
 _VERSION = 1
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from vitcut.circuit import Circuit
-from vitcut.compiler.settings import CutConfig
-from vitcut.config import require_memory
+from vitcut.compiler.settings import CutSettings
 from vitcut.masked.ablation import mean_fill, zero_fill
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import LinearFit, SiteStatistics, fit_fill
@@ -13,6 +12,7 @@ from vitcut.masked.masking import run_gib
 from vitcut.names import SiteKey
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import track
+from vitcut.settings import require_memory
 from vitcut.shapes import Float, Tensor
 
 _BATCH = 32
@@ -21,7 +21,7 @@ _BATCH = 32
 class Fills:
     """The fills of a model's circuits; what they share is computed once."""
 
-    def __init__(self, subject: Subject, config: CutConfig) -> None:
+    def __init__(self, subject: Subject, config: CutSettings) -> None:
         self._subject = subject
         self._config = config
         self._last: LinearFit | None = None

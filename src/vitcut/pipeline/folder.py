@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vitcut.errors import ArtefactError
-from vitcut.files import write_text
+from vitcut.store import write_text
 
 _WRITTEN_FIRST = {"config.yaml", "origin.json", "training.json"}
 """What stands there before any work is done: settings that proved wrong may be mended."""

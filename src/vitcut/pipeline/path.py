@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitcut.errors import ArtefactError
-from vitcut.files import read_json, write_json
+from vitcut.store import read_json, write_json
 
 PATH_FILE, PATH_FOLDER, STEP_FILE = "path.json", "path", "step.json"
 _FORMAT_VERSION = 1

@@ -11,10 +11,9 @@ from typing import Any
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import FILL
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutConfig
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
-from vitcut.files import write_text
 from vitcut.names import Ablation
 from vitcut.pipeline.cards import compact_card
 from vitcut.pipeline.fills import Fills
@@ -23,6 +22,7 @@ from vitcut.pipeline.stages import Cut, Discovery, cut_circuit, cut_point
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
+from vitcut.store import write_text
 
 CIRCUIT_FILE = "circuit.json"
 MODEL_FOLDER = "model"
@@ -45,13 +45,15 @@ def _seconds(circuit: Circuit, cutting: float) -> float | None:
 class PointMaker:
     """Finds and cuts the circuits of one run directory."""
 
-    def __init__(self, subject: Subject, folder: RunFolder, cut: CutConfig) -> None:
+    def __init__(self, subject: Subject, folder: RunFolder, cut: CutSettings) -> None:
         self._subject = subject
         self._folder = folder
         self._cut = cut
         self.fills = Fills(subject, cut)
 
-    def find(self, config: DiscoverConfig, taus: Sequence[float]) -> Iterator[tuple[str, Circuit]]:
+    def find(
+        self, config: DiscoverSettings, taus: Sequence[float]
+    ) -> Iterator[tuple[str, Circuit]]:
         """The name and circuit of the point at each tau, all from the same cached activations."""
         discovery: Discovery | None = None
         for tau in taus:

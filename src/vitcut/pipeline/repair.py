@@ -15,15 +15,13 @@ from torch import nn
 from vitcut.benchmark.evaluation import Evaluation, paired_interval
 from vitcut.compact.artefact import CIRCUIT
 from vitcut.compact.model import CompactViT
-from vitcut.config import as_plain
 from vitcut.errors import ArtefactError
-from vitcut.files import read_json, write_json, write_text
 from vitcut.model.loading import DenseCard, load_model, save_dense
 from vitcut.model.saving import require_savable
 from vitcut.pipeline.cards import dense_repaired_card, repaired_card
 from vitcut.pipeline.folder import RunFolder, differences
 from vitcut.pipeline.points import MODEL_FOLDER
-from vitcut.pipeline.settings import RepairConfig
+from vitcut.pipeline.settings import RepairSettings
 from vitcut.pipeline.stages import (
     CLASS_ONLY,
     DENSE,
@@ -37,10 +35,12 @@ from vitcut.pipeline.stored import StoredCut, require_cut_of, require_sight
 from vitcut.pipeline.subject import Origin, Subject
 from vitcut.progress import say
 from vitcut.results import Point, Results
+from vitcut.settings import as_plain
+from vitcut.store import read_json, write_json, write_text
 from vitcut.training.checkpoint import read_training
 from vitcut.training.distillation import Distillation
 from vitcut.training.loop import TrainResult, train, training_settings
-from vitcut.training.settings import FinetuneConfig
+from vitcut.training.settings import FinetuneSettings
 
 REPAIR_FILE = "repair.json"
 """What the trainings came to, and the paired differences of accuracy."""
@@ -95,7 +95,9 @@ class Repair:
             raise ArtefactError(f"{path} is damaged: {error!r}; delete it and run again") from None
 
 
-def repair(subject: Subject, model: nn.Module, config: FinetuneConfig, folder: Path) -> TrainResult:
+def repair(
+    subject: Subject, model: nn.Module, config: FinetuneSettings, folder: Path
+) -> TrainResult:
     """Train a model in place with the dense one as teacher; ``folder`` keeps checkpoints.
 
     Args:
@@ -109,7 +111,7 @@ def repair(subject: Subject, model: nn.Module, config: FinetuneConfig, folder: P
 
 
 def finetune_command(
-    cut: StoredCut, origin: Origin, config: RepairConfig, out: Path
+    cut: StoredCut, origin: Origin, config: RepairSettings, out: Path
 ) -> tuple[Results, Repair]:
     """Repair a compact model into ``out/model``, and the dense one, and measure them.
 
@@ -163,7 +165,7 @@ def finetune_command(
 
 
 def repair_compact(
-    subject: Subject, cut: StoredCut, config: FinetuneConfig, into: Path, *, base: Path
+    subject: Subject, cut: StoredCut, config: FinetuneSettings, into: Path, *, base: Path
 ) -> tuple[Point, CompactViT, TrainResult]:
     """Repair a compact model into ``into/model``.
 
@@ -195,7 +197,7 @@ def repair_compact(
 
 
 def _repaired_dense(
-    subject: Subject, config: RepairConfig, out: Path
+    subject: Subject, config: RepairSettings, out: Path
 ) -> tuple[Point, nn.Module, TrainResult] | None:
     """The dense model after the same repair: trained here, or taken from another run."""
     if not config.repair_dense:
@@ -226,7 +228,7 @@ def _dense_folder(path: Path) -> Path:
     return path / DENSE_REPAIRED if (path / DENSE_REPAIRED).is_dir() else path
 
 
-def _require_same_repair(subject: Subject, config: FinetuneConfig, path: Path) -> None:
+def _require_same_repair(subject: Subject, config: FinetuneSettings, path: Path) -> None:
     config = _fitted(subject, config)
     loss = _loss(subject, config)
     wanted = training_settings(subject.model.model, subject.images, config, loss)
@@ -238,17 +240,17 @@ def _require_same_repair(subject: Subject, config: FinetuneConfig, path: Path) -
         )
 
 
-def _fitted(subject: Subject, config: FinetuneConfig) -> FinetuneConfig:
+def _fitted(subject: Subject, config: FinetuneSettings) -> FinetuneSettings:
     mean: Any = subject.model.mean
     std: Any = subject.model.std
     return replace(config, mean=tuple(mean), std=tuple(std))
 
 
-def _loss(subject: Subject, config: FinetuneConfig) -> Distillation:
+def _loss(subject: Subject, config: FinetuneSettings) -> Distillation:
     return Distillation(subject.model.model, subject.group_of_class, config)
 
 
-def _dense_card(subject: Subject, result: TrainResult, config: FinetuneConfig) -> DenseCard:
+def _dense_card(subject: Subject, result: TrainResult, config: FinetuneSettings) -> DenseCard:
     task = subject.task
     return DenseCard(
         task_name=task.name,

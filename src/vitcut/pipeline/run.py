@@ -6,30 +6,30 @@ from pathlib import Path
 from torch import nn
 
 from vitcut.circuit import Circuit
-from vitcut.config import as_plain
 from vitcut.errors import ArtefactError
 from vitcut.images.images import TaskImages, load_images
 from vitcut.model.loading import DenseCard, load_model, save_dense
 from vitcut.model.reference import build_reference
-from vitcut.model.settings import VitConfig
+from vitcut.model.settings import VitSettings
 from vitcut.model.tracing import read_model
 from vitcut.pipeline.budget import cut_to_budget, require_possible
 from vitcut.pipeline.cards import dense_card
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.points import MODEL_FOLDER, PointMaker, save_results
 from vitcut.pipeline.repair import repair_compact
-from vitcut.pipeline.settings import RunConfig
+from vitcut.pipeline.settings import RunSettings
 from vitcut.pipeline.stages import CLASS_ONLY, class_only, measure
 from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Origin, Subject
 from vitcut.progress import say
 from vitcut.results import Point, Results
+from vitcut.settings import as_plain
 from vitcut.task import load_task
 from vitcut.training.loop import train
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 
-def run(config: RunConfig, out: Path) -> Results:
+def run(config: RunSettings, out: Path) -> Results:
     """Train a dense model, find and cut its circuits at every tau, and measure all of them.
 
     Args:
@@ -68,7 +68,7 @@ def run(config: RunConfig, out: Path) -> Results:
 
 
 def _budget_points(
-    config: RunConfig, subject: Subject, folder: RunFolder
+    config: RunSettings, subject: Subject, folder: RunFolder
 ) -> dict[str, tuple[Point, nn.Module]]:
     """The point that is cut to a budget, and its repair."""
     if not config.select.has_budget:
@@ -87,7 +87,9 @@ def _budget_points(
     return points
 
 
-def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder: RunFolder) -> None:
+def train_dense(
+    images: TaskImages, vit: VitSettings, config: TrainSettings, folder: RunFolder
+) -> None:
     """Train a ViT on a task and save it into the run directory, unless it is there."""
     if folder.dense.exists():
         return
@@ -108,7 +110,7 @@ def train_dense(images: TaskImages, vit: VitConfig, config: TrainConfig, folder:
     save_dense(model, folder.dense, card=card)
 
 
-def _untrained(images: TaskImages, vit: VitConfig, config: TrainConfig) -> nn.Module:
+def _untrained(images: TaskImages, vit: VitSettings, config: TrainSettings) -> nn.Module:
     return build_reference(
         vit, num_classes=len(images.task.classes), image_size=images.image_size, seed=config.seed
     )

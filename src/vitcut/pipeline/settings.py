@@ -2,43 +2,43 @@
 
 from dataclasses import dataclass, field
 
-from vitcut.benchmark.settings import BenchConfig
-from vitcut.compiler.settings import CutConfig
-from vitcut.config import require_positive
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.benchmark.settings import BenchSettings
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
-from vitcut.images.settings import DataConfig
-from vitcut.model.settings import VitConfig
+from vitcut.images.settings import DataSettings
+from vitcut.model.settings import VitSettings
 from vitcut.names import EdgeAblation
-from vitcut.selection.settings import SelectConfig
-from vitcut.training.settings import FinetuneConfig, TrainConfig
+from vitcut.selection.settings import Budget
+from vitcut.settings import require_positive
+from vitcut.training.settings import FinetuneSettings, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunSettings:
     """Train a ViT, find its circuits at several tau, cut each, and measure all of them."""
 
     task: str = "animals"
     """Name of a shipped task, or path of a label file."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataSettings = field(default_factory=DataSettings)
     """The images."""
-    vit: VitConfig = field(default_factory=VitConfig)
+    vit: VitSettings = field(default_factory=VitSettings)
     """The dense model."""
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainSettings = field(default_factory=TrainSettings)
     """Its training."""
-    discover: DiscoverConfig = field(default_factory=DiscoverConfig)
+    discover: DiscoverSettings = field(default_factory=DiscoverSettings)
     """The search; its tau and ablation are replaced by each of ``taus`` and ``ablations``."""
     taus: tuple[float, ...] = (0.01,)
     """ACDC's thresholds in nats; one point each."""
     ablations: tuple[EdgeAblation, ...] = ("resample",)
     """What stands in for cut edges while searching; each at every tau."""
-    select: SelectConfig = field(default_factory=SelectConfig)
+    select: Budget = field(default_factory=Budget)
     """One more point, cut to a budget under linear ablation; none where there is no budget."""
-    repair: FinetuneConfig | None = None
+    repair: FinetuneSettings | None = None
     """The repair of that point; none if None."""
-    cut: CutConfig = field(default_factory=CutConfig)
+    cut: CutSettings = field(default_factory=CutSettings)
     """The compilation; merging is for the points of ``taus``, not for that of a budget."""
-    bench: BenchConfig = field(default_factory=BenchConfig)
+    bench: BenchSettings = field(default_factory=BenchSettings)
     """The timing."""
 
     def __post_init__(self) -> None:
@@ -53,16 +53,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepairConfig:
+class RepairSettings:
     """Fine-tune a compact model, give the dense one the same repair, and measure both."""
 
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     """Of both."""
     repair_dense: bool = True
     """Whether the dense model is repaired too."""
     repaired_dense: str | None = None
     """A run directory whose repaired dense model is taken, if its settings are the same."""
-    bench: BenchConfig = field(default_factory=BenchConfig)
+    bench: BenchSettings = field(default_factory=BenchSettings)
     """The timing."""
 
     def __post_init__(self) -> None:

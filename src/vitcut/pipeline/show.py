@@ -150,7 +150,7 @@ def _merge_line(point: Point) -> str:
 
 
 def print_circuit(circuit: Circuit) -> None:
-    """A circuit: a summary, and what each block keeps in each token group.
+    """A circuit: a summary, and what each block keeps in each token kind.
 
     Heads and neurons where parts were cut, edges by the target that reads them where edges were.
     """
@@ -163,7 +163,7 @@ def print_circuit(circuit: Circuit) -> None:
     )
     table.add_column("block")
     headers = [
-        *(("tokens",) if graph.groups else ()),
+        *(("tokens",) if graph.kinds else ()),
         *("heads", *(("which",) if neurons else ())),
         *(("neurons",) if neurons else ()),
         *((*(f"to {letter}" for letter in LETTERS), "to mlp") if edges else ()),
@@ -171,14 +171,14 @@ def print_circuit(circuit: Circuit) -> None:
     for header in headers:
         table.add_column(header, justify="left" if header in {"tokens", "which"} else "right")
     for layer in range(graph.num_layers):
-        for group in range(graph.num_groups):
+        for group in range(graph.num_kinds):
             name = f"{layer}" if group == 0 else ""
             table.add_row(name, *_block_cells(circuit, layer, group, edges=edges))
     if edges:
         table.add_section()
         for target in graph.classifiers:
-            blank = [""] * (len(headers) - 1 - bool(graph.groups))
-            tokens = (graph.targets[target].group or "",) if graph.groups else ()
+            blank = [""] * (len(headers) - 1 - bool(graph.kinds))
+            tokens = (graph.targets[target].kind or "",) if graph.kinds else ()
             table.add_row("classifier", *tokens, *blank, _kept_of(circuit, [target]))
     console.print(table)
 
@@ -189,8 +189,8 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
     tau = "" if circuit.tau is None else f", tau {circuit.tau:g}"
     yield f"circuit by {circuit.method}{tau}, {circuit.ablation} ablation, task {circuit.task}"
     heads = f"heads kept {circuit.num_heads_kept} of {graph.num_layers * graph.num_heads}"
-    if graph.groups:
-        heads += " (in any token group)"
+    if graph.kinds:
+        heads += " (in any token kind)"
     if circuit.neurons is not None:
         heads += f", neurons kept {circuit.neurons_kept_fraction:.1%}"
     if _cuts_edges(circuit):
@@ -261,12 +261,12 @@ def _cuts_edges(circuit: Circuit) -> bool:
 
 
 def _block_cells(circuit: Circuit, layer: int, group: int, *, edges: bool) -> Iterator[str]:
-    """The cells of a block and token group; a dash where nothing can reach the classifier."""
+    """The cells of a block and token kind; a dash where nothing can reach the classifier."""
     graph = circuit.graph
     useful = graph.find_live(graph.edges)[1]
     first, mlp = graph.head_source(layer, 0, group), graph.mlp_source(layer, group)
-    if graph.groups:
-        yield graph.groups[group]
+    if graph.kinds:
+        yield graph.kinds[group]
     kept = circuit.heads_on_path[layer, :, group]
     yield f"{int(kept.sum())} / {len(kept)}" if useful[first] else _DEAD
     if circuit.neurons is not None:

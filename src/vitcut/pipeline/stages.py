@@ -13,18 +13,17 @@ from torch import nn
 
 from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.benchmark.latency import measure_latency
-from vitcut.benchmark.settings import BenchConfig
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import ModelInfo
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
-from vitcut.compiler.settings import CutConfig
+from vitcut.compiler.settings import CutSettings
 from vitcut.compiler.verify import Exactness, verify
-from vitcut.config import as_plain
 from vitcut.discovery.acdc import acdc
 from vitcut.discovery.cache import Cache, require_room
-from vitcut.discovery.settings import DiscoverConfig
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import CircuitError
 from vitcut.images.images import ImageSet
 from vitcut.images.pairs import make_pairs
@@ -37,6 +36,7 @@ from vitcut.pipeline.merging import merge, merge_facts
 from vitcut.pipeline.subject import Subject
 from vitcut.results import Point, Results
 from vitcut.runtime import describe_machine
+from vitcut.settings import as_plain
 
 DENSE = "dense"
 CLASS_ONLY = "class-only"
@@ -63,7 +63,7 @@ class Cut:
 class Discovery:
     """One model, one set of pairs; a circuit for any tau, all from the same cached activations."""
 
-    def __init__(self, subject: Subject, config: DiscoverConfig) -> None:
+    def __init__(self, subject: Subject, config: DiscoverSettings) -> None:
         """Draw the pairs and trace their images.
 
         Raises:
@@ -105,7 +105,7 @@ class Discovery:
         )
 
 
-def examples_of(subject: Subject, config: DiscoverConfig) -> Examples:
+def examples_of(subject: Subject, config: DiscoverSettings) -> Examples:
     """The calibration images and their pairing."""
     images = subject.images.calibration(config.images, seed=config.seed)
     groups = subject.task.group_of_class[images.labels]
@@ -121,7 +121,7 @@ def examples_of(subject: Subject, config: DiscoverConfig) -> Examples:
 def cut_circuit(
     subject: Subject,
     circuit: Circuit,
-    config: CutConfig,
+    config: CutSettings,
     *,
     fills: Fills | None = None,
 ) -> Cut:
@@ -182,7 +182,7 @@ def evaluate_points(
 def measure(
     subject: Subject,
     points: Mapping[str, tuple[Point, nn.Module]],
-    config: BenchConfig,
+    config: BenchSettings,
     *,
     evaluations: Mapping[str, Evaluation] | None = None,
 ) -> Results:
@@ -230,7 +230,7 @@ def dense_point(subject: Subject) -> Point:
 def class_only(subject: Subject, *, batch: int = 64) -> tuple[Point, CompactViT]:
     """The second baseline of every cut: the uncut circuit, compiled; it is not saved."""
     circuit = Circuit.full(subject.weights.graph, ablation="zero")
-    cut = cut_circuit(subject, circuit, CutConfig(ablation="zero", batch=batch))
+    cut = cut_circuit(subject, circuit, CutSettings(ablation="zero", batch=batch))
     return cut_point(CLASS_ONLY, cut), cut.model
 
 

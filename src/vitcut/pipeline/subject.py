@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcut.config import as_plain
 from vitcut.errors import ArtefactError, ConfigError, TaskError
-from vitcut.files import read_json, write_json
 from vitcut.images.images import ImageSet, TaskImages, to_float
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.model.given import NOTHING, Given
 from vitcut.model.loading import LoadedModel, load_model
 from vitcut.model.tracing import read_model
@@ -21,7 +19,9 @@ from vitcut.model.weights import ViTWeights
 from vitcut.names import SHIPPED_MODEL
 from vitcut.pipeline.classes import fit, load_images_for
 from vitcut.pipeline.folder import RunFolder
+from vitcut.settings import as_plain
 from vitcut.shapes import Float, Int, Tensor
+from vitcut.store import read_json, write_json
 from vitcut.task import Task, parse_task
 
 _ORIGIN_VERSION = 1
@@ -41,14 +41,14 @@ class Origin:
     task: Task
     written: Task | None = None
     """As the label file has it, where ``task`` calls its classes by what it means in the data."""
-    data: DataConfig
+    data: DataSettings
     images_fingerprint: str | None = None
     """Of the images, their splits and the task; None until they were loaded."""
     weight_hash: str | None = None
     """Of a model that was there before the run; None until it was loaded, or if it is trained."""
 
     @classmethod
-    def own(cls, images: TaskImages, data: DataConfig, written: Task) -> "Origin":
+    def own(cls, images: TaskImages, data: DataSettings, written: Task) -> "Origin":
         """The origin of a run that trains its own model for a task as a label file has it."""
         return cls(
             model=OWN_MODEL,
@@ -119,7 +119,7 @@ class Origin:
                 given=Given.from_dict(content),
                 task=task,
                 written=written,
-                data=DataConfig(**content["data"]),
+                data=DataSettings(**content["data"]),
                 images_fingerprint=content["images_fingerprint"],
                 weight_hash=content["weight_hash"],
             )

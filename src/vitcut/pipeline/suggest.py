@@ -5,17 +5,17 @@ from pathlib import Path
 import yaml
 
 from vitcut.errors import ConfigError, TaskError
-from vitcut.files import write_text
 from vitcut.images.drawn import SOURCE_WORD
-from vitcut.images.settings import DataConfig
+from vitcut.images.settings import DataSettings
 from vitcut.images.sources import open_source
+from vitcut.store import write_text
 from vitcut.task import Task, TaskClass
 from vitcut.wordnet import imagenet_names, suggest_groups
 
 _HEADER = "# Groups suggested by WordNet 3.0 ancestors: look through them, and edit.\n"
 
 
-def suggest_command(data: DataConfig, groups: int, out: Path) -> Task:
+def suggest_command(data: DataSettings, groups: int, out: Path) -> Task:
     """Group a source's classes into a label file; no image is decoded.
 
     Raises:

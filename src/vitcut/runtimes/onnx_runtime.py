@@ -11,9 +11,9 @@ from torch.export import Dim
 
 from vitcut.compact.deployment import centred
 from vitcut.compact.model import CompactViT
-from vitcut.files import atomic_path
 from vitcut.runtimes.session import Session, frozen_copy, require_parity
 from vitcut.shapes import Float, Tensor
+from vitcut.store import atomic_path
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"

@@ -1,7 +1,7 @@
 """Greedy cutting: always the candidate that costs the least KL per saving, down to a budget.
 
-Candidates are single heads and neurons of a token group, a head in all its groups (keys and values
-go only with their last reader), and what is left of an attention, an MLP or a block of a group.
+Candidates are single heads and neurons of a token kind, a head in all its kinds (keys and values
+go only with their last reader), and what is left of an attention, an MLP or a block of a kind.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ _TOGETHER_EVERY = 8
 """Steps between looks at candidates of several parts, which change slowly and take long."""
 
 _APART: Ablation = "linear"
-"""Costs are those of token groups that are computed apart, as under maps of their own: else the
-first cut that tells two groups apart would cost more than it saves, and none would follow."""
+"""Costs are those of token kinds that are computed apart, as under maps of their own: else the
+first cut that tells two kinds apart would cost more than it saves, and none would follow."""
 
 Candidate = tuple[tuple[SiteKey, tuple[int, ...]], ...]
 """What is cut together: per site the numbers of its heads or neurons."""
@@ -36,17 +36,17 @@ class Alive:
     """Which parts are not cut; changed in place."""
 
     heads: NDArray[np.bool_]
-    """Shape [blocks, heads, groups]."""
+    """Shape [blocks, heads, kinds]."""
     neurons: NDArray[np.bool_]
-    """Shape [blocks, groups, neurons]."""
+    """Shape [blocks, kinds, neurons]."""
 
     @classmethod
     def everything(cls, graph: Graph, num_neurons: int) -> "Alive":
         """Every part."""
-        blocks, groups = graph.num_layers, graph.num_groups
+        blocks, kinds = graph.num_layers, graph.num_kinds
         return cls(
-            heads=np.ones((blocks, graph.num_heads, groups), dtype=np.bool_),
-            neurons=np.ones((blocks, groups, num_neurons), dtype=np.bool_),
+            heads=np.ones((blocks, graph.num_heads, kinds), dtype=np.bool_),
+            neurons=np.ones((blocks, kinds, num_neurons), dtype=np.bool_),
         )
 
     def copy(self) -> "Alive":
@@ -55,8 +55,8 @@ class Alive:
 
     def at(self, site: SiteKey) -> NDArray[np.bool_]:
         """The heads or neurons of a site; a view."""
-        layer, kind, group = site
-        return self.heads[layer, :, group] if kind == "heads" else self.neurons[layer, group]
+        layer, parts, kind = site
+        return self.heads[layer, :, kind] if parts == "heads" else self.neurons[layer, kind]
 
     def left(self, site: SiteKey) -> tuple[int, ...]:
         """The numbers of a site's parts that are not cut."""
@@ -224,7 +224,7 @@ def cut_down(
     stays.
 
     Args:
-        graph: Of the model, per token group or over whole tokens.
+        graph: Of the model, per token kind or over whole tokens.
         alive: What is left; changed in place.
         scorer: Predicts rises of the KL.
         cost: Of a circuit.
@@ -291,24 +291,24 @@ def _is_blind(graph: Graph, alive: Alive) -> bool:
     """Whether the classifier reads neither patches nor a head that could tell it of them."""
     if "patch" in graph.readout:
         return False
-    groups = [graph.group_number(graph.targets[target]) for target in graph.classifiers]
-    return not alive.heads[:, :, groups].any()
+    kinds = [graph.kind_number(graph.targets[target]) for target in graph.classifiers]
+    return not alive.heads[:, :, kinds].any()
 
 
 def _sites(graph: Graph) -> Iterator[SiteKey]:
     kinds = ("heads", "neurons")
-    yield from product(range(graph.num_layers), kinds, range(graph.num_groups))
+    yield from product(range(graph.num_layers), kinds, range(graph.num_kinds))
 
 
 def _together(graph: Graph, alive: Alive) -> Iterator[Candidate]:
-    """Several parts at once: a head in all groups, a whole attention, MLP or block of a group."""
+    """Several parts at once: a head in all kinds, a whole attention, MLP or block of a kind."""
     for layer in range(graph.num_layers):
         for head in range(graph.num_heads):
-            groups = np.flatnonzero(alive.heads[layer, head]).tolist()
-            if len(groups) > 1:
-                yield tuple(((layer, "heads", group), (head,)) for group in groups)
-        for group in range(graph.num_groups):
-            sites: Sequence[SiteKey] = ((layer, "heads", group), (layer, "neurons", group))
+            kinds = np.flatnonzero(alive.heads[layer, head]).tolist()
+            if len(kinds) > 1:
+                yield tuple(((layer, "heads", kind), (head,)) for kind in kinds)
+        for kind in range(graph.num_kinds):
+            sites: Sequence[SiteKey] = ((layer, "heads", kind), (layer, "neurons", kind))
             whole = [(site, left) for site in sites if (left := alive.left(site))]
             yield from ((item,) for item in whole if len(item[1]) > 1)
             if len(whole) > 1:

@@ -35,7 +35,7 @@ class Joint:
         """
         self._objective = objective
         self._refresh_fraction = refresh_fraction
-        self._sites = {(site.layer, site.kind, site.group): site for site in sites}
+        self._sites = {(site.layer, site.parts, site.kind): site for site in sites}
         self._nothing = torch.zeros_like(objective.curvature)
         self._chosen = self._nothing
         self._pending = dict.fromkeys(self._sites, self._nothing)

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
-from vitcut.config import require_memory
 from vitcut.discovery.controls import magnitude_scores, random_scores
 from vitcut.discovery.scores import PartScores
 from vitcut.errors import CircuitError
@@ -24,8 +23,9 @@ from vitcut.names import Ablation, SiteKey
 from vitcut.progress import Meter
 from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, cut_down
 from vitcut.selection.joint import Joint
-from vitcut.selection.settings import SelectConfig
+from vitcut.selection.settings import Budget
 from vitcut.selection.sites import trace_sites
+from vitcut.settings import require_memory
 from vitcut.shapes import Float, Int, Tensor
 
 
@@ -51,7 +51,7 @@ class Selection:
         weights: ViTWeights,
         calibration: Calibration,
         cost: Cost,
-        config: SelectConfig,
+        config: Budget,
         ablation: Ablation,
     ) -> None:
         """Start with everything; parts that reach nothing are cut at once.
@@ -77,16 +77,16 @@ class Selection:
         """Go on from the circuit of an earlier round.
 
         Raises:
-            CircuitError: It is a circuit of another model, or of other token groups.
+            CircuitError: It is a circuit of another model, or of other token kinds.
         """
         neurons = self._alive.neurons.shape
         if circuit.graph != self.graph or (
             circuit.neurons is not None and circuit.neurons.shape != neurons
         ):
             raise CircuitError(
-                "the circuit has other blocks, heads, neurons or token groups than this "
+                "the circuit has other blocks, heads, neurons or token kinds than this "
                 f"selection of {self.graph.num_layers} blocks, {self.graph.num_heads} heads, "
-                f"{neurons[2]} neurons and {self.graph.num_groups} groups: use the model and "
+                f"{neurons[2]} neurons and {self.graph.num_kinds} kinds: use the model and "
                 "--tokens that it was found with"
             )
         alive = self._alive.copy()
@@ -178,15 +178,13 @@ class Selection:
 
 
 def by_site(scores: PartScores) -> dict[SiteKey, NDArray[np.float64]]:
-    """Scores of heads and neurons by layer, kind and group."""
-    blocks, _, groups = scores.heads.shape
-    places = list(product(range(blocks), range(groups)))
+    """Scores of heads and neurons by layer, parts and token kind."""
+    blocks, _, kinds = scores.heads.shape
+    places = list(product(range(blocks), range(kinds)))
     heads: dict[SiteKey, NDArray[np.float64]] = {
-        (layer, "heads", group): scores.heads[layer, :, group] for layer, group in places
+        (layer, "heads", kind): scores.heads[layer, :, kind] for layer, kind in places
     }
-    return heads | {
-        (layer, "neurons", group): scores.neurons[layer, group] for layer, group in places
-    }
+    return heads | {(layer, "neurons", kind): scores.neurons[layer, kind] for layer, kind in places}
 
 
 def useful_parts(graph: Graph, num_neurons: int) -> Alive:
@@ -213,7 +211,7 @@ def smallest_cost(graph: Graph, num_neurons: int, cost: Cost) -> float:
     costs: list[float] = []
     for layer in range(graph.num_layers):
         alive.heads[:] = False
-        alive.heads[layer, 0, graph.group_number(graph.targets[graph.classifier])] = True
+        alive.heads[layer, 0, graph.kind_number(graph.targets[graph.classifier])] = True
         costs.append(cost(alive.circuit(graph, "mean")))
     return min(costs)
 

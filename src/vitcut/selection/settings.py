@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vitcut.config import require_at_least, require_fraction, require_one_of
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName, Tokens
 from vitcut.runtimes.table import require_runtime
+from vitcut.settings import require_at_least, require_fraction, require_one_of
 
 Scores = Literal["fisher", "random", "magnitude"]
 """What parts are chosen by."""
@@ -24,7 +24,7 @@ class CutWords:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig:
+class Budget:
     """How parts are chosen under a budget."""
 
     target_macs: float | None = None
@@ -38,7 +38,7 @@ class SelectConfig:
     joint: bool = True
     """Whether scores count what is cut together; otherwise they add up."""
     refresh_fraction: float = 0.125
-    """Of linear fills: part of a layer's and group's heads or neurons that is cut before the
+    """Of linear fills: part of a layer's and kind's heads or neurons that is cut before the
     residuals of its others are brought up to date (OBS); 0 scores all as if they got the mean."""
     rounds: int = 5
     """Steps on the way to the budget; each is a point of the path."""
@@ -47,7 +47,7 @@ class SelectConfig:
     score_images: int = 232
     """Training images, as many of each class, on which parts are scored."""
     tokens: Tokens = "split"
-    """Parts over whole tokens, or per token group."""
+    """Parts over whole tokens, or per token kind."""
     seed: int = 0
     """Seed of random scores; images are drawn with the seed of the cut."""
 

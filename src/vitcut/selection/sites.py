@@ -1,4 +1,4 @@
-"""Sites: the heads, or the neurons, of a layer and token group, and what cutting some would do.
+"""Sites: the heads, or the neurons, of a layer and token kind, and what cutting some would do.
 
 To second order on an already cut model q of the full model p, cutting the parts of a set A costs
 
@@ -58,7 +58,7 @@ class Objective:
 
 
 class Site:
-    """The heads or neurons of one layer and token group, as far as they are not cut."""
+    """The heads or neurons of one layer and token kind, as far as they are not cut."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Site:
             replaced: What a cut part becomes where nothing predicts it.
             covariance: Positive definite, to predict parts from others; None predicts nothing.
         """
-        self.layer, self.kind, self.group = place
+        self.layer, self.parts, self.kind = place
         self.alive = alive.to(activations.device, copy=True)
         self._size = activations.shape[2] // len(alive)
         self._gradients = gradients
@@ -177,16 +177,16 @@ def trace_sites(
         pixels: Normalised images; their activations and gradients are held together.
         group_of_class: The group number of each class of the model.
         masked: The circuit so far, and its fill.
-        alive: Heads [blocks, heads, groups] and neurons [blocks, groups, neurons] not cut yet.
+        alive: Heads [blocks, heads, kinds] and neurons [blocks, kinds, neurons] not cut yet.
         statistics: Of each site under a linear fill, to predict parts from others; None where cut
             parts get the values of the fill.
     """
     graph = masked[0].graph
     heads, neurons = (torch.from_numpy(item.copy()) for item in alive)
     left: dict[SiteKey, Tensor] = {}
-    for layer, group in product(range(graph.num_layers), range(graph.num_groups)):
-        left[layer, "heads", group] = heads[layer, :, group]
-        left[layer, "neurons", group] = neurons[layer, group]
+    for layer, kind in product(range(graph.num_layers), range(graph.num_kinds)):
+        left[layer, "heads", kind] = heads[layer, :, kind]
+        left[layer, "neurons", kind] = neurons[layer, kind]
     left = {place: parts for place, parts in left.items() if bool(parts.any())}
     store = _Store(weights, graph, list(left), (int(group_of_class.max()) + 1, len(pixels)))
     starts = range(0, len(pixels), _CHUNK)
@@ -207,9 +207,9 @@ def _fill_values(
     weights: ViTWeights, graph: Graph, fill: Fill, place: SiteKey
 ) -> Float[Tensor, "tokens features"]:
     """What a fill without maps makes of the parts of a site."""
-    layer, kind, group = place
-    rows = weights.rows_of(graph)[group]
-    if kind == "neurons":
+    layer, parts, kind = place
+    rows = weights.rows_of(graph)[kind]
+    if parts == "neurons":
         if fill.neurons is None:
             raise CircuitError("neurons are to be cut, the fill has no values for them")
         return fill.neurons[layer, rows]
@@ -266,9 +266,9 @@ class _Store:
                 gradients[y, images] = self._of(place, found.by[:blocks], found.by[blocks:])
 
     def _of(self, place: SiteKey, heads: Sequence[Tensor], neurons: Sequence[Tensor]) -> Tensor:
-        layer, kind, group = place
-        values = _flat(heads[layer]) if kind == "heads" else neurons[layer]
-        return values[:, self._rows[group]]
+        layer, parts, kind = place
+        values = _flat(heads[layer]) if parts == "heads" else neurons[layer]
+        return values[:, self._rows[kind]]
 
     def take(self, place: SiteKey) -> tuple[Tensor, Tensor]:
         """Hand over the activations and gradients of a site."""

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from vitcut.shapes import Tensor
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 
-def fast_attention(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+def fast_attention(config: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
     """A context in which a model trains fastest; the function it computes is the same.
 
     On a CPU in bfloat16 torch's fused operator is the slower one. A compact model avoids it by

@@ -28,7 +28,7 @@ from vitcut.training.augment import (
     shift_and_flip,
     soft_targets,
 )
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class TrainingBatches:
     def __init__(
         self,
         images: ImageSet,
-        config: TrainConfig,
+        config: TrainSettings,
         *,
         num_classes: int,
         device: torch.device,
@@ -163,7 +163,7 @@ class TrainingBatches:
 class _TransformedImages(Dataset[Tensor]):
     """Images through the reference's transforms, each seeded by itself: any worker will do."""
 
-    def __init__(self, images: ImageSet, config: TrainConfig, epoch: int) -> None:
+    def __init__(self, images: ImageSet, config: TrainSettings, epoch: int) -> None:
         self._images = images
         self._seed = config.seed
         self._epoch = epoch

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vitcut.errors import ArtefactError
-from vitcut.files import atomic_path, read_json, write_json, write_text
 from vitcut.shapes import Tensor
+from vitcut.store import atomic_path, read_json, write_json, write_text
 
 _FORMAT_VERSION = 1
 _MARKER = "training.json"

@@ -15,7 +15,7 @@ from vitcut.model.loading import weight_hash
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.training.attention import fast_attention
 from vitcut.training.batches import Batch
-from vitcut.training.settings import FinetuneConfig
+from vitcut.training.settings import FinetuneSettings
 
 
 class Distillation:
@@ -33,7 +33,7 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher: nn.Module, group_of_class: Int[Tensor, "classes"], config: FinetuneConfig
+        self, teacher: nn.Module, group_of_class: Int[Tensor, "classes"], config: FinetuneSettings
     ) -> None:
         """Take a copy of the teacher, frozen and in eval mode.
 

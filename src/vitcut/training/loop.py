@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from vitcut.config import as_plain, config_hash
 from vitcut.errors import ConfigError, ModelError
 from vitcut.images.images import TaskImages
 from vitcut.model.loading import weight_hash
 from vitcut.progress import Meter
 from vitcut.runtime import choose_device, set_threads
+from vitcut.settings import as_plain, config_hash
 from vitcut.shapes import Tensor
 from vitcut.training.attention import fast_attention
 from vitcut.training.batches import Batch, Share, TrainingBatches
@@ -37,7 +37,7 @@ from vitcut.training.checkpoint import (
 )
 from vitcut.training.losses import Loss, SoftCrossEntropy
 from vitcut.training.optimizer import create_optimizer, create_schedule
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 from vitcut.training.val import ValSet
 
 _READ_LOSS_EVERY = 10
@@ -65,7 +65,7 @@ class TrainResult:
 def train(
     model: nn.Module,
     images: TaskImages,
-    config: TrainConfig,
+    config: TrainSettings,
     out: Path,
     *,
     loss: Loss | None = None,
@@ -104,7 +104,7 @@ def train(
 
 
 def training_settings(
-    model: nn.Module, images: TaskImages, config: TrainConfig, loss: Loss
+    model: nn.Module, images: TaskImages, config: TrainSettings, loss: Loss
 ) -> dict[str, Any]:
     """All that a training depends on, as JSON values; ``training.json`` holds it."""
     return {
@@ -122,7 +122,7 @@ class _Training:
         self,
         model: nn.Module,
         images: TaskImages,
-        config: TrainConfig,
+        config: TrainSettings,
         *,
         folder: TrainingFolder,
         loss: Loss,
@@ -272,7 +272,7 @@ def _best(rows: list[dict[str, Any]]) -> int:
 
 
 def _check_model(
-    model: nn.Module, images: TaskImages, config: TrainConfig, device: torch.device
+    model: nn.Module, images: TaskImages, config: TrainSettings, device: torch.device
 ) -> None:
     height, width, channels = images.train.array.shape[1:]
     if channels != 3 and config.augmentation == "reference":
@@ -299,7 +299,7 @@ def _check_model(
 
 @contextmanager
 def _unfused_attention(
-    model: nn.Module, config: TrainConfig, device: torch.device
+    model: nn.Module, config: TrainSettings, device: torch.device
 ) -> Generator[None]:
     """Let torch.compile see inside timm's attention: 1.7 times as fast on a CPU in bfloat16."""
     parts: list[Any] = list(model.modules()) if config.compile and device.type == "cpu" else []

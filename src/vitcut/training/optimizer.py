@@ -7,10 +7,10 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vitcut.errors import ConfigError
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, config: TrainSettings) -> torch.optim.Optimizer:
     """AdamW with weight decay on weight matrices only."""
     return create_optimizer_v2(
         model, "adamw", lr=config.learning_rate, weight_decay=config.weight_decay
@@ -18,7 +18,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def create_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: TrainSettings, steps_per_epoch: int
 ) -> Scheduler:
     """Linear warm-up to the learning rate, then a cosine to zero; set by ``step_update(step)``."""
     schedule, _ = create_scheduler_v2(

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from vitcut.config import require_at_least, require_fraction, require_positive
 from vitcut.errors import ConfigError
+from vitcut.settings import require_at_least, require_fraction, require_positive
 
 Augmentation = Literal["light", "reference", "none"]
 """How training images are varied: batch-wise and cheap, as the reference does, or not at all."""
@@ -17,7 +17,7 @@ _LOSS_WEIGHTS = ("coarse_weight", "fine_weight", "label_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainSettings:
     """One training; the defaults are the light recipe."""
 
     epochs: int = 24
@@ -74,7 +74,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneSettings(TrainSettings):
     """One repair: few epochs under the loss of `distillation`; mean and std are the model's."""
 
     epochs: int = 6
@@ -106,9 +106,9 @@ class FinetuneConfig(TrainConfig):
             raise ConfigError(f"one of {', '.join(weights)} must be > 0, got 0 for each")
 
 
-def reference_recipe() -> TrainConfig:
-    """The published recipe; it goes with ``VitConfig(dropout=0.2)``."""
-    return TrainConfig(
+def reference_recipe() -> TrainSettings:
+    """The published recipe; it goes with ``VitSettings(dropout=0.2)``."""
+    return TrainSettings(
         epochs=300,
         learning_rate=3e-4,
         warmup_epochs=20,
@@ -118,7 +118,7 @@ def reference_recipe() -> TrainConfig:
     )
 
 
-def _check_optional(config: TrainConfig) -> None:
+def _check_optional(config: TrainSettings) -> None:
     if config.patience is not None:
         require_at_least("patience", config.patience, 1)
     if config.threads is not None:
@@ -127,7 +127,7 @@ def _check_optional(config: TrainConfig) -> None:
         raise ConfigError(f"ema_decay must be between 0 and 1, got {config.ema_decay}")
 
 
-def _check_together(config: TrainConfig) -> None:
+def _check_together(config: TrainSettings) -> None:
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
             f"warmup_epochs must be below epochs ({config.epochs}), got {config.warmup_epochs}"

@@ -10,7 +10,7 @@ from torch import nn
 from vitcut.images.images import TaskImages
 from vitcut.metrics import coarse_log_probs
 from vitcut.training.augment import normalize
-from vitcut.training.settings import TrainConfig
+from vitcut.training.settings import TrainSettings
 
 _BATCH_SIZE = 256
 
@@ -18,7 +18,7 @@ _BATCH_SIZE = 256
 class ValSet:
     """The val images, each process holding its share."""
 
-    def __init__(self, images: TaskImages, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(self, images: TaskImages, config: TrainSettings, accelerator: Accelerator) -> None:
         self._images = images.val
         self._config = config
         self._accelerator = accelerator

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitcut.config import (
+from vitcut.errors import ConfigError
+from vitcut.settings import (
     as_plain,
     config_hash,
     require_at_least,
@@ -14,7 +15,6 @@ from vitcut.config import (
     require_one_of,
     require_positive,
 )
-from vitcut.errors import ConfigError
 
 CHECKS = {
     "positive": lambda value: require_positive("x", value),

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vitcut.errors import ConfigError
-from vitcut.files import sha256_json
+from vitcut.store import sha256_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

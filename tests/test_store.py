@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitcut.errors import ArtefactError
-from vitcut.files import (
+from vitcut.store import (
     atomic_folder,
     atomic_path,
     cache_dir,
@@ -135,7 +135,7 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from vitcut.files import atomic_folder
+from vitcut.store import atomic_folder
 rename = Path.replace
 def rename_and_die(path, target):
     rename(path, target)
