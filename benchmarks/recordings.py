@@ -12,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors.torch import load_file
 
 from vitcut.progress import say
 
@@ -109,18 +110,24 @@ def kept(path: Path) -> dict:
     }
 
 
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file; sets of heads were called groups once."""
+    return {
+        name.replace(".groups.", ".head_sets."): tensor for name, tensor in load_file(path).items()
+    }
+
+
 def tensors_agree(path: Path, other: Path) -> bool:
     """Whether two files hold the same names and bits; says the largest difference where not."""
-    with safe_open(path, "pt") as one, safe_open(other, "pt") as two:
-        names = set(one.keys())
-        if names != set(two.keys()):
-            say(f"        names differ: {names ^ set(two.keys())}")
-            return False
-        gaps = {
-            key: float((one.get_tensor(key).double() - two.get_tensor(key).double()).abs().max())
-            for key in names
-            if one.get_tensor(key).numel()
-        }
+    one, two = read(path), read(other)
+    if one.keys() != two.keys():
+        say(f"        names differ: {one.keys() ^ two.keys()}")
+        return False
+    gaps = {
+        name: float((one[name].double() - two[name].double()).abs().max())
+        for name in one
+        if one[name].numel()
+    }
     worst = max(gaps, key=gaps.__getitem__)
     if gaps[worst]:
         say(f"        largest difference {gaps[worst]:.2g} in {worst}")

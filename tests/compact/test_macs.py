@@ -7,7 +7,7 @@ from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.plan import (
     AttentionPlan,
     BlockPlan,
-    HeadGroupPlan,
+    HeadSetPlan,
     OutputPlan,
     ProjectionPlan,
 )
@@ -24,7 +24,7 @@ def test_a_small_plan_is_counted_by_hand():
 
 def with_attention(*groups, projections=(), outputs=()):
     attention = AttentionPlan(
-        streams=(STREAM,), projections=projections, groups=groups, outputs=outputs
+        streams=(STREAM,), projections=projections, head_sets=groups, outputs=outputs
     )
     block = BlockPlan(attention=attention, mlps=())
     return replace(PLAN, blocks=(block,), embeds=False)
@@ -32,7 +32,7 @@ def with_attention(*groups, projections=(), outputs=()):
 
 def head_group(heads, rows, *constant, **direct):
     plain = {"queries": (), "keys": (), "values": (), "merged_values": False}
-    return HeadGroupPlan(heads=heads, rows=rows, constant=constant, **(plain | direct))
+    return HeadSetPlan(heads=heads, rows=rows, constant=constant, **(plain | direct))
 
 
 def test_a_fixed_pattern_is_one_product_and_the_class_token_one_query():
@@ -40,7 +40,7 @@ def test_a_fixed_pattern_is_one_product_and_the_class_token_one_query():
         head_group((0,), ALL, "q", "k"),
         head_group((1,), CLS, "k"),
         projections=(ProjectionPlan(streams=(0,), rows=ALL, q=(), k=(), v=(0, 1)),),
-        outputs=(OutputPlan(name="out.0.0", group=0, heads=(0,), rows=CLS, bias=True),),
+        outputs=(OutputPlan(name="out.0.0", head_set=0, heads=(0,), rows=CLS, bias=True),),
     )
     values, fixed, attended, output = 5 * 6 * 2 * 3, 5 * 5 * 3, 2 * 5 * 3, 3 * 6
     assert count_macs(plan) == values + fixed + attended + output + 6 * 4
@@ -56,7 +56,7 @@ def test_a_query_that_meets_the_tokens_directly_pays_width_instead_of_keys():
 
 def test_merged_weights_pay_the_width_twice():
     group = head_group((0, 1), CLS, queries=(0,), keys=(0,), values=(0,), merged_values=True)
-    output = OutputPlan(name="out.0.0", group=0, heads=(0, 1), rows=CLS, bias=True)
+    output = OutputPlan(name="out.0.0", head_set=0, heads=(0, 1), rows=CLS, bias=True)
     plan = with_attention(group, outputs=(output,))
     assert count_macs(plan) == 2 * (2 * 6 * 6) + 2 * (2 * 5 * 6) + 6 * 4
 

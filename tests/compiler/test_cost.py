@@ -25,7 +25,7 @@ def only_class_heads():
 
 
 def merged(plan):
-    groups = [group for block in plan.blocks for group in block.attention.groups]
+    groups = [group for block in plan.blocks for group in block.attention.head_sets]
     return {bool(group.queries) for group in groups if group.keys and "q" not in group.constant}
 
 

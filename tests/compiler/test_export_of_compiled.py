@@ -39,7 +39,7 @@ def per_group():
     weights = random_vit(num_layers=2, num_heads=3, width=16, hidden=9).to(torch.float32)
     circuit = parts_per_group(weights)
     compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
-    groups = [group for block in compact.plan.blocks for group in block.attention.groups]
+    groups = [group for block in compact.plan.blocks for group in block.attention.head_sets]
     assert any(group.keys for group in groups)
     assert any(not group.keys for group in groups)
     return compact, weights

@@ -54,7 +54,7 @@ def test_the_full_circuit_is_the_plain_residual():
     plan = plan_circuit(REFERENCE, Circuit.full(GRAPH))
     for block in plan.blocks:
         attention = block.attention
-        assert len(attention.streams) == len(attention.groups) == len(attention.outputs) == 1
+        assert len(attention.streams) == len(attention.head_sets) == len(attention.outputs) == 1
         assert len(attention.projections) == len(block.mlps) == 1
     first, *others = streams_of(plan)
     assert (names(first.terms), first.table_rows) == (["embed"], 65)
@@ -128,7 +128,7 @@ def parts_plan(**changes):
 
 def test_token_groups_that_keep_other_parts_have_their_own_streams_heads_and_mlps():
     first, second, third = parts_plan().blocks
-    assert [(group.rows.count, len(group.heads)) for group in first.attention.groups] == [
+    assert [(group.rows.count, len(group.heads)) for group in first.attention.head_sets] == [
         (1, 4),
         (4, 1),
     ]
@@ -141,7 +141,7 @@ def test_token_groups_that_keep_other_parts_have_their_own_streams_heads_and_mlp
 
 def test_one_query_meets_the_tokens_directly_and_many_have_keys_and_values():
     first, second, _ = parts_plan().blocks
-    alone, patches = first.attention.groups
+    alone, patches = first.attention.head_sets
     streams = [first.attention.streams[number] for number in alone.keys]
     assert [(stream.rows.count, bool(stream.terms)) for stream in streams] == [
         (1, False),
@@ -149,7 +149,7 @@ def test_one_query_meets_the_tokens_directly_and_many_have_keys_and_values():
     ]
     assert alone.keys == alone.values
     assert (patches.keys, patches.values) == ((), ())
-    (group,) = second.attention.groups
+    (group,) = second.attention.head_sets
     tokens = [second.attention.streams[number].rows.first for number in group.keys]
     assert (tokens, group.keys == group.values) == ([0, 1], True)
     assert [(item.q, item.k) for item in second.attention.projections] == [((0, 1, 2, 3), ())]
@@ -194,7 +194,7 @@ def test_nothing_is_planned_for_an_empty_circuit():
 
 def test_queries_of_most_rows_are_computed_with_keys_and_values():
     (first, *_) = parts_plan().blocks
-    alone, patches = first.attention.groups
+    alone, patches = first.attention.head_sets
     (joint,) = first.attention.projections
     assert patches.heads == joint.q == joint.k == joint.v
     assert (joint.rows.count, patches.rows.count, alone.rows.count) == (5, 4, 1)

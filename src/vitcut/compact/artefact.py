@@ -27,8 +27,8 @@ from vitcut.store import (
     write_text,
 )
 
-FORMAT_VERSION = 5
-OLDEST_VERSION = 4
+FORMAT_VERSION = 6
+OLDEST_VERSION = 6
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HASH = "config_sha256"

@@ -1,4 +1,4 @@
-"""What is left of an attention: projections, head groups, outputs.
+"""What is left of an attention: projections, head sets, outputs.
 
 The streams that it reads stand in ``stream.py``.
 """
@@ -9,7 +9,7 @@ from torch import nn
 
 from vitcut.compact.plan import (
     AttentionPlan,
-    HeadGroupPlan,
+    HeadSetPlan,
     OutputPlan,
     Rows,
     ViTShape,
@@ -31,10 +31,10 @@ from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
 
 
-class HeadGroup(nn.Module):
+class HeadSet(nn.Module):
     """Heads that share one attention call; inputs that depend on no image are tables."""
 
-    def __init__(self, plan: HeadGroupPlan, shape: ViTShape) -> None:
+    def __init__(self, plan: HeadSetPlan, shape: ViTShape) -> None:
         super().__init__()
         self.plan = plan
         heads, queries, width = len(plan.heads), plan.rows.count, shape.width
@@ -146,17 +146,17 @@ class HeadGroup(nn.Module):
 
 
 class HeadOutput(nn.Module):
-    """What some heads of a group add to the stream, the block's output bias included."""
+    """What some heads of a head_set add to the stream, the block's output bias included."""
 
     places: Tensor
 
-    def __init__(self, plan: OutputPlan, group: HeadGroupPlan, shape: ViTShape) -> None:
+    def __init__(self, plan: OutputPlan, head_set: HeadSetPlan, shape: ViTShape) -> None:
         super().__init__()
         self.plan = plan
-        self.group = group
-        inputs = shape.width if group.merged_values else shape.head_dim
+        self.head_set = head_set
+        inputs = shape.width if head_set.merged_values else shape.head_dim
         self.product = nn.Linear(len(plan.heads) * inputs, shape.width, bias=plan.bias)
-        places = [group.heads.index(head) for head in plan.heads]
+        places = [head_set.heads.index(head) for head in plan.heads]
         self.first, self.end = places[0], places[-1] + 1
         self.has_gaps = len(places) < self.end - self.first
         if self.has_gaps:
@@ -165,8 +165,8 @@ class HeadOutput(nn.Module):
 
     def forward(self, mixed: Float[Tensor, "images *heads_queries inputs"]) -> Tensor | Product:
         """Choose rows and heads, and multiply."""
-        own, wanted = self.group.rows, self.plan.rows
-        if self.group.stands_alone:
+        own, wanted = self.head_set.rows, self.plan.rows
+        if self.head_set.stands_alone:
             return write(flatten(take_rows(mixed, own, wanted)), self.product, bias=self.plan.bias)
         if wanted != own:
             mixed = mixed[:, :, wanted.first - own.first : wanted.end - own.first]
@@ -184,7 +184,7 @@ class HeadOutput(nn.Module):
 
 
 class CompactAttention(nn.Module):
-    """What is left of a block's attention: streams, projections, head groups, outputs."""
+    """What is left of a block's attention: streams, projections, head sets, outputs."""
 
     def __init__(self, plan: AttentionPlan, shape: ViTShape) -> None:
         super().__init__()
@@ -194,9 +194,9 @@ class CompactAttention(nn.Module):
         self.projections = nn.ModuleList(
             nn.Linear(shape.width, item.num_columns * shape.head_dim) for item in plan.projections
         )
-        self.groups = nn.ModuleList(HeadGroup(item, shape) for item in plan.groups)
+        self.head_sets = nn.ModuleList(HeadSet(item, shape) for item in plan.head_sets)
         self.outputs = nn.ModuleList(
-            HeadOutput(item, plan.groups[item.group], shape) for item in plan.outputs
+            HeadOutput(item, plan.head_sets[item.head_set], shape) for item in plan.outputs
         )
 
     def forward(self, written: Written) -> None:
@@ -214,14 +214,16 @@ class CompactAttention(nn.Module):
             columns.append(product(flatten(inputs)))
         parts = self.routes.cut(columns)
         mixed: list[Tensor] = []
-        for number, (plan, group) in enumerate(zip(self.plan.groups, self.groups, strict=True)):
+        for number, (plan, head_set) in enumerate(
+            zip(self.plan.head_sets, self.head_sets, strict=True)
+        ):
             q, k, v = (parts.of(number, letter) for letter in LETTERS)
             if plan.queries:
                 own = self._rows(plan.queries)
                 q = flatten(take_rows(normed[plan.queries[0]], own, plan.rows))
-            mixed.append(group(q, tokens.get(plan.keys, k), tokens.get(plan.values, v)))
+            mixed.append(head_set(q, tokens.get(plan.keys, k), tokens.get(plan.values, v)))
         for plan, output in zip(self.plan.outputs, self.outputs, strict=True):
-            written[plan.name] = output(mixed[plan.group])
+            written[plan.name] = output(mixed[plan.head_set])
 
     def _rows(self, streams: tuple[int, ...]) -> Rows:
         own = [self.plan.streams[number].rows for number in streams]

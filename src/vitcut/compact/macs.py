@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from vitcut.compact.plan import (
     AttentionPlan,
     BlockPlan,
-    HeadGroupPlan,
+    HeadSetPlan,
     OutputPlan,
     Plan,
     Rows,
@@ -68,26 +68,26 @@ def dense_macs(shape: ViTShape) -> int:
     return _embed_macs(shape) + blocks + read * shape.width * shape.num_classes
 
 
-def group_macs(shape: ViTShape, group: HeadGroupPlan) -> int:
-    """What a head group computes itself: all between its projections and its outputs."""
-    each = group.rows.count * len(group.heads)
+def head_set_macs(shape: ViTShape, head_set: HeadSetPlan) -> int:
+    """What a head set computes itself: all between its projections and its outputs."""
+    each = head_set.rows.count * len(head_set.heads)
     small, large = shape.head_dim, shape.width
     total = 0
-    if not group.fixed_pattern:
-        total += each * shape.num_tokens * (large if group.keys else small)
-    if group.queries:
+    if not head_set.fixed_pattern:
+        total += each * shape.num_tokens * (large if head_set.keys else small)
+    if head_set.queries:
         total += each * large * large
-    elif group.keys and "q" not in group.constant:
+    elif head_set.keys and "q" not in head_set.constant:
         total += each * small * large
-    total += each * shape.num_tokens * (large if group.values else small)
-    if group.values and not group.merged_values:
+    total += each * shape.num_tokens * (large if head_set.values else small)
+    if head_set.values and not head_set.merged_values:
         total += each * small * large
     return total
 
 
-def output_macs(shape: ViTShape, group: HeadGroupPlan, output: OutputPlan) -> int:
-    """What a product from the heads of a group to the stream computes."""
-    inputs = shape.width if group.merged_values else shape.head_dim
+def output_macs(shape: ViTShape, head_set: HeadSetPlan, output: OutputPlan) -> int:
+    """What a product from the heads of a head_set to the stream computes."""
+    inputs = shape.width if head_set.merged_values else shape.head_dim
     return output.rows.count * len(output.heads) * inputs * shape.width
 
 
@@ -132,16 +132,16 @@ class _Block:
 
     def _attention(self, plan: AttentionPlan) -> None:
         shape = self._shape
-        for group in plan.groups:
-            line = self._add(group.rows, macs=group_macs(shape, group))
-            line.heads |= set(group.heads)
-            line.absorbed |= set(group.heads if group.keys or group.values else ())
+        for head_set in plan.head_sets:
+            line = self._add(head_set.rows, macs=head_set_macs(shape, head_set))
+            line.heads |= set(head_set.heads)
+            line.absorbed |= set(head_set.heads if head_set.keys or head_set.values else ())
         for item in plan.projections:
             macs = item.rows.count * item.num_columns * shape.width * shape.head_dim
             self._add(self._asking(item.rows), macs=macs)
         for output in plan.outputs:
-            group = plan.groups[output.group]
-            self._add(group.rows, macs=output_macs(shape, group, output))
+            head_set = plan.head_sets[output.head_set]
+            self._add(head_set.rows, macs=output_macs(shape, head_set, output))
         for stream in plan.streams:
             self._stream(stream)
 

@@ -106,13 +106,13 @@ class ViTShape:
 
     @property
     def kind_rows(self) -> dict[TokenKind, Rows]:
-        """The tokens of each group that there is, in their order."""
+        """The tokens of each head_set that there is, in their order."""
         found: dict[TokenKind, Rows] = {
             "cls": Rows(first=0, end=self.num_read),
             "register": Rows(first=self.num_read, end=self.num_prefix),
             "patch": self.patch_rows,
         }
-        return {group: rows for group, rows in found.items() if rows.count}
+        return {head_set: rows for head_set, rows in found.items() if rows.count}
 
     def num_features(self, rows: Rows) -> int:
         """Numbers that the classifier takes of one of its streams: patches count as one token."""
@@ -121,8 +121,8 @@ class ViTShape:
     def name_of(self, rows: Rows) -> str:
         """The token kinds of a range, in words."""
         inside = [
-            group
-            for group, own in self.kind_rows.items()
+            head_set
+            for head_set, own in self.kind_rows.items()
             if own.first >= rows.first and own.end <= rows.end
         ]
         return " + ".join(inside)
@@ -170,7 +170,7 @@ class ProjectionPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadGroupPlan:
+class HeadSetPlan:
     """Heads of a block that go through one attention call."""
 
     heads: tuple[int, ...]
@@ -203,11 +203,11 @@ class HeadGroupPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPlan:
-    """One product from some heads of a group back to the width of the stream."""
+    """One product from some heads of a head_set back to the width of the stream."""
 
     name: str
-    group: int
-    """Number of the head group within the attention."""
+    head_set: int
+    """Number of the head set within the attention."""
     heads: tuple[int, ...]
     rows: Rows
     bias: bool
@@ -221,7 +221,7 @@ class AttentionPlan:
 
     streams: tuple[StreamPlan, ...]
     projections: tuple[ProjectionPlan, ...]
-    groups: tuple[HeadGroupPlan, ...]
+    head_sets: tuple[HeadSetPlan, ...]
     outputs: tuple[OutputPlan, ...]
 
 
@@ -255,7 +255,7 @@ class Plan:
     """Whether the patch embedding is computed."""
     blocks: tuple[BlockPlan, ...]
     readout: tuple[StreamPlan, ...]
-    """What the classifier reads, a stream per token kind; groups that do not depend on the image
+    """What the classifier reads, a stream per token kind; head_sets that do not depend on the image
     are left out, and with all of them the classifier."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where each head group of an attention finds its queries, keys and values among the products."""
+"""Where each head set of an attention finds its queries, keys and values among the products."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, Rows
+from vitcut.compact.plan import AttentionPlan, HeadSetPlan, Rows
 from vitcut.compact.stream import by_head, by_image
 from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
@@ -27,13 +27,16 @@ class Routes:
         self._plan = plan
         self._head_dim = head_dim
         self._pieces: list[dict[Letter, list[Piece]]] = [
-            {letter: self._find(group, letter) for letter in LETTERS} for group in plan.groups
+            {letter: self._find(head_set, letter) for letter in LETTERS}
+            for head_set in plan.head_sets
         ]
         self._cuts = self._sorted_pieces()
         """Per projection the pieces that it falls into."""
         self._one_by_one = self._read_by_heads_alone()
         """Projections whose inputs are all read by heads that stand alone."""
-        read = [streams for group in plan.groups for streams in (group.keys, group.values)]
+        read = [
+            streams for head_set in plan.head_sets for streams in (head_set.keys, head_set.values)
+        ]
         read += [item.streams for item in plan.projections if len(item.streams) > 1]
         self.read_together = [streams for streams in dict.fromkeys(read) if streams]
         """Streams whose tokens are put one after the other, image by image."""
@@ -65,10 +68,10 @@ class Routes:
     def _read_by_heads_alone(self) -> frozenset[int]:
         shared = {
             piece.projection
-            for group, of in zip(self._plan.groups, self._pieces, strict=True)
+            for head_set, of in zip(self._plan.head_sets, self._pieces, strict=True)
             for pieces in of.values()
             for piece in pieces
-            if not group.stands_alone
+            if not head_set.stands_alone
         }
         return frozenset(range(len(self._plan.projections))) - shared
 
@@ -79,26 +82,26 @@ class Routes:
             for number in range(len(self._plan.projections))
         ]
 
-    def _find(self, group: HeadGroupPlan, letter: Letter) -> list[Piece]:
-        """The pieces to be joined, in the order of a group's heads."""
-        direct = {"q": group.queries, "k": group.keys, "v": group.values}[letter]
-        if letter in group.constant or direct:
+    def _find(self, head_set: HeadSetPlan, letter: Letter) -> list[Piece]:
+        """The pieces to be joined, in the order of a head_set's heads."""
+        direct = {"q": head_set.queries, "k": head_set.keys, "v": head_set.values}[letter]
+        if letter in head_set.constant or direct:
             return []
         pieces: list[Piece] = []
-        for head in group.heads:
-            number, place = self._owner(group, letter, head)
+        for head in head_set.heads:
+            number, place = self._owner(head_set, letter, head)
             if pieces and pieces[-1].projection == number and pieces[-1].end == place:
                 pieces[-1] = pieces[-1]._replace(end=place + 1)
             else:
                 pieces.append(Piece(projection=number, first=place, end=place + 1))
         return pieces
 
-    def _owner(self, group: HeadGroupPlan, letter: Letter, head: int) -> tuple[int, int]:
+    def _owner(self, head_set: HeadSetPlan, letter: Letter, head: int) -> tuple[int, int]:
         """The projection that computes a head's letter, and the place among its head inputs."""
         found: list[tuple[int, int, int]] = []
         for number, item in enumerate(self._plan.projections):
             inputs = [(name, one) for name in LETTERS for one in getattr(item, name)]
-            if (letter, head) in inputs and _covers(item.rows, group.rows):
+            if (letter, head) in inputs and _covers(item.rows, head_set.rows):
                 found.append((item.rows.count, number, inputs.index((letter, head))))
         if not found:
             raise KeyError(f"no projection computes {letter} of head {head}")
@@ -119,19 +122,21 @@ class Parts:
         self._pieces = pieces
         self._found = found
 
-    def of(self, group: int, letter: Letter) -> Float[Tensor, "images *heads rows head_dim"] | None:
-        """The queries, keys or values of a head group; None where no projection computes them.
+    def of(
+        self, head_set: int, letter: Letter
+    ) -> Float[Tensor, "images *heads rows head_dim"] | None:
+        """The queries, keys or values of a head set; None where no projection computes them.
 
         A head that stands alone has no dimension of its own.
         """
-        plan = self._plan.groups[group]
-        parts = [self._found[piece] for piece in self._pieces[group][letter]]
+        plan = self._plan.head_sets[head_set]
+        parts = [self._found[piece] for piece in self._pieces[head_set][letter]]
         if not parts:
             return None
         if letter == "q":
             parts = [
                 self._take_rows(part, piece.projection, plan.rows)
-                for part, piece in zip(parts, self._pieces[group]["q"], strict=True)
+                for part, piece in zip(parts, self._pieces[head_set]["q"], strict=True)
             ]
         whole = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return whole.squeeze(1) if plan.stands_alone and whole.ndim == 4 else whole

@@ -1,15 +1,15 @@
-"""Pass e of planning: a block's attention, from the streams that its heads read to head groups.
+"""Pass e of planning: a block's attention, from the streams that its heads read to head sets.
 
-Few queries need no keys and values: a head group whose weights of keys and values cost more than
-they save meets the normalised tokens directly (see ``HeadGroupPlan.keys``).
+Few queries need no keys and values: a head set whose weights of keys and values cost more than
+they save meets the normalised tokens directly (see ``HeadSetPlan.keys``).
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vitcut.compact.macs import group_macs
-from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, ProjectionPlan, Rows, StreamPlan
+from vitcut.compact.macs import head_set_macs
+from vitcut.compact.plan import AttentionPlan, HeadSetPlan, ProjectionPlan, Rows, StreamPlan
 from vitcut.compiler.joining import Run
 from vitcut.compiler.streams import Stream, StreamBuilder
 from vitcut.names import LETTERS, Letter
@@ -19,7 +19,7 @@ Want = tuple[Run, tuple[int, ...]]
 Column = tuple[Letter, int]
 """A letter and a head."""
 _DIRECT: dict[Letter, str] = {"k": "keys", "v": "values"}
-"""What a head group's plan calls the streams that stand in for a letter."""
+"""What a head set's plan calls the streams that stand in for a letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +28,20 @@ class DraftAttention:
 
     streams: tuple[Stream, ...]
     projections: tuple[ProjectionPlan, ...]
-    groups: tuple[HeadGroupPlan, ...]
+    head_sets: tuple[HeadSetPlan, ...]
 
     def plan(self, streams: Iterable[StreamPlan]) -> AttentionPlan:
         """The plan, yet without outputs."""
         return AttentionPlan(
-            streams=tuple(streams), projections=self.projections, groups=self.groups, outputs=()
+            streams=tuple(streams),
+            projections=self.projections,
+            head_sets=self.head_sets,
+            outputs=(),
         )
 
 
 def draft_attention(builder: StreamBuilder, layer: int) -> DraftAttention | None:
-    """Plan a block's attention, and make its head groups known to the builder."""
+    """Plan a block's attention, and make its head sets known to the builder."""
     return _Drafter(builder, layer).draft()
 
 
@@ -52,7 +55,7 @@ class _Columns:
 
 
 class _Drafter:
-    """Finds streams, then head groups, then products."""
+    """Finds streams, then head sets, then products."""
 
     def __init__(self, builder: StreamBuilder, layer: int) -> None:
         self.builder = builder
@@ -74,12 +77,12 @@ class _Drafter:
             return None
         self._find_reads()
         streams = self._build_streams()
-        groups = [
-            (run, self._merge(run, group)) for run, group in self._absorb(self._head_groups())
-        ]
-        self.builder.groups[self.layer] = groups
+        groups = [(run, self._merge(run, group)) for run, group in self._absorb(self._head_sets())]
+        self.builder.head_sets[self.layer] = groups
         plans = tuple(group for _, group in groups)
-        return DraftAttention(streams=streams, projections=self._projections(groups), groups=plans)
+        return DraftAttention(
+            streams=streams, projections=self._projections(groups), head_sets=plans
+        )
 
     def _target(self, letter: Letter, head: int) -> int:
         return self.builder.reads.blocks[self.layer].heads[head].targets[letter]
@@ -129,7 +132,7 @@ class _Drafter:
         }
         return tuple(self.builder.build(targets[want], want[0]) for want in ordered)
 
-    def _head_groups(self) -> list[tuple[Run, HeadGroupPlan]]:
+    def _head_sets(self) -> list[tuple[Run, HeadSetPlan]]:
         """Heads with the same query rows and the same constant inputs, in the order of streams."""
         members: dict[tuple[Run, tuple[Letter, ...]], list[int]] = {}
         for head, runs in self.runs.items():
@@ -139,7 +142,7 @@ class _Drafter:
                 )
                 members.setdefault((run, constant), []).append(head)
         return [
-            (run, self._head_group(run, constant, heads))
+            (run, self._head_set(run, constant, heads))
             for (run, constant), heads in members.items()
         ]
 
@@ -147,13 +150,13 @@ class _Drafter:
         """The numbers of the streams that a head's input comes from; none where it is constant."""
         return self.inputs.get((letter, head, run if letter == "q" else None), ())
 
-    def _head_group(
+    def _head_set(
         self, run: Run, constant: tuple[Letter, ...], heads: Sequence[int]
-    ) -> HeadGroupPlan:
+    ) -> HeadSetPlan:
         def order(head: int) -> list[tuple[int, ...]]:
             return [*(self._inputs(letter, head, run) for letter in LETTERS), (head,)]
 
-        return HeadGroupPlan(
+        return HeadSetPlan(
             heads=tuple(sorted(heads, key=order)),
             rows=self.builder.rows(run),
             constant=constant,
@@ -163,7 +166,7 @@ class _Drafter:
             merged_values=False,
         )
 
-    def _absorb(self, groups: list[tuple[Run, HeadGroupPlan]]) -> list[tuple[Run, HeadGroupPlan]]:
+    def _absorb(self, groups: list[tuple[Run, HeadSetPlan]]) -> list[tuple[Run, HeadSetPlan]]:
         """Let groups of few queries do without keys or values, where that takes fewer MACs."""
         shape = self.builder.shape
         product = shape.num_tokens * shape.width * shape.head_dim
@@ -179,7 +182,9 @@ class _Drafter:
                 own = set(group.heads) - computed[letter]
                 inputs = {self._inputs(letter, head, run) for head in group.heads}
                 direct = replace(group, **{name: min(inputs)})
-                saved = group_macs(shape, group) + len(own) * product - group_macs(shape, direct)
+                saved = (
+                    head_set_macs(shape, group) + len(own) * product - head_set_macs(shape, direct)
+                )
                 if len(inputs) == 1 and saved > 0:
                     group = direct
                 else:
@@ -187,7 +192,7 @@ class _Drafter:
             found[number] = run, group
         return found
 
-    def _merge(self, run: Run, group: HeadGroupPlan) -> HeadGroupPlan:
+    def _merge(self, run: Run, group: HeadSetPlan) -> HeadSetPlan:
         """Let absorbed heads do with one product where two that follow each other are slower."""
         inputs = {self._inputs("q", head, run) for head in group.heads}
         merged: list[dict[str, Any]] = []
@@ -201,9 +206,7 @@ class _Drafter:
                 group = other
         return group
 
-    def _projections(
-        self, groups: Iterable[tuple[Run, HeadGroupPlan]]
-    ) -> tuple[ProjectionPlan, ...]:
+    def _projections(self, groups: Iterable[tuple[Run, HeadSetPlan]]) -> tuple[ProjectionPlan, ...]:
         """One product per input; queries of most rows are computed with the keys and values."""
         columns: dict[tuple[tuple[int, ...], Rows], _Columns] = {}
         for letter in reversed(LETTERS):

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from vitcut.compact.plan import (
     AttentionPlan,
-    HeadGroupPlan,
+    HeadSetPlan,
     MlpPlan,
     OutputPlan,
     Plan,
@@ -74,9 +74,9 @@ class CostModel:
         call = self.nanoseconds["call"] / 1e6
         return {name: self.latency_ms(part) - call for name, part in parts.items()}
 
-    def prefers(self, shape: ViTShape, one: HeadGroupPlan, other: HeadGroupPlan) -> bool:
-        """Whether a head group with its own queries and outputs is faster than another."""
-        counts = [_Counter(shape, self).whole_group(group) for group in (one, other)]
+    def prefers(self, shape: ViTShape, one: HeadSetPlan, other: HeadSetPlan) -> bool:
+        """Whether a head set with its own queries and outputs is faster than another."""
+        counts = [_Counter(shape, self).whole_set(head_set) for head_set in (one, other)]
         return self._time(counts[0]) < self._time(counts[1])
 
     def _time(self, counts: Counts) -> float:
@@ -209,7 +209,9 @@ class _Counter:
     def attention(self, plan: AttentionPlan) -> None:
         for stream in plan.streams:
             self.stream(stream)
-        joined = {streams for group in plan.groups for streams in (group.keys, group.values)}
+        joined = {
+            streams for head_set in plan.head_sets for streams in (head_set.keys, head_set.values)
+        }
         joined |= {projection.streams for projection in plan.projections}
         for streams in joined:
             if len(streams) > 1:
@@ -217,13 +219,13 @@ class _Counter:
                 self.add("moved", rows * self.shape.width)
         for projection in plan.projections:
             self._projection(plan, projection)
-        for group in plan.groups:
-            self.group(group)
+        for head_set in plan.head_sets:
+            self.head_set(head_set)
         for output in plan.outputs:
-            self.output(plan.groups[output.group], output)
+            self.output(plan.head_sets[output.head_set], output)
 
-    def group(self, plan: HeadGroupPlan) -> None:
-        """What a head group computes itself."""
+    def head_set(self, plan: HeadSetPlan) -> None:
+        """What a head set computes itself."""
         shape, heads, rows = self.shape, len(plan.heads), plan.rows.count
         tokens = shape.num_tokens
         computed = {"q": heads * rows, "k": heads * tokens}
@@ -249,24 +251,26 @@ class _Counter:
         if plan.values and not plan.merged_values:
             self._each_head(heads, rows, shape.width, shape.head_dim)
 
-    def output(self, group: HeadGroupPlan, plan: OutputPlan) -> None:
+    def output(self, head_set: HeadSetPlan, plan: OutputPlan) -> None:
         """A product from heads to the stream."""
         shape, rows = self.shape, plan.rows.count
-        inputs = len(plan.heads) * (shape.width if group.merged_values else shape.head_dim)
+        inputs = len(plan.heads) * (shape.width if head_set.merged_values else shape.head_dim)
         if rows > 1:
             self.add("moved", rows * inputs)
-        if set(plan.heads) != set(group.heads):
+        if set(plan.heads) != set(head_set.heads):
             self.add("moved", rows * inputs)
         self.product(rows, inputs, shape.width)
         self._write(plan.name, bias=plan.bias)
 
-    def whole_group(self, plan: HeadGroupPlan) -> Counts:
-        """What a head group costs with its own queries and output."""
+    def whole_set(self, plan: HeadSetPlan) -> Counts:
+        """What a head set costs with its own queries and output."""
         shape, heads = self.shape, len(plan.heads)
         if not plan.queries and "q" not in plan.constant:
             self.product(plan.rows.count, shape.width, heads * shape.head_dim)
-        self.group(plan)
-        self.output(plan, OutputPlan(name="", group=0, heads=plan.heads, rows=plan.rows, bias=True))
+        self.head_set(plan)
+        self.output(
+            plan, OutputPlan(name="", head_set=0, heads=plan.heads, rows=plan.rows, bias=True)
+        )
         return self.counts
 
     def _projection(self, attention: AttentionPlan, plan: ProjectionPlan) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from vitcut.circuit import Circuit
-from vitcut.compact.plan import AttentionPlan, HeadGroupPlan, MlpPlan, OutputPlan, Rows, StreamPlan
+from vitcut.compact.plan import AttentionPlan, HeadSetPlan, MlpPlan, OutputPlan, Rows, StreamPlan
 from vitcut.compiler.constants import Constants, Writers
 from vitcut.compiler.planning import Draft
 from vitcut.errors import CircuitError
@@ -138,8 +138,8 @@ class _Folder:
             ]
             weight, bias = (torch.cat(parts) for parts in zip(*columns, strict=True))
             self._linear(f"{prefix}.projections.{number}", weight, bias)
-        for number, group in enumerate(plan.groups):
-            self._group_tables(f"{prefix}.groups.{number}", layer, group)
+        for number, group in enumerate(plan.head_sets):
+            self._set_tables(f"{prefix}.head_sets.{number}", layer, group)
         for number, output in enumerate(plan.outputs):
             self._output(f"{prefix}.outputs.{number}.product", layer, output, plan)
 
@@ -152,7 +152,7 @@ class _Folder:
         bias = getattr(block.attn, f"{letter}_bias")[head]
         return _after_norm(block.attn_norm, weight * scale, bias * scale)
 
-    def _group_tables(self, prefix: str, layer: int, group: HeadGroupPlan) -> None:
+    def _set_tables(self, prefix: str, layer: int, group: HeadSetPlan) -> None:
         everything = self.draft.plan.shape.all_rows
         tables: dict[Letter, list[Tensor]] = {}
         for letter in group.constant:
@@ -194,7 +194,7 @@ class _Folder:
         if group.values and not group.merged_values:
             self.tensors[f"{prefix}.value_weight"] = torch.stack(values).mT
 
-    def _places(self, prefix: str, layer: int, group: HeadGroupPlan) -> None:
+    def _places(self, prefix: str, layer: int, group: HeadSetPlan) -> None:
         """Norms and rotary positions of queries and keys that are computed."""
         attn = self.weights.blocks[layer].attn
         rows = {"q": group.rows, "k": self.draft.plan.shape.all_rows}
@@ -212,7 +212,7 @@ class _Folder:
                 self.tensors[f"{prefix}.{letter}_rotation"] = each
 
     def _output(self, prefix: str, layer: int, plan: OutputPlan, attention: AttentionPlan) -> None:
-        group = attention.groups[plan.group]
+        group = attention.head_sets[plan.head_set]
         number = self._group_of(group.rows)
         parts = [self.writers.head(layer, head, number) for head in plan.heads]
         bias = self.weights.blocks[layer].attn.out_bias

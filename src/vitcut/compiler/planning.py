@@ -162,13 +162,13 @@ class _Drafter:
         return tuple(
             OutputPlan(
                 name=item.name,
-                group=item.group,
+                head_set=item.head_set,
                 heads=item.heads,
                 rows=item.rows,
                 bias=item.name not in unbiased,
             )
             for item in self.builder.products.get(layer, ())
-            if item.group >= 0
+            if item.head_set >= 0
         )
 
 

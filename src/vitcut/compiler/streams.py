@@ -6,7 +6,7 @@ What the products around them are is left to ``planning.py``, the numbers to ``f
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vitcut.compact.plan import EMBED, HeadGroupPlan, Rows, StreamPlan, TermPlan, ViTShape
+from vitcut.compact.plan import EMBED, HeadSetPlan, Rows, StreamPlan, TermPlan, ViTShape
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.joining import Joins, Run
 from vitcut.compiler.liveness import Liveness
@@ -23,8 +23,8 @@ class Product:
     rows: Rows
     bias: int
     """Which output bias it carries: 2 x block for attention, one more for the MLP."""
-    group: int = -1
-    """Number of the head group within the block's attention; -1 for an MLP."""
+    head_set: int = -1
+    """Number of the head set within the block's attention; -1 for an MLP."""
     heads: tuple[int, ...] = ()
     readers: int = 0
     """How many streams add it."""
@@ -81,8 +81,8 @@ class StreamBuilder:
     streams: list[Stream] = field(default_factory=list[Stream])
     products: dict[int, list[Product]] = field(default_factory=dict[int, list[Product]])
     """By block: outputs of attention as streams ask for them, MLPs as they are planned."""
-    groups: dict[int, list[tuple[Run, HeadGroupPlan]]] = field(
-        default_factory=dict[int, list[tuple[Run, HeadGroupPlan]]]
+    head_sets: dict[int, list[tuple[Run, HeadSetPlan]]] = field(
+        default_factory=dict[int, list[tuple[Run, HeadSetPlan]]]
     )
     """Head groups by block; added by the caller as soon as a block's are known."""
 
@@ -182,7 +182,7 @@ class StreamBuilder:
             bits = sources >> (1 + layer * per_block) & ((1 << per_block) - 1)
             if not bits:
                 continue
-            for number, (own, group) in enumerate(self.groups.get(layer, ())):
+            for number, (own, group) in enumerate(self.head_sets.get(layer, ())):
                 heads = tuple(head for head in group.heads if bits >> head & 1)
                 if heads and _covers(own, run):
                     found.append(self._output(layer, number, heads, run))
@@ -191,7 +191,7 @@ class StreamBuilder:
                 found += [
                     product
                     for product in self.products.get(layer, ())
-                    if product.group < 0 and _covers(product.run, run)
+                    if product.head_set < 0 and _covers(product.run, run)
                 ]
         return found
 
@@ -199,15 +199,15 @@ class StreamBuilder:
         known = self.products.setdefault(layer, [])
         rows = self.rows(run)
         for product in known:
-            if (product.group, product.heads) == (group, heads):
+            if (product.head_set, product.heads) == (group, heads):
                 old = product.rows
                 product.rows = Rows(first=min(old.first, rows.first), end=max(old.end, rows.end))
                 return product
-        outputs = sum(product.group >= 0 for product in known)
+        outputs = sum(product.head_set >= 0 for product in known)
         name = f"out.{layer}.{outputs}"
-        own = self.groups[layer][group][0]
+        own = self.head_sets[layer][group][0]
         made = Product(
-            name=name, layer=layer, run=own, rows=rows, bias=2 * layer, group=group, heads=heads
+            name=name, layer=layer, run=own, rows=rows, bias=2 * layer, head_set=group, heads=heads
         )
         known.append(made)
         return made
