@@ -1,53 +1,104 @@
-"""vitcut's public names, loaded when they are first used: importing vitcut loads no torch.
-
-What the names do is left to their files.
-"""
+"""vitcut's public names, loaded when they are first used: importing vitcut loads no torch."""
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitcut.api import (
+        bench,
+        checks,
+        cut,
+        demo,
+        discover,
+        evaluate,
+        finetune,
+        load_images,
+        load_model,
+        prepare,
+        run,
+        show,
+        suggest,
+        train,
+    )
+    from vitcut.benchmark.settings import BenchSettings
     from vitcut.circuit import Circuit
     from vitcut.compact.model import CompactViT
+    from vitcut.compiler.settings import CutSettings
+    from vitcut.discovery.settings import DiscoverSettings
     from vitcut.errors import VitcutError
     from vitcut.model.adapters import register_adapter
-    from vitcut.pipeline.api import cut, discover, evaluate, finetune, load_images, load_model
+    from vitcut.model.settings import VitSettings
+    from vitcut.recipes import RunSettings
+    from vitcut.selection.settings import Budget
     from vitcut.task import Task, load_task
+    from vitcut.training.settings import FinetuneSettings, TrainSettings
 
     __version__: str
 
+_HOMES = {
+    "BenchSettings": "benchmark.settings",
+    "Budget": "selection.settings",
+    "Circuit": "circuit",
+    "CompactViT": "compact.model",
+    "CutSettings": "compiler.settings",
+    "DiscoverSettings": "discovery.settings",
+    "FinetuneSettings": "training.settings",
+    "RunSettings": "recipes",
+    "Task": "task",
+    "TrainSettings": "training.settings",
+    "VitSettings": "model.settings",
+    "VitcutError": "errors",
+    "bench": "api",
+    "checks": "api",
+    "cut": "api",
+    "demo": "api",
+    "discover": "api",
+    "evaluate": "api",
+    "finetune": "api",
+    "load_images": "api",
+    "load_model": "api",
+    "load_task": "task",
+    "prepare": "api",
+    "register_adapter": "model.adapters",
+    "run": "api",
+    "show": "api",
+    "suggest": "api",
+    "train": "api",
+}
+"""The module that each public name lives in."""
+
 __all__ = [
+    "BenchSettings",
+    "Budget",
     "Circuit",
     "CompactViT",
+    "CutSettings",
+    "DiscoverSettings",
+    "FinetuneSettings",
+    "RunSettings",
     "Task",
+    "TrainSettings",
+    "VitSettings",
     "VitcutError",
     "__version__",
+    "bench",
+    "checks",
     "cut",
+    "demo",
     "discover",
     "evaluate",
     "finetune",
     "load_images",
     "load_model",
     "load_task",
+    "prepare",
     "register_adapter",
+    "run",
+    "show",
+    "suggest",
+    "train",
 ]
-
-_HOMES = {
-    "Circuit": "vitcut.circuit",
-    "CompactViT": "vitcut.compact.model",
-    "Task": "vitcut.task",
-    "VitcutError": "vitcut.errors",
-    "cut": "vitcut.pipeline.api",
-    "discover": "vitcut.pipeline.api",
-    "evaluate": "vitcut.pipeline.api",
-    "finetune": "vitcut.pipeline.api",
-    "load_images": "vitcut.pipeline.api",
-    "load_model": "vitcut.pipeline.api",
-    "load_task": "vitcut.task",
-    "register_adapter": "vitcut.model.adapters",
-}
-"""The module that each public name lives in."""
 
 
 def __getattr__(name: str) -> Any:
@@ -55,7 +106,7 @@ def __getattr__(name: str) -> Any:
         return version("vitcut")
     if name not in _HOMES:
         raise AttributeError(f"module 'vitcut' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"vitcut.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,32 +1,65 @@
-"""The command line: finds the verb, parses its flags, tells errors. What verbs do is in `verbs`.
+"""The command line: every command is the function of the same name in `vitcut.api`.
 
-Only the verb that was typed builds its parser, and a stage is imported when its verb runs, so
-``vitcut --help`` loads no torch.
+Flags are read from the function's signature: its own keyword arguments, the fields of its settings,
+and for a model or images the arguments of `load_model` and `load_images`. Fields that have the same
+name share a flag.
 """
 
+import inspect
 import re
+import shlex
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from vitcut import api
 from vitcut.errors import ConfigError, VitcutError
-from vitcut.typed import arrange_values
-from vitcut.verbs import VERBS
+from vitcut.names import SHIPPED_MODEL
+from vitcut.recipes import RunSettings, read_recipe, recipe_names
+from vitcut.report import show
+from vitcut.runs import Run, find_circuit, find_cut, find_run
+from vitcut.settings import as_plain
 
-EXIT_ERROR = 2
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+_YES_NO = {"true", "false", "yes", "no", "on", "off"}
+_LOADERS: dict[str, Callable[..., Any]] = {"Model": api.load_model, "Images": api.load_images}
+"""What gives an argument of a type that cannot be typed, and so whose arguments are flags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A command: a function, how its result is shown, and what to type next."""
+
+    call: Callable[..., Any]
+    show: Callable[[Any], None] | None = None
+    then: Callable[[Namespace], str] | None = None
+    """The next command, which works as it stands but for words in capitals."""
+    check: Callable[[dict[str, Any]], None] | None = None
+    """Refuses arguments before anything is loaded, and again before images are."""
+    out: str | None = None
+    """Where results go unless ``--out`` says; they are named when the command ends."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
-    typed = [_underscored(word) for word in typed if word != "--debug"]
+    # jsonargparse spells flags with underscores; people type dashes, and both are taken.
+    typed = [
+        re.sub(r"^--[^=]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", word)
+        for word in typed
+        if word != "--debug"
+    ]
     try:
         return _dispatch(typed)
     except (VitcutError, OSError) as error:
@@ -35,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"vitcut: error: {' '.join(str(error).split())}\n")
         return EXIT_ERROR
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command goes on where it was\n")
-        return 130
+        sys.stderr.write("interrupted; run the same command to continue\n")
+        return EXIT_INTERRUPTED
 
 
 def entry() -> None:
@@ -44,22 +77,13 @@ def entry() -> None:
     sys.exit(main())
 
 
-def build_parser(name: str) -> ArgumentParser:
-    """The parser of a verb."""
-    verb = VERBS[name]
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        prog=f"vitcut {name} {verb.before_flags}".rstrip(),
-        description=f"{verb.help} {verb.more}".rstrip(),
-        exit_on_error=False,
-    )
-    verb.add_flags(parser)
-    return parser
-
-
 def _dispatch(typed: list[str]) -> int:
     if not typed or typed[0] in {"-h", "--help"}:
-        sys.stdout.write(_overview())
+        lines = "\n".join(
+            f"  {name:10} {parse_docstring(verb.call.__doc__ or '').short_description}"
+            for name, verb in VERBS.items()
+        )
+        sys.stdout.write(_OVERVIEW.format(lines=lines))
         return 0
     if typed[0] == "--version":
         sys.stdout.write(f"vitcut {version('vitcut')}\n")
@@ -70,35 +94,263 @@ def _dispatch(typed: list[str]) -> int:
         near = get_close_matches(name, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
         raise ConfigError(f"no command {name!r}: {hint}")
-    parser = build_parser(name)
+    parser, changes = build_parser(name), {}
+    if "changes" in inspect.signature(verb.call).parameters:
+        rest, changes = _take_changes(rest, parser)
     try:
-        namespace = parser.parse_args(arrange_values(parser, verb.arrange(rest)))
+        typed_values = parser.parse_args(list(_arranged(parser, rest)))
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ArgumentError, UnicodeDecodeError) as error:
-        remedy = f"vitcut {name} --help lists the flags"
-        raise ConfigError(f"{_readable(error)}; {remedy}") from error
-    verb.run(parser, namespace)
+        # What jsonargparse says of an argument, in the words that a person typed.
+        text = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", " ".join(str(error).split()))
+        text = re.sub(r"<class '([\w.]+)'>|typing\.(?=Literal)", r"\1", _dashed(text)).rstrip(".")
+        raise ConfigError(f"{text}; vitcut {name} --help lists the flags") from error
+    if "recipe" in typed_values:
+        if typed_values.recipe is None:
+            raise ConfigError(f"run needs a recipe: {', '.join(recipe_names())}, or a .yaml file")
+        if typed_values.out == verb.out:
+            typed_values.out = f"runs/{Path(typed_values.recipe).stem}"
+    if typed_values.get("print_config"):
+        settings = as_plain(read_recipe(typed_values.get("recipe", name), changes))
+        sys.stdout.write(yaml.safe_dump(settings, sort_keys=False))
+        return 0
+    result = verb.call(**_values(verb, parser, typed_values, changes))
+    if verb.show is not None:
+        verb.show(result)
+    if verb.out is not None:
+        sys.stdout.write(f"results: {typed_values.out}\n")
+    if verb.then is not None:
+        sys.stdout.write(f"next: {verb.then(typed_values)}\n")
     return 0
 
 
+def build_parser(name: str) -> ArgumentParser:
+    """The parser of a command."""
+    verb = VERBS[name]
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    told = parse_docstring(verb.call.__doc__ or "")
+    parser = _Parser(
+        prog=f"vitcut {name}", description=told.short_description, exit_on_error=False
+    )
+    parameters = inspect.signature(verb.call).parameters
+    if "changes" in parameters:
+        parser.description = f"{told.short_description} {_CHANGES}"
+        parser.add_argument("--print_config", action="store_true", help="Print the recipe's values.")
+    else:
+        parser.add_argument("--config", action="config", help="A YAML file of flags.")
+    known = set[str]()
+    for parameter in parameters.values():
+        settings = _settings_of(parameter.annotation)
+        loader = _LOADERS.get(str(parameter.annotation))
+        if parameter.name == "out":
+            parser.add_argument("--out", type=str, default=verb.out, help=_help(told, "out"))
+        elif settings is not None:
+            parser.add_class_arguments(settings, skip=known & {f.name for f in fields(settings)})
+            known |= {field.name for field in fields(settings)}
+        elif loader is not None:
+            described = parse_docstring(loader.__doc__ or "")
+            for own in inspect.signature(loader).parameters.values():
+                # A model for images is that of the command; "seed" is that of its settings.
+                hidden = {"model", "seed", "val_fraction"} if loader is api.load_images else set()
+                if own.name in known | hidden:
+                    continue
+                known.add(own.name)
+                _add(parser, own, _help(described, own.name), flag=True)
+        elif parameter.name != "changes":
+            known.add(parameter.name)
+            flag = parameter.kind is parameter.KEYWORD_ONLY or parameter.name in {"model", "source"}
+            _add(parser, parameter, _help(told, parameter.name), flag=flag)
+    return parser
+
+
+def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, flag: bool) -> None:
+    """Add one argument; what is not a number or a choice of yes or no is a text."""
+    default = None if parameter.default is parameter.empty else parameter.default
+    numbers = [kind for kind in (int, float) if re.search(rf"\b{kind.__name__}\b", str(parameter))]
+    kind: Any = type(default) if isinstance(default, (bool, int, float)) else str | None
+    if default is None and numbers == [int]:
+        kind = int | None
+    name = f"--{parameter.name}" if flag else parameter.name
+    more = {} if flag or parameter.default is parameter.empty else {"nargs": "?"}
+    if flag or more:
+        more["default"] = str(default) if isinstance(default, Path) else default
+    parser.add_argument(name, type=kind, help=told, **more)
+
+
+def _values(
+    verb: Verb, parser: ArgumentParser, typed: Namespace, changes: dict[str, str]
+) -> dict[str, Any]:
+    """The arguments of a command's function; what is cheap to check comes before any loading."""
+    values: dict[str, Any] = {}
+    parameters = inspect.signature(verb.call).parameters
+    for name, parameter in parameters.items():
+        settings = _settings_of(parameter.annotation)
+        if settings is not None:
+            values[name] = settings(**_typed(settings, parser, typed))
+        elif str(parameter.annotation) not in _LOADERS and name != "changes":
+            values[name] = typed[name]
+    if "changes" in parameters:
+        values["changes"] = changes
+    base = None
+    if typed.get("circuit") is not None:
+        from vitcut.circuit import Circuit
+
+        path = find_circuit(Path(typed.circuit), typed.point)
+        values["circuit"], base = Circuit.load(path), find_run(path)
+    check = verb.check or (lambda _: None)
+    check(values)
+    if typed.get("cut") is not None:
+        from vitcut.compiler.cut import Cut
+
+        path = find_cut(Path(typed.cut), typed.point)
+        values["cut"], base = Cut.load(path), find_run(path)
+    if "settings" in parameters and "out" in parameters:
+        Run(typed.out)
+    loaded = {name: str(parameter.annotation) for name, parameter in parameters.items()}
+    if loaded.get("model") == "Model":
+        loading = {name: typed[name] for name in inspect.signature(api.load_model).parameters}
+        loading["model"] = typed.model or base or SHIPPED_MODEL
+        values["model"] = api.load_model(**loading)
+        if base is not None:
+            # Whatever the model, images are the run's unless others are typed.
+            values["model"] = replace(values["model"], run=base)
+        check(values)
+    if "images" in parameters:
+        names = inspect.signature(api.load_images).parameters
+        loading = {name: typed[name] for name in names if name in typed}
+        if "model" in values:
+            loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
+        values["images"] = api.load_images(**loading)
+    return values
+
+
+def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str, Any]:
+    """The fields of settings that were typed; the others keep their own defaults."""
+    found: dict[str, Any] = {}
+    for field in fields(settings):
+        value = typed[field.name]
+        if value != parser.get_default(field.name):
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _settings_of(annotation: Any) -> type | None:
+    """The settings that an argument is, also where it may be None."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
+    """Let a flag of yes or no stand alone, and a list stand without brackets.
+
+    ``--merge`` is ``--merge true``; ``--taus 0.01,0.02`` is ``--taus "[0.01, 0.02]"``.
+    """
+    defaults = parser.get_defaults().items()
+    switches = {f"--{key}" for key, value in defaults if isinstance(value, bool)} - {"--print_config"}
+    lists = {f"--{key}" for key, value in defaults if isinstance(value, (tuple, list))}
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag in switches and not equals and after.lower() not in _YES_NO:
+            yield f"{word}=true"
+        elif flag in lists and equals:
+            yield f"{flag}={value if value[:1] == '[' else f'[{value}]'}"
+        elif before in lists and word[:1] != "-":
+            yield word if word[:1] == "[" else f"[{word}]"
+        else:
+            yield word
+
+
+def _take_changes(
+    words: list[str], parser: ArgumentParser
+) -> tuple[list[str], dict[str, str]]:
+    """Take the changes of a recipe out of what was typed: ``--train.epochs 2``, ``--taus 0.01``."""
+    own = {f"--{name}" for name in parser.get_defaults().keys()}
+    top = {f"--{field.name}" for field in fields(RunSettings)} - own | {"--source", "--skip_bad_images"}
+    rest: list[str] = []
+    changes: dict[str, str] = {}
+    words = list(words)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        if not flag.startswith("--") or ("." not in flag and flag not in top):
+            rest.append(f"{flag}{equals}{value}")
+            continue
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        if "," in value and value[:1] not in "[{":
+            value = f"[{value}]"
+        data = flag in {"--source", "--skip_bad_images"}
+        changes[f"data.{flag[2:]}" if data else flag[2:]] = value
+    return rest, changes
+
+
 class _Parser(ArgumentParser):
-    """jsonargparse spells flags with underscores; people read and type dashes."""
+    """Shows flags with dashes."""
 
     def format_help(self, formatter: Any = None) -> str:
         return _dashed(super().format_help(formatter))
 
 
-def _underscored(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    if not flag.startswith("--"):
-        return word
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+def _dashed(text: str) -> str:
+    return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), text)
 
 
-def _overview() -> str:
-    lines = "\n".join(f"  {name:10} {verb.help}" for name, verb in VERBS.items())
-    return f"""usage: vitcut COMMAND [--flag value ...]
+def _help(told: Any, name: str) -> str:
+    described = next((item.description for item in told.params if item.arg_name == name), "")
+    return " ".join((described or "").replace("``", "").split())
+
+
+def _after_prepare(typed: Namespace) -> str:
+    words = ["vitcut", "train"]
+    words += [] if typed.source is None else ["--source", typed.source]
+    words += [] if typed.image_size == 64 else ["--image-size", str(typed.image_size)]
+    words += ["--skip-bad-images"] if typed.skip_bad_images else []
+    return shlex.join([*words, "--task", "drawn" if typed.source == "drawn" else "LABELS.yaml"])
+
+
+def _after_discover(typed: Namespace) -> str:
+    point = f"{typed.method}-{typed.ablation}-{typed.tau:g}"
+    return shlex.join(["vitcut", "cut", typed.out, "--point", point])
+
+
+def _after_checks(typed: Namespace) -> str:
+    words = ["vitcut", "cut", "--model", typed.model]
+    if typed.model == SHIPPED_MODEL:
+        words += ["--source", "TINY_IMAGENET.zip"]
+    elif find_run(typed.model) is None:
+        words += ["--source", "IMAGES", "--task", "LABELS.yaml"]
+    words += ["--target-latency", "0.2"]
+    return shlex.join([*words, *([] if typed.save is None else ["--costs", typed.save])])
+
+
+def _show_task(task: Any) -> None:
+    for group in task.groups:
+        names = [item.name for item in task.classes if item.group == group]
+        sys.stdout.write(f"{group}: {', '.join(names)}\n")
+
+
+def _show_prepared(prepared: Any) -> None:
+    sys.stdout.write(
+        f"{len(prepared.images)} images of {len(prepared.class_names)} classes, "
+        f"{len(prepared.skipped)} skipped\n"
+    )
+
+
+def _show_found(circuit: Any) -> None:
+    sys.stdout.write("\n".join(show.circuit_lines(circuit)) + "\n")
+    if circuit.ablation == "resample":
+        sys.stdout.write("for a cut, search with --ablation mean: a cut fills with means\n")
+
+
+def _show_of(typed: Namespace) -> str:
+    return shlex.join(["vitcut", "show", typed.out])
+
+
+_CHANGES = (
+    f"Recipes: {', '.join(recipe_names())}, or a .yaml file. --GROUP.NAME VALUE changes one of its "
+    "values (--train.epochs 2); --print-config shows all of them."
+)
+_OVERVIEW = """usage: vitcut COMMAND [--flag value ...]
 
 Cut a Vision Transformer down to the circuit that a task needs.
 
@@ -109,12 +361,37 @@ vitcut COMMAND --help shows the flags of a command; --version the version; --deb
 shows the traceback of an error.
 """
 
-
-def _dashed(text: str) -> str:
-    return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), text)
-
-
-def _readable(error: Exception) -> str:
-    """What jsonargparse says of an argument, in the words that a person typed."""
-    text = re.sub(r"^Parser key \"([\w.]+)\":", r"--\1:", " ".join(str(error).split()))
-    return _dashed(re.sub(r"<class '([\w.]+)'>|typing\.(?=Literal)", r"\1", text)).rstrip(".")
+VERBS = {
+    "demo": Verb(call=api.demo, show=show.show_results, then=_show_of, out="runs/demo"),
+    "run": Verb(call=api.run, show=show.show_results, then=_show_of, out="runs/RECIPE"),
+    "prepare": Verb(call=api.prepare, show=_show_prepared, then=_after_prepare),
+    "suggest": Verb(
+        call=api.suggest,
+        show=_show_task,
+        then=lambda typed: f"look through {typed.out}, then give it as --task",
+        out="labels.yaml",
+    ),
+    "train": Verb(
+        call=api.train,
+        then=lambda typed: shlex.join(["vitcut", "discover", "--model", typed.out]),
+        out="runs/train",
+    ),
+    "discover": Verb(call=api.discover, show=_show_found, then=_after_discover, out="runs/discover"),
+    "cut": Verb(
+        call=api.cut,
+        show=show.show_cut,
+        check=api.check_cut,
+        then=lambda typed: shlex.join(["vitcut", "finetune", typed.out]),
+        out="runs/cut",
+    ),
+    "finetune": Verb(
+        call=api.finetune,
+        show=show.show_repaired,
+        check=api.check_finetune,
+        then=_show_of,
+        out="runs/finetune",
+    ),
+    "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
+    "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
+    "show": Verb(call=api.show),
+}

@@ -10,19 +10,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcut.images.prepared import PreparedData
-from vitcut.settings import config_hash
 
 SOURCE_WORD = "drawn"
 """What a user gives as the source to get this set."""
 
-_TRAIN_PER_CLASS = 150
-_TEST_PER_CLASS = 50
-_VERSION = 1
 _BATCH = 50
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)
-"""What red, green and blue add to brightness (ITU-R 601), as Pillow has it."""
-
 Plane: TypeAlias = NDArray[np.floating]
 """One number per pixel, shape [images, height, width]."""
 Painter: TypeAlias = Callable[[Plane, Plane, np.random.Generator], Plane]
@@ -51,30 +43,6 @@ def drawn_images(
         for start in range(0, images_per_class, _BATCH)
     ]
     return np.concatenate(pictures), np.repeat(np.array(class_ids), images_per_class)
-
-
-def drawn_data(*, image_size: int, seed: int, channels: int = 3) -> PreparedData:
-    """The set as if it had been prepared: 150 training and 50 test pictures of each class.
-
-    Args:
-        image_size: Height and width, in pixels.
-        seed: Equal seeds, equal pictures.
-        channels: 3, or 1 for the same pictures in grey.
-    """
-    per_class = _TRAIN_PER_CLASS + _TEST_PER_CLASS
-    images, class_ids = drawn_images(images_per_class=per_class, seed=seed, image_size=image_size)
-    if channels == 1:
-        images = (images @ _GREY).round().astype(np.uint8)[..., np.newaxis]
-    numbers = np.arange(len(images)) % per_class
-    return PreparedData(
-        images=images,
-        class_ids=class_ids,
-        splits=np.where(numbers < _TRAIN_PER_CLASS, "train", "test"),
-        paths=np.array([f"{name}/{n}" for name, n in zip(class_ids, numbers, strict=True)]),
-        class_names={name: name for name in sorted(_PAINTERS)},
-        fingerprint=config_hash(SOURCE_WORD, _VERSION, seed),
-        skipped={},
-    )
 
 
 def _draw_batch(

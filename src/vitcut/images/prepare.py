@@ -1,66 +1,102 @@
-"""Decoded images in a cache: one uint8 array, an index and what was found, keyed by content.
+"""Decoded images in a cache: one uint8 array, an index and a meta file, keyed by content.
 
 A cache folder is built beside its place and renamed when it is whole, so a killed run leaves none.
-Which images a task needs is left to `images`.
 """
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vitcut.errors import DataError
+from vitcut.errors import ArtefactError, DataError
 from vitcut.framing import WHOLE, Framing
 from vitcut.images.decoding import decode
-from vitcut.images.drawn import SOURCE_WORD, drawn_data
-from vitcut.images.prepared import (
-    FORMAT_VERSION,
-    IMAGES_FILE,
-    PreparedData,
-    open_prepared,
-    write_header,
-    write_index,
-)
-from vitcut.images.records import Source
+from vitcut.images.drawn import SOURCE_WORD, drawn_images
+from vitcut.images.records import Record, Source
 from vitcut.images.settings import DataSettings
 from vitcut.images.sources import open_source
+from vitcut.labels import Labels
 from vitcut.progress import Meter, say
 from vitcut.settings import config_hash
-from vitcut.store import atomic_folder, cache_dir
+from vitcut.store import atomic_folder, cache_dir, read_json, write_json
+from vitcut.wordnet import imagenet_names
 
+FORMAT_VERSION = 2
+IMAGES_FILE = "images.npy"
+_INDEX_FILE, _META_FILE = "index.parquet", "meta.json"
+_DAMAGE = (ArtefactError, OSError, EOFError, ValueError, KeyError, pa.ArrowException)
 _BLOCK_IMAGES = 512
 _MAX_THREADS = 8
 
 
-def prepare(config: DataSettings, framing: Framing = WHOLE) -> PreparedData:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PreparedData:
+    """All images of a source at one size, and where they came from."""
+
+    images: NDArray[np.uint8]
+    """Shape [images, image_size, image_size, channels]; mapped read-only from disk."""
+    class_ids: NDArray[np.character]
+    """Shape [images]."""
+    splits: NDArray[np.character]
+    """Shape [images]; "train" or "test", or "" throughout where the data has one part."""
+    paths: NDArray[np.character]
+    """Unique names inside the source, shape [images]."""
+    class_names: dict[str, str]
+    """What a person calls each class id."""
+    fingerprint: str
+    """Hex, of the source's content."""
+    skipped: dict[str, str]
+    """What is wrong with the images that did not decode, by path."""
+
+    @cached_property
+    def labels(self) -> Labels:
+        """The classes in the order of their ids; ImageNet's have its names, if no others."""
+        ids = tuple(sorted(self.class_names))
+        known = imagenet_names()
+        names = tuple(
+            known.get(own, own) if self.class_names[own] == own else self.class_names[own]
+            for own in ids
+        )
+        return Labels(owner="the data", ids=ids, names=names)
+
+
+def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
     """Decode a source into the cache, or find it there; drawn pictures never touch the disk.
 
     Args:
-        config: The source and the size.
-        framing: What is kept of each picture; drawn ones are drawn to fit, it gives their colours.
+        settings: The source and the size.
+        framing: What is kept of each picture. Drawn ones are drawn to fit; it gives their colours.
 
     Raises:
         DataError: The source cannot be used, images do not decode, or the disk is full.
     """
-    if config.source == SOURCE_WORD:
-        return drawn_data(image_size=config.image_size, seed=config.seed, channels=framing.channels)
-    with open_source(config.source) as source:
+    if settings.source == SOURCE_WORD:
+        return _drawn(settings, framing.channels)
+    with open_source(settings.source) as source:
+        # The default framing is left out, as in keys that knew no other.
         key = config_hash(
-            FORMAT_VERSION, source.fingerprint, config.image_size, *differing(framing)
+            FORMAT_VERSION,
+            source.fingerprint,
+            settings.image_size,
+            *([] if framing == WHOLE else [asdict(framing)]),
         )
         folder = cache_dir() / "data" / key
         found = folder.exists()
         if not found:
-            _build(source, folder, config, framing)
+            _build(source, folder, settings, framing)
     prepared = open_prepared(folder)
-    _refuse_bad_images(prepared.skipped, len(prepared.images), config)
+    _refuse_bad_images(prepared.skipped, len(prepared.images), settings)
     if prepared.skipped:
         say(f"left out: {_bad_images(prepared.skipped, len(prepared.images))}")
     say(
@@ -70,23 +106,60 @@ def prepare(config: DataSettings, framing: Framing = WHOLE) -> PreparedData:
     return prepared
 
 
-def differing(framing: Framing) -> list[dict[str, Any]]:
-    """A framing as part of a key: nothing for the default, which older keys did not name."""
-    return [] if framing == WHOLE else [asdict(framing)]
+def _drawn(settings: DataSettings, channels: int) -> PreparedData:
+    """Drawn pictures as if they had been prepared: 150 for training and 50 for test per class."""
+    per_class, train = 200, 150
+    images, class_ids = drawn_images(
+        images_per_class=per_class, seed=settings.seed, image_size=settings.image_size
+    )
+    if channels == 1:
+        # What red, green and blue add to brightness (ITU-R 601), as Pillow has it.
+        grey = images @ np.array([0.299, 0.587, 0.114], np.float32)
+        images = grey.round().astype(np.uint8)[..., np.newaxis]
+    numbers = np.arange(len(images)) % per_class
+    return PreparedData(
+        images=images,
+        class_ids=class_ids,
+        splits=np.where(numbers < train, "train", "test"),
+        paths=np.array([f"{name}/{n}" for name, n in zip(class_ids, numbers, strict=True)]),
+        class_names={str(name): str(name) for name in np.unique(class_ids)},
+        fingerprint=config_hash(SOURCE_WORD, 1, settings.seed),
+        skipped={},
+    )
 
 
-def _build(source: Source, folder: Path, config: DataSettings, framing: Framing) -> None:
-    size = config.image_size
+def _build(source: Source, folder: Path, settings: DataSettings, framing: Framing) -> None:
+    """Decode every image into a new cache folder."""
+    count, side = len(source.records), settings.image_size
     try:
         # Equal keys hold equal content: where another process was faster, its folder stays.
         with atomic_folder(folder, replace=False) as part:
-            _require_space(folder.parent, len(source.records) * size * size * framing.channels)
+            free, needed = shutil.disk_usage(folder.parent).free, count * side**2 * framing.channels
+            if free < needed:
+                raise DataError(
+                    f"{folder.parent} has {free / 2**30:.2f} GiB left, expected "
+                    f"{needed / 2**30:.2f} GiB for the decoded images: free some, or set "
+                    "VITCUT_CACHE"
+                )
+            bad: dict[int, str] = {}
+            # A plain stream: a full disk is an error then, where a memory map would crash.
             with (part / IMAGES_FILE).open("wb") as stream:
-                bad = _write_images(stream, source, size, framing)
+                _write_header(stream, (count, side, side, framing.channels))
+                with Meter("Decoding", count, unit="images") as meter:
+                    for row, image in enumerate(_decoded(source, side, framing)):
+                        if isinstance(image, DataError):
+                            bad[row] = str(image)
+                        else:
+                            stream.write(image.tobytes())
+                        meter.advance()
+                stream.seek(0)
+                _write_header(stream, (count - len(bad), side, side, framing.channels))
+                stream.flush()
+                os.fsync(stream.fileno())
             skipped = {source.records[row].path: reason for row, reason in bad.items()}
             kept = [record for row, record in enumerate(source.records) if row not in bad]
-            _refuse_bad_images(skipped, len(kept), config)
-            write_index(part, source, kept=kept, image_size=size, skipped=skipped)
+            _refuse_bad_images(skipped, len(kept), settings)
+            _write_index(part, source, kept=kept, image_size=side, skipped=skipped)
     except OSError as error:
         raise DataError(
             f"cannot write the decoded images into {folder.parent} ({error}): free some space, or "
@@ -94,35 +167,14 @@ def _build(source: Source, folder: Path, config: DataSettings, framing: Framing)
         ) from None
 
 
-def _write_images(stream: BinaryIO, source: Source, size: int, framing: Framing) -> dict[int, str]:
-    """Write a .npy file of all images that decode; returns what is wrong with the others.
-
-    Written as a plain stream: a full disk is then an error, where a memory map would crash.
-    """
-    count = len(source.records)
-    shape = (size, size, framing.channels)
-    write_header(stream, (count, *shape))
-    bad: dict[int, str] = {}
-    with Meter("Decoding", count, unit="images") as meter:
-        for row, image in enumerate(_decoded(source, size, framing)):
-            if isinstance(image, DataError):
-                bad[row] = str(image)
-            else:
-                stream.write(image.tobytes())
-            meter.advance()
-    stream.seek(0)
-    write_header(stream, (count - len(bad), *shape))
-    stream.flush()
-    os.fsync(stream.fileno())
-    return bad
-
-
 def _decoded(
-    source: Source, size: int, framing: Framing
+    source: Source, image_size: int, framing: Framing
 ) -> Iterator[NDArray[np.uint8] | DataError]:
+    """Every image in order, or what is wrong with it; decoded in threads, block by block."""
+
     def read(row: int) -> NDArray[np.uint8] | DataError:
         try:
-            return decode(source.read(row), size, framing)
+            return decode(source.read(row), image_size, framing)
         except DataError as error:
             return error
 
@@ -132,11 +184,75 @@ def _decoded(
             yield from pool.map(read, range(start, min(start + _BLOCK_IMAGES, count)))
 
 
-def _refuse_bad_images(bad: dict[str, str], good: int, config: DataSettings) -> None:
-    """Bad images stop the run, unless the user said to skip them and some are left."""
-    if bad and not (config.skip_bad_images and good):
+def _write_header(stream: BinaryIO, shape: tuple[int, int, int, int]) -> None:
+    """Write the head of a .npy file of images; numpy pads it, so it can be rewritten."""
+    description = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(stream, description)
+
+
+def _write_index(
+    folder: Path, source: Source, *, kept: list[Record], image_size: int, skipped: dict[str, str]
+) -> None:
+    """Write what belongs to the images: one row for each that was kept, and the meta file."""
+    columns = {
+        "split": [record.split or "" for record in kept],
+        "class_id": [record.class_id for record in kept],
+        "path": [record.path for record in kept],
+    }
+    pq.write_table(
+        pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()}),
+        folder / _INDEX_FILE,
+    )
+    counts = Counter(record.split or "undivided" for record in kept)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "source_fingerprint": source.fingerprint,
+        "image_size": image_size,
+        "images": len(kept),
+        "images_per_split": dict(sorted(counts.items())),
+        "class_names": dict(sorted(source.class_names.items())),
+        "skipped": skipped,
+    }
+    write_json(folder / _META_FILE, meta)
+
+
+def open_prepared(folder: Path) -> PreparedData:
+    """Open a prepared folder; the images stay on disk.
+
+    Raises:
+        DataError: A file of it is missing or damaged, or a newer vitcut wrote it.
+    """
+    try:
+        meta = read_json(folder / _META_FILE, kind="prepared data", newest_version=FORMAT_VERSION)
+        images = np.load(folder / IMAGES_FILE, mmap_mode="r")
+        with pq.ParquetFile(folder / _INDEX_FILE) as file:
+            index = file.read().to_pydict()
+        if not meta["images"] == len(images) == len(index["path"]):
+            raise ValueError(f"{meta['images']} images were prepared, {len(images)} are there")
+        return PreparedData(
+            images=images,
+            class_ids=np.array(index["class_id"], np.str_),
+            splits=np.array(index["split"], np.str_),
+            paths=np.array(index["path"], np.str_),
+            class_names=meta["class_names"],
+            fingerprint=meta["source_fingerprint"],
+            skipped=meta["skipped"],
+        )
+    except _DAMAGE as error:
         raise DataError(
-            f"{_bad_images(bad, good)}: mend them, or leave them out with --skip-bad-images"
+            f"the prepared data is damaged ({error}): delete {folder} and run again"
+        ) from None
+
+
+def _refuse_bad_images(bad: dict[str, str], good: int, settings: DataSettings) -> None:
+    """Bad images stop the run, unless the user said to skip them and some are left."""
+    if bad and not (settings.skip_bad_images and good):
+        raise DataError(
+            f"{_bad_images(bad, good)}: repair them, or leave them out with --skip-bad-images"
         )
 
 
@@ -144,12 +260,3 @@ def _bad_images(bad: dict[str, str], good: int) -> str:
     first = [f"{path} ({reason})" for path, reason in islice(bad.items(), 5)]
     listed = ", ".join(first) + (", ..." if len(bad) > 5 else "")
     return f"{len(bad)} of {good + len(bad)} images do not decode: {listed}"
-
-
-def _require_space(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise DataError(
-            f"{folder} has {free / 2**30:.2f} GiB left, expected {needed_bytes / 2**30:.2f} GiB "
-            "for the decoded images: free some, or set VITCUT_CACHE"
-        )

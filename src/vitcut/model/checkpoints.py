@@ -17,8 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitcut.errors import ModelError
-from vitcut.model.given import Given
-from vitcut.model.loaded import LoadedModel, Preprocessing, listed, per_channel, told_misfits
+from vitcut.model.loaded import listed, told_misfits
+from vitcut.model.model import Model
+from vitcut.preprocessing import Preprocessing, per_channel
 from vitcut.model.timm_folders import create_timm, timm_preprocessing
 from vitcut.progress import say
 from vitcut.shapes import Tensor
@@ -37,7 +38,13 @@ _READ_ERRORS = (
 """What the readers raise for a damaged file."""
 
 
-def load_checkpoint(path: Path, given: Given) -> LoadedModel:
+def load_checkpoint(
+    path: Path,
+    *,
+    arch: str | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Model:
     """Build the model of a name and fill it from a file.
 
     The head says how many classes there are, patch and position embedding give the sizes of
@@ -51,7 +58,6 @@ def load_checkpoint(path: Path, given: Given) -> LoadedModel:
         ModelError: The file cannot be read without running code that it brings, there is no such
             architecture, or the weights are not the architecture's.
     """
-    arch = given.arch
     if arch is None:
         beside = (path.parent / "config.json").is_file()
         folder = f", or give the folder {path.parent}, whose config.json says it" if beside else ""
@@ -63,14 +69,14 @@ def load_checkpoint(path: Path, given: Given) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         if arch.startswith(_TORCHVISION):
             model, taken = _torchvision(arch.removeprefix(_TORCHVISION), weights, path)
-            taken = _normalised(taken, given)
+            taken = _normalised(taken, mean, std)
         else:
             model = _timm(arch, weights, path)
-            taken = timm_preprocessing(model, arch, mean=given.mean, std=given.std)
+            taken = timm_preprocessing(model, arch, mean=mean, std=std)
     _require_same_names(model, weights, path, arch)
     _require_floats(model, weights, path)
     model.load_state_dict(weights)
-    return LoadedModel.of(model, str(path), taken, None)
+    return Model.of(model, str(path), taken, None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -173,9 +179,11 @@ def _num_classes(weights: dict[str, Tensor], head: str, path: Path) -> int:
     return len(weight)
 
 
-def _normalised(taken: Preprocessing, given: Given) -> Preprocessing:
+def _normalised(
+    taken: Preprocessing, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Preprocessing:
     channels = len(taken.mean)
-    mean, std = given.mean or taken.mean, given.std or taken.std
+    mean, std = mean or taken.mean, std or taken.std
     return replace(
         taken, mean=per_channel(mean, channels, "mean"), std=per_channel(std, channels, "std")
     )

@@ -19,7 +19,9 @@ from vitcut.errors import ConfigError, ModelError
 from vitcut.labels import Labels
 from vitcut.model.adapters import adapter_of, as_classifier
 from vitcut.model.hf_preprocessing import PREPROCESSOR, Preprocessor, processor_settings
-from vitcut.model.loaded import LoadedModel, Preprocessing, told_misfits
+from vitcut.model.loaded import told_misfits
+from vitcut.model.model import Model
+from vitcut.preprocessing import Preprocessing
 from vitcut.progress import say
 from vitcut.store import write_json
 
@@ -37,7 +39,7 @@ _LOAD_ERRORS = (
 """What transformers and its readers raise for settings or weights that do not fit."""
 
 
-def load_hf_folder(folder: Path, spec: str) -> LoadedModel:
+def load_hf_folder(folder: Path, spec: str) -> Model:
     """Load an image classifier of transformers; code that the folder brings is never run.
 
     Args:
@@ -62,7 +64,7 @@ def load_hf_folder(folder: Path, spec: str) -> LoadedModel:
     channels = _number(_tower(module), "num_channels", folder)
     size = _fitted_size(module, processor.made_size(), folder)
     taken = processor.preprocessing(size, channels)
-    return LoadedModel.of(as_classifier(module), spec, taken, _labels(module.config, spec))
+    return Model.of(as_classifier(module), spec, taken, _labels(module.config, spec))
 
 
 def save_hf_folder(

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitcut.errors import ConfigError, ModelError
 from vitcut.framing import Fit, Framing, Interpolation
-from vitcut.model.loaded import Preprocessing, per_channel
+from vitcut.preprocessing import Preprocessing, per_channel
 
 PREPROCESSOR = "preprocessor_config.json"
 _TOP = 255

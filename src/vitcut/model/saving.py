@@ -10,7 +10,7 @@ from torch import nn
 from vitcut.errors import ModelError
 from vitcut.framing import WHOLE, Framing
 from vitcut.model.adapters import as_classifier, library_of
-from vitcut.model.loaded import Preprocessing
+from vitcut.preprocessing import Preprocessing
 from vitcut.store import atomic_folder, sha256_file, sha256_json, write_json, write_text
 
 FORMAT_VERSION = 1

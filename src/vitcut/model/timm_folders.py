@@ -20,7 +20,8 @@ from torch import nn
 from vitcut.errors import ConfigError, ModelError
 from vitcut.framing import Framing
 from vitcut.labels import Labels
-from vitcut.model.loaded import LoadedModel, Preprocessing, per_channel
+from vitcut.model.model import Model
+from vitcut.preprocessing import Preprocessing, per_channel
 from vitcut.progress import say
 
 _CONFIG = "config.json"
@@ -31,7 +32,7 @@ _LOAD_ERRORS = (
 """What timm and its readers raise for weights or settings that do not fit."""
 
 
-def load_timm(name: str, spec: str, image_size: int | None = None) -> LoadedModel:
+def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
     """Load pretrained weights.
 
     Args:
@@ -55,10 +56,10 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> LoadedMode
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
     _refuse_fresh_classifier(model, spec)
-    return LoadedModel.of(model, spec, timm_preprocessing(model, spec), _labels(model, spec))
+    return Model.of(model, spec, timm_preprocessing(model, spec), _labels(model, spec))
 
 
-def load_random(arch: str, image_size: int | None = None) -> LoadedModel:
+def load_random(arch: str, image_size: int | None = None) -> Model:
     """The model of a name with random weights, the same on every call.
 
     Args:
@@ -71,7 +72,7 @@ def load_random(arch: str, image_size: int | None = None) -> LoadedModel:
     """
     model = _build_random(arch, image_size)
     say(f"model: {arch} has random weights, as was asked for")
-    return LoadedModel.of(model, f"timm:{arch}", timm_preprocessing(model, arch), None)
+    return Model.of(model, f"timm:{arch}", timm_preprocessing(model, arch), None)
 
 
 def create_timm(arch: str, **sizes: Any) -> nn.Module:

@@ -17,7 +17,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.framing import Framing
 from vitcut.labels import Labels
-from vitcut.model.loaded import LoadedModel, Preprocessing
+from vitcut.model.model import Model
+from vitcut.preprocessing import Preprocessing
 from vitcut.shapes import Tensor
 
 HEAD = "heads.head.weight"
@@ -100,7 +101,7 @@ def save_torchvision_folder(model: nn.Module, folder: Path, taken: Preprocessing
     }
 
 
-def load_torchvision_folder(folder: Path, spec: str, config: Mapping[str, Any]) -> LoadedModel:
+def load_torchvision_folder(folder: Path, spec: str, config: Mapping[str, Any]) -> Model:
     """Read what `save_torchvision_folder` wrote.
 
     Raises:
@@ -125,4 +126,4 @@ def load_torchvision_folder(folder: Path, spec: str, config: Mapping[str, Any]) 
     except (*_ERRORS, ConfigError, TaskError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
-    return LoadedModel.of(model, spec, preprocessing, labels)
+    return Model.of(model, spec, preprocessing, labels)

@@ -70,7 +70,7 @@ class Budget:
             raise ConfigError(f"{self.scores} scores add up: give --joint false with them")
 
     @property
-    def has_budget(self) -> bool:
+    def is_given(self) -> bool:
         """Whether a budget is given."""
         return self.target_macs is not None or self.target_latency is not None
 
@@ -88,11 +88,11 @@ class Budget:
             ConfigError: There is neither, there are both, or a budget is to be merged.
         """
         said = words or CutWords()
-        if circuit is None and not self.has_budget:
+        if circuit is None and not self.is_given:
             raise ConfigError(f"cut needs a circuit ({said.circuit}), or a budget: {said.budget}")
-        if circuit is not None and self.has_budget:
+        if circuit is not None and self.is_given:
             raise ConfigError("cut takes a circuit or a budget, got both: leave one of them out")
-        if self.has_budget and merge:
+        if self.is_given and merge:
             raise ConfigError(
                 "merge brings edges back to a circuit that is there, got a budget: cut to the "
                 f"budget first, then {said.merging}"

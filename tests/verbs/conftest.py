@@ -1,4 +1,4 @@
-"""One finished run for all tests of the pipeline; who wants to change it takes a copy."""
+"""One finished run for all tests of verbs; who wants to change it takes a copy."""
 
 from pathlib import Path
 
@@ -36,6 +36,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "discover": {"images": 8},
         "taus": [0.03, 0.001],
+        "ablations": ["resample"],
         "cut": {"images": 32, "verify_images": 8},
         "bench": {
             "runtimes": ["torch"],

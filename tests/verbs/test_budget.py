@@ -9,27 +9,26 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vitcut.benchmark import settings as benchmark_settings
+import vitcut
+from vitcut.benchmark import points
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
-from vitcut.compact.artefact import FILL
-from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
+from vitcut.compact.operations import count_macs
+from vitcut.compiler.cut import FILL_FILE, Cut
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.images.settings import DataSettings
+from vitcut.images.load import normalise
 from vitcut.masked.fill import Fill
 from vitcut.masked.masking import masked_run
-from vitcut.pipeline import budget as budgeting
-from vitcut.pipeline.budget import budget_command
-from vitcut.pipeline.commands import cut_command, find_circuit, find_origin, resolve_origin
-from vitcut.pipeline.path import PATH_FILE, STEP_FILE, PathStep, load_path
-from vitcut.pipeline.stored import StoredCut
-from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
+from vitcut.runs import find_circuit
+from vitcut.selection import search as searching
+from vitcut.selection.search import PathStep, SearchPath
 from vitcut.selection.settings import Budget
 
+PATH_FILE, STEP_FILE = "path.json", "step.json"
 SHORT = {
     "runtimes": ("torch",),
     "batches": (1,),
@@ -38,6 +37,10 @@ SHORT = {
     "min_sample_ms": 0.1,
 }
 BENCH = BenchSettings(**SHORT)
+TIMING = [
+    *("--runtimes", "torch", "--batches", "1", "--seconds", "0.05", "--min-rounds", "3"),
+    *("--min-sample-ms", "0.1"),
+]
 SELECT = Budget(target_macs=0.55, rounds=2, score_images=16)
 CUT = CutSettings(ablation="linear", images=48, verify_images=8)
 NAME = "fisher-linear-macs-0.55"
@@ -48,7 +51,16 @@ class Killed(BaseException):
 
 
 def _cut(run, out, select=SELECT, cut=CUT):
-    return budget_command(resolve_origin(str(run), None, DataSettings()), select, cut, BENCH, out)
+    model = vitcut.load_model(run)
+    images = vitcut.load_images(model=model)
+    return vitcut.cut(model, images, budget=select, settings=cut, bench=BENCH, out=out).results
+
+
+def _cut_circuit(path, out, settings=CUT):
+    """Cut to a circuit of a run directory, with that run's model and images."""
+    model = vitcut.load_model(vitcut.runs.find_run(path))
+    images = vitcut.load_images(model=model)
+    return vitcut.cut(model, images, path, settings=settings, bench=BENCH, out=out).results
 
 
 def _told(out):
@@ -95,11 +107,11 @@ def test_the_budget_is_met_and_the_point_says_how(cut):
 
 
 def test_a_repair_knows_the_budget_of_its_cut(cut):
-    assert StoredCut.load(cut).point.budget == {"macs": 0.55}
+    assert Cut.load(cut / "model").point().budget == {"macs": 0.55}
 
 
 def test_the_path_has_a_step_per_round_and_each_costs_less(cut):
-    steps = load_path(cut / PATH_FILE)
+    steps = SearchPath.load(cut / PATH_FILE).steps
     assert len(steps) == 2
     macs = [step.macs for step in steps]
     assert macs == sorted(macs, reverse=True)
@@ -115,9 +127,9 @@ def test_the_path_has_a_step_per_round_and_each_costs_less(cut):
 
 
 def test_every_circuit_of_the_path_can_be_cut_by_its_name(cut, tmp_path):
-    first = load_path(cut / PATH_FILE)[0]
+    first = SearchPath.load(cut / PATH_FILE).steps[0]
     path = find_circuit(cut, first.name)
-    results = cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, tmp_path / "out")
+    results = _cut_circuit(path, tmp_path / "out")
     assert results.points[-1].macs == first.macs
     assert find_circuit(cut, None) == cut / "model" / "circuit.json"
 
@@ -126,10 +138,10 @@ def test_the_verb_prints_the_path_and_says_when_there_is_nothing_to_do(
     finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(benchmark_settings, "BenchSettings", lambda threads: BENCH)
     out = tmp_path / "out"
     words = ["cut", "--model", str(finished), "--target-macs", "0.55", "--ablation", "mean"]
     words += ["--rounds", "2", "--images", "32", "--score-images", "16", "--verify-images", "8"]
+    words += TIMING
     assert main([*words, "--out", str(out)]) == 0
     first = capsys.readouterr()
     assert "the path, on val images" in first.out
@@ -137,20 +149,21 @@ def test_the_verb_prints_the_path_and_says_when_there_is_nothing_to_do(
     before = {item: item.stat().st_mtime_ns for item in out.rglob("*")}
     assert main([*words, "--out", str(out)]) == 0
     again = capsys.readouterr()
-    assert f"{out} is complete: nothing to do" in again.err
+    assert f"{out / 'results.json'} is there already" in again.err
     assert again.out == first.out
     assert {item: item.stat().st_mtime_ns for item in out.rglob("*")} == before
 
 
 def test_the_saved_fill_is_the_circuits_and_gives_the_compact_model(cut):
-    circuit, fill = Circuit.load(cut / "model" / "circuit.json"), Fill.load(cut / "model" / FILL)
+    circuit, fill = Circuit.load(cut / "model" / "circuit.json"), Fill.load(cut / "model" / FILL_FILE)
     assert fill.circuit == circuit.fingerprint
     assert circuit == _circuits(cut)["macs-0.5500"]
-    subject = Origin.load(cut).load_subject()
-    pixels = subject.normalise(subject.images.test.read(range(16)))
+    dense = vitcut.load_model(cut)
+    images = vitcut.load_images(model=dense)
+    pixels = normalise(images.test.read(range(16)), dense.preprocessing)
     model = CompactViT.from_pretrained(cut / "model")
     with torch.no_grad():
-        masked = masked_run(subject.weights, pixels, circuit, fill).logits
+        masked = masked_run(dense.weights, pixels, circuit, fill).logits
         torch.testing.assert_close(model(pixels), masked, atol=1e-4, rtol=1e-4)
 
 
@@ -162,9 +175,9 @@ def test_two_cuts_come_out_the_same(finished, cut, tmp_path):
 STAGES = {
     "before the first round is measured": (PathStep, "save", 0),
     "in the second round": (Circuit, "save", 0),
-    "before the path is written": (budgeting, "save_path", 0),
+    "before the path is written": (SearchPath, "save", 0),
     "before the model is saved": (CompactViT, "save_pretrained", 0),
-    "before anything is measured": (budgeting, "measure", 0),
+    "before anything is measured": (points, "measure", 0),
 }
 
 
@@ -210,7 +223,7 @@ def test_other_ablations_meet_the_budget_without_a_fill_of_their_own(finished, t
     assert point.name == f"fisher-{ablation}-macs-0.55"
     assert point.macs <= 0.55 * results.dense.macs
     assert point.max_abs_diff < 1e-4
-    assert not (tmp_path / "out" / "model" / FILL).exists()
+    assert not (tmp_path / "out" / "model" / FILL_FILE).exists()
 
 
 @pytest.mark.parametrize("scores", ["random", "magnitude"])
@@ -235,7 +248,7 @@ def _clock(monkeypatch, milliseconds):
         ratio = 1 / milliseconds(count_macs(models["cut"].plan), len(calls))
         return SimpleNamespace(comparisons=(SimpleNamespace(ratio=ratio),))
 
-    monkeypatch.setattr(budgeting, "measure_latency", measure)
+    monkeypatch.setattr(searching, "measure_latency", measure)
     return calls
 
 
@@ -246,7 +259,7 @@ MEAN = replace(CUT, ablation="mean", batch=8)
 def test_a_latency_budget_ends_with_the_first_step_that_meets_it(finished, tmp_path, monkeypatch):
     calls = _clock(monkeypatch, lambda macs, _: 0.3 + 0.4 * macs / 34_000)
     results = _cut(finished, tmp_path / "out", LATENCY, MEAN)
-    steps = load_path(tmp_path / "out" / PATH_FILE)
+    steps = SearchPath.load(tmp_path / "out" / PATH_FILE).steps
     assert steps[-1].latency_fraction <= 0.5
     assert all(step.latency_fraction > 0.5 for step in steps[:-1])
     assert [config.runtimes for config in calls] == [("torch",)] * len(steps)
@@ -260,13 +273,13 @@ def test_a_killed_latency_search_keeps_what_it_measured(finished, tmp_path, monk
     out = tmp_path / "out"
     _clock(monkeypatch, lambda macs, _: 0.4 + 0.2 * macs / 34_000)
     with monkeypatch.context() as patched:
-        patched.setattr(budgeting, "save_path", lambda *_: (_ for _ in ()).throw(Killed))
+        patched.setattr(SearchPath, "save", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             _cut(finished, out, LATENCY, MEAN)
     steps = {path.parent.name: PathStep.load(path) for path in out.glob(f"path/*/{STEP_FILE}")}
     calls = _clock(monkeypatch, lambda *_: 0.01)
     _cut(finished, out, LATENCY, MEAN)
-    assert {step.name: step for step in load_path(out / PATH_FILE)} == steps
+    assert {step.name: step for step in SearchPath.load(out / PATH_FILE).steps} == steps
     assert calls == []
 
 
@@ -307,16 +320,16 @@ def test_an_impossible_budget_is_refused_before_anything_is_written(
 def test_a_damaged_path_is_refused(tmp_path, content):
     (tmp_path / PATH_FILE).write_text(json.dumps({"format_version": 1, **json.loads(content)}))
     with pytest.raises(ArtefactError, match=r"path\.json is damaged"):
-        load_path(tmp_path / PATH_FILE)
+        SearchPath.load(tmp_path / PATH_FILE)
 
 
 def test_a_circuit_over_edges_is_cut_with_a_linear_fill(finished, tmp_path):
     path, out = find_circuit(finished, "acdc-resample-0.03"), tmp_path / "out"
-    results = cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, out)
+    results = _cut_circuit(path, out)
     point = results.points[-1]
     assert (point.granularity, point.ablation, point.tau) == ("edge", "linear", 0.03)
     assert point.max_abs_diff < 1e-4
-    fill = Fill.load(out / "model" / FILL)
+    fill = Fill.load(out / "model" / FILL_FILE)
     assert fill.circuit == Circuit.load(out / "model" / "circuit.json").fingerprint
     means = Results.load(finished / "results.json").points[1]
     assert point.edges_kept == means.edges_kept
@@ -325,15 +338,15 @@ def test_a_circuit_over_edges_is_cut_with_a_linear_fill(finished, tmp_path):
 def test_a_cut_that_is_cut_again_keeps_its_ablation(finished, tmp_path):
     path, silent = find_circuit(finished, "acdc-resample-0.03"), replace(CUT, ablation=None)
     first, again, other = (tmp_path / name for name in ("first", "again", "other"))
-    cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, first)
+    _cut_circuit(path, first)
     own = find_circuit(first, None)
     for out, config in ((again, silent), (other, replace(silent, ablation="zero"))):
-        cut_command(Circuit.load(own), find_origin(own), config, BENCH, out)
+        _cut_circuit(own, out, config)
     tensors = [load_file(out / "model" / "model.safetensors") for out in (first, again)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     points = [Results.load(out / "results.json").points[-1] for out in (first, again, other)]
     assert [point.ablation for point in points] == ["linear", "linear", "zero"]
-    assert (again / "model" / FILL).exists()
+    assert (again / "model" / FILL_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -400,10 +413,10 @@ def test_a_run_that_is_killed_in_the_repair_does_not_select_again(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("vitcut.pipeline.run.repair_compact", dying)
+        patched.setattr("vitcut.training.repair.repair_cut", dying)
         with pytest.raises(Killed):
             main(words)
-    monkeypatch.setattr(budgeting.BudgetSearch, "_selection", dying)
+    monkeypatch.setattr(searching, "Selection", dying)
     assert main(words) == 0
     assert len(Results.load(out / "results.json").points) == 4
 

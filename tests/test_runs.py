@@ -1,39 +1,40 @@
 import pytest
-import yaml
 
 from vitcut.errors import ArtefactError
-from vitcut.pipeline.folder import RunFolder
+from vitcut.circuit import Circuit
+from vitcut.graph import Graph
+from vitcut.runs import Run, find_run, read_settings
 
 SETTINGS = {"task": "drawn", "train": {"epochs": 3, "std": [0.1, 0.2]}}
 
 
 def _expect_refusal(path, match, settings=SETTINGS):
     with pytest.raises(ArtefactError, match=match) as caught:
-        RunFolder(path, settings)
+        Run(path).claim(settings)
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
 def claimed(tmp_path):
     """A folder in which work was done."""
-    RunFolder(tmp_path / "run", SETTINGS).claim()
+    Run(tmp_path / "run").claim(SETTINGS)
     (tmp_path / "run" / "points").mkdir()
     return tmp_path / "run"
 
 
 def test_looking_at_a_folder_writes_nothing(tmp_path):
-    RunFolder(tmp_path / "run", SETTINGS)
+    Run(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_folder_is_claimed(tmp_path):
-    RunFolder(tmp_path, SETTINGS).claim()
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == SETTINGS
+    Run(tmp_path).claim(SETTINGS)
+    assert read_settings(tmp_path).items() >= SETTINGS.items()
 
 
 def test_the_same_settings_go_on_and_write_nothing(claimed):
     before = (claimed / "config.yaml").stat().st_mtime_ns
-    RunFolder(claimed, SETTINGS).claim()
+    Run(claimed).claim(SETTINGS)
     assert (claimed / "config.yaml").stat().st_mtime_ns == before
 
 
@@ -54,34 +55,33 @@ def test_other_settings_are_refused_by_the_key_that_differs(claimed, settings, m
 
 
 def test_settings_may_be_mended_before_any_work_is_done(tmp_path):
-    RunFolder(tmp_path, SETTINGS).claim()
-    (tmp_path / "origin.json").touch()
+    Run(tmp_path).claim(SETTINGS)
     (tmp_path / ".config.yaml.x.part").touch()
     mended = SETTINGS | {"task": "animals"}
-    RunFolder(tmp_path, mended).claim()
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == mended
+    Run(tmp_path).claim(mended)
+    assert read_settings(tmp_path).items() >= mended.items()
 
 
 def test_what_changes_no_result_may_differ(tmp_path):
     settings = {"discover": {"tau": 0.1, "memory_gib": 8.0, "precision": "float32"}}
     other = {"discover": {"tau": 0.2, "memory_gib": 1.0, "precision": "float64"}}
-    RunFolder(tmp_path, settings).claim()
+    Run(tmp_path).claim(settings)
     (tmp_path / "points").mkdir()
     _expect_refusal(tmp_path, "discover.tau was 0.1, now 0.2", other)
-    RunFolder(tmp_path, other, free=("discover.tau",)).claim()
+    Run(tmp_path).claim(other, free=("discover.tau",))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    _expect_refusal(tmp_path, "is not empty and no run of vitcut: choose another --out")
-    _expect_refusal(tmp_path / "thesis.tex", "is not empty and no run of vitcut")
+    _expect_refusal(tmp_path, "is not empty and holds no run of vitcut: choose another --out")
+    _expect_refusal(tmp_path / "thesis.tex", "is not empty and holds no run of vitcut")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- 1\n", "is no run's settings"),
-        (b"", "is no run's settings"),
+        (b"- 1\n", "is no run directory of this version"),
+        (b"", "is no run directory of this version"),
         (b"a: [\n", "is not readable"),
         (b"\xff\xfe\x00", "is not readable"),
     ],
@@ -90,3 +90,40 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path, content, message):
     (tmp_path / "config.yaml").write_bytes(content)
     (tmp_path / "points").mkdir()
     _expect_refusal(tmp_path, message)
+
+
+def test_work_is_done_once_and_read_back(tmp_path, capsys):
+    circuit, made = Circuit.full(Graph(num_layers=1, num_heads=1)), []
+
+    def make():
+        made.append(1)
+        return circuit
+
+    for _ in range(2):
+        assert Run(tmp_path / "run").once("a/circuit.json", make, Circuit) == circuit
+    assert made == [1]
+    assert f"{tmp_path / 'run' / 'a' / 'circuit.json'} is there already" in capsys.readouterr().err
+
+
+def test_a_temporary_run_goes_with_its_value():
+    run = Run()
+    run.claim(SETTINGS)
+    path = run.path
+    assert (path / "config.yaml").is_file()
+    del run
+    assert not path.exists()
+
+
+def test_a_run_is_found_around_what_lies_in_it(claimed, tmp_path):
+    assert find_run(claimed / "points") == claimed
+    assert find_run(claimed) == claimed
+    assert find_run(tmp_path) is None
+    assert find_run(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(("version", "word"), [(None, "earlier"), (1, "earlier"), (99, "newer")])
+def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version, word):
+    written = "" if version is None else f"format_version: {version}\n"
+    (tmp_path / "config.yaml").write_text(f"{written}task: drawn\n")
+    with pytest.raises(ArtefactError, match=f"a {word} one wrote it.* run its command again in a"):
+        read_settings(tmp_path)

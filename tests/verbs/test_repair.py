@@ -1,32 +1,30 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitcut.benchmark import settings as benchmark_settings
+import vitcut
+from vitcut.benchmark import points
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.cut import Cut
+from vitcut.compiler.planning import compile_circuit
 from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
-from vitcut.masked.ablation import zero_fill
-from vitcut.model.loading import load_model
-from vitcut.pipeline import repair as repairing
-from vitcut.pipeline import show
-from vitcut.pipeline.commands import bench_command, find_origin, resolve_origin
-from vitcut.pipeline.repair import REPAIR_FILE, Repair, finetune_command
-from vitcut.pipeline.settings import RepairSettings
-from vitcut.pipeline.stored import StoredCut, require_sight
-from vitcut.pipeline.subject import Origin
+from vitcut.masked.fitting import zero_fill
+from vitcut.model.model import Model
+from vitcut.report import cards
 from vitcut.results import Results
+from vitcut.runs import find_cut, find_run
 from vitcut.runtimes.onnx_runtime import export_onnx
+from vitcut.training.repair import Repair, require_sight
 from vitcut.training.settings import FinetuneSettings
 
+REPAIR_FILE = "repair.json"
 SHORT = {
     "runtimes": ("torch",),
     "batches": (1,),
@@ -42,8 +40,12 @@ FINETUNE = FinetuneSettings(
     precision="float32",
     device="cpu",
 )
-CONFIG = RepairSettings(finetune=FINETUNE, bench=BenchSettings(**SHORT))
+BENCH = BenchSettings(**SHORT)
 POINT = "acdc-resample-0.03"
+TIMING = [
+    *("--runtimes", "torch", "--batches", "1", "--seconds", "0.05", "--min-rounds", "3"),
+    *("--min-sample-ms", "0.1"),
+]
 FLAGS = [
     *("--epochs", "2", "--batch-size", "32", "--learning-rate", "2e-3", "--augmentation", "none"),
     *("--precision", "float32", "--device", "cpu"),
@@ -54,9 +56,15 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it."""
 
 
-def _repair(run, out, config=CONFIG, point=POINT):
-    cut = StoredCut.load(run, point)
-    return finetune_command(cut, find_origin(cut.folder), config, out)
+def _load(run):
+    model = vitcut.load_model(run)
+    return model, vitcut.load_images(model=model)
+
+
+def _repair(run, out, *, point=POINT, settings=FINETUNE, **more):
+    told = {"settings": settings, "bench": BENCH, "point": point, "out": out, **more}
+    done = vitcut.finetune(run, *_load(find_run(run)), **told)
+    return done.results, done.repair
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +134,9 @@ def test_the_dense_model_got_the_same_repair(finished, repaired):
     assert {key: own[key] for key in ("config", "loss", "images")} == {
         key: its[key] for key in ("config", "loss", "images")
     }
-    dense = load_model(str(finished))
+    dense = vitcut.load_model(finished)
     assert its["start"] == dense.weight_hash
-    assert load_model(str(repaired / "dense-repaired")).weight_hash != dense.weight_hash
+    assert vitcut.load_model(repaired / "dense-repaired").weight_hash != dense.weight_hash
 
 
 def test_a_finished_repair_is_not_redone(finished, repaired, capsys):
@@ -137,14 +145,14 @@ def test_a_finished_repair_is_not_redone(finished, repaired, capsys):
     assert results == Results.load(repaired / "results.json")
     assert told == Repair.load(repaired / REPAIR_FILE)
     assert {item: item.stat().st_mtime_ns for item in repaired.rglob("*")} == before
-    assert "is complete: nothing to do" in capsys.readouterr().err
+    assert "results.json is there already" in capsys.readouterr().err
 
 
 STAGES = {
     "before the compact model is saved": (CompactViT, "save_pretrained"),
-    "before the dense model is saved": (repairing, "save_dense"),
-    "before anything is measured": (repairing, "measure"),
-    "before the card": (repairing, "write_text"),
+    "before the dense model is saved": (Model, "save"),
+    "before anything is measured": (points, "measure"),
+    "before the card": (cards, "repaired_card"),
     "before the differences": (Repair, "save"),
     "before the results": (Results, "save"),
 }
@@ -184,52 +192,49 @@ def test_a_killed_repair_trains_no_epoch_twice_and_tells_the_same(repaired, kill
 
 
 def test_a_repaired_dense_model_is_taken_from_another_repair(finished, repaired, tmp_path):
-    config = replace(CONFIG, repaired_dense=str(repaired))
-    results, told = _repair(finished, tmp_path / "other", config, "acdc-resample-0.001")
+    out, point = tmp_path / "other", "acdc-resample-0.001"
+    results, told = _repair(finished, out, point=point, repaired_dense=repaired)
     ours = {p.name: p for p in results.all_points()}["dense-repaired"]
     theirs = {p.name: p for p in Results.load(repaired / "results.json").points}["dense-repaired"]
     assert ours.accuracy_coarse == theirs.accuracy_coarse
     assert told.dense_training == Repair.load(repaired / REPAIR_FILE).dense_training
     assert not (tmp_path / "other" / "dense-repaired").exists()
-    again = bench_command(tmp_path / "other", CONFIG.bench, tmp_path / "bench")
+    again = vitcut.bench(tmp_path / "other", settings=BENCH, out=tmp_path / "bench")
     assert [p.accuracy_coarse for p in again.points] == [p.accuracy_coarse for p in results.points]
 
 
 def test_a_repaired_dense_model_of_other_settings_is_refused(finished, repaired, tmp_path):
-    config = replace(
-        CONFIG, repaired_dense=str(repaired), finetune=replace(FINETUNE, learning_rate=1e-3)
-    )
+    other = replace(FINETUNE, learning_rate=1e-3)
     with pytest.raises(
         ArtefactError, match=r"other settings: config.learning_rate was 0\.002, now"
     ):
-        _repair(finished, tmp_path / "out", config)
+        _repair(finished, tmp_path / "out", settings=other, repaired_dense=repaired)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_repaired_dense_model_has_to_be_there_and_finished(finished, repaired, tmp_path):
     with pytest.raises(ArtefactError, match="no training file at"):
-        _repair(finished, tmp_path / "out", replace(CONFIG, repaired_dense=str(tmp_path)))
+        _repair(finished, tmp_path / "out", repaired_dense=tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(repaired / "dense-repaired", copy)
     content = json.loads((copy / "training.json").read_text())
     (copy / "training.json").write_text(json.dumps(content | {"result": None}))
     with pytest.raises(ArtefactError, match="is not finished"):
-        _repair(finished, tmp_path / "out", replace(CONFIG, repaired_dense=str(copy)))
+        _repair(finished, tmp_path / "out", repaired_dense=copy)
 
 
 def test_without_the_dense_repair_there_is_one_difference(finished, tmp_path):
     out = tmp_path / "fine"
-    results, told = _repair(finished, out, replace(CONFIG, repair_dense=False))
+    results, told = _repair(finished, out, repair_dense=False)
     assert "dense-repaired" not in {point.name for point in results.points}
     assert ([item.against for item in told.paired], told.dense_training) == (["dense"], None)
     assert not (out / "dense-repaired").exists()
     with pytest.raises(ConfigError, match="leave one of them out"):
-        replace(CONFIG, repair_dense=False, repaired_dense="x")
+        _repair(finished, tmp_path / "no", repair_dense=False, repaired_dense="x")
 
 
 def test_a_repair_is_repaired_again(repaired, tmp_path):
-    config = replace(CONFIG, repair_dense=False)
-    results, _ = _repair(repaired, tmp_path / "again", config, None)
+    results, _ = _repair(repaired, tmp_path / "again", point=None, repair_dense=False)
     assert results.points[-1].name == f"{POINT}-repaired-repaired"
     assert (
         results.points[-2].accuracy_coarse
@@ -237,36 +242,33 @@ def test_a_repair_is_repaired_again(repaired, tmp_path):
     )
 
 
-def test_a_model_directory_alone_is_repaired(finished, tmp_path, monkeypatch):
+def test_a_model_directory_alone_is_repaired(finished, tmp_path):
     """Its point is read from its circuit; model and images have to be given."""
     model = tmp_path / "alone"
     shutil.copytree(finished / "points" / POINT / "model", model)
-    cut = StoredCut.load(model)
-    known = StoredCut.load(finished, POINT).point
-    assert find_origin(cut.folder) is None
-    assert cut.point == replace(known, seconds=None, max_abs_diff=None, faithfulness=None)
-    (model / "circuit.json").unlink()
-    bare = StoredCut.load(model)
-    origin = resolve_origin(str(finished), None, Origin.load(finished).data)
-    results, _ = finetune_command(
-        bare, origin, replace(CONFIG, repair_dense=False), tmp_path / "out"
+    (model / "cut.json").unlink()
+    known = Cut.load(find_cut(finished, POINT)).point()
+    assert find_run(model) is None
+    assert Cut.load(model).point() == replace(
+        known, seconds=None, max_abs_diff=None, faithfulness=None
     )
+    (model / "circuit.json").unlink()
+    told = {"settings": FINETUNE, "bench": BENCH, "repair_dense": False}
+    results = vitcut.finetune(model, *_load(finished), **told).results
     assert results.points[-1].name == "cut-repaired"
     assert results.points[-1].circuit is None
 
 
 def test_a_model_that_sees_nothing_is_refused(finished, tmp_path):
-    subject = Origin.load(finished).load_subject()
-    circuit = Circuit.full(subject.weights.graph, ablation="zero")
+    dense, images = _load(finished)
+    circuit = Circuit.full(dense.weights.graph, ablation="zero")
     blind = replace(circuit, kept=circuit.kept & False)
-    fill = zero_fill(subject.weights)
-    model = compile_circuit(subject.weights, blind, fill)
+    model = compile_circuit(dense.weights, blind, zero_fill(dense.weights))
     with pytest.raises(ModelError, match=r"gives every image the same logits.*: cut less"):
         require_sight(model)
     model.save_pretrained(tmp_path / "blind")
-    cut = StoredCut.load(tmp_path / "blind")
     with pytest.raises(ModelError, match="cut less"):
-        finetune_command(cut, Origin.load(finished), CONFIG, tmp_path / "out")
+        vitcut.finetune(tmp_path / "blind", dense, images, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -279,16 +281,16 @@ def test_a_model_that_sees_nothing_is_refused(finished, tmp_path):
     ],
 )
 def test_a_cut_of_another_model_or_task_is_refused(finished, tmp_path, change, kind, message):
-    cut = StoredCut.load(finished, POINT)
+    cut = Cut.load(find_cut(finished, POINT))
     cut.model.info = replace(cut.model.info, **change)
     with pytest.raises(kind, match=message):
-        finetune_command(cut, Origin.load(finished), CONFIG, tmp_path / "out")
+        vitcut.finetune(cut, *_load(finished), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_repair_is_refused(finished, repaired):
     with pytest.raises(ArtefactError, match=r"other settings: finetune.seed was 0, now 1"):
-        _repair(finished, repaired, replace(CONFIG, finetune=replace(FINETUNE, seed=1)))
+        _repair(finished, repaired, settings=replace(FINETUNE, seed=1))
     with pytest.raises(ArtefactError, match="other settings: start was"):
         _repair(finished, repaired, point="acdc-resample-0.001")
 
@@ -302,16 +304,15 @@ def test_a_damaged_record_of_a_repair_is_refused(repaired, tmp_path):
 
 
 def test_the_verb_repairs_and_shows_the_differences(
-    finished, repaired, tmp_path, monkeypatch, capsys
+    finished, repaired, tmp_path, capsys
 ):
-    monkeypatch.setattr(benchmark_settings, "BenchSettings", partial(BenchSettings, **SHORT))
     out = tmp_path / "fine"
     words = ["finetune", str(finished), "--point", POINT, "--repaired-dense", str(repaired)]
-    assert main([*words, *FLAGS, "--out", str(out)]) == 0
+    assert main([*words, *FLAGS, *TIMING, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{POINT}-repaired against dense-repaired: coarse accuracy " in printed
     assert f"next: vitcut show {out}" in printed
     one, other = (load_file(path / "model" / "model.safetensors") for path in (out, repaired))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    show.show(out)
+    assert main(["show", str(out)]) == 0
     assert "against dense-repaired: coarse accuracy" in capsys.readouterr().out

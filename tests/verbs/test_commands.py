@@ -1,50 +1,47 @@
-import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import vitcut
+from vitcut import cli
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import ArtefactError, CircuitError, ConfigError
-from vitcut.images.settings import DataSettings
+from vitcut.errors import ArtefactError, CircuitError
 from vitcut.model import tracing
-from vitcut.model.given import Given
-from vitcut.pipeline.checks import calibrate
-from vitcut.pipeline.commands import (
-    bench_command,
-    cut_command,
-    discover_command,
-    find_circuit,
-    find_origin,
-    resolve_origin,
-)
-from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
+from vitcut.runs import Run, find_circuit, read_settings
 from vitcut.task import parse_task
 
-DATA = DataSettings()
-FOUND = DiscoverSettings(tau=0.03, images=8)
+FOUND = DiscoverSettings(tau=0.03, images=8, ablation="resample")
 CUT = CutSettings(images=32, verify_images=8)
 BENCH = BenchSettings(
     runtimes=("torch",), batches=(1, 256), seconds=0.05, min_rounds=3, min_sample_ms=0.1
 )
+TIMING = [
+    *("--runtimes", "torch", "--batches", "1", "--seconds", "0.05", "--min-rounds", "3"),
+    *("--min-sample-ms", "0.1"),
+]
+FLAGS = ["--tau", "0.03", "--images", "8", "--ablation", "resample"]
+
+
+def _load(run):
+    model = vitcut.load_model(run)
+    return model, vitcut.load_images(model=model)
 
 
 @pytest.fixture(scope="module")
 def found(finished, tmp_path_factory):
     """What ``discover --model RUN`` writes."""
     out = tmp_path_factory.mktemp("verbs") / "found"
-    flags = ["--tau", "0.03", "--images", "8", "--out", str(out)]
-    assert main(["discover", "--model", str(finished), *flags]) == 0
+    assert main(["discover", "--model", str(finished), *FLAGS, "--out", str(out)]) == 0
     return out
 
 
@@ -52,8 +49,7 @@ def found(finished, tmp_path_factory):
 def cut(found, tmp_path_factory):
     """What ``cut`` makes of it, with a timing that is shorter than the command line's."""
     out = tmp_path_factory.mktemp("verbs") / "cut"
-    path = find_circuit(found, None)
-    cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, out)
+    vitcut.cut(*_load(found), found, settings=CUT, bench=BENCH, out=out)
     return out
 
 
@@ -65,33 +61,26 @@ def test_discovery_by_itself_finds_the_circuit_of_the_run(finished, found):
     assert (ours.method, ours.task, ours.tau) == ("acdc", "shapes", 0.03)
 
 
-def test_a_run_directory_is_the_model_that_it_is_about(finished, found, cut, monkeypatch):
+def test_a_run_directory_is_the_model_that_it_is_about(finished, found, cut):
     own = vitcut.load_model(finished)
     for run in (found, cut, str(cut)):
         assert vitcut.load_model(run).weight_hash == own.weight_hash
 
-    def measured(shape, *_args, **_settings):
-        raise ArtefactError(f"{shape.num_layers} blocks")
 
-    monkeypatch.setattr("vitcut.pipeline.checks.measure_circuits", measured)
-    with pytest.raises(ArtefactError, match="2 blocks"):
-        calibrate(str(cut), models=3, seconds=0.01)
-
-
-def test_what_is_said_of_a_runs_model_goes_before_what_the_run_says(tmp_path, finished):
-    origin = Origin.load(finished)
-    given = Given(random_weights=True, image_size=32)
-    about = replace(origin, model="timm:test_vit", given=given)
-    about.claim(RunFolder(tmp_path / "run", about.settings()))
-    assert vitcut.load_model(tmp_path / "run").image_size == 32
-    assert vitcut.load_model(tmp_path / "run", image_size=48).image_size == 48
+def test_what_is_said_of_a_runs_model_goes_before_what_the_run_says(tmp_path):
+    about = {"model": {"model": "timm:test_vit", "random_weights": True, "image_size": 32}}
+    Run(tmp_path / "run").claim(about)
+    assert vitcut.load_model(tmp_path / "run").preprocessing.image_size == 32
+    sized = vitcut.load_model(tmp_path / "run", image_size=48)
+    assert sized.preprocessing.image_size == 48
+    assert sized.origin == {"model": "timm:test_vit", "random_weights": True, "image_size": 48}
 
 
 @pytest.mark.parametrize("verb", ["discover", "cut"])
 def test_a_model_that_is_not_understood_is_refused_before_images_are_touched(
     found, tmp_path, capsys, monkeypatch, verb
 ):
-    monkeypatch.setattr("vitcut.pipeline.classes.prepare", None)
+    monkeypatch.setattr(cli.api, "load_images", None)
     run = [str(found)] if verb == "cut" else ["--tau", "0.1"]
     model = ["--model", "timm:swin_tiny_patch4_window7_224", "--random-weights", "true"]
     typed = [verb, *run, *model, "--source", "drawn", "--task", "drawn"]
@@ -106,17 +95,18 @@ def test_a_model_is_checked_once_for_a_run(finished, monkeypatch):
         tracing, "_require_same_logits", lambda *both: counted.append(1) or check(*both)
     )
     pair = parse_task("classes: [disc, grid]", origin="pair.yaml")
-    subject = replace(Origin.load(finished), task=pair).load_subject()
-    assert subject.weights.num_classes == 2
+    model = vitcut.load_model(finished)
+    images = vitcut.load_images(task=pair, model=model)
+    assert model.for_task(images.task, images.labels).weights.num_classes == 2
     assert len(counted) == 1
 
 
 def test_a_circuit_that_is_there_is_not_searched_again(finished, found, capsys):
     path = find_circuit(found, None)
     before = path.stat().st_mtime_ns
-    discover_command(resolve_origin(str(finished), None, DATA), FOUND, found)
+    vitcut.discover(*_load(finished), settings=FOUND, out=found)
     assert path.stat().st_mtime_ns == before
-    assert "is there: nothing to do" in capsys.readouterr().err
+    assert "circuit.json is there already" in capsys.readouterr().err
 
 
 def test_a_cut_by_itself_gives_the_model_of_the_run(finished, cut):
@@ -141,16 +131,15 @@ def test_a_batch_larger_than_the_test_images_is_timed(cut):
 
 
 def test_a_finished_cut_is_not_redone(found, cut, capsys):
-    path = find_circuit(found, None)
     before = {item: item.stat().st_mtime_ns for item in cut.rglob("*")}
-    cut_command(Circuit.load(path), find_origin(path), CUT, BENCH, cut)
+    vitcut.cut(*_load(found), found, settings=CUT, bench=BENCH, out=cut)
     assert {item: item.stat().st_mtime_ns for item in cut.rglob("*")} == before
-    assert "is complete: nothing to do" in capsys.readouterr().err
+    assert "results.json is there already" in capsys.readouterr().err
 
 
 def test_a_run_is_measured_again_with_its_own_models(finished, tmp_path):
     before = (finished / "results.json").read_bytes()
-    results = bench_command(finished, BENCH, tmp_path / "bench")
+    results = vitcut.bench(finished, settings=BENCH, out=tmp_path / "bench")
     assert (finished / "results.json").read_bytes() == before
     earlier = Results.load(finished / "results.json")
     for new, old in zip(results.all_points(), earlier.all_points(), strict=True):
@@ -167,7 +156,7 @@ def test_what_was_not_measured_is_refused_with_what_to_do(finished, found, cut, 
     }
     for path, remedy in refused.items():
         with pytest.raises(ArtefactError) as caught:
-            bench_command(path, BENCH, tmp_path / "bench")
+            vitcut.bench(path, settings=BENCH, out=tmp_path / "bench")
         assert str(caught.value).startswith(f"nothing was measured in {path}: ")
         assert str(caught.value).endswith(remedy)
     assert not (tmp_path / "bench").exists()
@@ -185,85 +174,66 @@ def test_a_run_directory_given_as_a_compact_model_names_its_models(finished, cut
 def test_a_run_directory_can_be_moved(finished, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(finished, moved)
-    assert Origin.load(moved).model == str(moved)
-    assert find_origin(moved / "points" / "acdc-resample-0.03" / "circuit.json") == Origin.load(
-        moved
-    )
+    shutil.rmtree(finished / "nothing", ignore_errors=True)
+    model = vitcut.load_model(moved)
+    assert model.origin == {"model": str(moved / "dense")}
+    assert model.weight_hash == vitcut.load_model(finished).weight_hash
+    assert vitcut.load_images(model=model).task.name == "shapes"
 
 
 def test_a_relative_model_is_found_from_everywhere(finished, monkeypatch):
     monkeypatch.chdir(finished.parent)
-    task = json.dumps(Origin.load(finished).task.to_dict())
-    (finished.parent / "task.yaml").write_text(task)
-    for model, given in (("finished", None), ("finished/dense", "task.yaml")):
-        origin = resolve_origin(model, given, DATA)
-        assert origin.model == str(finished.parent / model)
+    for model in ("finished", "finished/dense"):
+        assert vitcut.load_model(model).origin == {"model": str(finished / "dense")}
 
 
-def test_a_source_typed_for_a_cut_keeps_the_model_of_the_run(finished):
-    base = Origin.load(finished)
-    typed = DataSettings(source="elsewhere.zip", skip_bad_images=True)
-    origin = resolve_origin(None, None, typed, base=base)
-    assert (origin.model, origin.task) == (base.model, base.task)
-    assert (origin.data.source, origin.data.skip_bad_images) == ("elsewhere.zip", True)
-    assert origin.data.seed == base.data.seed
+def test_a_source_typed_for_a_cut_keeps_the_task_of_the_run(finished):
+    own = vitcut.load_model(finished)
+    images = vitcut.load_images("drawn", model=own, skip_bad_images=True)
+    assert images.task.name == "shapes"
+    assert (images.origin["source"], images.origin["skip_bad_images"]) == ("drawn", True)
+    other = vitcut.load_images(task="drawn", model=own)
+    assert other.task.name == "drawn"
 
 
-def test_a_model_typed_for_a_cut_takes_the_place_of_the_runs(finished):
-    origin = resolve_origin("animals", None, DATA, base=Origin.load(finished))
-    assert (origin.model, origin.task.name) == ("animals", "shapes")
+def test_a_model_typed_for_a_cut_takes_the_place_of_the_runs(finished, found, tmp_path):
+    out = tmp_path / "out"
+    model = ["--model", str(finished / "dense")]
+    assert main(["cut", str(found), *model, "--images", "8", *TIMING, "--out", str(out)]) == 0
+    settings = read_settings(out)
+    assert settings["model"]["model"] == str(finished / "dense")
+    assert settings["images"]["task"]["name"] == "shapes"
 
 
-def test_a_circuit_of_other_weights_is_not_cut(finished, found, tmp_path):
+def test_a_circuit_of_other_weights_is_not_cut(finished, found):
     circuit = Circuit.load(find_circuit(found, None))
     foreign = replace(circuit, provenance={**circuit.provenance, "weight_hash": "f" * 64})
     with pytest.raises(CircuitError, match="found in a model whose weights hash to ffffffffffff"):
-        cut_command(foreign, Origin.load(finished), CUT, BENCH, tmp_path / "cut")
-
-
-def test_a_model_folder_typed_for_a_cut_keeps_task_and_images_of_the_run(finished):
-    base = Origin.load(finished)
-    origin = resolve_origin(str(finished / "dense"), None, DATA, base=base)
-    assert origin.model == str(finished / "dense")
-    assert (origin.task, origin.data) == (base.task, base.data)
+        vitcut.cut(*_load(finished), foreign, settings=CUT, bench=None)
 
 
 def test_other_weights_at_the_same_path_are_noticed(finished, found, tmp_path, capsys):
     copy = tmp_path / "found"
     shutil.copytree(found, copy)
-    origin = json.loads((copy / "origin.json").read_text())
-    origin["weight_hash"] = "of an earlier training"
-    (copy / "origin.json").write_text(json.dumps(origin))
-    flags = ["--tau", "0.03", "--images", "8", "--out", str(copy)]
-    assert main(["discover", "--model", str(finished), *flags]) == 2
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    settings["model"]["weight_hash"] = "of an earlier training"
+    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["discover", "--model", str(finished), *FLAGS, "--out", str(copy)]) == 2
     assert "was begun with other weights" in capsys.readouterr().err
 
 
 def test_a_tau_that_shares_a_name_with_another_is_refused(finished, found, capsys):
-    flags = ["--tau", "0.0300000001", "--images", "8", "--out", str(found)]
+    flags = [*FLAGS, "--tau", "0.0300000001", "--out", str(found)]
     assert main(["discover", "--model", str(finished), *flags]) == 2
-    assert "was found at tau 0.03, not 0.0300000001" in capsys.readouterr().err
+    assert "holds a circuit of tau 0.03, not 0.0300000001" in capsys.readouterr().err
 
 
 def test_a_directory_holds_the_circuits_of_several_taus(found, capsys):
-    flags = ["--tau", "0.2", "--images", "8", "--out", str(found)]
-    model = Origin.load(found).model
-    assert main(["discover", "--model", model, *flags]) == 0
+    flags = [*FLAGS, "--tau", "0.2", "--out", str(found)]
+    assert main(["discover", "--model", str(found), *flags]) == 0
     assert find_circuit(found, "acdc-resample-0.2").exists()
     assert find_circuit(found, "acdc-resample-0.03").exists()
     shutil.rmtree(found / "points" / "acdc-resample-0.2")
-
-
-def test_what_is_given_replaces_what_the_run_brings(finished):
-    origin = resolve_origin(str(finished), "drawn", DataSettings(source="elsewhere"))
-    assert origin.task.name == "drawn"
-    assert origin.data.source == "elsewhere"
-    assert origin.data.image_size == 16
-
-
-def test_a_model_without_a_task_asks_for_one(tmp_path):
-    with pytest.raises(ConfigError, match="brings no task along: give --task"):
-        resolve_origin(str(tmp_path), None, DATA)
 
 
 def test_one_of_several_points_has_to_be_chosen(finished, tmp_path):
@@ -280,13 +250,12 @@ def test_one_of_several_points_has_to_be_chosen(finished, tmp_path):
         find_circuit(tmp_path, None)
 
 
-@pytest.mark.parametrize("change", [{"task": None}, {"data": {"bogus": 1}}, {"data": None}])
-def test_a_damaged_origin_is_refused(finished, tmp_path, change):
-    content = json.loads((finished / "origin.json").read_text())
-    (tmp_path / "origin.json").write_text(json.dumps(content | change))
-    with pytest.raises(ArtefactError, match=r"origin\.json is damaged"):
-        Origin.load(tmp_path)
-
-
-def test_a_path_outside_every_run_has_no_origin(tmp_path):
-    assert find_origin(tmp_path / "circuit.json") is None
+@pytest.mark.parametrize("change", [{"task": None}, {"bogus": 1}, {"seed": -1}])
+def test_damaged_settings_of_a_run_are_refused(finished, tmp_path, change):
+    shutil.copytree(finished, tmp_path / "run")
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    settings["images"] |= change
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    model = vitcut.load_model(tmp_path / "run")
+    with pytest.raises(ArtefactError, match=r"config\.yaml is damaged"):
+        vitcut.load_images(model=model)

@@ -1,8 +1,10 @@
 """Model cards: what a model is, how it was made, and what was measured of it."""
 
-from vitcut.benchmark.tables import point_table, to_markdown
-from vitcut.pipeline.stages import DENSE_REPAIRED
-from vitcut.results import Point, Results
+from pathlib import Path
+
+from vitcut.report.tables import point_table, to_markdown
+from vitcut.results import DENSE_REPAIRED, Point, Results
+from vitcut.store import write_text
 from vitcut.task import Task
 from vitcut.training.loop import TrainResult
 from vitcut.training.settings import FinetuneSettings, TrainSettings
@@ -24,7 +26,7 @@ def dense_card(task: Task, result: TrainResult, config: TrainSettings) -> str:
     return f"""# A small Vision Transformer for the task {task.name!r}
 
 Trained by vitcut: {config.augmentation} augmentation, best of {result.epochs_run} epochs (epoch
-{result.best_epoch}), seed {config.seed}. On the val images, which chose the epoch, it reaches
+{result.best_epoch}), seed {config.seed}. On the val images, by which the epoch was chosen, it reaches
 {result.accuracy_fine:.1%} over the {len(task.classes)} classes and {result.accuracy_coarse:.1%}
 over the {len(task.groups)} groups.
 
@@ -129,3 +131,11 @@ Speed-ups are against the dense model in the same runtime, with their 95 % inter
 
 {_LICENCE_NOTE}
 """
+
+
+def save_results(results: Results, run: Path) -> Results:
+    """Write the model card of every point that has a model, and give the results back."""
+    for point in results.points:
+        if point.model is not None:
+            write_text(run / point.model / "README.md", compact_card(results, point))
+    return results

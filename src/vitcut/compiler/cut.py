@@ -1,0 +1,282 @@
+"""A cut: a circuit compiled into a compact model, with the proof that it computes the masked one."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from vitcut.benchmark.evaluation import evaluate
+from vitcut.circuit import Circuit
+from vitcut.compact.artefact import ModelInfo
+from vitcut.compact.model import CompactViT
+from vitcut.compact.operations import count_macs
+from vitcut.compiler.cost import CostModel
+from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.merging import MERGES, merge_streams, num_streams
+from vitcut.compiler.settings import CutSettings
+from vitcut.compiler.verify import Exactness, verify
+from vitcut.errors import ArtefactError, CircuitError
+from vitcut.images.load import Images, ImageSet, normalise
+from vitcut.images.stratified import choose_evenly
+from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import Fitter
+from vitcut.model.model import Model
+from vitcut.results import CLASS_ONLY, Point, Results
+from vitcut.store import atomic_folder, read_json, write_json
+
+FILL_FILE = "fill.safetensors"
+_FACTS_FILE = "cut.json"
+_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Cut:
+    """A compact model and what is known of it."""
+
+    model: CompactViT
+    circuit: Circuit | None
+    """Under the ablation that it was cut with; None for a model that does not bring it along."""
+    fill: Fill | None = None
+    """What stands in for what the circuit cuts; None once it was read from disk, where only a
+    linear fill is kept."""
+    exactness: Exactness | None = None
+    """How far it is from the masked model; None for a repaired model, which computes another."""
+    faithfulness: dict[str, Any] | None = None
+    """KL on the calibration images under the ablations of discovery and of the cut; what merging
+    came to, where that was asked for."""
+    name: str = "cut"
+    """Of its point in results."""
+    budget: dict[str, Any] | None = None
+    """What the circuit was searched for: {"macs": 0.2}, or {"latency": 0.25, ...}."""
+    seconds: float | None = None
+    """That finding and cutting it took; None where that is not known."""
+    folder: Path | None = None
+    """The model directory, once it is on disk."""
+    results: Results | None = None
+    """What was measured of it, beside the dense model; None where nothing was."""
+
+    def save(self, folder: Path) -> None:
+        """Write a model directory with the circuit, a linear fill and what is known of the cut."""
+        with atomic_folder(folder) as fresh:
+            circuit = None if self.circuit is None else json.dumps(self.circuit.to_dict(), indent=1)
+            self.model.save_pretrained(fresh, circuit=circuit)
+            if self.fill is not None and self.fill.circuit is not None:
+                self.fill.save(fresh / FILL_FILE)
+            facts = {
+                "name": self.name,
+                "exactness": None if self.exactness is None else vars(self.exactness),
+                "faithfulness": self.faithfulness,
+                "budget": self.budget,
+                "seconds": self.seconds,
+            }
+            write_json(fresh / _FACTS_FILE, {"format_version": _VERSION, **facts})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a model directory, whether ``save`` or ``CompactViT.save_pretrained`` wrote it.
+
+        Raises:
+            ArtefactError: It is damaged, or of another version.
+        """
+        model = CompactViT.from_pretrained(folder)
+        path, fill = folder / CIRCUIT_FILE, folder / FILL_FILE
+        circuit = Circuit.load(path) if path.is_file() else None
+        known: dict[str, Any] = {}
+        if (folder / _FACTS_FILE).is_file():
+            known = read_json(folder / _FACTS_FILE, kind="cut", newest_version=_VERSION)
+            del known["format_version"]
+        elif circuit is not None:
+            known["name"] = point_name(circuit)
+        try:
+            exactness = known.pop("exactness", None)
+            return cls(
+                model=model,
+                circuit=circuit,
+                fill=Fill.load(fill) if fill.is_file() else None,
+                exactness=None if exactness is None else Exactness(**exactness),
+                folder=folder,
+                **known,
+            )
+        except TypeError as error:
+            raise ArtefactError(
+                f"{folder / _FACTS_FILE} is damaged: {error}; cut the model again"
+            ) from None
+
+    def point(self, run: Path | None = None) -> Point:
+        """What is known of the compact model before it is measured.
+
+        Args:
+            run: The directory that the point's paths are relative to; None leaves them out.
+        """
+        circuit = self.circuit
+        known = Point(name=self.name) if circuit is None else circuit_point(self.name, circuit)
+        folder = None if run is None or self.folder is None else _relative(self.folder, run)
+        return replace(
+            known,
+            macs=count_macs(self.model.plan),
+            max_abs_diff=None if self.exactness is None else self.exactness.max_abs_diff,
+            seconds=self.seconds,
+            faithfulness=self.faithfulness,
+            budget=self.budget,
+            circuit=None if folder is None or circuit is None else f"{folder}/{CIRCUIT_FILE}",
+            model=folder,
+            params=sum(tensor.numel() for tensor in self.model.parameters()),
+            bytes=sum(t.numel() * t.element_size() for t in self.model.state_dict().values()),
+        )
+
+    def __repr__(self) -> str:
+        shape = self.model.plan.shape
+        exact = "" if self.exactness is None else f", |compact - masked| {self.exactness.max_abs_diff:.2g}"
+        return f"Cut({self.name!r}, {shape.num_layers} blocks, {count_macs(self.model.plan):,} MACs{exact})"
+
+
+def cut_circuit(
+    model: Model,
+    images: Images,
+    circuit: Circuit,
+    settings: CutSettings,
+    *,
+    fitter: Fitter,
+    costs: CostModel,
+    name: str | None = None,
+    budget: dict[str, Any] | None = None,
+) -> Cut:
+    """Compile a circuit, check the result, and measure it again under the cut's ablation.
+
+    Streams are merged first where the settings say so; a linear fill is fitted to the merged
+    circuit.
+
+    Args:
+        model: The dense model, for the task of the images.
+        images: Of the task; the compact model is compared with the masked one on val images.
+        circuit: Under any ablation.
+        settings: The ablation of the cut, and on how many images it is checked.
+        fitter: Gives fills; shared by circuits of one model, since all need the same means.
+        costs: Decide between ways to compute the same.
+        name: Of the cut's point; None takes it from how the circuit was found.
+        budget: What the circuit was searched for.
+
+    Raises:
+        CircuitError: The circuit is of another model.
+        ExactnessError: The compact model does not compute the masked one.
+    """
+    start = time.perf_counter()
+    found = circuit.provenance.get("weight_hash")
+    if found not in {None, model.weight_hash}:
+        raise CircuitError(
+            f"the circuit was found in a model whose weights hash to {str(found)[:12]}, those of "
+            f"{model.name!r} hash to {model.weight_hash[:12]}: use the model that it was found in"
+        )
+    weights, task = model.weights, images.task
+    parent = circuit.with_ablation(settings.ablation_for(circuit.ablation))
+    final = merge_streams(parent, weights.shape, costs) if settings.merge else parent
+    fill = fitter.fit(final).fill
+    compact = compile_circuit(weights, final, fill, costs=costs)
+    compact.info = ModelInfo(
+        preprocessing=model.preprocessing,
+        class_names=task.class_names,
+        group_names=task.groups,
+        group_of_class=tuple(task.group_of_class.tolist()),
+        source_model=model.name,
+        source_sha256=model.weight_hash,
+    )
+    count = min(settings.verify_images, len(images.val))
+    chosen = choose_evenly(images.val.labels, count, seed=settings.seed)
+    pixels = normalise(images.val.read(chosen), model.preprocessing)
+    exactness = verify(compact, weights, final, fill, pixels)
+    faithfulness = _faithfulness(model, images, circuit, final, compact)
+    if settings.merge:
+        merged: dict[str, Any] = {"edges_restored": 0, "kl": None}
+        merged["streams"] = [num_streams(compact.plan)] * 2
+        if final is not parent:
+            before = compile_circuit(weights, parent, fitter.fit(parent).fill, costs=costs)
+            merged = {
+                "edges_restored": final.provenance[MERGES][-1]["edges_restored"],
+                "streams": [num_streams(before.plan), num_streams(compact.plan)],
+                # On val: the test images are for reporting.
+                "kl": _kls(model, images, [before, compact]),
+            }
+        faithfulness["merge"] = merged
+    finding, cutting = circuit.provenance.get("seconds"), time.perf_counter() - start
+    return Cut(
+        model=compact,
+        circuit=final,
+        fill=fill,
+        exactness=exactness,
+        faithfulness=faithfulness,
+        name=name or point_name(circuit),
+        budget=budget,
+        seconds=None if finding is None else round(finding + cutting, 2),
+    )
+
+
+def class_only(
+    model: Model, images: Images, *, fitter: Fitter, costs: CostModel
+) -> tuple[Point, CompactViT]:
+    """The second baseline of every cut: the uncut circuit, compiled; it is not saved.
+
+    It computes what the dense model computes, without what its classifier does not read.
+    """
+    circuit = Circuit.full(model.weights.graph, ablation="zero")
+    settings = CutSettings(ablation="zero")
+    cut = cut_circuit(model, images, circuit, settings, fitter=fitter, costs=costs, name=CLASS_ONLY)
+    return cut.point(), cut.model
+
+
+def point_name(circuit: Circuit) -> str:
+    """What a circuit's point is called: how it was searched."""
+    tau = "" if circuit.tau is None else f"-{circuit.tau:g}"
+    return f"{circuit.method}-{circuit.discovered_under}{tau}"
+
+
+def circuit_point(name: str, circuit: Circuit) -> Point:
+    """What a circuit says of itself."""
+    graph = circuit.graph
+    return Point(
+        name=name,
+        method=circuit.method,
+        granularity="edge" if circuit.neurons is None else "part",
+        ablation=circuit.ablation,
+        tau=circuit.tau,
+        edges_total=graph.num_useful_edges,
+        edges_kept=circuit.num_kept,
+        heads_total=graph.num_layers * graph.num_heads,
+        heads_kept=circuit.num_heads_kept,
+        neurons_kept_fraction=circuit.neurons_kept_fraction,
+    )
+
+
+def _faithfulness(
+    model: Model, images: Images, found: Circuit, final: Circuit, compact: CompactViT
+) -> dict[str, Any]:
+    """KL on the images of discovery, then and as cut; None where they are not known."""
+    settings, kl = found.provenance.get("settings"), found.provenance.get("kl")
+    if settings is None or kl is None:
+        return {"discovery": None, "cut": None}
+    discovery = {"ablation": found.discovered_under, "kl": kl}
+    if found.provenance.get("images_fingerprint") != images.fingerprint:
+        return {"discovery": discovery, "cut": None}
+    searched = images.calibration(settings["images"], seed=settings["seed"])
+    [as_cut] = _kls(model, images, [compact], on=searched)
+    return {"discovery": discovery, "cut": {"ablation": final.ablation, "kl": as_cut}}
+
+
+def _kls(
+    model: Model, images: Images, compact: list[CompactViT], *, on: ImageSet | None = None
+) -> list[float | None]:
+    """Mean KL(dense || compact) of compact models, on val images unless others are given."""
+    on = on or images.val
+    dense = evaluate(model.module, on, images.task, model.preprocessing)
+    modules: list[nn.Module] = list(compact)
+    return [
+        evaluate(module, on, images.task, model.preprocessing, reference=dense).kl
+        for module in modules
+    ]
+
+
+def _relative(folder: Path, run: Path) -> str:
+    return Path(os.path.relpath(folder, run)).as_posix()

@@ -1,0 +1,118 @@
+"""What a model's logits stand for, and copies of a model that give some of them alone."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitcut.errors import ModelError, TaskError, UnsupportedModelError
+from vitcut.labels import Labels
+from vitcut.model.adapters import read_weights
+from vitcut.model.weights import ViTWeights
+from vitcut.task import Task
+from vitcut.wordnet import imagenet_names
+
+
+def find_labels(
+    labels: Labels | None, name: str, num_classes: int, data: Labels, task: Task
+) -> tuple[Labels, str | None]:
+    """The classes of a model's logits, and how they were told where the model does not say.
+
+    Args:
+        labels: What the model says of its classes, if anything.
+        name: Of the model, for messages.
+        num_classes: How many logits it gives.
+        data: The classes of the data.
+        task: May name classes by position, or be of as many classes as the model.
+
+    Raises:
+        ModelError: The model names more or fewer classes than it has logits.
+        TaskError: Nothing says what the logits stand for.
+    """
+    owner = f"model {name!r}"
+    if labels is not None:
+        if len(labels.ids) != num_classes:
+            raise ModelError(
+                f"{owner} names {len(labels.ids)} classes and gives {num_classes} logits: expected "
+                "as many; correct its config.json"
+            )
+        return Labels(owner=owner, ids=_data_ids(labels.ids, data, task), names=labels.names), None
+    if len(data.ids) == num_classes:
+        told = f"its {num_classes} logits are taken as the data's classes, in the order of their ids"
+        return Labels(owner=owner, ids=data.ids, names=data.names), told
+    own = set(data.ids)
+    if len(task.classes) == num_classes and own.issuperset(task.class_ids):
+        told = f"its {num_classes} logits are taken as the task's classes, in the order of their ids"
+        return Labels(owner=owner, ids=task.class_ids, names=task.class_names), told
+    imagenet = imagenet_names()
+    if len(imagenet) == num_classes and not own.isdisjoint(imagenet):
+        told = f"its {num_classes} logits are taken as ImageNet-1k's classes, in the usual order"
+        return Labels(owner=owner, ids=tuple(imagenet), names=tuple(imagenet.values())), told
+    numbers = tuple(map(str, range(num_classes)))
+    if own.isdisjoint(numbers):
+        also = ", or by ImageNet's WordNet ids" if num_classes == len(imagenet) else ""
+        raise TaskError(
+            f"{owner} does not say what its classes are: it has {num_classes} classes, task "
+            f"{task.name!r} has {len(task.classes)}, the data {len(data.ids)}: use a label file or "
+            f"data of as many classes, or name the data's classes by position, 0 to "
+            f"{num_classes - 1}{also}"
+        )
+    told = f"its {num_classes} logits are taken as the data's classes named by position"
+    return Labels(owner=owner, ids=numbers, names=numbers), told
+
+
+def _data_ids(ids: tuple[str, ...], data: Labels, task: Task) -> tuple[str, ...]:
+    """What the data calls a model's classes, where the model's labels are texts."""
+    if not set(ids).isdisjoint(data.ids):
+        return ids
+    id_of = dict(zip(map(str.casefold, data.names), data.ids, strict=True))
+    id_of |= {item.name.casefold(): item.id for item in task.classes}
+    found = tuple(id_of.get(label.casefold(), label) for label in ids)
+    return found if len(set(found)) == len(found) else ids
+
+
+def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.Module:
+    """A copy of a model that gives some of its logits alone, in the order of ``rows``.
+
+    Args:
+        model: Of any library, or of your own.
+        weights: What was read of it.
+        rows: Positions of the logits that stay.
+
+    Raises:
+        UnsupportedModelError: The classifier is no linear layer with the rows that were read.
+    """
+    head, width, kept = weights.head_weight, weights.width, list(rows)
+    fewer = deepcopy(model)
+    # The classifier, or each of two whose mean was read (a distillation token has its own).
+    found = [
+        layer
+        for layer in fewer.modules()
+        if isinstance(layer, nn.Linear)
+        and layer.out_features == len(head)
+        and any(
+            torch.equal(layer.weight.detach()[:, :width] * share, part)
+            for part in head.split(width, dim=1)
+            for share in (1, 0.5)
+        )
+    ]
+    for layer in found:
+        for name, old in list(layer.named_parameters()):
+            rows_of = nn.Parameter(old.detach()[kept].clone(), requires_grad=old.requires_grad)
+            setattr(layer, name, rows_of)
+        layer.out_features = len(kept)
+    again = read_weights(fewer) if found else weights
+    if not torch.equal(again.head_weight, head[kept]) or not torch.equal(
+        again.head_bias, weights.head_bias[kept]
+    ):
+        raise UnsupportedModelError(
+            f"not supported: {type(model).__name__} for some of its classes: {len(found)} of its "
+            "layers look like the classifier, expected nn.Linear alone; name every class in the "
+            "label file, or give it a 'rest'"
+        )
+    if isinstance(getattr(fewer, "num_classes", None), int):
+        said: Any = fewer
+        said.num_classes = len(kept)
+    return fewer

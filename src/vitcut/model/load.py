@@ -1,0 +1,215 @@
+"""Load a dense model from wherever it is: which reader knows what a user has given."""
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
+
+from vitcut.errors import ConfigError, ModelError
+from vitcut.framing import WHOLE
+from vitcut.model.adapters import as_classifier, read_weights
+from vitcut.model.checkpoints import load_checkpoint
+from vitcut.model.hf_folders import WEIGHTS, load_hf_folder
+from vitcut.preprocessing import Preprocessing, numbers, per_channel
+from vitcut.model.model import Model
+from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
+from vitcut.model.timm_folders import load_random, load_timm
+from vitcut.names import SHIPPED_MODEL
+from vitcut.store import hash_of_read, sha256_file
+
+TIMM, HUB = "timm:", "hf-hub:"
+"""Prefixes of models by name."""
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+"""Of files of bare weights."""
+
+_HF_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1]]
+_PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
+_HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError)
+
+
+def load(
+    model: str | Path | nn.Module,
+    *,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    arch: str | None,
+    random_weights: bool,
+    image_size: int | None,
+) -> Model:
+    """Load a model as `vitcut.load_model` does, but for run directories that did not train it."""
+    means, stds = numbers("mean", mean), numbers("std", std)
+    for value in stds or ():
+        if not value > 0:
+            raise ConfigError(f"std must be a finite number > 0, got {value:g}")
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image-size must be >= 1, got {image_size}")
+    given = {
+        "arch": arch,
+        "mean": means,
+        "std": stds,
+        "random-weights": random_weights,
+        "image-size": image_size,
+    }
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    if isinstance(model, nn.Module):
+        return _wrap(model, means, stds, given)
+    name, path = str(model), Path(model)
+    is_file = path.suffix in WEIGHT_SUFFIXES and path.is_file()
+    if not is_file and given.keys() & {"arch", "mean", "std"}:
+        first = next(key for key in ("arch", "mean", "std") if key in given)
+        raise ConfigError(
+            f"{first} is for a file of bare weights ({', '.join(WEIGHT_SUFFIXES)}), got it with "
+            f"{name!r}: leave it out, or correct the path"
+        )
+    if not name.startswith(TIMM) and given.keys() & {"random-weights", "image-size"}:
+        first = next(key for key in ("random-weights", "image-size") if key in given)
+        why = ", whose weights or configuration say the size" if first == "image-size" else ""
+        raise ConfigError(f"{first} is for timm:NAME, got it with {name!r}{why}: leave it out")
+    if is_file:
+        return load_checkpoint(path, arch=arch, mean=means, std=stds)
+    if name.startswith(TIMM):
+        plain = name.removeprefix(TIMM)
+        if random_weights:
+            return load_random(plain, image_size)
+        return load_timm(plain, name, image_size)
+    if name.startswith(HUB):
+        return _from_hub(name)
+    return _from_folder(name)
+
+
+def _wrap(
+    module: nn.Module,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    given: dict[str, Any],
+) -> Model:
+    """A copy of a user's module, in float32 on the CPU."""
+    for name in given.keys() - {"mean", "std"}:
+        raise ConfigError(f"a module is taken as it was built, got {name}: leave it out")
+    if mean is None or std is None:
+        raise ConfigError(
+            "a module needs mean and std, on the scale 0 to 1, one number each or one per channel: "
+            "give those that it was trained with"
+        )
+    own = as_classifier(deepcopy(module).float().cpu().eval())
+    weights = read_weights(own)
+    if not {len(mean), len(std)} <= {1, weights.channels}:
+        raise ConfigError(
+            f"mean and std need one number each, or {weights.channels}, one per channel, got "
+            f"{len(mean)} and {len(std)}"
+        )
+    preprocessing = Preprocessing(
+        image_size=weights.image_size,
+        mean=per_channel(mean, weights.channels, "mean"),
+        std=per_channel(std, weights.channels, "std"),
+        framing=replace(WHOLE, channels=weights.channels),
+    )
+    return Model.of(own, type(module).__name__, preprocessing, None)
+
+
+def _from_hub(name: str) -> Model:
+    """A repository of timm or transformers; its ``config.json`` says which."""
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
+    try:
+        config = _read_config(Path(hf_hub_download(filename=CONFIG, **where)))
+        if "architecture" in config or "model_type" not in config:
+            return load_timm(name, name)
+        folder = Path(snapshot_download(allow_patterns=_HF_FILES, **where))
+        if not any((folder / file).is_file() for file in WEIGHTS):
+            folder = Path(snapshot_download(allow_patterns=_PICKLED, **where))
+    except _HUB_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"cannot load the model {name!r}: {reason}") from None
+    return load_hf_folder(folder, name)
+
+
+def _from_folder(name: str) -> Model:
+    """The shipped model, a folder of timm or transformers, or the model that a run trained."""
+    if name == SHIPPED_MODEL:
+        folder = Path(str(resources.files("vitcut"))) / "assets" / name
+    else:
+        folder = Path(name.removeprefix("local-dir:"))
+        if not folder.exists():
+            raise ModelError(
+                f"no model at {folder}: expected a folder with {CONFIG}, a run directory, a file "
+                f"of weights, timm:NAME, hf-hub:REPOSITORY, or {SHIPPED_MODEL}"
+            )
+        if not folder.is_dir():
+            raise ModelError(f"{folder} is a file: expected a model folder with {CONFIG}")
+        folder = folder / "dense" if (folder / "dense").is_dir() else folder
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder} holds no {CONFIG}: expected a folder of timm or transformers, with "
+            f"{CONFIG} and {TENSORS}"
+        )
+    config = _read_config(folder / CONFIG)
+    hugging_face = "model_type" in config and "architecture" not in config
+    if not (hugging_face or (folder / TENSORS).is_file()):
+        raise ModelError(f"{folder} holds no {TENSORS}: expected it beside its {CONFIG}")
+    if "vitcut" in config:
+        _check_own(folder, config)
+    if hugging_face:
+        return load_hf_folder(folder, name)
+    if "torchvision" in config:
+        # Imported here: torchvision's models take seconds to import.
+        from vitcut.model.torchvision_folders import load_torchvision_folder
+
+        return load_torchvision_folder(folder, name, config)
+    if "architecture" in config:
+        return load_timm(f"local-dir:{folder}", name)
+    if "plan" in config:
+        raise ModelError(
+            f"{folder} is a compact model, expected a dense one: give the model it was cut from"
+        )
+    raise ModelError(
+        f"{folder / CONFIG} names no architecture: expected a dense model of timm (architecture) "
+        "or transformers (model_type)"
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}, expected settings by name")
+    return config
+
+
+def _check_own(folder: Path, config: dict[str, Any]) -> None:
+    """Check version and hashes of a folder that vitcut wrote."""
+    own = config["vitcut"]
+    version = own.get("format_version") if isinstance(own, dict) else None
+    if type(version) is not int:
+        raise ModelError(
+            f"{folder / CONFIG} is damaged: its entry 'vitcut' has no format_version, expected "
+            "an integer: restore the file or train again"
+        )
+    if version > FORMAT_VERSION:
+        raise ModelError(
+            f"{folder} has format_version {version}, this vitcut reads up to {FORMAT_VERSION}: "
+            "upgrade vitcut"
+        )
+    if not (folder / TENSORS).is_file():
+        raise ModelError(f"{folder} holds no {TENSORS}: copy the whole folder")
+    library = {key: value for key, value in config.items() if key != "vitcut"}
+    found = {
+        TENSORS: (own.get("weights_sha256"), sha256_file(folder / TENSORS)),
+        # Folders of earlier versions have no hash of their configuration.
+        CONFIG: (own.get("config_sha256"), hash_of_read(library)),
+    }
+    for file, (expected, now) in found.items():
+        if expected is not None and expected != now:
+            raise ModelError(
+                f"{folder / file} is not the file that was saved (its SHA-256 differs): restore "
+                f"it or train again; if it was changed on purpose, remove 'vitcut' from {CONFIG}"
+            )

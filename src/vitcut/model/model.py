@@ -1,0 +1,124 @@
+"""A dense model as one value: the module, its weights read and checked, preprocessing and labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitcut.errors import ModelError, TaskError
+from vitcut.labels import Labels
+from vitcut.model.classes import find_labels, keep_rows
+from vitcut.model.tracing import read_model
+from vitcut.model.weights import ViTWeights, hash_tensors
+from vitcut.preprocessing import Preprocessing
+from vitcut.progress import say
+from vitcut.task import Task, unknown_classes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Model:
+    """A dense ViT that can be searched, cut, evaluated and used as a teacher.
+
+    ``weights`` is read from ``module`` once, when the model is loaded, and must reproduce its
+    logits. Neither is changed afterwards: change a copy, and load that.
+    """
+
+    module: nn.Module
+    """From normalised pixels to logits; in eval mode, on the CPU."""
+    name: str
+    """What was asked for."""
+    weights: ViTWeights
+    preprocessing: Preprocessing
+    labels: Labels | None
+    """What the logits stand for, in their order; None where the source does not say."""
+    weight_hash: str
+    """SHA-256 over names, shapes, types and values of the weights, in hex."""
+    origin: Mapping[str, Any] | None = None
+    """The arguments of `load_model` that give this model again; None for a module."""
+    run: Path | None = None
+    """The run directory that it was loaded from."""
+    kept_classes: tuple[str, ...] | None = field(default=None)
+    """The ids of a task's classes, once `for_task` has left out all other logits."""
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, name: str, preprocessing: Preprocessing, labels: Labels | None
+    ) -> "Model":
+        """Read and check a module, which is put into eval mode and otherwise left as it is.
+
+        Raises:
+            ModelError: A weight is NaN or infinite.
+            UnsupportedModelError: The module has a feature that is not understood.
+        """
+        for key, tensor in module.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(
+                    f"{name!r} has weights that are not finite, in {key}: expected a whole, "
+                    "trained model"
+                )
+        return cls(
+            module=module.eval(),
+            name=name,
+            weights=read_model(module),
+            preprocessing=preprocessing,
+            labels=labels,
+            weight_hash=weight_hash(module),
+        )
+
+    def for_task(self, task: Task, data: Labels) -> "Model":
+        """The same model with the logits of a task's fine classes alone, in the task's order.
+
+        Its weight hash stays that of the whole model.
+
+        Args:
+            task: Its classes are called by their ids.
+            data: The classes of the data, which decide what the logits stand for where the model
+                does not say.
+
+        Raises:
+            TaskError: The task has a class that the model lacks.
+            UnsupportedModelError: The classifier cannot leave rows out.
+        """
+        if self.kept_classes == task.class_ids:
+            return self
+        num_classes = self.weights.num_classes
+        known, told = find_labels(self.labels, self.name, num_classes, data, task)
+        if told is not None:
+            say(f"model: {self.name} does not name its classes: {told}")
+        position = {class_id: at for at, class_id in enumerate(known.ids)}
+        unknown = [class_id for class_id in task.class_ids if class_id not in position]
+        if unknown:
+            raise TaskError(unknown_classes(task.name, unknown, known))
+        rows = [position[class_id] for class_id in task.class_ids]
+        if rows == list(range(num_classes)):
+            return replace(self, kept_classes=task.class_ids)
+        if len(rows) < num_classes:
+            say(
+                f"model: {self.name} keeps {len(rows)} of its {num_classes} logits, those of "
+                f"task {task.name!r}"
+            )
+        weights = self.weights
+        return replace(
+            self,
+            module=keep_rows(self.module, weights, rows),
+            weights=replace(
+                weights, head_weight=weights.head_weight[rows], head_bias=weights.head_bias[rows]
+            ),
+            labels=Labels(owner=self.name, ids=task.class_ids, names=task.class_names),
+            kept_classes=task.class_ids,
+        )
+
+    def __repr__(self) -> str:
+        shape = self.weights.shape
+        return (
+            f"Model({self.name!r}, {shape.num_layers} blocks x {shape.num_heads} heads, width "
+            f"{shape.width}, {shape.num_classes} classes, {shape.image_size} px)"
+        )
+
+
+def weight_hash(module: nn.Module) -> str:
+    """The SHA-256 over names, shapes, types and values of a module's weights, in hex."""
+    return hash_tensors(module.state_dict().items())

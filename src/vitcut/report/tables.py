@@ -1,0 +1,154 @@
+"""Results as tables, for terminals and for Markdown."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from rich.console import Console
+from rich.table import Table
+
+from vitcut.names import RuntimeName
+from vitcut.results import CLASS_ONLY, DENSE, Point, Results
+
+_ABSENT = "-"
+_PREFERRED: RuntimeName = "onnxruntime"
+_PART = "part"
+"""The granularity of circuits that cut heads and neurons."""
+_FRAME = 3
+"""Characters around each cell: a line and two spaces."""
+_FILE_WIDTH = 320
+"""Characters per line where there is no terminal to fit into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointTable:
+    """Text cells, one row per point."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def point_table(results: Results, *, runtime: RuntimeName | None = None) -> PointTable:
+    """The points of a run, the dense model first, with every latency measured in one runtime.
+
+    A speed-up is given with its 95 % interval; one in brackets is not shown to differ from 1.
+    A column that says nothing of any point is left out.
+
+    Args:
+        results: What was measured.
+        runtime: Whose latencies are shown; None takes onnxruntime if it was measured, else the
+            first that was.
+    """
+    points = results.all_points()
+    measured = [item for point in points for item in point.latency]
+    if runtime is None:
+        runtimes: list[RuntimeName] = [item.runtime for item in measured]
+        runtime = _PREFERRED if _PREFERRED in runtimes or not runtimes else runtimes[0]
+
+    def edges_cut(point: Point) -> str:
+        # Where parts are cut, edges only follow.
+        if point.edges_total is None or point.edges_kept is None or point.granularity == _PART:
+            return _ABSENT
+        return _percent(1 - point.edges_kept / point.edges_total)
+
+    def milliseconds(point: Point, batch: int) -> str:
+        latency = point.find_latency(runtime=runtime, batch=batch)
+        return _ABSENT if latency is None else f"{latency.median_ms:.2f}"
+
+    def speed_up(point: Point, batch: int, against: str) -> str:
+        found = results.find_comparison(point.name, runtime=runtime, batch=batch, against=against)
+        if found is None:
+            return _ABSENT
+        text = f"{found.ratio:.2f}x ({found.low:.2f}-{found.high:.2f})"
+        return text if found.differs else f"[{text}]"
+
+    columns: dict[str, Callable[[Point], str]] = {"point": lambda point: point.name}
+    if any(point.tau is not None for point in points):
+        columns["tau"] = lambda point: _ABSENT if point.tau is None else f"{point.tau:g}"
+    if any(edges_cut(point) not in {_ABSENT, _percent(0.0)} for point in points):
+        columns["edges cut"] = edges_cut
+    columns["heads kept"] = lambda point: (
+        _ABSENT
+        if point.heads_total is None or point.heads_kept is None
+        else f"{point.heads_kept} of {point.heads_total}"
+    )
+    if any(point.granularity == _PART for point in points):
+        columns["neurons kept"] = lambda point: _percent(point.neurons_kept_fraction)
+    columns |= {
+        "coarse accuracy": lambda point: _percent(point.accuracy_coarse),
+        "KL": lambda point: _ABSENT if point.kl is None else f"{point.kl:z.3f}",
+        "MACs": lambda point: _ABSENT if point.macs is None else f"{point.macs / 1e6:.2f} M",
+    }
+    for batch in sorted({item.batch for item in measured if item.runtime == runtime}):
+        columns[f"{runtime} ms, batch {batch}"] = partial(milliseconds, batch=batch)
+        columns[f"speed-up, batch {batch}"] = partial(speed_up, batch=batch, against=DENSE)
+    fairer = [c for c in results.comparisons if (c.against, c.runtime) == (CLASS_ONLY, runtime)]
+    if fairer:
+        # Of the largest batch only: a table has to fit into a terminal.
+        batch = max(c.batch for c in fairer)
+        column = partial(speed_up, batch=batch, against=CLASS_ONLY)
+        columns[f"against {CLASS_ONLY}, batch {batch}"] = column
+    rows = tuple(tuple(cell(point) for cell in columns.values()) for point in points)
+    return PointTable(headers=tuple(columns), rows=rows)
+
+
+def to_markdown(table: PointTable) -> str:
+    """A Markdown table: the first column to the left, numbers to the right."""
+    lines = [
+        table.headers,
+        ("---", *["---:"] * (len(table.headers) - 1)),
+        *(tuple(cell.replace("|", r"\|") for cell in row) for row in table.rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def print_table(table: PointTable, *, title: str | None = None) -> None:
+    """Write a table to standard output; in parts below each other where it is too wide."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    for part in split_table(table, console.width):
+        drawn = Table(title=title)
+        for position, (header, width) in enumerate(zip(part.headers, _widths(part), strict=True)):
+            drawn.add_column(header, justify="right" if position else "left", width=width)
+        for row in part.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+
+
+def split_table(table: PointTable, width: int) -> Iterator[PointTable]:
+    """A table as narrower ones, each of which starts with the points' names.
+
+    Args:
+        table: The whole one.
+        width: Characters per line that no part exceeds, unless one column alone does.
+    """
+
+    def part_of(columns: list[int]) -> PointTable:
+        headers, *rows = (
+            tuple(row[number] for number in columns) for row in (table.headers, *table.rows)
+        )
+        return PointTable(headers=headers, rows=tuple(rows))
+
+    first, *others = (size + _FRAME for size in _widths(table))
+    columns, used = [0], first + 1
+    for number, size in enumerate(others, start=1):
+        if used + size > width and len(columns) > 1:
+            yield part_of(columns)
+            columns, used = [0], first + 1
+        columns.append(number)
+        used += size
+    yield part_of(columns)
+
+
+def _widths(table: PointTable) -> list[int]:
+    """Of each column: that of its longest cell, or of the longest word of its header."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headers)
+    return [
+        max(len(text) for text in (*header.split(), *cells))
+        for header, cells in zip(table.headers, columns, strict=True)
+    ]
+
+
+def _percent(fraction: float | None) -> str:
+    return _ABSENT if fraction is None else f"{100 * fraction:.1f} %"

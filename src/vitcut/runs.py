@@ -1,0 +1,220 @@
+"""A run directory: its settings, and work that is done once and read back afterwards."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, Self, TypeVar
+
+import yaml
+
+from vitcut.errors import ArtefactError
+from vitcut.progress import say
+from vitcut.store import write_text
+
+CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
+CIRCUIT_FILE = "circuit.json"
+_VERSION = 2
+_WITHOUT_EFFECT = {"memory_gib", "precision"}
+"""Settings that change no result: a run may be continued with others."""
+
+
+class Kept(Protocol):
+    """What a run directory keeps: it can be saved, and loaded again as it was."""
+
+    def save(self, path: Path, /) -> None:
+        """Write it, so that it is there as a whole or not at all."""
+
+    @classmethod
+    def load(cls, path: Path, /) -> Self:
+        """Read what ``save`` wrote; an `ArtefactError` where that is damaged."""
+        ...
+
+
+T = TypeVar("T", bound=Kept)
+
+
+class Run:
+    """One directory of results.
+
+    Only ``once`` asks whether something is there. A command that was killed is typed again and
+    does what is still to be done.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        """Look at a directory; nothing is written before ``claim``.
+
+        Args:
+            path: The directory, which need not exist; None takes a temporary one.
+
+        Raises:
+            ArtefactError: It holds something else than a run.
+        """
+        self._temporary = TemporaryDirectory() if path is None else None
+        self.path = Path(path if self._temporary is None else self._temporary.name)
+        if path is not None and not (self.path / CONFIG_FILE).exists():
+            found = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set[str]()
+            if self.path.is_file() or any(not name.endswith(".part") for name in found):
+                raise ArtefactError(
+                    f"{self.path} is not empty and holds no run of vitcut: choose another --out"
+                )
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the directory goes with this value."""
+        return self._temporary is not None
+
+    def claim(self, settings: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> None:
+        """Write the settings down; from now on the directory is this run's.
+
+        Args:
+            settings: Everything that the results depend on, as JSON values.
+            free: Dotted keys that may differ from those of an earlier run in the directory.
+
+        Raises:
+            ArtefactError: The directory holds results of other settings.
+        """
+        config = self.path / CONFIG_FILE
+        done = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set[str]()
+        done = {name for name in done if not name.endswith(".part")} - {CONFIG_FILE}
+        if config.exists() and done:
+            for key, (was, now) in differences(read_settings(self.path), settings).items():
+                if key in free or key.rpartition(".")[2] in _WITHOUT_EFFECT:
+                    continue
+                if key in {"images.fingerprint", "model.weight_hash"}:
+                    what = "images or label file" if key.startswith("images") else "weights"
+                    raise ArtefactError(
+                        f"{self.path} was begun with another {what} (the hash differs): choose "
+                        "another --out"
+                    )
+                raise ArtefactError(
+                    f"{self.path} holds a run of other settings: {key} was {was!r}, now {now!r}; "
+                    "choose another --out"
+                )
+            return
+        write_text(
+            config, yaml.safe_dump({"format_version": _VERSION, **settings}, sort_keys=False)
+        )
+
+    def once(self, name: str, make: Callable[[], T], kind: type[T]) -> T:
+        """Do a piece of work, or read back what it came to.
+
+        Args:
+            name: Path of the result, relative to the directory.
+            make: Does the work.
+            kind: Reads the result.
+
+        Raises:
+            ArtefactError: What lies there is damaged.
+        """
+        path = self.path / name
+        if path.exists():
+            say(f"{path} is there already")
+            return kind.load(path)
+        value = make()
+        value.save(path)
+        return value
+
+    def relative(self, path: Path) -> str:
+        """A path as seen from this directory, with "/" between folders."""
+        return Path(os.path.relpath(path, self.path)).as_posix()
+
+
+def find_run(path: str | Path) -> Path | None:
+    """The run directory that a path is or lies in; None where there is none."""
+    start = Path(path)
+    around = (start, *start.resolve().parents) if start.exists() else ()
+    return next((folder for folder in around if (folder / CONFIG_FILE).is_file()), None)
+
+
+def find_circuit(path: Path, point: str | None) -> Path:
+    """The circuit.json that a path means: itself, or that of a run directory's point or model.
+
+    Raises:
+        ArtefactError: There is none, or several and ``point`` does not choose.
+    """
+    if path.is_file():
+        return path
+    # Those on the way to a budget are found by name only.
+    folders = ("points",) if point is None else ("points", "path")
+    found = {
+        item.parent.name: item
+        for folder in folders
+        for item in sorted(path.glob(f"{folder}/*/{CIRCUIT_FILE}"))
+    }
+    own = path / "model" / CIRCUIT_FILE
+    if point is None and not found and own.exists():
+        return own
+    if not found:
+        raise ArtefactError(
+            f"no circuit at {path}: expected a circuit.json, or a run directory with points"
+        )
+    return _choose_point(found, point, path)
+
+
+def find_cut(path: Path, point: str | None) -> Path:
+    """The model directory that a path means: itself, or that of a run directory or its point.
+
+    Raises:
+        ArtefactError: There is none, or several and ``point`` does not choose.
+    """
+
+    def is_model(folder: Path) -> bool:
+        return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+    if point is None:
+        for folder in (path / "model", path):
+            if is_model(folder):
+                return folder
+    points = filter(is_model, sorted(path.glob("points/*/model")))
+    found = {folder.parent.name: folder for folder in points}
+    if not found:
+        raise ArtefactError(
+            f"no compact model at {path}: expected a run directory that `vitcut cut` wrote, or a "
+            "model directory with config.json and model.safetensors"
+        )
+    return _choose_point(found, point, path)
+
+
+def _choose_point(found: Mapping[str, Path], point: str | None, path: Path) -> Path:
+    if point is None and len(found) > 1:
+        raise ArtefactError(f"{path} has {len(found)} points: choose --point {', '.join(found)}")
+    chosen = next(iter(found)) if point is None else point
+    if chosen not in found:
+        raise ArtefactError(f"{path} has no point {chosen!r}: it has {', '.join(found)}")
+    return found[chosen]
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """The settings of a run directory.
+
+    Raises:
+        ArtefactError: They are damaged, or of another version of vitcut.
+    """
+    path = run / CONFIG_FILE
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtefactError(f"{path} is not readable: {reason}") from None
+    version = settings.get("format_version") if isinstance(settings, dict) else None
+    if version != _VERSION:
+        what = "newer" if isinstance(version, int) and version > _VERSION else "earlier"
+        raise ArtefactError(
+            f"{run} is no run directory of this version of vitcut (a {what} one wrote it, or "
+            f"another program): choose another --out, or run its command again in a new directory"
+        )
+    return settings
+
+
+def differences(was: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two settings differ: by dotted key, what was and what is."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in {**was, **now}:
+            if not prefix and key == "format_version":
+                continue
+            name = f"{prefix}.{key}" if prefix else str(key)
+            found |= differences(was.get(key), now.get(key), name)
+        return found
+    return {} if was == now else {prefix: (was, now)}

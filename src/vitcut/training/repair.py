@@ -1,0 +1,165 @@
+"""Repair: fine-tune a compact model, give the dense one the same, and compare them in pairs."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from vitcut.benchmark.evaluation import Evaluation, paired_interval
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.cut import Cut
+from vitcut.errors import ArtefactError, ModelError, TaskError
+from vitcut.images.load import Images
+from vitcut.model.model import Model
+from vitcut.progress import say
+from vitcut.results import DENSE, DENSE_REPAIRED
+from vitcut.store import read_json, write_json
+from vitcut.training.distillation import repair
+from vitcut.training.loop import TrainResult
+from vitcut.training.settings import FinetuneSettings
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyDifference:
+    """How much more often a point is right than another, on the same images."""
+
+    point: str
+    against: str
+    images: int
+    difference: float
+    """Coarse accuracy of `point` less that of `against`, as fractions of 1."""
+    low: float
+    """Lower end of the 95 % bootstrap interval of `difference`, images drawn in pairs."""
+    high: float
+    """Upper end of the same interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """What the trainings of a repair came to; the content of ``repair.json``."""
+
+    training: TrainResult
+    """Of the compact model; accuracies are on val images."""
+    dense_training: TrainResult | None
+    """Of the dense model; None where it was not repaired."""
+    paired: tuple[AccuracyDifference, ...]
+
+    def save(self, path: Path) -> None:
+        """Write it atomically."""
+        write_json(path, {"format_version": _VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtefactError: The file is missing, damaged, or of a newer version.
+        """
+        content = read_json(path, kind="repair", newest_version=_VERSION)
+        try:
+            dense = content["dense_training"]
+            return cls(
+                training=TrainResult(**content["training"]),
+                dense_training=None if dense is None else TrainResult(**dense),
+                paired=tuple(AccuracyDifference(**item) for item in content["paired"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtefactError(f"{path} is damaged: {error!r}; delete it and run again") from None
+
+
+def repair_cut(
+    cut: Cut, model: Model, images: Images, settings: FinetuneSettings, out: Path
+) -> tuple[Cut, TrainResult]:
+    """Repair a copy of a compact model; ``out`` keeps checkpoints, and the result in ``model``.
+
+    Args:
+        cut: What is repaired.
+        model: The dense model, its teacher.
+        images: Of the task.
+        settings: The training; one that was killed goes on from its last checkpoint.
+        out: The folder of the training's files.
+    """
+    say(f"repairing {cut.name}")
+    compact = deepcopy(cut.model)
+    result = repair(compact, model.module, images, settings, out)
+    repaired = replace(
+        cut,
+        model=compact,
+        name=f"{cut.name}-repaired",
+        # It no longer computes the masked model; what that was worth stands with the cut.
+        fill=None,
+        exactness=None,
+        faithfulness=None,
+        seconds=None if cut.seconds is None else round(cut.seconds + result.seconds, 2),
+        results=None,
+    )
+    return repaired, result
+
+
+def require_cut_of(compact: CompactViT, model: Model, images: Images) -> None:
+    """Check that a compact model was cut from this model, for this task, and can learn.
+
+    What the compact model does not say of itself is not checked.
+
+    Raises:
+        ModelError: It was cut from another model, or sees nothing of the image.
+        TaskError: It tells other classes or groups apart.
+    """
+    require_sight(compact)
+    info, task = compact.info, images.task
+    if info.source_sha256 not in {None, model.weight_hash}:
+        raise ModelError(
+            f"the compact model was cut from weights that hash to {str(info.source_sha256)[:12]}, "
+            f"those of {model.name!r} hash to {model.weight_hash[:12]}: give the model that it was "
+            "cut from"
+        )
+    same = (
+        info.class_names in {(), task.class_names}
+        and info.group_names in {(), task.groups}
+        and info.group_of_class in {(), tuple(task.group_of_class.tolist())}
+        and compact.plan.shape.num_classes == len(task.classes)
+    )
+    if not same:
+        raise TaskError(
+            f"the compact model's classes or groups are not those of task {task.name!r}: use the "
+            "label file that it was cut for"
+        )
+
+
+def require_sight(compact: CompactViT) -> None:
+    """Refuse a model whose logits are the same for every image.
+
+    Raises:
+        ModelError: It is one.
+    """
+    if not compact.plan.readout or not compact.plan.embeds:
+        raise ModelError(
+            "the compact model gives every image the same logits, so there is nothing to train: "
+            "cut less"
+        )
+
+
+def compare_pairs(
+    name: str, found: Mapping[str, Evaluation], *, seed: int
+) -> tuple[AccuracyDifference, ...]:
+    """The repaired point against the dense model, before and after the same repair."""
+    own = found[name].correct_coarse
+    differences: list[AccuracyDifference] = []
+    for against in (DENSE, DENSE_REPAIRED):
+        if against in found:
+            other = found[against].correct_coarse
+            low, high = paired_interval(own, other, seed=seed)
+            differences.append(
+                AccuracyDifference(
+                    point=name,
+                    against=against,
+                    images=len(own),
+                    difference=float(own.mean() - other.mean()),
+                    low=low,
+                    high=high,
+                )
+            )
+    return tuple(differences)
