@@ -82,9 +82,9 @@ class Run:
                 if key in free or key.rpartition(".")[2] in _WITHOUT_EFFECT:
                     continue
                 if key in {"images.fingerprint", "model.weight_hash"}:
-                    what = "images or label file" if key.startswith("images") else "weights"
+                    what = "images or another label file" if key.startswith("images") else "weights"
                     raise ArtefactError(
-                        f"{self.path} was begun with another {what} (the hash differs): choose "
+                        f"{self.path} was begun with other {what} (the hash differs): choose "
                         "another --out"
                     )
                 raise ArtefactError(

@@ -1,7 +1,6 @@
 """Models with more logits than a task has classes, or with logits that nobody named."""
 
-import json
-import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,22 +11,16 @@ from torch import nn
 
 import vitcut
 from vitcut.benchmark.settings import BenchSettings
-from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
-from vitcut.images.settings import DataSettings
-from vitcut.model.adapters import read_weights
-from vitcut.model.loading import LoadedModel, load_model, weight_hash
+from vitcut.images.load import normalise
+from vitcut.labels import Labels
+from vitcut.model.model import Model
 from vitcut.model.tracing import read_model
 from vitcut.model.weights import map_tensors
-from vitcut.pipeline.classes import fit
-from vitcut.pipeline.commands import cut_command, find_origin, resolve_origin
-from vitcut.pipeline.repair import finetune_command
-from vitcut.pipeline.settings import RepairSettings
-from vitcut.pipeline.stored import StoredCut
-from vitcut.pipeline.subject import Origin, Subject
+from vitcut.preprocessing import Preprocessing
 from vitcut.results import Results
 from vitcut.task import parse_task
 from vitcut.training.settings import FinetuneSettings
@@ -41,18 +34,10 @@ SHUFFLED = ("zigzag", "unicorn", *DRAWN[:11], "hippogriff")
 PAIR = "groups: {round: [Ring], pointed: [star, TRIANGLE]}"
 
 
-def _model(ids, *, names=None, count=None) -> LoadedModel:
-    module = build_module(num_classes=count or len(ids))
-    return LoadedModel(
-        model=module.eval(),
-        name="mine",
-        class_ids=ids,
-        class_names=names or ids,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        image_size=16,
-        weight_hash=weight_hash(module),
-    )
+def _model(ids, *, names=None, count=None) -> Model:
+    taken = Preprocessing(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    labels = Labels(owner="model 'mine'", ids=ids, names=names or ids)
+    return Model.of(build_module(num_classes=count or len(ids)), "mine", taken, labels)
 
 
 def _tensors(weights) -> list[list]:
@@ -61,8 +46,8 @@ def _tensors(weights) -> list[list]:
     return found
 
 
-def _nameless(count) -> LoadedModel:
-    return LoadedModel(**{**vars(_model(("?",) * count)), "class_ids": None, "class_names": None})
+def _nameless(count) -> Model:
+    return replace(_model(("?",) * count), labels=None)
 
 
 def _images(text, model=None):
@@ -71,12 +56,22 @@ def _images(text, model=None):
     return vitcut.load_images("drawn", task=task, model=model, image_size=size)
 
 
-def _fitted(model, images) -> LoadedModel:
-    return fit(model, read_weights(model.model), images)[0]
+def _fitted(model, images) -> Model:
+    return model.for_task(images.task, images.labels)
+
+
+FINETUNE = FinetuneSettings(
+    epochs=1,
+    warmup_epochs=0,
+    batch_size=32,
+    augmentation="none",
+    precision="float32",
+    device="cpu",
+)
 
 
 @pytest.fixture(scope="module")
-def shuffled() -> LoadedModel:
+def shuffled() -> Model:
     return _model(SHUFFLED)
 
 
@@ -87,18 +82,19 @@ def shuffled() -> LoadedModel:
 )  # fmt: skip
 def test_the_model_of_a_task_gives_the_models_logits_of_its_classes(shuffled, text):
     images = _images(text, shuffled)
-    before = {key: value.clone() for key, value in shuffled.model.state_dict().items()}
-    subject = Subject.of(shuffled, images)
-    pixels = subject.normalise(images.test.read(np.arange(8)))
+    before = {key: value.clone() for key, value in shuffled.module.state_dict().items()}
+    model = _fitted(shuffled, images)
+    pixels = normalise(images.test.read(np.arange(8)), model.preprocessing)
     with torch.no_grad():
-        full, own = shuffled.model(pixels), subject.model.model(pixels)
+        full, own = shuffled.module(pixels), model.module(pixels)
     columns = [SHUFFLED.index(class_id) for class_id in images.task.class_ids]
     torch.testing.assert_close(own, full[:, columns])
-    assert subject.weights.num_classes == len(subject.group_of_class) == len(columns)
-    assert _tensors(subject.weights) == _tensors(read_model(subject.model.model))
-    assert subject.model.class_ids == images.task.class_ids
-    assert subject.model.weight_hash == shuffled.weight_hash
-    after = shuffled.model.state_dict()
+    assert model.weights.num_classes == len(images.task.group_of_class) == len(columns)
+    assert _tensors(model.weights) == _tensors(read_model(model.module))
+    assert model.labels.ids == images.task.class_ids
+    assert model.weight_hash == shuffled.weight_hash
+    assert _fitted(model, images) is model
+    after = shuffled.module.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
@@ -118,8 +114,8 @@ def test_accuracy_is_that_of_the_logits_that_stay(shuffled):
     found = vitcut.evaluate(shuffled, images)
     columns = [SHUFFLED.index(class_id) for class_id in images.task.class_ids]
     with torch.no_grad():
-        pixels = Subject.of(shuffled, images).normalise(images.test.all())
-        probabilities = shuffled.model(pixels)[:, columns].double().softmax(1)
+        pixels = normalise(images.test.all(), shuffled.preprocessing)
+        probabilities = shuffled.module(pixels)[:, columns].double().softmax(1)
     ring, pointed = probabilities[:, 0], probabilities[:, 1:].sum(1)
     torch.testing.assert_close(found.log_probs.exp(), torch.stack([ring, pointed], 1))
     best = probabilities.argmax(1).numpy() == images.test.labels
@@ -129,28 +125,32 @@ def test_accuracy_is_that_of_the_logits_that_stay(shuffled):
 @pytest.mark.parametrize("text", [PAIR, f"{PAIR}\nrest: other"])
 def test_a_cut_for_some_of_the_classes_computes_the_masked_model(shuffled, text, tmp_path):
     images = _images(text, shuffled)
-    cut = vitcut.cut(shuffled, images, target_macs=0.6, rounds=1, images=24, score_images=12)
+    budget = vitcut.Budget(target_macs=0.6, rounds=1, score_images=12)
+    settings = CutSettings(images=24)
+    cut = vitcut.cut(shuffled, images, budget=budget, settings=settings, bench=None)
     assert cut.exactness.max_abs_diff <= cut.exactness.tolerance
     assert cut.model.info.class_names == images.task.class_names
     assert cut.model.info.group_of_class == tuple(images.task.group_of_class.tolist())
     assert cut.model.plan.shape.num_classes == len(images.task.classes)
     cut.model.save_pretrained(tmp_path / "cut")
     again = CompactViT.from_pretrained(tmp_path / "cut")
-    vitcut.finetune(again, shuffled, images, epochs=1, warmup_epochs=0, batch_size=32,
-                    augmentation="none", precision="float32", device="cpu")  # fmt: skip
+    vitcut.finetune(
+        again, shuffled, images, settings=FINETUNE, repair_dense=False, bench=None
+    )
 
 
 def test_a_rest_is_of_classes_that_the_model_knows_and_the_data_may_lack(shuffled, capsys):
     images = _images("groups: {a: [ring, star, disc]}\nrest: b", shuffled)
     assert set(images.task.class_ids) == set(SHUFFLED)
     assert "unicorn" in images.task.class_ids
-    assert images.ignored_classes == 0
+    assert "left out" not in capsys.readouterr().err
     narrow = _model(("ring", "star", "unicorn"))
     with pytest.raises(DataError, match="has no train images of the rest, group 'b'"):
         _images("groups: {a: [ring, star]}\nrest: b", narrow)
     with pytest.raises(TaskError, match=r"names 1 classes that the data lacks: unicorn"):
         _images("groups: {a: [ring], b: [unicorn]}", narrow)
-    assert _images("groups: {a: [ring], b: [star]}", narrow).ignored_classes == 10
+    _images("groups: {a: [ring], b: [star]}", narrow)
+    assert "left out 10 of 12 classes" in capsys.readouterr().err
 
 
 def test_a_class_that_the_model_lacks_is_refused(shuffled):
@@ -175,7 +175,7 @@ def test_what_unnamed_logits_mean_is_told_by_their_number(count, text, told, row
     images = _images(text, model)
     fitted = _fitted(model, images)
     assert told in capsys.readouterr().err
-    torch.testing.assert_close(fitted.model.head.weight, model.model.head.weight[rows])
+    torch.testing.assert_close(fitted.module.head.weight, model.module.head.weight[rows])
 
 
 def _folders(tmp_path, names):
@@ -193,7 +193,7 @@ def test_folders_that_are_called_by_position_need_no_names(tmp_path, monkeypatch
     task = parse_task("groups: {a: ['3'], b: ['11']}", origin="x.yaml")
     images = vitcut.load_images(source, task=task, model=model)
     fitted = _fitted(model, images)
-    torch.testing.assert_close(fitted.model.head.weight, model.model.head.weight[[11, 3]])
+    torch.testing.assert_close(fitted.module.head.weight, model.module.head.weight[[11, 3]])
 
 
 def test_a_thousand_unnamed_logits_are_imagenets_where_the_data_is(tmp_path, monkeypatch, capsys):
@@ -206,7 +206,7 @@ def test_a_thousand_unnamed_logits_are_imagenets_where_the_data_is(tmp_path, mon
     assert "1000 logits are taken as ImageNet-1k's classes" in capsys.readouterr().err
     positions = [list(imagenet_names()).index(key) for key in ("n02099601", "n02123045")]
     assert positions == [207, 281]
-    torch.testing.assert_close(fitted.model.head.weight, model.model.head.weight[positions])
+    torch.testing.assert_close(fitted.module.head.weight, model.module.head.weight[positions])
 
 
 def test_unnamed_logits_that_fit_nothing_are_refused():
@@ -214,7 +214,7 @@ def test_unnamed_logits_that_fit_nothing_are_refused():
     with pytest.raises(TaskError, match=match):
         _images(PAIR, _nameless(5))
     with pytest.raises(TaskError, match=match):
-        vitcut.discover(_nameless(5), _images(PAIR), tau=0.1)
+        vitcut.discover(_nameless(5), _images(PAIR))
     with pytest.raises(TaskError, match=r"by position, 0 to 4$"):
         _images(PAIR, _nameless(5))
     with pytest.raises(TaskError, match=r"by position, 0 to 999, or by ImageNet's WordNet ids$"):
@@ -238,52 +238,31 @@ def test_positions_in_a_label_file_mean_the_data_that_a_model_was_trained_on(tmp
     labels = tmp_path / "labels.yaml"
     labels.write_text("groups: {a: ['7', '4'], b: ['1']}")
     assert main(["train", *TRAIN, "--task", str(labels), "--out", str(tmp_path / "run")]) == 0
-    origin = Origin.load(tmp_path / "run")
-    assert origin.task.class_ids == ("disc", "ring", "star")
-    assert origin.written == parse_task(labels.read_text(), origin="labels.yaml")
-    subject = origin.load_subject()
-    assert subject.task == origin.task
-    assert subject.model.model.num_classes == 3
-
-
-def test_a_complete_run_knows_its_label_file_by_what_it_says(recipe, finished, tmp_path):
-    copy, labels = tmp_path / "copy", recipe.parent / "shapes.yaml"
-    shutil.copytree(finished, copy)
-    named = "name: shapes\ngroups: {plain: [Disc, square], striped: [grid, stripes]}"
-    origin = json.loads((copy / "origin.json").read_text())
-    origin["written"] = parse_task(named, origin="x").to_dict()
-    (copy / "origin.json").write_text(json.dumps(origin))
-    earlier = labels.read_text()
-    try:
-        for text, code in ((named, 0), (named.replace("Disc", "ring"), 2)):
-            labels.write_text(text)
-            assert main(["run", str(recipe), "--out", str(copy)]) == code
-    finally:
-        labels.write_text(earlier)
+    model = vitcut.load_model(tmp_path / "run")
+    images = vitcut.load_images(model=model)
+    assert images.task.class_ids == ("disc", "ring", "star")
+    assert _fitted(model, images).module.num_classes == 3
 
 
 def test_the_dense_model_given_the_same_repair_has_the_tasks_classes(finished, tmp_path, capsys):
     labels, cut, fine = tmp_path / "pair.yaml", tmp_path / "cut", tmp_path / "fine"
     labels.write_text("classes: [Disc, grid]")
-    origin = resolve_origin(str(finished), str(labels), DataSettings())
-    circuit = Circuit.load(finished / "points" / "acdc-resample-0.001" / "circuit.json")
+    model = vitcut.load_model(finished)
+    images = vitcut.load_images(task=labels, model=model)
+    circuit = finished / "points" / "acdc-resample-0.001" / "circuit.json"
     bench = BenchSettings(
         runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3, min_sample_ms=0.1
     )
-    cut_command(circuit, origin, CutSettings(images=24, verify_images=8), bench, cut)
+    settings = CutSettings(images=24, verify_images=8)
+    made = vitcut.cut(model, images, circuit, settings=settings, bench=bench, out=cut)
     assert "keeps 2 of its 4 logits, those of task 'pair'" in capsys.readouterr().err
-    finetune = FinetuneSettings(
-        epochs=1, warmup_epochs=0, batch_size=32, augmentation="none", precision="float32",
-        device="cpu",
-    )  # fmt: skip
-    config = RepairSettings(finetune=finetune, bench=bench)
-    finetune_command(StoredCut.load(cut), find_origin(cut), config, fine)
-    dense = load_model(str(fine / "dense-repaired"))
-    assert dense.class_ids == ("disc", "grid")
-    assert isinstance(dense.model.head, nn.Linear)
-    assert dense.model.head.out_features == dense.model.num_classes == 2
+    vitcut.finetune(made, model, images, settings=FINETUNE, bench=bench, out=fine)
+    dense = vitcut.load_model(fine / "dense-repaired" / "dense")
+    assert dense.labels.ids == ("disc", "grid")
+    assert isinstance(dense.module.head, nn.Linear)
+    assert dense.module.head.out_features == dense.module.num_classes == 2
     results = Results.load(fine / "results.json")
-    assert results.dense.params == sum(item.numel() for item in dense.model.parameters())
+    assert results.dense.params == sum(item.numel() for item in dense.module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -305,7 +284,13 @@ def test_the_command_line_tells_it_in_one_line(finished, tmp_path, capsys, text,
 
 
 def test_a_task_of_positions_is_the_same_data_whoever_loads_it():
-    task = parse_task("groups: {a: ['0'], b: ['1']}", origin="x.yaml")
-    origin = Origin(model="x", task=task, data=DataSettings(source="drawn"))
-    subject = origin.load_subject(_model(DRAWN))
-    assert subject.images.fingerprint == _images("groups: {a: [crescent], b: [disc]}").fingerprint
+    images = _images("groups: {a: ['0'], b: ['1']}", _model(DRAWN))
+    assert images.fingerprint == _images("groups: {a: [crescent], b: [disc]}").fingerprint
+
+
+def test_without_a_task_every_class_is_its_own_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITCUT_CACHE", str(tmp_path / "cache"))
+    source = _folders(tmp_path / "images", ["owl", "cat", "dog"])
+    images = vitcut.load_images(source, image_size=8)
+    assert (images.task.name, images.task.groups) == ("all", ("cat", "dog", "owl"))
+    assert vitcut.load_images("drawn", image_size=8).task.name == "drawn"

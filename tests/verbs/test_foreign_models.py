@@ -16,28 +16,24 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import vitcut
 from vitcut import cli
-from vitcut.benchmark import settings as benchmark_settings
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.framing import Framing
-from vitcut.images.settings import DataSettings
+from vitcut.model import saving
 from vitcut.model.adapters import as_classifier
-from vitcut.model.given import Given
-from vitcut.model.loading import load_model
 from vitcut.model.tracing import read_model
-from vitcut.pipeline import repair as repairing
-from vitcut.pipeline.commands import bench_command, cut_command, resolve_origin
-from vitcut.pipeline.repair import finetune_command
-from vitcut.pipeline.settings import RepairSettings
-from vitcut.pipeline.stored import StoredCut
-from vitcut.pipeline.subject import Origin
+from vitcut.runs import read_settings
 from vitcut.runtimes.onnx_runtime import export_onnx
 from vitcut.task import load_task
 from vitcut.training.settings import FinetuneSettings
 
+TIMING = [
+    *("--runtimes", "torch", "--batches", "1", "--seconds", "0.05", "--min-rounds", "3"),
+    *("--min-sample-ms", "0.1"),
+]
 BENCH = BenchSettings(
     runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3, min_sample_ms=0.1
 )
@@ -110,21 +106,21 @@ def sized(tmp_path, monkeypatch):
 
 
 def test_a_cut_for_images_of_another_size_is_measured_and_repaired_in_that_size(
-    sized, tmp_path, monkeypatch
+    sized, tmp_path
 ):
-    monkeypatch.setattr(benchmark_settings, "BenchSettings", lambda threads: BENCH)
     cut, fine = tmp_path / "cut", tmp_path / "fine"
     words = ["cut", str(sized), "--model", "timm:test_vit", "--image-size", "32"]
     words += ["--source", "drawn", "--task", "drawn", "--images", "24", "--verify-images", "12"]
-    assert cli.main([*words, "--out", str(cut)]) == 0
+    assert cli.main([*words, *TIMING, "--out", str(cut)]) == 0
     assert CompactViT.from_pretrained(cut / "model").plan.shape.image_size == 32
-    bench_command(cut, BENCH, tmp_path / "bench")
+    vitcut.bench(cut, settings=BENCH, out=tmp_path / "bench")
     words = ["finetune", str(cut), "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "64"]
     words += ["--precision", "float32", "--augmentation", "light", "--device", "cpu"]
-    assert cli.main([*words, "--out", str(fine)]) == 0
-    assert load_model(str(fine / "dense-repaired")).image_size == 32
+    assert cli.main([*words, *TIMING, "--out", str(fine)]) == 0
+    dense = vitcut.load_model(fine / "dense-repaired" / "dense")
+    assert dense.preprocessing.image_size == 32
     for folder in (cut, fine, tmp_path / "bench"):
-        assert json.loads((folder / "origin.json").read_text())["image_size"] == 32
+        assert read_settings(folder)["model"]["image_size"] == 32
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -135,13 +131,14 @@ def cut(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(_api.BUILTIN_MODELS, "vit_tiny_8", vit_tiny_8)
         given = KINDS[request.param][0](folder)
-        data = DataSettings(source="drawn")
-        origin = resolve_origin(given["model"], "drawn", data, given=Given.from_dict(given))
-        graph = origin.load_subject().weights.graph
+        model = vitcut.load_model(**given)
+        images = vitcut.load_images("drawn", model=model)
+        graph = model.weights.graph
         circuit = Circuit.full(graph, ablation="mean")
         circuit = replace(circuit, kept=circuit.kept & ~_first_head(graph))
-        config = CutSettings(images=24, verify_images=12)
-        cut_command(circuit, origin, config, BENCH, folder / "cut")
+        settings = CutSettings(images=24, verify_images=12)
+        out = folder / "cut"
+        vitcut.cut(model, images, circuit, settings=settings, bench=BENCH, out=out)
         yield request.param, folder / "cut"
 
 
@@ -154,22 +151,22 @@ def _first_head(graph):
 def test_what_images_are_made_into_travels_with_the_compact_model(cut):
     kind, folder = cut
     info = CompactViT.from_pretrained(folder / "model").info
-    assert info.framing == KINDS[kind][1]
-    assert (info.mean, info.std) == KINDS[kind][2]
+    taken = info.preprocessing
+    assert taken.framing == KINDS[kind][1]
+    assert (taken.mean, taken.std) == KINDS[kind][2]
 
 
 def test_the_dense_model_is_repaired_saved_and_read_again(cut, tmp_path):
     _, folder = cut
-    config = RepairSettings(finetune=FINETUNE, bench=BENCH)
-    results, _ = finetune_command(
-        StoredCut.load(folder), Origin.load(folder), config, tmp_path / "fine"
-    )
-    dense = load_model(str(tmp_path / "fine" / "dense-repaired"))
-    before = Origin.load(folder).load_model()
+    before = vitcut.load_model(folder)
+    images = vitcut.load_images(model=before)
+    told = {"settings": FINETUNE, "bench": BENCH, "out": tmp_path / "fine"}
+    results = vitcut.finetune(folder, before, images, **told).results
+    dense = vitcut.load_model(tmp_path / "fine" / "dense-repaired" / "dense")
     assert dense.weight_hash != before.weight_hash
-    assert (dense.framing, dense.mean, dense.std) == (before.framing, before.mean, before.std)
-    assert dense.class_ids == LABELS
-    again = bench_command(tmp_path / "fine", BENCH, tmp_path / "bench")
+    assert dense.preprocessing == before.preprocessing
+    assert dense.labels.ids == LABELS
+    again = vitcut.bench(tmp_path / "fine", settings=BENCH, out=tmp_path / "bench")
     assert [p.accuracy_fine for p in again.points] == [p.accuracy_fine for p in results.points]
     assert [p.kl for p in again.points] == pytest.approx([p.kl for p in results.points])
 
@@ -192,12 +189,11 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_trained(cut, tmp_pat
     def refuse(model):
         raise ModelError("cannot be saved")
 
-    monkeypatch.setattr(repairing, "require_savable", refuse)
-    monkeypatch.setattr(repairing, "train", None)
-    stored, origin = StoredCut.load(folder), Origin.load(folder)
-    config = RepairSettings(finetune=FINETUNE, bench=BENCH)
+    monkeypatch.setattr(saving, "require_savable", refuse)
+    model = vitcut.load_model(folder)
+    images = vitcut.load_images(model=model)
     with pytest.raises(ModelError, match="cannot be saved"):
-        finetune_command(stored, origin, config, tmp_path / "fine")
+        vitcut.finetune(folder, model, images, settings=FINETUNE, out=tmp_path / "fine")
     assert not (tmp_path / "fine").exists()
 
 
@@ -205,25 +201,21 @@ def test_labels_may_be_what_a_person_calls_the_classes(tmp_path):
     """Hugging Face knows one text per class: an id, or a name."""
     task = load_task("drawn")
     named = replace(task, classes=tuple(replace(c, name=f"a {c.id}") for c in task.classes))
-    origin = resolve_origin(
-        **_hf(tmp_path, [f"a {i}" for i in LABELS]), task="drawn", data=DataSettings(source="drawn")
-    )
-    subject = replace(origin, task=named).load_subject()
-    assert subject.model.class_names == named.class_names
+    model = vitcut.load_model(**_hf(tmp_path, [f"a {i}" for i in LABELS]))
+    images = vitcut.load_images("drawn", task=named, model=model)
+    assert model.for_task(images.task, images.labels).labels.names == named.class_names
     with pytest.raises(TaskError, match=r"names 12 classes that model .* lacks: crescent"):
-        origin.load_subject()
+        vitcut.load_images("drawn", task=task, model=model)
 
 
 def test_labels_in_another_order_are_brought_into_the_tasks(tmp_path):
-    given = _hf(tmp_path, LABELS[::-1])
-    subject = resolve_origin(
-        **given, task="drawn", data=DataSettings(source="drawn")
-    ).load_subject()
-    assert subject.model.class_ids == subject.task.class_ids == tuple(LABELS)
-    full = vitcut.load_model(**given)
-    pixels = random_pixels(subject.weights)
+    full = vitcut.load_model(**_hf(tmp_path, LABELS[::-1]))
+    images = vitcut.load_images("drawn", model=full)
+    model = full.for_task(images.task, images.labels)
+    assert model.labels.ids == images.task.class_ids == tuple(LABELS)
+    pixels = random_pixels(model.weights)
     with torch.no_grad():
-        own, theirs = (as_classifier(model.model)(pixels) for model in (subject.model, full))
+        own, theirs = (as_classifier(item.module)(pixels) for item in (model, full))
     torch.testing.assert_close(own, theirs.flip(1))
 
 
@@ -249,5 +241,5 @@ def test_a_module_of_one_channel_gets_grey_images_in_python():
 
 def test_a_compact_model_is_no_dense_one(cut):
     with pytest.raises(ModelError, match="is a compact model, expected a dense one"):
-        load_model(str(cut[1] / "model"))
+        vitcut.load_model(cut[1] / "model")
     assert "plan" in json.loads((cut[1] / "model" / "config.json").read_text())

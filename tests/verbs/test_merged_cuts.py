@@ -1,26 +1,24 @@
 import pytest
 from tiny import REFERENCE
 
-from vitcut.benchmark import settings as benchmark_settings
-from vitcut.benchmark.settings import BenchSettings
+import vitcut
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.merging import MERGES
+from vitcut.compiler.merging import MERGES, num_streams
 from vitcut.compiler.planning import plan_circuit
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError
 from vitcut.graph import Graph
 from vitcut.masked.fill import Fill
-from vitcut.pipeline import api
-from vitcut.pipeline.commands import find_circuit
-from vitcut.pipeline.merging import merge_cost, num_streams
-from vitcut.pipeline.subject import Origin
 from vitcut.results import Results
+from vitcut.runs import find_circuit
 
-BENCH = BenchSettings(
-    runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3, min_sample_ms=0.1
-)
+TIMING = [
+    *("--runtimes", "torch", "--batches", "1", "--seconds", "0.05", "--min-rounds", "3"),
+    *("--min-sample-ms", "0.1"),
+]
 FEW = ["--images", "32", "--verify-images", "8"]
 
 
@@ -39,8 +37,7 @@ def scattered(finished, tmp_path):
 
 def cut(monkeypatch, *words):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(benchmark_settings, "BenchSettings", lambda threads: BENCH)
-    assert main(["cut", *map(str, words), *FEW]) == 0
+    assert main(["cut", *map(str, words), *FEW, *TIMING]) == 0
 
 
 @pytest.mark.parametrize("ablation", ["mean", "linear"])
@@ -66,7 +63,7 @@ def test_a_merged_circuit_is_saved_compiled_and_told_of(
     before, after = merged["kl"]
     assert before > after == pytest.approx(0, abs=1e-6)
     assert point.max_abs_diff < 1e-4
-    line = f"merged: 4 edges came back, 7 -> 5 streams, KL on the val images {before:.3f} -> "
+    line = f"merged: 4 edges came back, 7 -> 5 streams, KL on val images {before:.3f} -> "
     assert line + "0.000" in capsys.readouterr().out
 
     assert main(["show", str(out)]) == 0
@@ -87,17 +84,17 @@ def test_where_nothing_saves_the_circuit_stays_and_the_line_says_so(
 
 
 def test_python_merges_too_and_without_being_asked_nothing_does(finished, scattered):
-    model = api.load_model(finished)
-    images = api.load_images("drawn", task=Origin.load(finished).task, image_size=16)
-    circuit = Circuit.load(scattered)
-    few = {"images": 32, "verify_images": 8}
-    plain = api.cut(model, images, circuit, **few)
+    model = vitcut.load_model(finished)
+    images = vitcut.load_images(model=model)
+    circuit, few = Circuit.load(scattered), {"images": 32, "verify_images": 8}
+    plain = vitcut.cut(model, images, circuit, settings=CutSettings(**few), bench=None)
     assert (plain.circuit, "merge" in plain.faithfulness) == (circuit, False)
-    merged = api.cut(model, images, circuit, merge=True, batch=1, **few)
+    merging = CutSettings(merge=True, batch=1, **few)
+    merged = vitcut.cut(model, images, circuit, settings=merging, bench=None)
     assert merged.circuit == Circuit.full(circuit.graph)
     assert num_streams(merged.model.plan) < num_streams(plain.model.plan)
     with pytest.raises(ConfigError, match="merge brings edges back to a circuit that is there"):
-        api.cut(model, images, target_macs=0.5, merge=True)
+        vitcut.cut(model, images, budget=vitcut.Budget(target_macs=0.5), settings=merging)
 
 
 def test_streams_and_products_both_cost_and_more_so_for_many_images():
@@ -108,7 +105,12 @@ def test_streams_and_products_both_cost_and_more_so_for_many_images():
     cut_head = graph.edges.copy()
     cut_head[graph.head_source(2, 0)] = False
     fewer_products = Circuit(graph=graph, kept=cut_head, ablation="mean")
-    one, many = (merge_cost(REFERENCE, CostModel(batch=batch)) for batch in (1, 64))
-    for cost in (one, many):
-        assert cost(fewer_products) < cost(full) < cost(more_streams)
-    assert many(full) > 10 * one(full)
+
+    def latency(circuit: Circuit, batch: int) -> float:
+        costs = CostModel(batch=batch)
+        return costs.latency_ms(plan_circuit(REFERENCE, circuit, costs))
+
+    for batch in (1, 64):
+        fewer, whole, more = (latency(c, batch) for c in (fewer_products, full, more_streams))
+        assert fewer < whole < more
+    assert latency(full, 64) > 10 * latency(full, 1)

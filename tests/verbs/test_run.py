@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import shutil
 from dataclasses import fields
 
@@ -85,7 +84,7 @@ def test_a_complete_run_is_not_touched_again(recipe, finished, capsys):
     assert _run(recipe, finished) == 0
     assert _files(finished) == before
     out, err = capsys.readouterr()
-    assert f"{finished} is complete: nothing to do" in err
+    assert f"{finished / 'results.json'} is there already" in err
     assert "acdc-resample-0.03" in out
 
 
@@ -102,7 +101,7 @@ def test_only_what_is_missing_is_made_again(recipe, finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "results.json").unlink()
-    (copy / "points" / NAMES[1] / "cut.json").unlink()
+    shutil.rmtree(copy / "points" / NAMES[1] / "model")
     kept = [copy / "dense", copy / "points" / NAMES[1] / "circuit.json"]
     before = [_files(path) or path.stat().st_mtime_ns for path in kept]
     assert _run(recipe, copy) == 0
@@ -110,26 +109,26 @@ def test_only_what_is_missing_is_made_again(recipe, finished, tmp_path):
     assert [point.name for point in Results.load(copy / "results.json").points] == NAMES
 
 
-def test_another_label_file_at_the_same_path_is_noticed(recipe, finished, tmp_path, capsys):
+def test_an_edited_label_file_is_noticed_even_by_a_complete_run(recipe, finished, capsys):
+    labels = recipe.parent / "shapes.yaml"
+    before = labels.read_text()
+    try:
+        for text, code in ((before, 0), (before.replace("disc: disc", "ring: ring"), 2)):
+            labels.write_text(text)
+            assert _run(recipe, finished) == code
+    finally:
+        labels.write_text(before)
+    assert "holds a run of other settings: images.task.groups" in capsys.readouterr().err
+
+
+def test_other_images_at_the_same_path_are_noticed(recipe, finished, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    (copy / "results.json").unlink()
-    origin = json.loads((copy / "origin.json").read_text())
-    origin["images_fingerprint"] = "of other groups"
-    (copy / "origin.json").write_text(json.dumps(origin))
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    settings["images"]["fingerprint"] = "of other pictures"
+    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
     assert _run(recipe, copy) == 2
     assert "begun with other images or another label file" in capsys.readouterr().err
-
-
-def test_a_complete_run_notices_an_edited_label_file(recipe, finished, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    origin = json.loads((copy / "origin.json").read_text())
-    plain = origin["task"]["groups"]["plain"]
-    origin["task"]["groups"]["striped"]["square"] = plain.pop("square")
-    (copy / "origin.json").write_text(json.dumps(origin))
-    assert _run(recipe, copy) == 2
-    assert "is of another label file" in capsys.readouterr().err
 
 
 def test_more_images_than_there_are_stop_the_run_before_it_trains(recipe, tmp_path, capsys):
@@ -144,10 +143,10 @@ def test_the_settings_are_written_in_full(finished):
     assert settings["train"]["epochs"] == 6
     assert settings["train"]["weight_decay"] == 0.05
     assert settings["discover"]["pairs"] == "one_random"
-    assert os.path.isabs(settings["task"])  # noqa: PTH117
+    assert settings["images"]["task"]["name"] == "shapes"
 
 
-@pytest.mark.parametrize("name", ["origin.json", "metrics.jsonl", "dense/README.md"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "dense/README.md"])
 def test_no_file_is_left_unnamed(finished, name):
     assert (finished / name).is_file()
     assert not [path for path in finished.rglob("*") if ".part" in path.name]

@@ -7,7 +7,7 @@ import pytest
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.graph import Graph
-from vitcut.pipeline.show import print_circuit
+from vitcut.report.show import show_circuit
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +84,13 @@ def _parts():
     return Circuit.of_parts(GRAPH, heads=heads, neurons=neurons, ablation="linear", **origin)
 
 
-def test_a_circuit_of_parts_is_shown_by_block_and_group(capsys):
-    print_circuit(_parts())
+def test_a_circuit_of_parts_is_shown_by_block_and_token_kind(capsys):
+    show_circuit(_parts())
     out = capsys.readouterr().out
     assert "circuit by fisher, linear ablation, task shapes" in out
     assert "heads kept 4 of 4 (in any token kind), neurons kept 44.4%" in out
     assert "edges kept" not in out
-    print_circuit(_parts())
+    show_circuit(_parts())
     assert _cells(capsys) == [
         ["0", "cls", "2 / 2", "0 1", "3 / 3"],
         ["", "patch", "1 / 2", "0", "1 / 3"],
@@ -99,11 +99,11 @@ def test_a_circuit_of_parts_is_shown_by_block_and_group(capsys):
     ]
 
 
-def test_edges_are_shown_by_group_where_they_were_cut(capsys):
+def test_edges_are_shown_by_token_kind_where_they_were_cut(capsys):
     full = Circuit.full(GRAPH)
     kept = full.kept.copy()
     kept[GRAPH.embed_source(0), GRAPH.mlp_target(1, 0)] = False
-    print_circuit(replace(full, kept=kept))
+    show_circuit(replace(full, kept=kept))
     rows = _cells(capsys)
     assert rows[2] == ["1", "cls", "2 / 2", "8 / 8", "8 / 8", "8 / 8", "5 / 6"]
     assert rows[3] == ["", "patch", "-", "-", "8 / 8", "8 / 8", "-"]
