@@ -7,8 +7,8 @@ import vitcut
 
 SRC = Path(vitcut.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
-MOST_LINES = 400
-MOST_FUNCTION_LINES = 60
+MOST_LINES = 600
+MOST_FUNCTION_LINES = 100
 
 
 def _name(path):
@@ -19,12 +19,12 @@ def _trees():
     return {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 
-def test_no_file_is_longer_than_400_lines():
+def test_no_file_is_longer_than_600_lines():
     lengths = {_name(path): len(path.read_text().splitlines()) for path in FILES}
     assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
-def test_no_function_is_longer_than_60_lines():
+def test_no_function_is_longer_than_100_lines():
     found = {
         f"{name}:{node.name}": node.end_lineno - node.lineno + 1
         for name, tree in _trees().items()
