@@ -60,9 +60,9 @@ def _error(arguments, capsys):
 ERRORS = {
     "a truncated archive": (
         ["train", "--source", "truncated.zip", "--task", "drawn"],
-        "truncated.zip is not a whole .zip archive",
+        "truncated.zip is not a complete .zip archive",
     ),
-    "an empty folder": (["train", "--source", "empty"], "empty holds no images"),
+    "an empty folder": (["train", "--source", "empty"], "empty has no images"),
     "a source that does not exist": (
         ["train", "--source", "nowhere"],
         "source 'nowhere' does not exist",

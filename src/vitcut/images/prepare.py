@@ -28,7 +28,7 @@ from vitcut.images.prepared import (
     write_header,
     write_index,
 )
-from vitcut.images.records import Source
+from vitcut.images.readers import ImageSource
 from vitcut.images.settings import DataSettings
 from vitcut.images.sources import open_source
 from vitcut.progress import Meter, say
@@ -75,7 +75,7 @@ def differing(framing: Framing) -> list[dict[str, Any]]:
     return [] if framing == WHOLE else [asdict(framing)]
 
 
-def _build(source: Source, folder: Path, config: DataSettings, framing: Framing) -> None:
+def _build(source: ImageSource, folder: Path, config: DataSettings, framing: Framing) -> None:
     size = config.image_size
     try:
         # Equal keys hold equal content: where another process was faster, its folder stays.
@@ -94,7 +94,9 @@ def _build(source: Source, folder: Path, config: DataSettings, framing: Framing)
         ) from None
 
 
-def _write_images(stream: BinaryIO, source: Source, size: int, framing: Framing) -> dict[int, str]:
+def _write_images(
+    stream: BinaryIO, source: ImageSource, size: int, framing: Framing
+) -> dict[int, str]:
     """Write a .npy file of all images that decode; returns what is wrong with the others.
 
     Written as a plain stream: a full disk is then an error, where a memory map would crash.
@@ -118,7 +120,7 @@ def _write_images(stream: BinaryIO, source: Source, size: int, framing: Framing)
 
 
 def _decoded(
-    source: Source, size: int, framing: Framing
+    source: ImageSource, size: int, framing: Framing
 ) -> Iterator[NDArray[np.uint8] | DataError]:
     def read(row: int) -> NDArray[np.uint8] | DataError:
         try:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vitcut.errors import ArtefactError, DataError
-from vitcut.images.records import Record, Source
+from vitcut.images.readers import ImageSource, Record
 from vitcut.store import read_json, write_json
 
 FORMAT_VERSION = 2
@@ -83,7 +83,12 @@ def write_header(stream: BinaryIO, shape: tuple[int, int, int, int]) -> None:
 
 
 def write_index(
-    folder: Path, source: Source, *, kept: list[Record], image_size: int, skipped: dict[str, str]
+    folder: Path,
+    source: ImageSource,
+    *,
+    kept: list[Record],
+    image_size: int,
+    skipped: dict[str, str],
 ) -> None:
     """Write what belongs to the images: one row for each that was kept, and the meta file."""
     columns = {
