@@ -73,7 +73,7 @@ ERRORS = {
     ),
     "a label file that is none": (
         ["train", "--source", "drawn", "--task", "bogus.yaml"],
-        "is no label file",
+        "is not a label file",
     ),
     "an unknown task": (["train", "--task", "nope", "--source", "drawn"], "no task named 'nope'"),
     "a negative tau": (["discover", "--tau", "-1"], "tau must be a finite number > 0, got -1.0"),

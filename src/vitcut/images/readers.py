@@ -19,14 +19,12 @@ from vitcut.store import sha256_file, sha256_json
 
 RecordSplit = Literal["train", "test"]
 
-_VALIDATION_NAMES = ("val", "valid", "validation")
-
 _SUFFIXES = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 _SPLIT_FOLDERS: dict[RecordSplit, tuple[str, ...]] = {
     "train": ("train", "training"),
-    "test": (*_VALIDATION_NAMES, "test", "testing"),
+    "test": ("val", "valid", "validation", "test", "testing"),
 }
 """Names of the folders of each split, in any case; the first that exists is used."""
 _CLASS_FOLDERS = (
@@ -115,36 +113,11 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
         DataError: A file is damaged or has no image or label column, or the files belong to several
             configurations of a dataset, which may contain the same images.
     """
-    words = {path: _words(path.relative_to(root).as_posix()) for path in files}
-    # The configurations of a dataset differ in their folders, apart from folders that are
-    # named after a split.
-    split_words = {*_VALIDATION_NAMES, "train", "test", "partial"}
-    configurations = {
-        Path(
-            *(
-                part
-                for part in path.relative_to(root).parent.parts
-                if not (_words(part) and _words(part) <= split_words)
-            )
-        ).as_posix()
-        for path in files
-    }
-    if len(configurations) > 1:
-        raise DataError(
-            f"{location} has files of {len(configurations)} configurations, "
-            f"{', '.join(sorted(configurations))}: expected one; download a .parquet file of the "
-            "one you want and give its path"
-        )
-    if any(words[path].intersection(_VALIDATION_NAMES) for path in files):
-        files = [path for path in files if "test" not in words[path]]
-
     found: list[Record] = []
     places: dict[str, tuple[Path, str, int, int]] = {}  # file, column, row group, row in the group
-    for path in files:
+    splits = _splits(files, root=root, location=location)
+    for path, split in splits.items():
         name = path.relative_to(root).as_posix()
-        split: RecordSplit | None = "train" if "train" in words[path] else None
-        if split is None and words[path].intersection((*_VALIDATION_NAMES, "test")):
-            split = "test"
         with _open_parquet(path) as file:
             image_column, label_column = _columns(file.schema_arrow, path)
             class_ids = _class_ids(file, label_column, path)
@@ -177,7 +150,7 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
         records=records,
         class_names={record.class_id: record.class_id for record in records},
         fingerprint=sha256_json(
-            [[path.relative_to(root).as_posix(), sha256_file(path)] for path in files]
+            [[path.relative_to(root).as_posix(), sha256_file(path)] for path in splits]
         ),
         read=read,
     )
@@ -263,6 +236,34 @@ def _open_parquet(path: Path) -> Generator[pq.ParquetFile]:
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not a complete parquet file: {reason}") from None
+
+
+def _splits(files: list[Path], *, root: Path, location: str) -> dict[Path, RecordSplit | None]:
+    """Choose the files to read, and tell their splits by their names."""
+    val_words = {"val", "valid", "validation"}
+    split_words = {"train", "test", "partial", *val_words}
+    configurations: set[str] = set()
+    words_of: dict[Path, set[str]] = {}
+    for path in files:
+        name = path.relative_to(root)
+        words_of[path] = _words(name.as_posix())
+        # Configurations differ in their folders, apart from folders named after a split.
+        folders = [
+            part for part in name.parent.parts if not _words(part) or _words(part) - split_words
+        ]
+        configurations.add(Path(*folders).as_posix())
+    if len(configurations) > 1:
+        raise DataError(
+            f"{location} has files of {len(configurations)} configurations, "
+            f"{', '.join(sorted(configurations))}: expected one; download a .parquet file of the "
+            "one you want and give its path"
+        )
+    has_val = any(words & val_words for words in words_of.values())
+    return {
+        path: "train" if "train" in words else "test" if words & {"test", *val_words} else None
+        for path, words in words_of.items()
+        if not (has_val and "test" in words)
+    }
 
 
 def _words(name: str) -> set[str]:
