@@ -19,8 +19,6 @@ from vitcut.labels import Labels
 _FORMS = ("groups", "classes", "one")
 _ENTRIES = ("name", "source", "excluded", "rest", *_FORMS)
 _IGNORE = "ignore"
-_REST = "other"
-"""Default name of the rest where one class is told from all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +209,7 @@ def parse_task(text: str, *, origin: str) -> Task:
     excluded = content.get("excluded") or {}
     if not isinstance(excluded, dict):
         raise TaskError(f"{origin} is not a label file: expected 'excluded: {{id: reason}}'")
-    rest = content.get("rest", _REST if "one" in content else _IGNORE)
+    rest = content.get("rest", "other" if "one" in content else _IGNORE)
     if not isinstance(rest, str) or not rest:
         raise TaskError(f"{origin}: 'rest' must be a group's name or {_IGNORE!r}, got {rest!r}")
     classes = [

@@ -66,8 +66,7 @@ class FileTree:
                 member = self._archive.getinfo(self._top + name)
                 files.append((name, member.file_size, member.CRC))
         else:
-            label = "Fingerprint of the folder"
-            for name in track(self.names, label, len(self.names), unit="files"):
+            for name in track(self.names, "Fingerprint", len(self.names), unit="files"):
                 content = self.read(name)
                 files.append((name, len(content), zlib.crc32(content)))
         return sha256_json(files)
@@ -112,9 +111,8 @@ def open_tree(path: Path) -> Generator[FileTree]:
     except FileNotFoundError:
         raise DataError(f"no file or folder at {path}: expected a .zip or a folder") from None
     except (OSError, zipfile.BadZipFile, ValueError) as error:
-        raise DataError(
-            f"{path} is not a complete .zip archive ({error}): get the file again"
-        ) from None
+        message = f"{path} is not a complete .zip archive ({error}): get the file again"
+        raise DataError(message) from None
     with archive:
         yield FileTree(path, archive)
 

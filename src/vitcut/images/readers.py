@@ -121,10 +121,8 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
         with _open_parquet(path) as file:
             image_column, label_column = _columns(file.schema_arrow, path)
             class_ids = _class_ids(file, label_column, path)
-            sizes = [
-                file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)
-            ]
-        rows = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            rows = [(at, row) for at, group in enumerate(groups) for row in range(group.num_rows)]
         for number, (class_id, (group, row)) in enumerate(zip(class_ids, rows, strict=True)):
             record = Record(split=split, class_id=class_id, path=f"{name}:{number:09d}")
             found.append(record)
@@ -272,11 +270,6 @@ def _words(name: str) -> set[str]:
 
 def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
     """The names of the image column and of the label column."""
-
-    def is_label(kind: pa.DataType) -> bool:
-        types = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
-        return any(is_type(kind) for is_type in types)
-
     names = ", ".join(schema.names)
     images = [
         column.name
@@ -287,7 +280,8 @@ def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
         raise DataError(
             f"{path} has no image column among {names}: expected a struct with field 'bytes'"
         )
-    labels = [column.name for column in schema if is_label(column.type)]
+    is_label = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+    labels = [column.name for column in schema if any(test(column.type) for test in is_label)]
     known = [name for name in _LABEL_COLUMNS if name in labels]
     if not known and len(labels) != 1:
         raise DataError(
