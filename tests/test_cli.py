@@ -62,9 +62,9 @@ def _error(arguments, capsys):
 ERRORS = {
     "a truncated archive": (
         ["train", "--source", "truncated.zip", "--task", "drawn"],
-        "truncated.zip is not a whole .zip archive",
+        "truncated.zip is not a complete .zip archive",
     ),
-    "an empty folder": (["train", "--source", "empty"], "empty holds no images"),
+    "an empty folder": (["train", "--source", "empty"], "empty has no images"),
     "a source that does not exist": (
         ["train", "--source", "nowhere"],
         "source 'nowhere' does not exist",
@@ -75,7 +75,7 @@ ERRORS = {
     ),
     "a label file that is none": (
         ["train", "--source", "drawn", "--task", "bogus.yaml"],
-        "is no label file",
+        "is not a label file",
     ),
     "an unknown task": (["train", "--task", "nope", "--source", "drawn"], "no task named 'nope'"),
     "a negative tau": (["discover", "--tau", "-1"], "tau must be a finite number > 0, got -1.0"),

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 
 from vitcut.errors import TaskError
 from vitcut.labels import Labels
-from vitcut.task import Task, TaskClass, load_task, parse_task, shipped_tasks
+from vitcut.task import (
+    Task,
+    TaskClass,
+    all_classes_task,
+    load_task,
+    parse_task,
+    shipped_tasks,
+)
 
 
 def _expect_refusal(text, match):
@@ -73,7 +80,7 @@ def test_what_is_no_yaml_is_refused(text):
     "text", ["", "hello", "3", "[1, 2]", "name: x", "groups: 3", "groups: {a: n1, b: n2}"]
 )
 def test_what_is_no_label_file_is_refused(text):
-    _expect_refusal(text, "labels.yaml is no label file: expected 'groups")
+    _expect_refusal(text, "labels.yaml is not a label file: expected 'groups")
 
 
 def test_excluded_ids_without_a_reason_are_refused():
@@ -99,6 +106,11 @@ def test_a_task_built_by_hand_is_checked_too():
         Task(name="x", classes=(TaskClass(id="1", name="cat", group="a"),), groups=("a", "b"))
 
 
+def test_a_group_is_listed_once():
+    with pytest.raises(TaskError, match="lists group 'a' 2 times"):
+        Task(name="x", classes=(TaskClass(id="1", name="cat", group="a"),), groups=("a", "a"))
+
+
 @pytest.mark.parametrize("class_id", ["007", "010", "no", "1_0", "12:30", "null"])
 def test_a_class_id_is_taken_as_it_is_written(class_id):
     task = parse_task(f"groups: {{a: {{{class_id}: cat}}, b: {{z: owl}}}}", origin="labels.yaml")
@@ -113,8 +125,8 @@ def test_a_class_without_a_name_is_called_by_its_id():
 @pytest.mark.parametrize(
     ("members", "match"),
     [
-        ([("1", "a"), ("2", "c"), ("3", "b")], "class of group 'c', expected one of a, b"),
-        ([("2", "a"), ("1", "b")], "not in the order of their ids"),
+        ([("1", "a"), ("2", "c"), ("3", "b")], "class in group 'c', expected one of a, b"),
+        ([("2", "a"), ("1", "b")], "not sorted by id"),
     ],
 )
 def test_classes_built_by_hand_are_sorted_and_of_a_listed_group(members, match):
@@ -184,7 +196,7 @@ def test_a_group_of_one_class_bears_its_name():
         ("classes: [x, y]", r"names 2 classes .*: x, y; the data has 4 classes, such as n2, n1"),
         ("classes: ['4', pug]", r"lacks: 4; .*positions 0 to 3"),
         ("classes: [tabby, n2]", r"names class n2 twice, as '\w+' in group '\w+' and in group"),
-        ("groups: {a: [n2], b: [n1, n4, n3]}\nrest: other", r"so that none is left for 'other'"),
+        ("groups: {a: [n2], b: [n1, n4, n3]}\nrest: other", r"leaves none for 'other'"),
     ],
 )
 def test_what_the_labels_do_not_have_is_told_in_one_line(text, match):
@@ -231,3 +243,33 @@ def test_a_task_among_its_labels_is_what_it_was_and_comes_back_from_its_label_fi
     for either in (written, task):
         text = yaml.safe_dump(either.to_dict(), sort_keys=False)
         assert parse_task(text, origin="x.yaml") == either
+
+
+def test_all_classes_are_a_group_each_in_the_order_of_their_ids():
+    labels = Labels(
+        owner="x", ids=("n3", "n1", "n4", "n2"), names=("crane", "tabby, cat", "crane", "pug")
+    )
+    task = all_classes_task(labels)
+    assert task.name == "all"
+    assert task.class_ids == ("n1", "n2", "n3", "n4")
+    assert task.class_names == ("tabby, cat", "pug", "crane", "crane")
+    assert task.groups == ("tabby, cat", "pug", "crane (n3)", "crane (n4)")
+    assert task.group_of_class.tolist() == [0, 1, 2, 3]
+    assert (task.rest, task.excluded) == (None, {})
+
+
+def test_one_class_alone_is_no_task():
+    with pytest.raises(TaskError, match="needs at least 2 groups, got 1"):
+        all_classes_task(Labels(owner="x", ids=("n1",), names=("cat",)))
+
+
+@given(
+    ids=st.lists(st.text("ab1", min_size=1, max_size=3), min_size=2, max_size=6, unique=True),
+    data=st.data(),
+)
+def test_the_task_of_all_classes_is_what_its_labels_and_its_label_file_say(ids, data):
+    labels = Labels(owner="x", ids=tuple(ids), names=tuple(data.draw(names) for _ in ids))
+    task = all_classes_task(labels)
+    assert len(task.groups) == len(ids)
+    assert task.among(labels) == task
+    assert parse_task(yaml.safe_dump(task.to_dict(), sort_keys=False), origin="x.yaml") == task

@@ -1,7 +1,4 @@
-"""The classes that a model or a data set knows, and which of them a person means.
-
-Grouping them is left to `task`.
-"""
+"""The classes that a model or a data set knows, and how to look up one that a person wrote."""
 
 import re
 from dataclasses import dataclass
@@ -15,35 +12,38 @@ _POSITION = re.compile(r"0|[1-9][0-9]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """Classes in their order, with what they are called."""
+    """Classes in order, with their names."""
 
     owner: str
     """Whose classes they are, for messages: "the data"."""
     ids: tuple[str, ...]
     """In the order of a model's logits; those of data are sorted."""
     names: tuple[str, ...]
-    """What a person calls them, in the same order; commas may separate synonyms."""
+    """Names for people, in the same order; commas may separate synonyms."""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.names):
             raise TaskError(
                 f"{self.owner} has {len(self.ids)} class ids and {len(self.names)} names: expected "
-                "as many names as ids"
+                "one name for each id"
             )
 
     def find(self, written: str) -> int | None:
-        """The position of the class that was written; None where no class is called that.
+        """Look up a class by its id, else by its position, else by its name.
 
-        An id, exactly as it stands, goes before a position, and a position before a name. Of a name
-        neither case nor underscores matter, and one synonym is enough.
+        Ids must match exactly. Names match whatever the case, with spaces for underscores, and by a
+        single synonym.
+
+        Returns:
+            The position of the class, or None if there is none.
 
         Raises:
             TaskError: Several classes have the id or the name.
         """
-        same_id = [at for at, class_id in enumerate(self.ids) if class_id == written]
-        if not same_id and _POSITION.fullmatch(written) and int(written) < len(self.ids):
+        found = [position for position, class_id in enumerate(self.ids) if class_id == written]
+        if not found and _POSITION.fullmatch(written) and int(written) < len(self.ids):
             return int(written)
-        found = same_id or self._positions_of_name.get(_plain(written), [])
+        found = found or self._positions_of_name.get(_plain(written), [])
         if len(found) > 1:
             listed = ", ".join(f"{self.ids[at]} ({self.names[at]})" for at in found[:5])
             raise TaskError(
@@ -53,24 +53,22 @@ class Labels:
         return found[0] if found else None
 
     def nearest(self, written: str) -> list[str]:
-        """Up to three ids and names that look like what was written, the likeliest first."""
-        known = {_plain(item): item for item in self.ids} | {
-            plain: self._as_said(plain, at[0]) for plain, at in self._positions_of_name.items()
-        }
+        """Up to three ids and names similar to what was written, the most similar first."""
+        known = {_plain(item): item for item in self.ids}
+        for plain, positions in self._positions_of_name.items():
+            name = self.names[positions[0]]
+            synonyms = (part.strip() for part in name.split(","))
+            known[plain] = next((part for part in synonyms if _plain(part) == plain), name)
         return [known[plain] for plain in get_close_matches(_plain(written), list(known), n=3)]
 
     @cached_property
     def _positions_of_name(self) -> dict[str, list[int]]:
-        """The classes that a plain name means: a whole name, or one of its synonyms."""
+        """Positions of the classes with a plain name, as a whole or as one of the synonyms."""
         positions: dict[str, list[int]] = {}
         for at, name in enumerate(self.names):
             for plain in {_plain(name), *map(_plain, name.split(","))} - {""}:
                 positions.setdefault(plain, []).append(at)
         return positions
-
-    def _as_said(self, plain: str, position: int) -> str:
-        said = (part.strip() for part in self.names[position].split(","))
-        return next((part for part in said if _plain(part) == plain), self.names[position])
 
 
 def _plain(name: str) -> str:

@@ -156,7 +156,7 @@ def test_a_rest_is_of_classes_that_the_model_knows_and_the_data_may_lack(shuffle
 def test_a_class_that_the_model_lacks_is_refused(shuffled):
     with pytest.raises(TaskError, match=r"names 1 classes that model 'mine' lacks: centaur"):
         _images("classes: [ring, centaur]", shuffled)
-    with pytest.raises(TaskError, match=r"lacks: zigzag; .* such as ring, star, .*: mend the"):
+    with pytest.raises(TaskError, match=r"lacks: zigzag; .* such as ring, star, .*: correct the"):
         vitcut.evaluate(_model(("ring", "star", "wolf")), _images("classes: [ring, zigzag]"))
     with pytest.raises(ModelError, match="names 14 classes and gives 3 logits: expected as many"):
         _fitted(_model(SHUFFLED, count=3), _images("classes: [ring, disc]"))

@@ -23,7 +23,7 @@ from vitcut.errors import ArtefactError, DataError
 from vitcut.framing import WHOLE, Framing
 from vitcut.images.decoding import decode
 from vitcut.images.drawn import SOURCE_WORD, drawn_images
-from vitcut.images.records import Record, Source
+from vitcut.images.readers import ImageSource, Record
 from vitcut.images.settings import DataSettings
 from vitcut.images.sources import open_source
 from vitcut.labels import Labels
@@ -128,7 +128,7 @@ def _drawn(settings: DataSettings, channels: int) -> PreparedData:
     )
 
 
-def _build(source: Source, folder: Path, settings: DataSettings, framing: Framing) -> None:
+def _build(source: ImageSource, folder: Path, settings: DataSettings, framing: Framing) -> None:
     """Decode every image into a new cache folder."""
     count, side = len(source.records), settings.image_size
     try:
@@ -168,7 +168,7 @@ def _build(source: Source, folder: Path, settings: DataSettings, framing: Framin
 
 
 def _decoded(
-    source: Source, image_size: int, framing: Framing
+    source: ImageSource, image_size: int, framing: Framing
 ) -> Iterator[NDArray[np.uint8] | DataError]:
     """Every image in order, or what is wrong with it; decoded in threads, block by block."""
 
@@ -195,7 +195,12 @@ def _write_header(stream: BinaryIO, shape: tuple[int, int, int, int]) -> None:
 
 
 def _write_index(
-    folder: Path, source: Source, *, kept: list[Record], image_size: int, skipped: dict[str, str]
+    folder: Path,
+    source: ImageSource,
+    *,
+    kept: list[Record],
+    image_size: int,
+    skipped: dict[str, str],
 ) -> None:
     """Write what belongs to the images: one row for each that was kept, and the meta file."""
     columns = {

@@ -1,46 +1,123 @@
-"""What a user means by ``--source``: picks the reader. Drawn pictures are left to `drawn`."""
+"""Open what the user gave as ``--source``, downloading it first where necessary."""
 
+import hashlib
+import http.client
 import re
+import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vitcut.errors import DataError
 from vitcut.images.archives import open_tree
-from vitcut.images.download import fetch_parquet_files, fetch_tiny_imagenet
-from vitcut.images.folders import read_class_folders
-from vitcut.images.parquet import read_parquet
-from vitcut.images.records import Source
-from vitcut.images.tiny_imagenet import is_tiny_imagenet, read_tiny_imagenet
+from vitcut.images.readers import ImageSource, read_parquet, read_tree
+from vitcut.progress import Meter, say
+from vitcut.store import atomic_path, cache_dir
 
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+_TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_S = 60
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @contextmanager
-def open_source(source: str | None) -> Generator[Source]:
-    """Open an archive, folder, parquet file or dataset for reading.
+def open_source(source: str | None) -> Generator[ImageSource]:
+    """Open an archive, a folder, a parquet file or a dataset for reading.
 
     Args:
         source: As in `DataSettings`, except "drawn".
 
     Raises:
-        DataError: It does not exist, or is none of these.
+        DataError: It does not exist, or cannot be read as one of these.
     """
     path = fetch_tiny_imagenet() if source is None else Path(source).expanduser()
     if not path.exists():
-        yield _read_dataset(str(source))
+        name = str(source)
+        if not _DATASET_ID.fullmatch(name) or path.suffix in {".zip", ".parquet"}:
+            raise DataError(
+                f"source {name!r} does not exist: expected a .zip, a folder, a .parquet file, a "
+                "Hugging Face dataset id (org/name) or 'drawn'"
+            )
+        root, files = fetch_parquet_files(name)
+        yield read_parquet(files, root=root, location=name)
     elif path.suffix == ".parquet":
         yield read_parquet([path], root=path.parent, location=str(path))
     else:
         with open_tree(path) as tree:
-            yield read_tiny_imagenet(tree) if is_tiny_imagenet(tree) else read_class_folders(tree)
+            yield read_tree(tree)
 
 
-def _read_dataset(source: str) -> Source:
-    if not _DATASET_ID.fullmatch(source) or Path(source).suffix in {".zip", ".parquet"}:
+def fetch_tiny_imagenet() -> Path:
+    """Return the path of Tiny ImageNet's archive (237 MiB); download it if it is not in the cache.
+
+    Raises:
+        DataError: There is no network, or the file that came is not the expected one.
+    """
+    path = cache_dir() / "downloads" / "tiny-imagenet-200.zip"
+    if not path.exists():
+        say(f"downloading {TINY_IMAGENET_URL} (ImageNet's terms apply: non-commercial research)")
+        fetch(TINY_IMAGENET_URL, path, md5=_TINY_IMAGENET_MD5)
+    return path
+
+
+def fetch(url: str, path: Path, *, md5: str) -> None:
+    """Download a file with a known MD5; on failure nothing is left at ``path``.
+
+    Raises:
+        DataError: There is no network, or the file that came is not the expected one.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as reply, atomic_path(path) as part:
+            total = int(reply.headers.get("Content-Length", 0)) // _CHUNK_BYTES
+            with part.open("wb") as stream, Meter("Download", total, unit="MiB") as meter:
+                while chunk := reply.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    stream.write(chunk)
+                    meter.advance()
+            if digest.hexdigest() != md5:
+                raise DataError(
+                    f"{url} returned a file with MD5 {digest.hexdigest()}, expected {md5}: "
+                    "download it again"
+                )
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
-            f"source {source!r} does not exist: expected a .zip, a folder, a .parquet file, a "
-            "Hugging Face dataset id (org/name) or 'drawn'"
-        )
-    root, files = fetch_parquet_files(source)
-    return read_parquet(files, root=root, location=source)
+            f"cannot download {url} ({error}): check the network and try again, or give --source a "
+            ".zip, folder, .parquet file or 'drawn'"
+        ) from None
+
+
+def fetch_parquet_files(dataset: str) -> tuple[Path, list[Path]]:
+    """Download the parquet files of a Hugging Face dataset, or find them in the Hub's cache.
+
+    Args:
+        dataset: An id, "org/name".
+
+    Returns:
+        The folder with the files, and the files, sorted.
+
+    Raises:
+        DataError: The Hub does not answer, does not know the dataset, or has no parquet files.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        # The Hub converts many datasets of other formats to parquet, on a branch of its own.
+        for revision in ("main", "refs/convert/parquet"):
+            folder = Path(
+                snapshot_download(
+                    dataset, repo_type="dataset", revision=revision, allow_patterns="*.parquet"
+                )
+            )
+            if files := sorted(folder.rglob("*.parquet")):
+                return folder, files
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"source {dataset!r} is no file or folder here, and cannot be downloaded as a Hugging "
+            f"Face dataset: {reason}"
+        ) from None
+    raise DataError(f"dataset {dataset!r} has no .parquet files: expected images in parquet")

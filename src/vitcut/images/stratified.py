@@ -1,18 +1,18 @@
-"""Seeded choices that treat all classes alike; the splits and calibration sets are made of them."""
+"""Seeded choices that treat all classes alike, for splits and calibration images."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def choose_evenly(labels: NDArray[np.int64], count: int, *, seed: int) -> NDArray[np.int64]:
-    """Choose ``count`` positions, as many of each class as of any other while they last.
+    """Choose ``count`` positions, equally many of each class as long as they last.
 
-    A larger count keeps the choice of a smaller one.
+    A larger count includes the choice of a smaller one.
 
     Args:
         labels: Class numbers, shape [images].
         count: At most ``len(labels)``.
-        seed: Equal seeds, equal choice.
+        seed: Equal seeds give equal choices.
 
     Returns:
         Ascending positions, shape [count].
@@ -22,12 +22,12 @@ def choose_evenly(labels: NDArray[np.int64], count: int, *, seed: int) -> NDArra
 
 
 def choose_fraction(labels: NDArray[np.int64], fraction: float, *, seed: int) -> NDArray[np.bool_]:
-    """Choose a fraction of every class, rounded, at least one image.
+    """Choose a fraction of every class, rounded, but at least one image.
 
     Args:
         labels: Class numbers, shape [images].
         fraction: Between 0 and 1.
-        seed: Equal seeds, equal choice.
+        seed: Equal seeds give equal choices.
 
     Returns:
         Whether each image is chosen, shape [images].
@@ -41,10 +41,11 @@ def choose_fraction(labels: NDArray[np.int64], fraction: float, *, seed: int) ->
 def _rank_in_class(
     labels: NDArray[np.int64], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """A random rank of each image among its class, from 0, and the random keys behind it."""
+    """A random rank of each image within its class, from 0, and the random keys it comes from."""
     keys = np.random.default_rng(seed).random(len(labels))
     order = np.lexsort((keys, labels))
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    # Sorted by class, the rank is the position less the position where the class starts.
     rank = np.empty(len(labels), dtype=np.int64)
     rank[order] = np.arange(len(labels)) - np.repeat(starts, sizes)
     return rank, keys

@@ -1,13 +1,14 @@
-"""Downloads, from addresses on this machine."""
+"""What a user may give as the source; downloads come from addresses on this machine."""
 
 import hashlib
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from vitcut.errors import DataError
-from vitcut.images import download
-from vitcut.images.download import fetch, fetch_tiny_imagenet
+from vitcut.images import sources
+from vitcut.images.sources import fetch, fetch_tiny_imagenet, open_source
 
 
 def test_a_download_of_the_known_file_is_kept(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_a_download_of_another_file_leaves_nothing(tmp_path: Path) -> None:
 def test_an_address_that_does_not_answer_says_what_to_give_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "TINY_IMAGENET_URL", (tmp_path / "gone").as_uri())
+    monkeypatch.setattr(sources, "TINY_IMAGENET_URL", (tmp_path / "gone").as_uri())
     with pytest.raises(DataError, match="--source"):
         fetch_tiny_imagenet()
 
@@ -37,3 +38,23 @@ def test_an_archive_in_the_cache_is_not_downloaded_again(cache: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(b"")
     assert fetch_tiny_imagenet() == path
+
+
+def test_no_network_says_that_the_source_is_neither_here_nor_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with (
+        pytest.raises(DataError, match=r"'org/name' is no file or folder here.*no network"),
+        open_source("org/name"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("source", ["gone.zip", "data/gone.parquet", "/gone/folder", "word"])
+def test_a_source_that_does_not_exist_is_refused_without_network(source: str) -> None:
+    with pytest.raises(DataError, match="does not exist: expected"), open_source(source):
+        pass
