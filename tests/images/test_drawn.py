@@ -2,13 +2,15 @@
 
 import numpy as np
 
-from vitcut.images.drawn import drawn_data, drawn_images
+from vitcut.images.drawn import drawn_images
+from vitcut.images.prepare import prepare
+from vitcut.images.settings import DataSettings
 from vitcut.task import load_task
 
 
 def test_the_shipped_label_file_names_every_drawn_class() -> None:
     task = load_task("drawn")
-    data = drawn_data(image_size=16, seed=0)
+    data = prepare(DataSettings(source="drawn", image_size=16))
     assert set(data.class_names) == set(task.class_ids)
     assert len(task.groups) == 4
 

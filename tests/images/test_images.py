@@ -9,17 +9,19 @@ from data_samples import CAT, DOG, OWL, encoded, task_of, tiny_imagenet, write_f
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vitcut
 from vitcut.errors import ConfigError, DataError, TaskError
-from vitcut.images.images import ImageSet, TaskImages, load_images, task_images, to_float
+from vitcut.images.load import Images, ImageSet, normalise, split
 from vitcut.images.prepare import prepare
 from vitcut.images.settings import DataSettings
-from vitcut.task import Task, TaskClass, load_task, parse_task
+from vitcut.preprocessing import Preprocessing
+from vitcut.task import Task, TaskClass, parse_task
 
 TASK = task_of(cats=[CAT], dogs=[DOG])
 
 
-def _load(path: Path, **changes: object) -> TaskImages:
-    return load_images(DataSettings(**{"source": str(path), "image_size": 8, **changes}), TASK)
+def _load(path: Path, task: Task = TASK, **changes: object) -> Images:
+    return vitcut.load_images(path, task=task, **{"image_size": 8, **changes})
 
 
 @pytest.fixture
@@ -31,11 +33,13 @@ def _rows(images: ImageSet) -> set[int]:
     return set(images.rows.tolist())
 
 
-def test_splits_are_disjoint_and_hold_all_images_of_the_task(archive: Path) -> None:
+def test_splits_are_disjoint_and_hold_all_images_of_the_task(
+    archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = _load(archive)
+    assert "left out 1 of 3 classes" in capsys.readouterr().err
     assert [len(s) for s in (data.train, data.val, data.test)] == [36, 4, 10]
     assert len(_rows(data.train) | _rows(data.val) | _rows(data.test)) == 50
-    assert data.ignored_classes == 1
 
 
 def test_labels_are_the_task_s_fine_classes(archive: Path) -> None:
@@ -55,9 +59,7 @@ def test_the_same_settings_give_the_same_splits(archive: Path) -> None:
 
 
 def test_an_image_that_one_task_tunes_on_trains_no_other(archive: Path) -> None:
-    other = load_images(
-        DataSettings(source=str(archive), image_size=8), task_of(dogs=[DOG], owls=[OWL])
-    )
+    other = _load(archive, task_of(dogs=[DOG], owls=[OWL]))
     assert not _rows(_load(archive).val) & _rows(other.train)
 
 
@@ -76,7 +78,7 @@ def test_data_in_one_part_is_split_by_class(tmp_path: Path) -> None:
 def test_a_class_that_the_data_lacks_is_named(archive: Path) -> None:
     task = task_of(cats=[CAT], others=[f"n1{i:07}" for i in range(7)])
     with pytest.raises(TaskError, match=r"names 7 classes that the data lacks: n10000000, .*\.\."):
-        load_images(DataSettings(source=str(archive), image_size=8), task)
+        _load(archive, task)
 
 
 def test_a_class_with_too_few_images_is_named(tmp_path: Path) -> None:
@@ -100,9 +102,7 @@ def test_calibration_images_are_training_images_of_all_classes(
 
 def test_the_rest_counts_as_one_class_among_calibration_images(archive: Path) -> None:
     text = f"groups: {{cats: [{CAT}]}}\nrest: other"
-    data = load_images(
-        DataSettings(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
-    )
+    data = _load(archive, parse_task(text, origin="x.yaml"))
     assert np.bincount(data.train.labels).tolist() == [18, 18, 18]
     chosen = data.calibration(20, seed=0)
     groups = data.task.group_of_class[chosen.labels]
@@ -116,20 +116,18 @@ def test_a_rest_without_images_is_refused(archive: Path) -> None:
     task = Task(name="x", classes=(*classes, unseen), groups=("all", "rest"), rest="rest")
     config = DataSettings(source=str(archive), image_size=8)
     with pytest.raises(DataError, match="has no train images of the rest, group 'rest'"):
-        task_images(prepare(config), config, task)
+        split(prepare(config), config, task, Preprocessing(image_size=8))
 
 
 def test_names_of_the_data_and_of_imagenet_name_classes(tmp_path: Path, archive: Path) -> None:
     text = "groups: {cats: [House Cat], dogs: [dog]}"
-    data = load_images(
-        DataSettings(source=str(archive), image_size=8), parse_task(text, origin="x.yaml")
-    )
+    data = _load(archive, parse_task(text, origin="x.yaml"))
     assert data.task.class_ids == (CAT, DOG)
-    assert data.data_labels.ids == (CAT, DOG, OWL)
+    assert data.labels.ids == (CAT, DOG, OWL)
     files = {f"{c}/{i}.png": encoded(i) for c in ("n02123045", "n02099601") for i in range(9)}
-    source = str(write_folder(tmp_path / "folder", files))
+    source = write_folder(tmp_path / "folder", files)
     task = parse_task("classes: [tabby, golden retriever]", origin="x.yaml")
-    named = load_images(DataSettings(source=source, image_size=8), task).task
+    named = _load(source, task).task
     assert named.class_names == ("golden retriever", "tabby, tabby cat")
     assert named.groups == ("tabby", "golden retriever")
 
@@ -148,17 +146,18 @@ def test_taking_from_a_set_keeps_images_and_labels_together(archive: Path) -> No
 
 
 def test_the_drawn_set_fits_its_label_file() -> None:
-    data = load_images(DataSettings(source="drawn", image_size=16), load_task("drawn"))
+    data = vitcut.load_images("drawn", task="drawn", image_size=16)
     assert [len(s) for s in (data.train, data.val, data.test)] == [1620, 180, 600]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_to_float_normalises_each_channel(dtype: torch.dtype) -> None:
+def test_images_are_normalised_per_channel(dtype: torch.dtype) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     pixels.flags.writeable = False
-    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     expected = ((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)
-    result = to_float(pixels, mean=mean, std=std, dtype=dtype)
+    taken = Preprocessing(image_size=4, mean=mean, std=std)
+    result = normalise(pixels, taken, dtype=dtype)
     assert result.dtype == dtype
     assert result.is_contiguous()
     np.testing.assert_allclose(result.double().numpy(), expected, atol=4 * torch.finfo(dtype).eps)

@@ -14,8 +14,7 @@ from data_samples import encoded, shades, tiny_imagenet, write_folder, write_par
 from vitcut.errors import DataError
 from vitcut.framing import Framing
 from vitcut.images import prepare as prepare_module
-from vitcut.images.prepare import prepare
-from vitcut.images.prepared import FORMAT_VERSION, PreparedData
+from vitcut.images.prepare import FORMAT_VERSION, PreparedData, prepare
 from vitcut.images.settings import DataSettings
 from vitcut.settings import config_hash
 

@@ -3,8 +3,9 @@
 import numpy as np
 from torch import nn
 
-from vitcut.images.images import ImageSet, TaskImages
+from vitcut.images.load import Images, ImageSet
 from vitcut.labels import Labels
+from vitcut.preprocessing import Preprocessing
 from vitcut.runtime import seed_everything
 from vitcut.task import Task, TaskClass
 from vitcut.training.settings import TrainSettings
@@ -21,7 +22,7 @@ CONFIG = TrainSettings(
 """Three epochs of four steps."""
 
 
-def tiny_images(*, train: int = 36, side: int = 8) -> TaskImages:
+def tiny_images(*, train: int = 36, side: int = 8) -> Images:
     count = train + 16
     draw = np.random.default_rng(0)
     array = draw.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
@@ -33,15 +34,15 @@ def tiny_images(*, train: int = 36, side: int = 8) -> TaskImages:
         rows = np.arange(start, stop)
         return ImageSet(array=array, rows=rows, labels=labels[rows])
 
-    return TaskImages(
+    return Images(
         task=TASK,
         train=part(0, train),
         val=part(train, train + 8),
         test=part(train + 8, train + 16),
         fingerprint="tiny",
-        ignored_classes=0,
-        data_labels=Labels(owner="the data", ids=TASK.class_ids, names=TASK.class_names),
-        image_size=side,
+        labels=Labels(owner="the data", ids=TASK.class_ids, names=TASK.class_names),
+        preprocessing=Preprocessing(image_size=side),
+        origin={},
     )
 
 
