@@ -182,7 +182,7 @@ def _connect(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator)
         layer, head = int(random.integers(graph.num_layers)), int(random.integers(graph.num_heads))
         last = graph.num_kinds - 1
         letter = "v" if random.random() < 0.5 else "k"
-        kept[graph.embed_source(last), graph.head_target(layer, head, letter, last)] = True
+        kept[last, graph.head_target(layer, head, letter, last)] = True
         kept[graph.head_source(layer, head), graph.classifier] = True
 
 

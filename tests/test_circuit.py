@@ -135,7 +135,7 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_what_is_no_edge_cannot_be_kept():
     kept = GRAPH.edges.copy()
     kept[GRAPH.mlp_source(0), GRAPH.mlp_target(0)] = True
-    with pytest.raises(CircuitError, match=r"mlp\.0 -> mlp\.0 is no edge"):
+    with pytest.raises(CircuitError, match=r"mlp\.0 -> mlp\.0 is not an edge"):
         Circuit(graph=GRAPH, kept=kept, ablation="mean")
 
 

@@ -174,9 +174,9 @@ def test_acdc_visits_a_targets_groups_in_their_order():
     ("kinds", "readout", "message"),
     [
         (("patch", "cls"), ("cls",), "in this order"),
-        (("cls", "cls"), ("cls",), "must be different ones of cls, register, patch"),
-        (("patch",), ("cls",), "readout must be different ones of patch"),
-        (("cls", "patch"), (), "or neither"),
+        (("cls", "cls"), ("cls",), "must be distinct kinds from cls, register, patch"),
+        (("patch",), ("cls",), "readout must be distinct kinds from patch"),
+        (("cls", "patch"), (), "both be empty"),
     ],
 )
 def test_impossible_groups_are_refused(kinds, readout, message):

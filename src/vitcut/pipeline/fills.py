@@ -5,11 +5,11 @@ from functools import cached_property
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutSettings
+from vitcut.graph import SiteKey
 from vitcut.masked.ablation import mean_fill, zero_fill
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import LinearFit, SiteStatistics, fit_fill
 from vitcut.masked.masking import run_gib
-from vitcut.names import SiteKey
 from vitcut.pipeline.subject import Subject
 from vitcut.progress import track
 from vitcut.settings import require_memory
