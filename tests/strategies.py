@@ -1,4 +1,4 @@
-"""Hypothesis strategies: tiny ViTs, and circuits of every density and structure."""
+"""Hypothesis strategies for tiny ViTs, cost models, and circuits of every density and structure."""
 
 import functools
 import random as global_random
@@ -15,34 +15,41 @@ from vitcut.graph import Graph
 from vitcut.model.weights import ViTWeights
 
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+CHANGES = (
+    *("q", "k", "v", "mlp", "some targets", "some sources"),
+    *("most of embed", "embed for k and v alone", "all targets read alike", "one path"),
+)
+"""What `circuits` may do to random edges: cut all inputs of a letter, some targets, ..."""
 
 
 def skipping_a_head(graph: Graph) -> Circuit:
-    """The full circuit in which no MLP and no classifier reads the middle head of a block."""
-    kept = graph.edges.copy()
+    """The full circuit, but no MLP and no classifier reads head 1 of any block."""
     readers = [target.role in {"mlp", "classifier"} for target in graph.targets]
-    middle = [source.role == "head" and source.head == 1 for source in graph.sources]
-    kept[np.outer(middle, readers)] = False
+    skipped = [source.role == "head" and source.head == 1 for source in graph.sources]
+    kept = graph.edges & ~np.outer(skipped, readers)
     return Circuit(graph=graph, kept=kept, ablation="mean")
 
 
-def parts_per_group(weights: ViTWeights) -> Circuit:
-    """All class-token heads; of the patches one head and some neurons, in the first block only."""
+def parts_per_kind(weights: ViTWeights) -> Circuit:
+    """All heads of the first kinds; of the patches one head and half the neurons of block 0."""
     graph = weights.split_graph
     patch = graph.num_kinds - 1
-    kept = graph.edges.copy()
+    heads = np.ones((graph.num_layers, graph.num_heads, graph.num_kinds), dtype=np.bool_)
+    heads[:, :, patch] = False
+    heads[0, 0, patch] = True
     neurons = np.ones((graph.num_layers, graph.num_kinds, weights.num_neurons), dtype=np.bool_)
     neurons[0, patch, ::2] = False
-    for layer in range(graph.num_layers):
-        for head in range(1 if layer == 0 else 0, graph.num_heads):
-            kept[graph.head_source(layer, head, patch)] = False
-        if layer:
-            kept[graph.mlp_source(layer, patch)] = False
-    return Circuit(graph=graph, kept=kept, neurons=neurons, ablation="linear")
+    circuit = Circuit.of_parts(graph, heads=heads, neurons=neurons, ablation="linear")
+    kept = circuit.kept.copy()
+    kept[[graph.mlp_source(layer, patch) for layer in range(1, graph.num_layers)]] = False
+    return replace(circuit, kept=kept)
 
 
 def undisturbed(draw_value):
-    """Restore the global generator: beartype draws from it, and Hypothesis refuses that."""
+    """Make a strategy leave Python's global generator as it was.
+
+    The shape checks of beartype draw from it, which Hypothesis takes for a flaky strategy.
+    """
 
     @functools.wraps(draw_value)
     def wrapped(*args, **kwargs):
@@ -57,15 +64,17 @@ def undisturbed(draw_value):
 @st.composite
 @undisturbed
 def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights:
-    """ViTs of every kind that is understood; half of them are plain."""
+    """Tiny ViTs with every combination of supported features; half of them are plain."""
     some = st.booleans() if draw(st.booleans()) else st.just(value=False)
+    # Class token and at most one register, unless the readout is drawn too.
     num_prefix = draw(st.integers(1, 2))
     num_read, patch_readout = 1, "none"
     if draw(some):
         num_prefix = draw(st.integers(0, 2))
         num_read = draw(st.integers(0, num_prefix))
-        kinds = ["normed_mean", "mean", *(["none"] if num_read else [])]
-        patch_readout = draw(st.sampled_from(kinds))
+        # A classifier that reads no prefix token must read the patches.
+        readouts = ["normed_mean", "mean", *(["none"] if num_read else [])]
+        patch_readout = draw(st.sampled_from(readouts))
     rotary, neuron_norm = draw(some), draw(some)
     return random_vit(
         draw(st.integers(0, 10**6)),
@@ -73,7 +82,7 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
         num_heads=draw(st.integers(1, max_heads)),
         width=draw(st.integers(4, 12)),
         head_dim=draw(st.sampled_from([2, 4] if rotary else [1, 2, 3, 4])),
-        # Of few numbers a LayerNorm is nearly a step.
+        # A LayerNorm over very few numbers is nearly a step function.
         hidden=draw(st.integers(4 if neuron_norm else 1, 9)),
         patches_per_side=draw(st.integers(1, 2)),
         patch_size=draw(st.integers(1, 2)),
@@ -93,7 +102,7 @@ def vits(draw: st.DrawFn, max_layers: int = 3, max_heads: int = 3) -> ViTWeights
 
 @st.composite
 def cost_models(draw: st.DrawFn) -> CostModel:
-    """Costs that prefer now one way to compute the same, now another."""
+    """Random prices of operations, so that the compiler picks each way to compute the same."""
     factors = st.sampled_from([0.0, 0.01, 1.0, 100.0])
     nanoseconds = {unit: cost * draw(factors) for unit, cost in CostModel().nanoseconds.items()}
     return CostModel(nanoseconds=nanoseconds, batch=draw(st.sampled_from([1, 64])))
@@ -102,16 +111,16 @@ def cost_models(draw: st.DrawFn) -> CostModel:
 @st.composite
 @undisturbed
 def split_circuits(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
-    """Random circuits of edges, heads and neurons, over whole tokens or per kind, also linear."""
+    """Circuits of edges, heads and neurons, over whole tokens or per kind, under any fill."""
     graph = weights.graph_of(draw(st.sampled_from(["all", "split"])))
     circuit = draw(circuits(graph))
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
     kept, neurons = circuit.kept.copy(), None
     if draw(st.booleans()):
-        # Parts only: every edge is there, then whole sources are cut.
+        # A circuit of parts: whole sources are cut, all edges of the others kept.
         kept = graph.edges.copy()
         kept[random.random(len(graph.sources)) < draw(st.sampled_from(DENSITIES))] = False
-        kept[0 : graph.num_kinds] = graph.edges[0 : graph.num_kinds]
+        kept[: graph.num_kinds] = graph.edges[: graph.num_kinds]
     if draw(st.booleans()):
         shape = (graph.num_layers, graph.num_kinds, weights.num_neurons)
         neurons = random.random(shape) < draw(st.sampled_from(DENSITIES))
@@ -122,79 +131,55 @@ def split_circuits(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
 @st.composite
 @undisturbed
 def circuits(draw: st.DrawFn, graph: Graph) -> Circuit:
-    """Random edges at some density, then whole targets and sources cut or restored."""
+    """Random edges at some density, then up to two changes that give the circuit structure."""
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
     density = draw(st.sampled_from(DENSITIES))
     kept = graph.edges & (random.random(graph.edges.shape) < density)
-    for change in draw(st.lists(st.sampled_from(sorted(_CHANGES)), max_size=2)):
-        _CHANGES[change](kept, graph, random)
+    for change in draw(st.lists(st.sampled_from(CHANGES), max_size=2)):
+        _change(kept, graph, random, change)
     if draw(st.integers(0, 3)):
-        _connect(kept, graph, random)
+        # Most random cuts leave logits that are the same for every image. Two short paths
+        # embed -> k or v of a head -> classifier make them depend on the patches.
+        for _ in range(2):
+            layer, head = random.integers(graph.num_layers), random.integers(graph.num_heads)
+            letter, patch = ("v" if random.random() < 0.5 else "k"), graph.num_kinds - 1
+            kept[patch, graph.head_target(int(layer), int(head), letter, patch)] = True
+            kept[graph.head_source(int(layer), int(head)), graph.classifier] = True
     ablation = draw(st.sampled_from(["zero", "mean"]))
     return Circuit(graph=graph, kept=kept & graph.edges, ablation=ablation)
 
 
-def _cut_letter(letter: str):
-    def cut(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-        kept[:, [target.role == letter for target in graph.targets]] = False
-
-    return cut
-
-
-def _cut_some_targets(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    kept[:, random.random(len(graph.targets)) < 0.4] = False
-
-
-def _cut_some_sources(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    kept[random.random(len(graph.sources)) < 0.4] = False
-
-
-def _read_alike(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    kept[:] = kept[:, random.integers(len(graph.targets))][:, None]
-
-
-def _keep_embed_for_keys_and_values(
-    kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator
+def _change(
+    kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator, change: str
 ) -> None:
-    kept[: graph.num_kinds] = [target.role in {"k", "v"} for target in graph.targets]
-
-
-def _cut_embed(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    kept[: graph.num_kinds, random.random(len(graph.targets)) < 0.8] = False
-
-
-def _keep_one_path(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    kept[:] = False
-    source, target = 0, graph.classifier
-    while random.random() < 0.8:
-        readers = [t for t in np.flatnonzero(graph.edges[source]).tolist() if graph.sources_of(t)]
-        if not readers:
-            break
-        target = int(random.choice(readers))
-        kept[source, target] = True
-        source = graph.sources_of(target)[0]
-    kept[source, list(graph.classifiers)] = True
-
-
-def _connect(kept: NDArray[np.bool_], graph: Graph, random: np.random.Generator) -> None:
-    """Most random cuts leave nothing that depends on the image; these let embed through."""
-    for _ in range(2):
-        layer, head = int(random.integers(graph.num_layers)), int(random.integers(graph.num_heads))
-        last = graph.num_kinds - 1
-        letter = "v" if random.random() < 0.5 else "k"
-        kept[graph.embed_source(last), graph.head_target(layer, head, letter, last)] = True
-        kept[graph.head_source(layer, head), graph.classifier] = True
-
-
-_CHANGES = {
-    "cut_q": _cut_letter("q"),
-    "cut_k": _cut_letter("k"),
-    "cut_v": _cut_letter("v"),
-    "cut_mlp": _cut_letter("mlp"),
-    "cut_some_targets": _cut_some_targets,
-    "cut_some_sources": _cut_some_sources,
-    "cut_embed": _cut_embed,
-    "read_alike": _read_alike,
-    "embed_for_kv": _keep_embed_for_keys_and_values,
-    "one_path": _keep_one_path,
-}
+    """Cut or restore edges in place, as one of `CHANGES` says."""
+    roles = np.array([target.role for target in graph.targets])
+    match change:
+        case "q" | "k" | "v" | "mlp":
+            # These inputs become constant.
+            kept[:, roles == change] = False
+        case "some targets":
+            kept[:, random.random(len(graph.targets)) < 0.4] = False
+        case "some sources":
+            kept[random.random(len(graph.sources)) < 0.4] = False
+        case "most of embed":
+            kept[: graph.num_kinds, random.random(len(graph.targets)) < 0.8] = False
+        case "embed for k and v alone":
+            kept[: graph.num_kinds] = np.isin(roles, ["k", "v"])
+        case "all targets read alike":
+            # The compiler lets them share a stream.
+            kept[:] = kept[:, random.integers(len(graph.targets))][:, None]
+        case "one path":
+            kept[:] = False
+            source = 0
+            while random.random() < 0.8:
+                later = np.flatnonzero(graph.edges[source]).tolist()
+                targets = [target for target in later if graph.sources_of(target)]
+                if not targets:
+                    break
+                target = int(random.choice(targets))
+                kept[source, target] = True
+                source = graph.sources_of(target)[0]
+            kept[source, list(graph.classifiers)] = True
+        case _:
+            raise ValueError(change)

@@ -1,7 +1,4 @@
-"""A circuit: which edges and neurons are kept, and how that was found. Immutable.
-
-What it computes is left to the intervention floor.
-"""
+"""A circuit: the edges and neurons that are kept, and how they were found. Immutable."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,17 +16,14 @@ from vitcut.names import Ablation, TokenKind
 from vitcut.store import read_json, sha256_json, write_json
 
 FORMAT_VERSION = 2
-_SAME = ("graph", "task", "ablation")
-_ORIGIN = ("model", "weight_hash", "images_fingerprint")
-"""What of the provenance also holds for what is made of a circuit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Circuit:
-    """The edges and neurons of a graph that are kept, under one ablation of the others.
+    """The edges and neurons of a graph that are kept, and the ablation of all others.
 
-    A head is cut where none of its edges is kept. Two circuits are equal when graph, kept parts and
-    ablation are: what they compute.
+    A head is cut if none of its edges is kept. Circuits are equal if they compute the same: if
+    graph, kept parts and ablation are equal.
     """
 
     graph: Graph
@@ -38,9 +32,9 @@ class Circuit:
     ablation: Ablation
     """What stands in for a cut part."""
     neurons: NDArray[np.bool_] | None = None
-    """True where a neuron is kept, shape [blocks, kinds, neurons]; None where all are."""
+    """True where a neuron is kept, shape [blocks, kinds, neurons]; None if all are kept."""
     method: str = "manual"
-    """Which algorithm chose the parts."""
+    """The algorithm that chose the parts."""
     task: str | None = None
     """Name of the task that the circuit was found for."""
     tau: float | None = None
@@ -49,17 +43,18 @@ class Circuit:
     """Where the circuit comes from: model hash, images, settings; JSON values."""
 
     def __post_init__(self) -> None:
-        kept = np.array(self.kept, dtype=np.bool_)
-        if kept.shape != self.graph.edges.shape:
+        graph, kept = self.graph, np.array(self.kept, dtype=np.bool_)
+        if kept.shape != graph.edges.shape:
             raise CircuitError(
-                f"kept has shape {kept.shape}, this graph needs {self.graph.edges.shape} "
+                f"kept has shape {kept.shape}, this graph needs {graph.edges.shape} "
                 "(sources, targets)"
             )
-        if (kept & ~self.graph.edges).any():
-            source, target = np.argwhere(kept & ~self.graph.edges)[0]
+        wrong = np.argwhere(kept & ~graph.edges)
+        if len(wrong):
+            source, target = wrong[0]
             raise CircuitError(
-                f"{self.graph.sources[source].name} -> {self.graph.targets[target].name} is no "
-                "edge of this graph: the target reads before the source writes"
+                f"{graph.sources[source].name} -> {graph.targets[target].name} is not an edge of "
+                "this graph: the source must write before the target reads, in the same token kind"
             )
         if self.ablation not in get_args(Ablation):
             raise CircuitError(
@@ -67,8 +62,17 @@ class Circuit:
             )
         kept.setflags(write=False)
         object.__setattr__(self, "kept", kept)
-        object.__setattr__(self, "neurons", _checked_neurons(self.graph, self.neurons))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        if self.neurons is not None:
+            neurons = np.array(self.neurons, dtype=np.bool_)
+            places = (graph.num_layers, graph.num_kinds)
+            if neurons.ndim != 3 or neurons.shape[:2] != places or neurons.shape[2] < 1:
+                raise CircuitError(
+                    f"neurons has shape {neurons.shape}, this graph needs ({graph.num_layers}, "
+                    f"{graph.num_kinds}, neurons) (blocks, kinds, neurons)"
+                )
+            neurons.setflags(write=False)
+            object.__setattr__(self, "neurons", neurons)
 
     @classmethod
     def full(cls, graph: Graph, *, ablation: Ablation = "mean") -> "Circuit":
@@ -85,7 +89,7 @@ class Circuit:
         ablation: Ablation,
         **origin: Any,
     ) -> "Circuit":
-        """The circuit that keeps some heads and neurons, and every edge of what it keeps.
+        """The circuit that keeps some heads and neurons, with all edges of the sources it keeps.
 
         Args:
             graph: Over whole tokens or per token kind.
@@ -108,31 +112,65 @@ class Circuit:
         return hash(self.fingerprint)
 
     def __and__(self, other: "Circuit") -> "Circuit":
-        """Parts that both keep."""
+        """The parts that both circuits keep."""
         return self._combine(other, np.logical_and, "and")
 
     def __or__(self, other: "Circuit") -> "Circuit":
-        """Parts that either keeps."""
+        """The parts that either circuit keeps."""
         return self._combine(other, np.logical_or, "or")
 
     def __invert__(self) -> "Circuit":
         """The complement: exactly the edges that this circuit cuts.
 
         Raises:
-            CircuitError: The circuit cuts neurons: edges alone do not say what it is made of.
+            CircuitError: The circuit cuts neurons, so its edges alone do not define a complement.
         """
         if self.neurons is not None:
             raise CircuitError(
-                "a circuit that cuts neurons has no complement over edges: compare it with "
-                "circuits of edges, or of other parts"
+                "a circuit that cuts neurons has no complement over edges: only circuits that keep "
+                "all neurons can be inverted"
             )
         return replace(
             self,
             kept=self.graph.edges & ~self.kept,
             method="complement",
             tau=None,
-            provenance={**self._origin(), "not": self.fingerprint},
+            provenance=self._origin() | {"not": self.fingerprint},
         )
+
+    def _combine(self, other: "Circuit", operation: np.ufunc, how: str) -> "Circuit":
+        for name in ("graph", "task", "ablation", "weight_hash"):
+            own, others = (
+                each.provenance.get(name) if name == "weight_hash" else getattr(each, name)
+                for each in (self, other)
+            )
+            if own != others:
+                raise CircuitError(
+                    "only circuits of one model, task and ablation can be combined, got "
+                    f"{name} {own!r} and {others!r}"
+                )
+        neurons = [each.neurons for each in (self, other) if each.neurons is not None]
+        if len({mask.shape for mask in neurons}) > 1:
+            raise CircuitError(
+                "only circuits of one model can be combined, got "
+                f"{' and '.join(str(mask.shape[2]) for mask in neurons)} neurons per MLP"
+            )
+        if len(neurons) == 1:
+            # The circuit without a mask keeps all its neurons; both operations are symmetric.
+            neurons.append(np.ones_like(neurons[0]))
+        return replace(
+            self,
+            kept=operation(self.kept, other.kept),
+            neurons=operation(*neurons) if neurons else None,
+            method=how,
+            tau=None,
+            provenance=self._origin() | {how: [self.fingerprint, other.fingerprint]},
+        )
+
+    def _origin(self) -> dict[str, Any]:
+        """The part of the provenance that stays true of a circuit made from this one."""
+        names = ("model", "weight_hash", "images_fingerprint")
+        return {name: self.provenance[name] for name in names if name in self.provenance}
 
     def with_ablation(self, ablation: Ablation) -> "Circuit":
         """The same parts under another ablation; the provenance names the one of discovery."""
@@ -146,46 +184,43 @@ class Circuit:
         """The ablation of the search, whatever the circuit's own is now."""
         return self.provenance.get("discovered_under", self.ablation)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of what the circuit computes: graph, kept edges and neurons, ablation."""
-        return sha256_json(self._content())
-
     def split(self, kinds: tuple[TokenKind, ...], readout: tuple[TokenKind, ...]) -> "Circuit":
-        """The same circuit per token kind: every kept edge and neuron is kept in each kind.
+        """The same circuit per token kind: a kept edge or neuron is kept in every kind.
 
         Args:
-            kinds: Those of the model.
-            readout: The ones that the classifier reads.
+            kinds: The token kinds of the model.
+            readout: The kinds that the classifier reads.
 
         Raises:
             CircuitError: The circuit has other token kinds.
         """
         graph = _split_graph(self.graph.unsplit, kinds, readout)
-        if self.graph.kinds and self.graph != graph:
+        if self.graph == graph:
+            return self
+        if self.graph.kinds:
             raise CircuitError(
                 f"the circuit has the token kinds {', '.join(self.graph.kinds)} (readout "
                 f"{', '.join(self.graph.readout)}), the model has {', '.join(kinds)} (readout "
                 f"{', '.join(readout)}): use the model that it was found in"
             )
-        if self.graph.kinds:
-            return self
+        # Number n becomes the K numbers from n K on (see Graph). Repeating gives the classifier K
+        # equal columns, of which one per readout kind stays; pairs of different kinds are no edges.
         many = graph.num_kinds
         kept = np.repeat(np.repeat(self.kept, many, axis=0), many, axis=1)
-        neurons = None if self.neurons is None else np.repeat(self.neurons, many, axis=1)
         kept = kept[:, : len(graph.targets)] & graph.edges
+        neurons = None if self.neurons is None else np.repeat(self.neurons, many, axis=1)
         return replace(self, graph=graph, kept=kept, neurons=neurons)
 
     @cached_property
     def num_kept(self) -> int:
-        """How many edges are kept, structurally dead ones left out."""
+        """How many edges are kept, without structurally dead ones."""
         return int((self.kept & self.graph.useful_edges).sum())
 
     @cached_property
     def read_by_all(self) -> NDArray[np.bool_] | None:
-        """Sources that all their targets read, where every other is read by none; else None.
+        """The sources whose edges are all kept, if every other source keeps none; else None.
 
-        Shape [sources]; None says that some edge is cut while its source is kept.
+        Shape [sources]. None means that some source keeps some of its edges but not all.
         """
         readers = self.kept.sum(axis=1)
         everyone = readers == self.graph.edges.sum(axis=1)
@@ -199,12 +234,13 @@ class Circuit:
     @cached_property
     def reached_sources(self) -> NDArray[np.bool_]:
         """Sources with a kept path from embed, shape [sources]."""
-        reached = np.zeros(len(self.graph.sources), dtype=np.bool_)
         first = self.graph.num_kinds
+        reached = np.zeros(len(self.graph.sources), dtype=np.bool_)
         reached[:first] = True
-        for source in range(first, len(self.graph.sources)):
-            readers = list(self.graph.targets_of(source))
-            reached[source] = bool((self.kept[:, readers] & reached[:, None]).any())
+        # What a source's targets read has smaller numbers, so it is decided by now.
+        for source in range(first, len(reached)):
+            targets = list(self.graph.targets_of(source))
+            reached[source] = bool((self.kept[:, targets] & reached[:, None]).any())
         return reached
 
     @cached_property
@@ -214,32 +250,59 @@ class Circuit:
 
     @cached_property
     def num_heads_kept(self) -> int:
-        """Heads on a kept path from embed to the classifier, in any token kind."""
+        """The number of heads on a kept path from embed to the classifier, in any token kind."""
         return int(self.heads_on_path.any(axis=2).sum())
 
     @cached_property
     def neurons_kept_fraction(self) -> float:
-        """Kept neurons of MLPs that reach the classifier, of all that can; 0 to 1."""
+        """Kept neurons of MLPs that reach the classifier, as a fraction of all that can; 0 to 1."""
         _, live = self.graph.by_block(self.live_sources)
         _, useful = self.graph.by_block(self.graph.find_live(self.graph.edges)[1])
         kept = live[:, :, None] if self.neurons is None else self.neurons & live[:, :, None]
         return float(kept.mean(axis=2).sum() / useful.sum())
 
-    def save(self, path: str | Path) -> None:
-        """Write ``circuit.json``, atomically."""
-        write_json(path, self.to_dict())
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the circuit computes: graph, kept edges and neurons, ablation."""
+        return sha256_json(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        """What the circuit computes, as JSON values."""
+        graph = self.graph
+        shape: dict[str, Any] = {"num_layers": graph.num_layers, "num_heads": graph.num_heads}
+        if graph.kinds:
+            # The file format calls token kinds "groups".
+            shape |= {"groups": list(graph.kinds), "readout": list(graph.readout)}
+        names = [source.name for source in graph.sources]
+        kept = {
+            target.name: [names[source] for source in np.flatnonzero(self.kept[:, number])]
+            for number, target in enumerate(graph.targets)
+        }
+        content: dict[str, Any] = {"graph": shape, "ablation": self.ablation, "kept": kept}
+        if self.neurons is not None:
+            by_mlp = {
+                names[graph.mlp_source(*place)]: np.flatnonzero(self.neurons[place]).tolist()
+                for place in np.ndindex(self.neurons.shape[:2])
+            }
+            content["neurons"] = {"per_mlp": self.neurons.shape[2], "kept": by_mlp}
+        return content
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``circuit.json``, with a hash of all of it."""
-        origin = {
+        content = {
+            "format_version": FORMAT_VERSION,
             "method": self.method,
             "task": self.task,
             "tau": self.tau,
             "provenance": dict(self.provenance),
             "fingerprint": self.fingerprint,
+            **self._content(),
         }
-        content = {"format_version": FORMAT_VERSION, **origin, **self._content()}
         return {**content, "sha256": sha256_json(content)}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``circuit.json``, atomically."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":
@@ -251,12 +314,29 @@ class Circuit:
         content = read_json(path, kind="circuit", newest_version=FORMAT_VERSION)
         try:
             hashed = content.pop("sha256")
-            sound = sha256_json(content) == hashed
-            graph = _graph_from(content["graph"])
+            unaltered = sha256_json(content) == hashed
+            written = content["graph"]
+            graph = Graph(
+                num_layers=written["num_layers"],
+                num_heads=written["num_heads"],
+                kinds=tuple(written.get("groups", ())),
+                readout=tuple(written.get("readout", ())),
+            )
+            kept = np.zeros(graph.edges.shape, dtype=np.bool_)
+            for target, sources in content["kept"].items():
+                numbers = [graph.source_numbers[source] for source in sources]
+                kept[numbers, graph.target_numbers[target]] = True
+            neurons = None
+            if (listed := content.get("neurons")) is not None:
+                shape = (graph.num_layers, graph.num_kinds, listed["per_mlp"])
+                neurons = np.zeros(shape, dtype=np.bool_)
+                for layer, kind in np.ndindex(shape[:2]):
+                    name = graph.sources[graph.mlp_source(layer, kind)].name
+                    neurons[layer, kind, listed["kept"][name]] = True
             circuit = cls(
                 graph=graph,
-                kept=_kept_from_names(graph, content["kept"]),
-                neurons=_neurons_from_lists(graph, content.get("neurons")),
+                kept=kept,
+                neurons=neurons,
                 ablation=content["ablation"],
                 method=content["method"],
                 task=content["task"],
@@ -265,113 +345,17 @@ class Circuit:
             )
         except (LookupError, TypeError, ValueError, AttributeError, CircuitError) as error:
             raise ArtefactError(f"{path} is not a valid circuit: {error!r}") from None
-        if not sound:
+        if not unaltered:
             raise ArtefactError(
-                f"{path} was altered: its hash is not the one that it was written with; discover "
-                "the circuit again"
+                f"{path} was altered: its hash is not the one it was written with; discover the "
+                "circuit again"
             )
         return circuit
-
-    def _content(self) -> dict[str, Any]:
-        graph: dict[str, Any] = {
-            "num_layers": self.graph.num_layers,
-            "num_heads": self.graph.num_heads,
-        }
-        if self.graph.kinds:
-            graph |= {"groups": list(self.graph.kinds), "readout": list(self.graph.readout)}
-        names = [source.name for source in self.graph.sources]
-        kept = {
-            target.name: [names[source] for source in np.flatnonzero(self.kept[:, number])]
-            for number, target in enumerate(self.graph.targets)
-        }
-        content = {"graph": graph, "ablation": self.ablation, "kept": kept}
-        return content if self.neurons is None else {**content, "neurons": self._neuron_lists()}
-
-    def _neuron_lists(self) -> dict[str, Any]:
-        """The kept neurons of each MLP, by the name of its source."""
-        neurons = np.empty((0, 0, 0)) if self.neurons is None else self.neurons
-        kept = {
-            self.graph.sources[self.graph.mlp_source(layer, kind)].name: np.flatnonzero(
-                neurons[layer, kind]
-            ).tolist()
-            for layer, kind in np.ndindex(neurons.shape[:2])
-        }
-        return {"per_mlp": neurons.shape[2], "kept": kept}
-
-    def _origin(self) -> dict[str, Any]:
-        return {key: self.provenance[key] for key in _ORIGIN if key in self.provenance}
-
-    def _combine(self, other: "Circuit", operation: np.ufunc, how: str) -> "Circuit":
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _SAME}
-        hashes = self.provenance.get("weight_hash"), other.provenance.get("weight_hash")
-        for name, (own, others) in {**pairs, "weight_hash": hashes}.items():
-            if own != others:
-                raise CircuitError(
-                    f"only circuits of one model, task and ablation can be combined, got {name} "
-                    f"{own!r} and {others!r}"
-                )
-        neurons = [item.neurons for item in (self, other) if item.neurons is not None]
-        if len({item.shape for item in neurons}) > 1:
-            raise CircuitError(
-                "only circuits of one model can be combined, got "
-                + " and ".join(f"{item.shape[2]}" for item in neurons)
-                + " neurons per MLP"
-            )
-        if len(neurons) == 1:
-            neurons.append(np.ones_like(neurons[0]))
-        return replace(
-            self,
-            kept=operation(self.kept, other.kept),
-            neurons=operation(*neurons) if neurons else None,
-            method=how,
-            tau=None,
-            provenance={**self._origin(), how: [self.fingerprint, other.fingerprint]},
-        )
 
 
 @cache
 def _split_graph(
     whole: Graph, kinds: tuple[TokenKind, ...], readout: tuple[TokenKind, ...]
 ) -> Graph:
-    """The same graph per token kind; its parts are listed once for all circuits of a model."""
+    """The graph per token kind, made once: its lists of parts are shared by all circuits."""
     return replace(whole, kinds=kinds, readout=readout)
-
-
-def _kept_from_names(graph: Graph, names: Mapping[str, list[str]]) -> NDArray[np.bool_]:
-    kept = np.zeros(graph.edges.shape, dtype=np.bool_)
-    for target, sources in names.items():
-        for source in sources:
-            kept[graph.source_numbers[source], graph.target_numbers[target]] = True
-    return kept
-
-
-def _graph_from(content: Mapping[str, Any]) -> Graph:
-    stored = {"kinds": "groups", "readout": "readout"}
-    kinds = {name: tuple(content[key]) for name, key in stored.items() if key in content}
-    return Graph(num_layers=content["num_layers"], num_heads=content["num_heads"], **kinds)
-
-
-def _checked_neurons(graph: Graph, neurons: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-    if neurons is None:
-        return None
-    checked = np.array(neurons, dtype=np.bool_)
-    places = (graph.num_layers, graph.num_kinds)
-    if checked.ndim != 3 or checked.shape[:2] != places or checked.shape[2] < 1:
-        raise CircuitError(
-            f"neurons has shape {checked.shape}, this graph needs ({graph.num_layers}, "
-            f"{graph.num_kinds}, neurons) (blocks, kinds, neurons)"
-        )
-    checked.setflags(write=False)
-    return checked
-
-
-def _neurons_from_lists(
-    graph: Graph, content: Mapping[str, Any] | None
-) -> NDArray[np.bool_] | None:
-    if content is None:
-        return None
-    neurons = np.zeros((graph.num_layers, graph.num_kinds, content["per_mlp"]), dtype=np.bool_)
-    for layer, kind in np.ndindex(neurons.shape[:2]):
-        name = graph.sources[graph.mlp_source(layer, kind)].name
-        neurons[layer, kind, content["kept"][name]] = True
-    return neurons

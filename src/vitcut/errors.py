@@ -1,16 +1,16 @@
-"""Every error that vitcut raises on purpose; what a bug raises is left to Python.
+"""The errors that vitcut raises on purpose.
 
-A message says what was got, what was expected and what to do. The command line prints it as one
-line and exits with code 2.
+A message says in one line what was got, what was expected and what to do. The command line prints
+it and exits with code 2.
 """
 
 
 class VitcutError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(VitcutError):
-    """A setting is out of range, unknown, or contradicts another."""
+    """A setting is unknown, out of range, or contradicts another one."""
 
 
 class DataError(VitcutError):
@@ -18,15 +18,15 @@ class DataError(VitcutError):
 
 
 class TaskError(VitcutError):
-    """A label file is malformed, or does not fit the data."""
+    """A label file is malformed or does not fit the data."""
 
 
 class ModelError(VitcutError):
-    """A model cannot be loaded, or holds values that cannot be computed with."""
+    """A model cannot be loaded, or its weights cannot be computed with."""
 
 
 class UnsupportedModelError(ModelError):
-    """A model has a feature that vitcut does not understand; it is named."""
+    """A model has a feature that vitcut does not support; the message names it."""
 
 
 class CircuitError(VitcutError):
@@ -34,7 +34,7 @@ class CircuitError(VitcutError):
 
 
 class ArtefactError(VitcutError):
-    """A file written by vitcut is missing, damaged, of a newer version or of another run."""
+    """A file written by vitcut is missing, damaged, too new, or belongs to another run."""
 
 
 class ExactnessError(VitcutError):

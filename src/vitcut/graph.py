@@ -1,16 +1,29 @@
-"""The residual graph of a ViT: sources write, targets read, edges join them. Knows no tensors.
+"""The residual graph of a ViT: sources write to the residual stream, targets read from it.
 
-Sources in the order in which they write: ``embed``, then per block its heads and its MLP. A target
-reads every source written before it. The counting follows EAP and AutoCircuit: one edge per source
-and per q, k or v input of a head.
+Numbers and names only, no tensors. Sources are numbered in the order in which they write: embed,
+then per block its heads and its MLP. A target reads all sources written before it: these pairs are
+the edges. As in EAP and AutoCircuit, each q, k and v input of a head is a target of its own.
 
-With token kinds every source, target and edge exists once per kind. A target reads the sources of
-its own kind; queries of a kind feed the head's source of that kind, keys and values of every
-kind feed the head's sources of all kinds; the classifier reads the readout kinds alone.
+With token kinds there is one source, target and edge per kind, and one stream per kind. A head and
+the MLP of one block, for two kinds (targets in brackets, sources in parentheses, o is a sum)::
+
+    cls ----+----------+----------------o-----------+--------------o---> [classifier.cls]
+            |          |                |           |              |
+            |       [q.cls] -----> (attn.cls)   [mlp.cls] ---> (mlp.cls)
+            |                           ^
+      [k.cls, v.cls] -------------------+
+      [k.patch, v.patch] ---------------+
+            |                           v
+            |      [q.patch] ---> (attn.patch)  [mlp.patch] -> (mlp.patch)
+            |          |                |           |              |
+    patch --+----------+----------------o-----------+--------------o---> [classifier.patch]
+
+A query sees the keys and values of all tokens, so k and v of each kind feed the head's sources of
+all kinds. Only kinds that are read out have a classifier.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Literal
@@ -21,58 +34,53 @@ from numpy.typing import NDArray
 from vitcut.errors import CircuitError
 from vitcut.names import LETTERS, TOKEN_KINDS, Letter, TokenKind, Tokens
 
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What writes into the residual stream."""
-
-    role: Literal["embed", "head", "mlp"]
-    layer: int
-    """Block number; -1 for embed."""
-    head: int
-    """Head number within the block; -1 unless a head."""
-    kind: TokenKind | None = None
-    """The tokens that it writes to; None for all."""
-
-    @property
-    def name(self) -> str:
-        """``embed``, ``attn.L.H`` or ``mlp.L``, followed by ``.GROUP`` where there are kinds."""
-        if self.role == "embed":
-            return _of_kind("embed", self.kind)
-        name = f"attn.{self.layer}.{self.head}" if self.role == "head" else f"mlp.{self.layer}"
-        return _of_kind(name, self.kind)
+SiteKey = tuple[int, str, int]
+"""Block, "heads" or "neurons", number of the token kind: parts that can stand in for each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """What reads the residual stream, before its LayerNorm."""
+class Place:
+    """A source or a target; targets read before their LayerNorm."""
 
-    role: Literal["q", "k", "v", "mlp", "classifier"]
+    role: Literal["embed", "head", "q", "k", "v", "mlp", "classifier"]
+    """An MLP has a target and a source of the same role and name."""
     layer: int
-    """Block number; the number of blocks for the classifier."""
-    head: int
-    """Head number within the block; -1 unless q, k or v."""
+    """Block number; -1 for embed, the number of blocks for the classifier."""
+    head: int = -1
+    """Head number within the block, for the roles head, q, k and v."""
     kind: TokenKind | None = None
-    """The tokens that it reads; None for all."""
+    """The tokens that are written or read; None for all tokens."""
 
     @property
     def name(self) -> str:
-        """``attn.L.H.q`` (k, v), ``mlp.L`` or ``classifier``, with ``.GROUP`` as for sources."""
-        if self.role == "classifier":
-            return _of_kind("classifier", self.kind)
-        if self.role == "mlp":
-            return _of_kind(f"mlp.{self.layer}", self.kind)
-        return _of_kind(f"attn.{self.layer}.{self.head}.{self.role}", self.kind)
+        """``embed``, ``attn.L.H`` (``.q``, ``.k``, ``.v``), ``mlp.L`` or ``classifier``.
+
+        With token kinds, ``.KIND`` is appended.
+        """
+        if self.role in {"embed", "classifier"}:
+            name = self.role
+        elif self.role == "mlp":
+            name = f"mlp.{self.layer}"
+        else:
+            name = f"attn.{self.layer}.{self.head}"
+            name += "" if self.role == "head" else f".{self.role}"
+        return name if self.kind is None else f"{name}.{self.kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """All sources, targets and edges of a pre-norm ViT, over whole tokens or per token kind.
 
-    Numbers: a source of the unsplit graph keeps its place, with one number per kind; targets
-    likewise, the classifier with one per readout kind. Methods that take a ``kind`` take its
-    position in ``kinds``; without kinds it is 0.
+    Methods that take a ``kind`` take its position in ``kinds``; without kinds it is 0.
     """
+
+    # Numbering. Without kinds, block L of H heads has the sources
+    #     1 + L (H + 1) + {0 ... H-1 heads, H the MLP}          after embed, which is 0
+    # and the targets
+    #     L (3H + 1) + {0 ... H-1 all q, H ... all k, 2H ... all v, 3H the MLP}
+    # with the classifier last. With K kinds, number n becomes the K numbers n K + kind. So the
+    # parts of one kind are a slice with step K, except the classifier: it has one number per kind
+    # of the readout.
 
     num_layers: int
     num_heads: int
@@ -87,17 +95,20 @@ class Graph:
                 f"a graph needs at least 1 block and 1 head, got {self.num_layers} blocks of "
                 f"{self.num_heads} heads"
             )
-        for name, chosen, known in (
+        for field, chosen, known in (
             ("kinds", self.kinds, TOKEN_KINDS),
             ("readout", self.readout, self.kinds),
         ):
-            if tuple(kind for kind in known if kind in chosen) != chosen:
+            if chosen != tuple(kind for kind in known if kind in chosen):
                 raise CircuitError(
-                    f"{name} must be different ones of {', '.join(known) or 'no kind'}, in this "
+                    f"{field} must be distinct kinds from {', '.join(known) or '(none)'}, in this "
                     f"order, got {', '.join(chosen)}"
                 )
         if bool(self.kinds) != bool(self.readout):
-            raise CircuitError("a graph has token kinds and readout kinds, or neither")
+            raise CircuitError(
+                f"kinds and readout must both be given or both be empty, got {self.kinds} and "
+                f"{self.readout}"
+            )
 
     @property
     def tokens(self) -> Tokens:
@@ -106,7 +117,7 @@ class Graph:
 
     @property
     def num_kinds(self) -> int:
-        """Sources per writer: 1 for whole tokens."""
+        """The number of token kinds; 1 for whole tokens."""
         return max(1, len(self.kinds))
 
     @cached_property
@@ -115,42 +126,43 @@ class Graph:
         return Graph(num_layers=self.num_layers, num_heads=self.num_heads)
 
     @cached_property
-    def sources(self) -> tuple[Source, ...]:
-        """Every source, in the order in which they write."""
-        kinds = self.kinds or (None,)
-        found = [Source(role="embed", layer=-1, head=-1, kind=kind) for kind in kinds]
+    def sources(self) -> tuple[Place, ...]:
+        """All sources, in the order in which they write."""
+        whole = [Place(role="embed", layer=-1)]
         for layer in range(self.num_layers):
-            found += [
-                Source(role="head", layer=layer, head=head, kind=kind)
-                for head, kind in product(range(self.num_heads), kinds)
-            ]
-            found += [Source(role="mlp", layer=layer, head=-1, kind=kind) for kind in kinds]
-        return tuple(found)
+            whole += [Place(role="head", layer=layer, head=head) for head in range(self.num_heads)]
+            whole += [Place(role="mlp", layer=layer)]
+        numbered = product(whole, self.kinds or (None,))
+        return tuple(replace(source, kind=kind) for source, kind in numbered)
 
     @cached_property
-    def targets(self) -> tuple[Target, ...]:
-        """Every target, in the order in which they read: per block q, k, v, then the MLP."""
-        kinds = self.kinds or (None,)
-        found: list[Target] = []
+    def targets(self) -> tuple[Place, ...]:
+        """All targets, in the order in which they read: per block q, k, v, then the MLP."""
+        whole: list[Place] = []
         for layer in range(self.num_layers):
-            found += [
-                Target(role=letter, layer=layer, head=head, kind=kind)
-                for letter, head, kind in product(LETTERS, range(self.num_heads), kinds)
-            ]
-            found += [Target(role="mlp", layer=layer, head=-1, kind=kind) for kind in kinds]
-        found += [
-            Target(role="classifier", layer=self.num_layers, head=-1, kind=kind)
-            for kind in self.readout or (None,)
+            inputs = product(LETTERS, range(self.num_heads))
+            whole += [Place(role=letter, layer=layer, head=head) for letter, head in inputs]
+            whole += [Place(role="mlp", layer=layer)]
+        last = Place(role="classifier", layer=self.num_layers)
+        numbered = [
+            *product(whole, self.kinds or (None,)),
+            *product([last], self.readout or (None,)),
         ]
-        return tuple(found)
+        return tuple(replace(target, kind=kind) for target, kind in numbered)
 
-    def kind_number(self, part: Source | Target) -> int:
+    @cached_property
+    def source_numbers(self) -> dict[str, int]:
+        """The number of each source, by name."""
+        return {source.name: number for number, source in enumerate(self.sources)}
+
+    @cached_property
+    def target_numbers(self) -> dict[str, int]:
+        """The number of each target, by name."""
+        return {target.name: number for number, target in enumerate(self.targets)}
+
+    def kind_number(self, place: Place) -> int:
         """The position of a source's or target's kind in ``kinds``; 0 for whole tokens."""
-        return 0 if part.kind is None else self.kinds.index(part.kind)
-
-    def embed_source(self, kind: int = 0) -> int:
-        """The number of the source ``embed``."""
-        return kind
+        return 0 if place.kind is None else self.kinds.index(place.kind)
 
     def head_source(self, layer: int, head: int, kind: int = 0) -> int:
         """The number of the source ``attn.layer.head``."""
@@ -162,41 +174,40 @@ class Graph:
 
     def head_target(self, layer: int, head: int, letter: Letter, kind: int = 0) -> int:
         """The number of the target ``attn.layer.head.letter``."""
-        block = layer * (3 * self.num_heads + 1)
-        place = block + LETTERS.index(letter) * self.num_heads + head
+        first = layer * (3 * self.num_heads + 1)
+        place = first + LETTERS.index(letter) * self.num_heads + head
         return place * self.num_kinds + kind
 
     def letter_targets(self, layer: int, letter: Letter, kind: int = 0) -> range:
-        """The numbers of the targets ``attn.layer.*.letter`` of a kind, one per head."""
+        """The numbers of the targets ``attn.layer.*.letter`` of one kind, one per head."""
         first = self.head_target(layer, 0, letter, kind)
         return range(first, first + self.num_heads * self.num_kinds, self.num_kinds)
 
     def mlp_target(self, layer: int, kind: int = 0) -> int:
-        """The number of the target ``mlp.layer``."""
+        """The number of the target ``mlp.layer``: the last of its block."""
         return self.head_target(layer + 1, 0, "q", kind) - self.num_kinds
 
     @cached_property
     def classifiers(self) -> tuple[int, ...]:
-        """The numbers of the targets ``classifier``, one per readout kind; the last ones."""
+        """The numbers of the targets ``classifier``: the last ones, one per readout kind."""
         first = self.head_target(self.num_layers, 0, "q")
         return tuple(range(first, first + max(1, len(self.readout))))
 
     @property
     def classifier(self) -> int:
-        """The number of the first target ``classifier``: the only one of a single readout."""
+        """The number of the first target ``classifier``; the only one if one kind is read out."""
         return self.classifiers[0]
 
     def target_of_kind(self, target: int, kind: int) -> int | None:
-        """The number of an unsplit graph's target in a kind; None where no classifier reads it."""
-        if target != self.unsplit.classifier:
-            return target * self.num_kinds + kind
-        if not self.kinds:
-            return target
-        name = self.kinds[kind]
-        return self.classifiers[self.readout.index(name)] if name in self.readout else None
+        """The number that a target of the unsplit graph has here, for one kind.
+
+        None for the classifier of a kind that is not read out.
+        """
+        name = self.kinds[kind] if self.kinds else None
+        return self.target_numbers.get(replace(self.unsplit.targets[target], kind=name).name)
 
     def sources_of(self, target: int) -> tuple[int, ...]:
-        """The sources that are computed from a target; the classifier feeds none."""
+        """The sources that are computed from a target; none from the classifier."""
         item = self.targets[target]
         if item.role == "classifier":
             return ()
@@ -207,9 +218,9 @@ class Graph:
         return tuple(self.head_source(item.layer, item.head, kind) for kind in kinds)
 
     def targets_of(self, source: int) -> tuple[int, ...]:
-        """The targets that a source is computed from: q, k, v of a head, the MLP's own, or none.
+        """The targets that a source is computed from; none for embed.
 
-        Of a head: q of the source's own kind, then k of every kind, then v of every kind.
+        For a head: q of the source's own kind, then k of all kinds, then v of all kinds.
         """
         item = self.sources[source]
         if item.role == "embed":
@@ -217,24 +228,22 @@ class Graph:
         own = self.kind_number(item)
         if item.role == "mlp":
             return (self.mlp_target(item.layer, own),)
-        query = self.head_target(item.layer, item.head, "q", own)
+        layer, head, kinds = item.layer, item.head, range(self.num_kinds)
         return (
-            query,
-            *(
-                self.head_target(item.layer, item.head, letter, kind)
-                for letter in ("k", "v")
-                for kind in range(self.num_kinds)
-            ),
+            self.head_target(layer, head, "q", own),
+            *(self.head_target(layer, head, "k", kind) for kind in kinds),
+            *(self.head_target(layer, head, "v", kind) for kind in kinds),
         )
 
     def num_written(self, target: int) -> int:
         """How many sources of the unsplit graph are written before a target reads."""
         item = self.targets[target]
+        # Attention reads before the heads of its own block write, the MLP after them.
         heads = self.num_heads if item.role == "mlp" else 0
         return 1 + item.layer * (self.num_heads + 1) + heads
 
     def readable(self, target: int) -> range:
-        """The numbers of the sources that a target can read, in the order of writing."""
+        """The numbers of the sources that a target can read, in the order in which they write."""
         kind = self.kind_number(self.targets[target])
         return range(kind, self.num_written(target) * self.num_kinds, self.num_kinds)
 
@@ -254,23 +263,22 @@ class Graph:
 
     @cached_property
     def useful_edges(self) -> NDArray[np.bool_]:
-        """Edges from which the classifier can be reached, shape [sources, targets]; read-only.
+        """The edges with a path to the classifier, shape [sources, targets]; read-only.
 
-        The others are structurally dead, as in the last block where the classifier reads no patch:
-        percentages leave them out.
+        The others are structurally dead, for example what the patches of the last block read if
+        the classifier reads no patches. They are left out of percentages.
         """
-        live, _ = self.find_live(self.edges)
-        useful = self.edges & live
+        useful = self.edges & self.find_live(self.edges)[0]
         useful.setflags(write=False)
         return useful
 
     @cached_property
     def num_useful_edges(self) -> int:
-        """The number of edges from which the classifier can be reached."""
+        """The number of edges with a path to the classifier."""
         return int(self.useful_edges.sum())
 
     def find_live(self, kept: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """What has a path to the classifier along kept edges.
+        """Find the targets and sources that have a path of kept edges to the classifier.
 
         Args:
             kept: True where an edge is kept, shape [sources, targets].
@@ -281,7 +289,8 @@ class Graph:
         targets = np.zeros(len(self.targets), dtype=np.bool_)
         targets[list(self.classifiers)] = True
         sources = np.zeros(len(self.sources), dtype=np.bool_)
-        # A key or value target reads before any source that it feeds is written.
+        # One pass is enough. Every reader of a source feeds only sources with larger numbers (or
+        # is the classifier), so in descending order its readers are decided before the source is.
         for source in reversed(range(len(self.sources))):
             sources[source] = bool((kept[source] & targets).any())
             if sources[source]:
@@ -291,38 +300,29 @@ class Graph:
     def by_block(
         self, of_sources: NDArray[np.bool_]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """What holds of each source, by block; views where ``of_sources`` is contiguous.
+        """Arrange one value per source by block; embed is left out.
 
         Args:
-            of_sources: Shape [sources]; embed is left out.
+            of_sources: Shape [sources].
 
         Returns:
-            Of heads, shape [blocks, heads, kinds], and of MLPs, shape [blocks, kinds].
+            Those of heads, shape [blocks, heads, kinds], and of MLPs, shape [blocks, kinds]; views
+            if ``of_sources`` is contiguous.
         """
         shape = (self.num_layers, self.num_heads + 1, self.num_kinds)
         found = of_sources[self.num_kinds :].reshape(shape)
         return found[:, :-1], found[:, -1]
 
-    @cached_property
-    def source_numbers(self) -> dict[str, int]:
-        """Source names to numbers."""
-        return {source.name: number for number, source in enumerate(self.sources)}
-
-    @cached_property
-    def target_numbers(self) -> dict[str, int]:
-        """Target names to numbers."""
-        return {target.name: number for number, target in enumerate(self.targets)}
-
     def of_kind(self, kept: NDArray[np.bool_], kind: int) -> NDArray[np.bool_]:
-        """The edges of one kind as edges of the unsplit graph.
+        """The edges of one kind, as edges of the unsplit graph.
 
         Args:
             kept: True where an edge is kept, shape [sources, targets].
             kind: Position of the kind.
 
         Returns:
-            Shape [sources, targets] of the unsplit graph; a classifier that the kind lacks reads
-            nothing.
+            Shape [sources, targets] of the unsplit graph. The classifier of a kind that is not read
+            out keeps no edge.
         """
         columns = [t for t, item in enumerate(self.targets) if self.kind_number(item) == kind]
         found = np.zeros(self.unsplit.edges.shape, dtype=np.bool_)
@@ -330,11 +330,11 @@ class Graph:
         return found
 
     def backward_order(self) -> Iterator[int]:
-        """Targets as ACDC visits them.
+        """Iterate over the targets in the order in which ACDC visits them.
 
-        The classifier, then per block from the last: its MLP, all v, all k, all q, heads
-        descending in each (order of Conmy et al. 2023, arXiv:2304.14997, code version 1.1); of
-        each the kinds in their order.
+        The classifier first, then per block from the last: its MLP, all v, all k, all q, each with
+        heads descending and kinds in their own order. This is the order of Conmy et al. 2023
+        (arXiv:2304.14997, code version 1.1).
         """
         yield from self.classifiers
         kinds = range(self.num_kinds)
@@ -343,7 +343,3 @@ class Graph:
             for letter in reversed(LETTERS):
                 for head, kind in product(reversed(range(self.num_heads)), kinds):
                     yield self.head_target(layer, head, letter, kind)
-
-
-def _of_kind(name: str, kind: TokenKind | None) -> str:
-    return name if kind is None else f"{name}.{kind}"

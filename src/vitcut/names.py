@@ -1,47 +1,52 @@
-"""Closed sets of words that several floors share."""
+"""Closed sets of words that several files share, grouped by what they are about."""
 
-from typing import Literal
+from typing import Literal, get_args
+
+# Circuits
 
 Ablation = Literal["zero", "mean", "resample", "linear"]
 """What stands in for a cut part."""
 
 EdgeAblation = Literal["zero", "mean", "resample"]
-"""What stands in for a cut edge; a linear fill is of whole parts."""
+"""What stands in for a cut edge; a linear fill is for whole parts only."""
 
 Criterion = Literal["increment", "total"]
 """What ACDC compares with tau: the rise of the KL divergence, or the KL divergence itself."""
 
-PairMode = Literal["each_other_group", "one_random"]
-"""Corrupted images per clean image: one from each other group, or one from a random other group."""
+# Models
 
-RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino"]
-"""What executes a model; every measured latency names its own."""
+Letter = Literal["q", "k", "v"]
+"""The inputs of a head: queries, keys and values."""
 
-Split = Literal["train", "val", "test"]
-"""Disjoint image sets: fitting and calibration, choosing, and reporting."""
+LETTERS: tuple[Letter, ...] = get_args(Letter)
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
-"""What stands between the two products of an MLP."""
+TokenKind = Literal["cls", "register", "patch"]
+"""Prefix tokens that the classifier reads, other prefix tokens, and patch tokens."""
+
+TOKEN_KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
+
+Tokens = Literal["all", "split"]
+"""Whether parts are over whole tokens, or exist once per token kind."""
 
 PatchReadout = Literal["none", "normed_mean", "mean"]
 """What the classifier reads of the patches: nothing, the mean of their LayerNorms, or the LayerNorm
 of their mean."""
 
-Letter = Literal["q", "k", "v"]
-"""What a head computes of its input: queries, keys, values."""
-
-LETTERS: tuple[Letter, ...] = ("q", "k", "v")
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+"""The nonlinearity of an MLP."""
 
 SHIPPED_MODEL = "animals"
 """The model that comes with vitcut, and the name of its task."""
 
-SiteKey = tuple[int, str, int]
-"""Block, "heads" or "neurons", position of the token kind: parts that can stand in for another."""
+# Images
 
-Tokens = Literal["all", "split"]
-"""Whether parts are over whole tokens or exist once per token kind."""
+Split = Literal["train", "val", "test"]
+"""Disjoint sets of images: for training and calibration, for choices, and for reported results."""
 
-TokenKind = Literal["cls", "register", "patch"]
-"""Prefix tokens that the classifier reads, other prefix tokens, patch tokens."""
+PairMode = Literal["each_other_group", "one_random"]
+"""Corrupted images per clean image: one from each other group, or one from a random other group."""
 
-TOKEN_KINDS: tuple[TokenKind, ...] = ("cls", "register", "patch")
+# Runtimes
+
+RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino"]
+"""The software that runs a model; every measured latency names its own."""

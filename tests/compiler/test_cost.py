@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from strategies import parts_per_group
+from strategies import parts_per_kind
 from tiny import REFERENCE, random_vit
 
 from vitcut.circuit import Circuit
@@ -50,7 +50,7 @@ def test_the_elements_of_a_plan_grow_with_the_batch_and_its_operations_do_not():
 
 def test_a_product_pays_for_whole_panels():
     weights = random_vit(hidden=20, width=32, num_heads=4, head_dim=8, num_layers=3)
-    plan = plan_circuit(weights.shape, parts_per_group(weights))
+    plan = plan_circuit(weights.shape, parts_per_kind(weights))
     whole, spread = (
         count_operations(plan, CostModel(batch=1, smooth=smooth))["product"]
         for smooth in (False, True)

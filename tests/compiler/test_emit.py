@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import cost_models, parts_per_group, skipping_a_head, split_circuits, vits
+from strategies import cost_models, parts_per_kind, skipping_a_head, split_circuits, vits
 from tiny import random_fill, random_pixels, random_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,7 +87,7 @@ def test_heads_that_are_no_neighbours_share_a_product():
 
 def test_one_single_patch_is_a_row_too():
     weights = random_vit(patches_per_side=1, num_heads=3)
-    for circuit in (Circuit.full(weights.graph), parts_per_group(weights)):
+    for circuit in (Circuit.full(weights.graph), parts_per_kind(weights)):
         fill = random_fill(weights, circuit)
         compact = compile_circuit(weights, circuit, fill, dtype=torch.float64)
         verify(compact, weights, circuit, fill, random_pixels(weights))
@@ -95,7 +95,7 @@ def test_one_single_patch_is_a_row_too():
 
 def test_bfloat16_autocast_gives_the_logits_roughly_and_trains():
     weights = random_vit(num_heads=3).to(torch.float32)
-    for circuit in (Circuit.full(weights.graph), parts_per_group(weights)):
+    for circuit in (Circuit.full(weights.graph), parts_per_kind(weights)):
         compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
         pixels = random_pixels(weights)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -220,7 +220,7 @@ def test_a_fill_of_another_shape_is_refused():
 
 def test_a_product_that_is_replaced_or_watched_is_called():
     weights = random_vit(num_layers=3, num_heads=4, width=32, head_dim=8, hidden=20)
-    circuit = parts_per_group(weights)
+    circuit = parts_per_kind(weights)
     compact = compile_circuit(weights, circuit, random_fill(weights, circuit), dtype=torch.float64)
     pixels = random_pixels(weights)
     before = compact(pixels)

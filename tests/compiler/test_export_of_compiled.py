@@ -2,7 +2,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from strategies import parts_per_group, skipping_a_head
+from strategies import parts_per_kind, skipping_a_head
 from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
@@ -37,7 +37,7 @@ def with_tables(density, letters_cut):
 def per_group():
     """Block 0 keeps parts of both groups, block 1 of the class token alone."""
     weights = random_vit(num_layers=2, num_heads=3, width=16, hidden=9).to(torch.float32)
-    circuit = parts_per_group(weights)
+    circuit = parts_per_kind(weights)
     compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
     groups = [group for block in compact.plan.blocks for group in block.attention.head_sets]
     assert any(group.keys for group in groups)
@@ -50,7 +50,7 @@ def with_every_kind_of_block():
     kinds = {"gated": True, "neuron_norm": True, "head_norm": True, "rotary": True}
     weights = random_vit(num_layers=2, num_heads=3, width=16, head_dim=4, hidden=9, **kinds)
     weights = weights.to(torch.float32)
-    circuit = parts_per_group(weights)
+    circuit = parts_per_kind(weights)
     compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
     assert any(0 < mlp.hidden < 9 for block in compact.plan.blocks for mlp in block.mlps)
     return compact, weights

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import circuits, parts_per_group
+from strategies import circuits, parts_per_kind
 from tiny import REFERENCE, random_vit
 
 from vitcut.circuit import Circuit
@@ -122,7 +122,7 @@ NO_OVERHEAD = CostModel(nanoseconds=CostModel().nanoseconds | {"operation": 0.0,
 
 def parts_plan(**changes):
     weights = random_vit(num_layers=3, num_heads=4, width=32, head_dim=8, hidden=20)
-    circuit = dataclasses.replace(parts_per_group(weights), **changes)
+    circuit = dataclasses.replace(parts_per_kind(weights), **changes)
     return plan_circuit(weights.shape, circuit, NO_OVERHEAD)
 
 

@@ -169,7 +169,7 @@ def test_what_a_group_is_asked_for_is_computed_once_for_all_that_read_it(monkeyp
 
     monkeypatch.setattr("vitcut.discovery.propagation.project_head", counted)
     patch, num_patches = graph.kinds.index("patch"), weights.num_tokens - weights.num_prefix
-    state.try_cut(graph.embed_source(patch), graph.head_target(0, 1, letter, patch))
+    state.try_cut(graph.source_numbers["embed.patch"], graph.head_target(0, 1, letter, patch))
     changed = [num_patches] if letter == "q" else [1, 1, num_patches]
     # Of block 1 the classifier reads cls alone: no other queries.
     later = [(item, rows) for item in "kv" for rows in changed]

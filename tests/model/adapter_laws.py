@@ -5,7 +5,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 import torch
-from strategies import parts_per_group
+from strategies import parts_per_kind
 from tiny import random_fill, random_pixels
 from torch import nn
 
@@ -57,7 +57,7 @@ def check_reading(model: nn.Module) -> ViTWeights:
 
 def random_circuits(weights: ViTWeights) -> list[Circuit]:
     random = np.random.default_rng(0)
-    found = [Circuit.full(weights.split_graph, ablation="zero"), parts_per_group(weights)]
+    found = [Circuit.full(weights.split_graph, ablation="zero"), parts_per_kind(weights)]
     for graph in (weights.graph, weights.split_graph):
         kept = graph.edges & (random.random(graph.edges.shape) < 0.7)
         found.append(Circuit(graph=graph, kept=kept, ablation="mean"))

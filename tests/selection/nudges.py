@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from vitcut.circuit import Circuit
+from vitcut.graph import SiteKey
 from vitcut.masked.ablation import fixed_fill, mean_fill
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import SiteStatistics, fit_fill, regress
 from vitcut.masked.masking import PartMask, full_run, masked_run
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.model.weights import ViTWeights
-from vitcut.names import SiteKey
 
 GROUPS = torch.tensor([0, 1, 1, 2])
 

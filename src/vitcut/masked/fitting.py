@@ -13,10 +13,10 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
+from vitcut.graph import SiteKey
 from vitcut.masked.fill import Fill
 from vitcut.masked.masking import PartMask, masked_run
 from vitcut.model.weights import ViTWeights
-from vitcut.names import SiteKey
 from vitcut.shapes import Bool, Float, Tensor
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)

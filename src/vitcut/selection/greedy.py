@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
-from vitcut.graph import Graph
-from vitcut.names import Ablation, SiteKey
+from vitcut.graph import Graph, SiteKey
+from vitcut.names import Ablation
 
 Cost = Callable[[Circuit], float]
 """What a circuit's compact model costs: MACs, or predicted milliseconds."""

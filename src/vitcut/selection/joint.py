@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.errors import ModelError
-from vitcut.names import SiteKey
+from vitcut.graph import SiteKey
 from vitcut.selection.greedy import Candidate
 from vitcut.selection.sites import Objective, Site
 from vitcut.shapes import Tensor

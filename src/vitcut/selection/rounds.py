@@ -15,11 +15,11 @@ from vitcut.circuit import Circuit
 from vitcut.discovery.controls import magnitude_scores, random_scores
 from vitcut.discovery.scores import PartScores
 from vitcut.errors import CircuitError
-from vitcut.graph import Graph
+from vitcut.graph import Graph, SiteKey
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import SiteStatistics
 from vitcut.model.weights import ViTWeights
-from vitcut.names import Ablation, SiteKey
+from vitcut.names import Ablation
 from vitcut.progress import Meter
 from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, cut_down
 from vitcut.selection.joint import Joint

@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from vitcut.circuit import Circuit
 from vitcut.discovery.fisher import trace_gradients
 from vitcut.errors import CircuitError
-from vitcut.graph import Graph
+from vitcut.graph import Graph, SiteKey
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import SiteStatistics
 from vitcut.masked.masking import full_run
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.weights import ViTWeights
-from vitcut.names import SiteKey
 from vitcut.progress import track
 from vitcut.shapes import Bool, Float, Int, Tensor
 
