@@ -189,11 +189,12 @@ def _add_cut(parser: ArgumentParser) -> None:
 def _cut(_: ArgumentParser, namespace: Namespace) -> None:
     from vitcut.benchmark.settings import BenchSettings
     from vitcut.compiler.settings import CutSettings
+    from vitcut.pipeline.settings import require_budget_or
     from vitcut.selection.settings import Budget
 
     config, bench = take(namespace, CutSettings), BenchSettings(threads=namespace.threads)
     select, data = take(namespace, Budget), data_of(namespace)
-    select.require_budget_or(namespace.circuit, merge=config.merge)
+    require_budget_or(select, namespace.circuit, merge=config.merge)
     from vitcut.circuit import Circuit
     from vitcut.pipeline.budget import budget_command
     from vitcut.pipeline.commands import cut_command, find_circuit, find_origin

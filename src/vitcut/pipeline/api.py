@@ -45,6 +45,7 @@ from vitcut.pipeline.costs import cost_model
 from vitcut.pipeline.fills import Fills
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.repair import repair
+from vitcut.pipeline.settings import require_budget_or
 from vitcut.pipeline.stages import Cut, Discovery, cut_circuit
 from vitcut.pipeline.stored import require_cut_of
 from vitcut.pipeline.subject import Subject, load_dense
@@ -212,7 +213,7 @@ def cut(
         return cut_circuit(_subject(model, images), circuit, configured(CutSettings, settings))
     config, select = configured_both(CutSettings, Budget, settings)
     config = replace(config, ablation=config.ablation_for(None))
-    select.require_budget_or(circuit, merge=config.merge, words=IN_PYTHON)
+    require_budget_or(select, circuit, merge=config.merge, words=IN_PYTHON)
     subject = _subject(model, images)
     with TemporaryDirectory() as temporary:
         folder = RunFolder(

@@ -16,8 +16,8 @@ from vitcut.errors import ConfigError, TaskError
 from vitcut.framing import Framing
 from vitcut.images.images import TaskImages
 from vitcut.model.loading import LoadedModel
+from vitcut.pipeline.settings import CutWords
 from vitcut.pipeline.stages import Cut
-from vitcut.selection.settings import CutWords
 from vitcut.task import Task
 
 T = TypeVar("T")

@@ -42,13 +42,8 @@ from vitcut.pipeline.stages import CLASS_ONLY, DENSE, class_only, measure
 from vitcut.pipeline.subject import Origin, Subject
 from vitcut.progress import say
 from vitcut.results import Point, Results
-from vitcut.selection.rounds import (
-    Calibration,
-    Selection,
-    geometric,
-    smallest_cost,
-    useful_parts,
-)
+from vitcut.selection.greedy import Alive
+from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
 from vitcut.shapes import Float, Tensor
@@ -106,7 +101,7 @@ def require_possible(weights: ViTWeights, select: Budget, cut: CutSettings) -> N
         return count_macs(plan_circuit(shape, circuit, costs))
 
     least = smallest_cost(graph, weights.num_neurons, macs) / dense
-    most = macs(useful_parts(graph, weights.num_neurons).circuit(graph, "mean")) / dense
+    most = macs(Alive.useful(graph, weights.num_neurons).circuit(graph, "mean")) / dense
     if target < least:
         raise CircuitError(
             f"target-macs {target:g} cannot be met: the smallest model that still sees the image "
@@ -240,15 +235,13 @@ class BudgetSearch:
         subject, select = self._subject, self._select
         return Selection(
             subject.weights,
-            Calibration(
-                score_pixels=subject.normalise(self._score_images().all()),
-                group_of_class=subject.group_of_class,
-                fill=self._fills.with_statistics,
-                memory_gib=self._cut.memory_gib,
-            ),
-            self._cost,
             select,
-            self._cut.ablation_for(None),
+            ablation=self._cut.ablation_for(None),
+            pixels=subject.normalise(self._score_images().all()),
+            group_of_class=subject.group_of_class,
+            fitter=self._fills,
+            cost=self._cost,
+            memory_gib=self._cut.memory_gib,
         )
 
     def _score_images(self) -> ImageSet:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import NamedTuple
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutSettings
@@ -16,6 +17,13 @@ from vitcut.settings import require_memory
 from vitcut.shapes import Float, Tensor
 
 _BATCH = 32
+
+
+class Fitted(NamedTuple):
+    """A fill, and the statistics that it was fitted to where it is linear."""
+
+    fill: Fill
+    statistics: Mapping[SiteKey, SiteStatistics] | None
 
 
 class Fills:
@@ -48,6 +56,10 @@ class Fills:
     def of(self, circuit: Circuit) -> Fill:
         """The fill of a circuit under its ablation."""
         return self.with_statistics(circuit)[0]
+
+    def fit(self, circuit: Circuit) -> "Fitted":
+        """The same as one value, as `Selection` takes it."""
+        return Fitted(*self.with_statistics(circuit))
 
     def with_statistics(
         self, circuit: Circuit

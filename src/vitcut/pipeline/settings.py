@@ -71,3 +71,38 @@ class RepairSettings:
                 f"repaired_dense is {self.repaired_dense!r} and repair_dense is false: "
                 "leave one of them out"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutWords:
+    """How to ask for a cut, in the words of an interface."""
+
+    circuit: str = "a run directory or circuit.json"
+    """What gives a circuit."""
+    budget: str = "target-macs 0.2, or target-latency 0.25"
+    merging: str = "merge what came of it: vitcut cut RUN --merge"
+    """What follows a cut to a budget whose streams are to be merged."""
+
+
+def require_budget_or(
+    select: Budget,
+    circuit: object | None,
+    *,
+    merge: bool = False,
+    words: CutWords | None = None,
+) -> None:
+    """Check that a cut has a budget or a circuit, not both, and merges no budget.
+
+    Raises:
+        ConfigError: It has neither or both, or a budget is to be merged.
+    """
+    said = words or CutWords()
+    if circuit is None and not select.has_budget:
+        raise ConfigError(f"cut needs a circuit ({said.circuit}), or a budget: {said.budget}")
+    if circuit is not None and select.has_budget:
+        raise ConfigError("cut takes a circuit or a budget, got both: leave one of them out")
+    if select.has_budget and merge:
+        raise ConfigError(
+            "merge brings edges back to a circuit that is there, got a budget: cut to the "
+            f"budget first, then {said.merging}"
+        )
