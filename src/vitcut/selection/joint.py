@@ -248,11 +248,11 @@ def trace_sites(
     sites: list[Site] = []
     for place, parts in left.items():
         if statistics is None:
-            replaced, covariance = _fill_values(weights, circuit, fill, place), None
+            predicted = (_fill_values(weights, circuit, fill, place), None)
         else:
-            replaced, covariance = statistics[place].means, statistics[place].covariance
-        alive_here = torch.from_numpy(parts.copy())
-        sites.append(Site(place, alive_here, values[place], gradients[place], replaced, covariance))
+            predicted = (statistics[place].means, statistics[place].covariance)
+        here = torch.from_numpy(parts.copy())
+        sites.append(Site(place, here, values[place], gradients[place], *predicted))
     curvature = log_q.exp().flatten() / (2 * images)
     return sites, Objective(curvature=curvature, slope=-log_p.exp().flatten() / images)
 

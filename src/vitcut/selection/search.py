@@ -129,19 +129,7 @@ class PathStep:
         """
         content = read_json(path, kind="step", newest_version=_FORMAT_VERSION)
         del content["format_version"]
-        return cls.of(content, path)
-
-    @classmethod
-    def of(cls, content: Any, path: Path) -> "PathStep":
-        """A step from the JSON values that ``path`` holds of it.
-
-        Raises:
-            ArtefactError: They are not those of a step.
-        """
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise ArtefactError(f"{path} is damaged: {error}; delete it and run again") from None
+        return _step_of(content, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +154,14 @@ class SearchPath:
         steps = content.get("steps")
         if not isinstance(steps, list) or not steps:
             raise ArtefactError(f"{path} is damaged: it has no steps; delete it and run again")
-        return cls(steps=tuple(PathStep.of(item, path) for item in steps))
+        return cls(steps=tuple(_step_of(item, path) for item in steps))
+
+
+def _step_of(content: Any, path: Path) -> PathStep:
+    try:
+        return PathStep(**content)
+    except TypeError as error:
+        raise ArtefactError(f"{path} is damaged: {error}; delete it and run again") from None
 
 
 def print_path(steps: Sequence[PathStep]) -> None:
@@ -398,8 +393,7 @@ class _Rounds:
         def measure() -> PathStep:
             fill, weights = self.fitter.fit(circuit).fill, self.model.weights
             compact = compile_circuit(weights, circuit, fill, costs=self.costs)
-            found = self.evaluated(compact, self.dense.log_probs)
-            macs = count_macs(compact.plan)
+            found, macs = self.evaluated(compact, self.dense.log_probs), count_macs(compact.plan)
             timed = self.timed and self.budget.target_latency is not None
             return PathStep(
                 name=name,
@@ -423,7 +417,7 @@ class _Rounds:
         return step
 
     def latency_fraction(self, compact: CompactViT) -> float:
-        """The latency of a compact model as a fraction of the dense model's, measured in turn."""
+        """The latency of a compact model as a fraction of the dense model's, timed in turn."""
         val, batch = self.images.val, self.costs.batch
         config = BenchSettings(
             runtimes=(self.budget.runtime,), batches=(batch,), threads=self.threads, seconds=1.0
