@@ -137,6 +137,7 @@ def test_a_search_goes_on_after_the_rounds_that_are_saved(tmp_path, rescore):
     assert again == whole
     assert rest.made == run.made[2:]
     # How long the first rounds took is unknown, unless they were made again.
+    assert whole.provenance["seconds"] > 0
     assert (again.provenance["seconds"] is None) == rescore
     for name in ("path.json", *first):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -182,6 +183,6 @@ def test_parts_are_scored_on_images_that_no_fill_is_fitted_to(tmp_path, monkeypa
     both = sum(bool((fit == pixels.double()).flatten(1).all(1).any()) for pixels in seen[0])
     assert len(seen[0]) == 8
     assert (both == 0) == (count == 24)
-    assert ("too few training images to score on 8 others" in capsys.readouterr().err) == (
+    assert ("too few training images to score parts on 8 others" in capsys.readouterr().err) == (
         count == 20
     )

@@ -180,9 +180,9 @@ class Savings:
 
     def of_neuron(self, site: SiteKey) -> float:
         """How much cutting any one neuron of a site saves."""
-        # Neurons of a site are alike: each is one row and one column of the same two matrices, so
-        # one difference serves them all, and the next ones too. Only with the last neuron goes
-        # what the whole MLP needs: its operations, and any norm over its hidden units.
+        # Neurons of a site are alike, each a row or column of the same matrices: one difference
+        # serves them all, and the next ones after a cut. Only with the last neuron goes what the
+        # whole MLP needs: its operations, and any norm over its hidden units.
         if self._alive.at(site).sum() == 1:
             return self.of(((site, self._alive.left(site)),))
         if site not in self._per_neuron:

@@ -246,7 +246,8 @@ def search(
         seed: Seed for drawing images.
         cut: The settings of the cut as JSON values, for the provenance of circuits.
         fractions: Predicted latencies to walk down to, one round each, as falling fractions of the
-            uncut compact model's. None of them is measured, and a target latency is ignored.
+            uncut compact model's. Nothing is timed. The budget must have a ``target_latency``,
+            whose value is then ignored.
 
     Returns:
         The circuit of the last round.
@@ -320,8 +321,8 @@ class _Rounds:
         if len(unseen) == many:
             return drawn.take(unseen)
         say(
-            f"too few training images to score on {many} others than the {len(fitted)} that fills "
-            "are fitted to: scores are too good; give fewer --images"
+            f"too few training images to score parts on {many} others than the {len(fitted)} that "
+            "fills are fitted to: cuts look cheaper than they are; give fewer --images"
         )
         return self.images.calibration(min(many, most), seed=self.seed)
 
