@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from vitcut.circuit import Circuit
-from vitcut.graph import SiteKey
 from vitcut.masked.ablation import fixed_fill, mean_fill
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import SiteStatistics, fit_fill, regress
 from vitcut.masked.masking import PartMask, full_run, masked_run
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.model.weights import ViTWeights
+from vitcut.graph import SiteKey
+from vitcut.selection.greedy import Alive
 
 GROUPS = torch.tensor([0, 1, 1, 2])
 
@@ -35,11 +36,11 @@ def random_parts(
     return circuit_of(weights, heads, neurons, ablation)
 
 
-def alive_of(circuit: Circuit):
+def alive_of(circuit: Circuit) -> Alive:
     graph = circuit.graph
     shape = (graph.num_layers, graph.num_heads + 1, graph.num_kinds)
     live = circuit.live_sources[graph.num_kinds :].reshape(shape)
-    return live[:, :-1], circuit.neurons & live[:, -1, :, None]
+    return Alive(heads=live[:, :-1], neurons=circuit.neurons & live[:, -1, :, None])
 
 
 def fitted(weights, circuit, pixels, ridge=0.1):
@@ -72,7 +73,7 @@ class Nudged(PartMask):
         share = share.expand(*z.shape[:3], len(out[0])).clone()
         for kind, span in enumerate(self.rows):
             for first in self.parts.get((layer, "heads", kind), [])[:1]:
-                alive = torch.from_numpy(self.alive[0][layer, :, kind].copy())
+                alive = torch.from_numpy(self.alive.heads[layer, :, kind].copy())
                 own = z[:, :, span]
                 if self.statistics is None:
                     change = torch.zeros(*own.shape[1:3], len(out[0]), dtype=z.dtype)
@@ -101,7 +102,7 @@ class Nudged(PartMask):
                 moved = torch.zeros_like(own)
                 moved[..., parts] = (self.fill.neurons[layer, span] - own)[..., parts]
             else:
-                alive = torch.from_numpy(self.alive[1][layer, kind].copy())
+                alive = torch.from_numpy(self.alive.neurons[layer, kind].copy())
                 moved = self._moved((layer, "neurons", kind), own, alive, 1)
             share[:, span] += self.eps * (moved @ out.T)
         return replaced, share

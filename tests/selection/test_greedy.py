@@ -47,9 +47,7 @@ def with_readers(circuit: Circuit) -> float:
 
 
 def everything(graph: Graph = GRAPH) -> Alive:
-    alive = Alive.everything(graph, NEURONS)
-    alive.keep_live(Circuit.full(graph))
-    return alive
+    return Alive.useful(graph, NEURONS)
 
 
 def cut(budget, scorer, cost=count_parts, graph: Graph = GRAPH) -> Alive:
@@ -59,7 +57,7 @@ def cut(budget, scorer, cost=count_parts, graph: Graph = GRAPH) -> Alive:
     return alive
 
 
-def test_everything_alive_leaves_out_what_reaches_nothing():
+def test_useful_parts_leave_out_what_reaches_nothing():
     alive = everything()
     assert not alive.heads[1, :, 1].any()
     assert not alive.neurons[1, 1].any()
@@ -229,8 +227,7 @@ def test_the_predicted_total_is_always_the_counted_macs(seed):
 def assert_savings_follow(cost, seed: int, tokens: str) -> None:
     """Random cuts down to one head, each compared with the measured cost."""
     random, graph = np.random.default_rng(seed), WEIGHTS.graph_of(tokens)
-    alive = Alive.everything(graph, 2)
-    alive.keep_live(Circuit.full(graph))
+    alive = Alive.useful(graph, 2)
     savings = Savings(graph, cost, alive)
     sites = [
         (layer, parts, kind)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +13,8 @@ from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 from vitcut.masked.masking import full_run, masked_run
 from vitcut.masked.oracle import Examples, Oracle
-from vitcut.selection.greedy import Alive
-from vitcut.selection.rounds import (
-    Calibration,
-    Selection,
-    by_site,
-    geometric,
-    smallest_cost,
-    useful_parts,
-)
+from vitcut.selection.greedy import Alive, by_site
+from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
 
 WEIGHTS = random_vit(2, num_layers=2, num_heads=3, hidden=6)
@@ -32,13 +26,22 @@ def num_features(circuit: Circuit) -> float:
     return 3.0 * circuit.heads_on_path.sum() + circuit.neurons.sum()
 
 
+class Fitter:
+    def fit(self, circuit: Circuit) -> SimpleNamespace:
+        fill, statistics = fitted(WEIGHTS, circuit, PIXELS)
+        return SimpleNamespace(fill=fill, statistics=statistics)
+
+
 def selection(ablation="mean", cost=num_features, **config) -> Selection:
-    calibration = Calibration(
-        score_pixels=PIXELS[:8],
+    return Selection(
+        WEIGHTS,
+        Budget(**config),
+        ablation=ablation,
+        pixels=PIXELS[:8],
         group_of_class=GROUPS,
-        fill=lambda circuit: fitted(WEIGHTS, circuit, PIXELS),
+        fitter=Fitter(),
+        cost=cost,
     )
-    return Selection(WEIGHTS, calibration, cost, Budget(**config), ablation)
 
 
 def divergence(circuit: Circuit) -> float:
@@ -173,7 +176,7 @@ def test_what_reaches_nothing_is_cut_from_the_start():
     circuit = selection().circuit
     assert circuit.heads_on_path.sum() == 9
     assert circuit.neurons.sum() == 18
-    alive = useful_parts(WEIGHTS.split_graph, 6)
+    alive = Alive.useful(WEIGHTS.split_graph, 6)
     np.testing.assert_array_equal(alive.heads, circuit.heads_on_path)
 
 
@@ -202,9 +205,9 @@ def test_a_model_that_reads_patches_sees_the_image_with_everything_cut(num_read)
 def test_scores_by_site_are_the_scores_by_part():
     graph = WEIGHTS.split_graph
     scores = magnitude_scores(WEIGHTS, graph)
-    found = by_site(scores)
+    found = by_site(scores.heads, scores.neurons)
     assert len(found) == 8
-    alive = Alive.everything(graph, 6)
+    alive = Alive.useful(graph, 6)
     for (layer, parts, kind), values in found.items():
         table = scores.heads[layer, :, kind] if parts == "heads" else scores.neurons[layer, kind]
         np.testing.assert_array_equal(values, table)

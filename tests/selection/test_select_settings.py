@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 
 from vitcut.errors import ConfigError
@@ -45,16 +43,6 @@ def test_bad_settings_are_refused(given, match):
 )
 def test_good_settings_are_taken(given, has_budget):
     assert Budget(**given).has_budget == has_budget
-
-
-def test_a_cut_takes_a_circuit_or_a_budget():
-    path, budget = Path("circuit.json"), Budget(target_macs=0.2)
-    Budget().require_budget_or(path)
-    budget.require_budget_or(None)
-    with pytest.raises(ConfigError, match=r"needs a circuit .* or a budget"):
-        Budget().require_budget_or(None)
-    with pytest.raises(ConfigError, match="a circuit or a budget, got both"):
-        budget.require_budget_or(path)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
-"""Greedy cutting: always the candidate that costs the least KL per saving, down to a budget.
+"""Greedy cutting: repeatedly cut the candidate that raises the KL least per unit of cost saved.
 
-Candidates are single heads and neurons of a token kind, a head in all its kinds (keys and values
-go only with their last reader), and what is left of an attention, an MLP or a block of a kind.
+A candidate is one head or neuron of a token kind; a head in all of its kinds, since its keys and
+values go only with their last reader; or all that is left of an attention, MLP or block in one
+kind.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +21,23 @@ from vitcut.names import Ablation
 Cost = Callable[[Circuit], float]
 """What a circuit's compact model costs: MACs, or predicted milliseconds."""
 
-_TOGETHER_EVERY = 8
-"""Steps between looks at candidates of several parts, which change slowly and take long."""
-
-_APART: Ablation = "linear"
-"""Costs are those of token kinds that are computed apart, as under maps of their own: else the
-first cut that tells two kinds apart would cost more than it saves, and none would follow."""
-
 Candidate = tuple[tuple[SiteKey, tuple[int, ...]], ...]
-"""What is cut together: per site the numbers of its heads or neurons."""
+"""Parts that are cut together: for each site, the numbers of its heads or neurons."""
+
+Array = TypeVar("Array", NDArray[np.bool_], NDArray[np.float64])
+
+_TOGETHER_EVERY = 8
+"""Steps between looks at candidates of several parts. They change slowly and are slow to cost."""
+
+_COSTED_UNDER: Ablation = "linear"
+"""Linear fills have maps of their own per token kind, so kinds are computed apart from the start.
+Under ``mean`` the first cut that tells two kinds apart would cost more than it saves, and greedy
+cutting would never make it."""
 
 
 @dataclass(kw_only=True)
 class Alive:
-    """Which parts are not cut; changed in place."""
+    """The parts that are not cut. Changed in place."""
 
     heads: NDArray[np.bool_]
     """Shape [blocks, heads, kinds]."""
@@ -41,25 +45,27 @@ class Alive:
     """Shape [blocks, kinds, neurons]."""
 
     @classmethod
-    def everything(cls, graph: Graph, num_neurons: int) -> "Alive":
-        """Every part."""
+    def useful(cls, graph: Graph, num_neurons: int) -> "Alive":
+        """Every part with a path to the classifier."""
         blocks, kinds = graph.num_layers, graph.num_kinds
-        return cls(
+        alive = cls(
             heads=np.ones((blocks, graph.num_heads, kinds), dtype=np.bool_),
             neurons=np.ones((blocks, kinds, num_neurons), dtype=np.bool_),
         )
+        alive.keep_live(Circuit.full(graph))
+        return alive
 
     def copy(self) -> "Alive":
-        """A copy that may be changed."""
+        """An independent copy."""
         return Alive(heads=self.heads.copy(), neurons=self.neurons.copy())
 
     def at(self, site: SiteKey) -> NDArray[np.bool_]:
-        """The heads or neurons of a site; a view."""
+        """The heads or neurons of a site, shape [parts]; a view."""
         layer, parts, kind = site
         return self.heads[layer, :, kind] if parts == "heads" else self.neurons[layer, kind]
 
     def left(self, site: SiteKey) -> tuple[int, ...]:
-        """The numbers of a site's parts that are not cut."""
+        """The numbers of the parts of a site that are not cut."""
         return tuple(np.flatnonzero(self.at(site)).tolist())
 
     def cut(self, candidate: Candidate) -> None:
@@ -86,127 +92,147 @@ class Alive:
         return Circuit.of_parts(graph, heads=self.heads, neurons=self.neurons, ablation=ablation)
 
 
+def by_site(heads: Array, neurons: Array) -> dict[SiteKey, Array]:
+    """Values of heads and neurons as one array per site, shape [parts]; views.
+
+    Args:
+        heads: Shape [blocks, heads, kinds].
+        neurons: Shape [blocks, kinds, neurons].
+    """
+    found: dict[SiteKey, Array] = {}
+    for layer, kind in np.ndindex(neurons.shape[:2]):
+        found[layer, "heads", kind] = heads[layer, :, kind]
+        found[layer, "neurons", kind] = neurons[layer, kind]
+    return found
+
+
 @runtime_checkable
 class Scorer(Protocol):
-    """How much the KL would rise, given what was cut so far."""
+    """Predicts how much a cut raises the KL, given everything cut so far."""
 
     def rises(self, site: SiteKey) -> NDArray[np.float64]:
-        """In nats, of cutting each part of a site alone; shape [parts]."""
+        """The rise in nats from cutting each part of a site alone, shape [parts]."""
         ...
 
     def rise(self, candidate: Candidate) -> float:
-        """In nats, of cutting several parts."""
+        """The rise in nats from cutting several parts together."""
         ...
 
     def cut(self, candidate: Candidate) -> None:
-        """Take notice of a cut."""
+        """Record that a candidate was cut."""
         ...
 
     def settle(self, site: SiteKey) -> bool:
-        """Bring a site up to date with earlier cuts; returns whether its rises changed."""
+        """Bring a site up to date with earlier cuts; return whether its rises changed."""
         ...
 
 
 class Additive:
-    """Scores that add up: each part's own, whatever else is cut."""
+    """Scores that add up: each part has its own, whatever else is cut."""
 
     def __init__(self, scores: Mapping[SiteKey, NDArray[np.float64]]) -> None:
         self._scores = scores
 
     def rises(self, site: SiteKey) -> NDArray[np.float64]:
-        """The parts' own scores."""
+        """The scores of the parts."""
         return self._scores[site]
 
     def rise(self, candidate: Candidate) -> float:
-        """The sum of the parts' scores."""
+        """The sum of the scores."""
         return float(sum(self._scores[site][list(parts)].sum() for site, parts in candidate))
 
     def cut(self, candidate: Candidate) -> None:
-        """Nothing changes."""
+        """Do nothing: no score depends on the cuts."""
 
     def settle(self, site: SiteKey) -> bool:
-        """Nothing changes."""
+        """Do nothing: no score depends on the cuts."""
         del site
         return False
 
 
 class Savings:
-    """What each candidate takes off the cost: the cost of the plan before minus the one after."""
+    """How much each candidate lowers the cost: the cost before the cut minus the cost after it.
+
+    To cost a circuit it has to be planned, so differences are cached. A cut changes the
+    differences of candidates in its own layers, whose plans read one another. It also changes
+    those of candidates that empty a site: such a cut may leave parts of any other layer without a
+    reader, and saves whatever those still cost.
+    """
 
     def __init__(self, graph: Graph, cost: Cost, alive: Alive) -> None:
         self._graph = graph
         self._cost = cost
         self._alive = alive
         self._known: dict[Candidate, float] = {}
-        self._neurons: dict[SiteKey, float] = {}
+        self._per_neuron: dict[SiteKey, float] = {}
         self.total = self.measure()
 
     def measure(self) -> float:
         """The cost of what is alive."""
-        return self._cost(self._alive.circuit(self._graph, _APART))
+        return self._cost(self._alive.circuit(self._graph, _COSTED_UNDER))
 
     def of(self, candidate: Candidate) -> float:
-        """What cutting a candidate saves."""
+        """How much cutting a candidate saves."""
         if candidate not in self._known:
-            after = self._cost(self._alive.without(candidate).circuit(self._graph, _APART))
+            after = self._cost(self._alive.without(candidate).circuit(self._graph, _COSTED_UNDER))
             self._known[candidate] = self.total - after
         return self._known[candidate]
 
     def of_neuron(self, site: SiteKey) -> float:
-        """What cutting one neuron of a site saves: the same for all but the last of them.
-
-        With the last one goes what the whole MLP needs: operations, and under a norm over its
-        neurons all of these.
-        """
+        """How much cutting any one neuron of a site saves."""
+        # Neurons of a site are alike, each a row or column of the same matrices: one difference
+        # serves them all, and the next ones after a cut. Only with the last neuron goes what the
+        # whole MLP needs: its operations, and any norm over its hidden units.
         if self._alive.at(site).sum() == 1:
             return self.of(((site, self._alive.left(site)),))
-        if site not in self._neurons:
+        if site not in self._per_neuron:
             first = self._alive.left(site)[:1]
-            self._neurons[site] = self.of(((site, first),))
-        return self._neurons[site]
+            self._per_neuron[site] = self.of(((site, first),))
+        return self._per_neuron[site]
 
     def cut(self, candidate: Candidate) -> None:
-        """Take notice of a cut; neurons save what was predicted, the rest is measured anew."""
+        """Update the total, and drop the differences that a cut made stale.
+
+        Call this once the candidate is cut, and everything that lost its last reader with it.
+        """
         [(site, parts), *others] = candidate
-        layers = _layers(candidate)
+        layers = {layer for (layer, _, _), _ in candidate}
         if not all(self._alive.left(place) for place, _ in candidate):
-            # Other layers may now reach nothing, or be constant.
-            self._forget(lambda _: True)
-            self._neurons = {}
-        elif site in self._neurons and len(parts) == 1 and not others:
-            self.total -= self._neurons[site]
-            self._lose_neuron(site, parts[0])
+            # A site is empty: parts of other layers may reach nothing now, or read constants.
+            self._known, self._per_neuron = {}, {}
+        elif site in self._per_neuron and len(parts) == 1 and not others:
+            # One neuron of many: the cost falls by the known difference, nothing is planned anew.
+            saved = self._per_neuron[site]
+            self.total -= saved
+            known, self._known = self._known, {}
+            for item, saving in known.items():
+                numbers = dict(item).get(site)
+                if numbers is None:
+                    self._known[item] = saving
+                elif len(numbers) > 1:
+                    # This candidate takes all neurons of the site. It leaves the same model
+                    # behind as before, so it saves one neuron less.
+                    rest = tuple(
+                        (place, tuple(n for n in left if (place, n) != (site, parts[0])))
+                        for place, left in item
+                    )
+                    self._known[rest] = saving - saved
             return
         else:
-            # What would empty a site saves what then reaches nothing, in whatever layer.
-            self._forget(lambda item: not layers.isdisjoint(_layers(item)) or self._empties(item))
-            self._neurons = {
-                place: saving for place, saving in self._neurons.items() if place[0] not in layers
+            self._known = {
+                item: saving
+                for item, saving in self._known.items()
+                if not any(
+                    layer in layers or len(numbers) >= len(self._alive.left((layer, which, kind)))
+                    for (layer, which, kind), numbers in item
+                )
+            }
+            self._per_neuron = {
+                place: saving
+                for place, saving in self._per_neuron.items()
+                if place[0] not in layers
             }
         self.total = self.measure()
-
-    def _lose_neuron(self, site: SiteKey, neuron: int) -> None:
-        """What cuts all neurons of a site leaves the same behind, and so saves one neuron less."""
-        saving, self._known = self._known, {}
-        for item, saved in saving.items():
-            if site not in dict(item):
-                self._known[item] = saved
-            elif len(dict(item)[site]) > 1:
-                left = tuple(
-                    (place, tuple(part for part in parts if (place, part) != (site, neuron)))
-                    for place, parts in item
-                )
-                self._known[left] = saved - self._neurons[site]
-
-    def _forget(self, stale: Callable[[Candidate], bool]) -> None:
-        self._known = {item: saving for item, saving in self._known.items() if not stale(item)}
-
-    def _empties(self, candidate: Candidate) -> bool:
-        return any(len(parts) >= len(self._alive.left(site)) for site, parts in candidate)
-
-
-def _layers(candidate: Candidate) -> set[int]:
-    return {layer for (layer, _, _), _ in candidate}
 
 
 def cut_down(
@@ -218,38 +244,41 @@ def cut_down(
     budget: float,
     ablation: Ablation = "linear",
 ) -> Iterator[float]:
-    """Cut the cheapest candidate per saving until the cost is within the budget.
+    """Cut the candidate with the least rise per saving until the cost is within the budget.
 
-    Parts that come to reach nothing go too; the last head that shows the class token the image
-    stays.
+    Parts that lose their last path to the classifier go too. The last head that shows the image to
+    the class token stays.
 
     Args:
-        graph: Of the model, per token kind or over whole tokens.
+        graph: The model's graph, per token kind or over whole tokens.
         alive: What is left; changed in place.
-        scorer: Predicts rises of the KL.
-        cost: Of a circuit.
-        budget: In the unit of ``cost``.
-        ablation: Under which the circuit has to be within it.
+        scorer: Predicts the rise of the KL.
+        cost: The cost of a circuit.
+        budget: The cost to reach, in the unit of ``cost``.
+        ablation: The ablation under which the circuit has to be within the budget.
 
     Yields:
         The cost after each cut.
 
     Raises:
-        CircuitError: With nothing left to cut the cost is still above the budget.
+        CircuitError: Nothing is left to cut and the cost is still above the budget.
     """
     savings = Savings(graph, cost, alive)
-    steps = count()
-    while savings.total > budget or cost(alive.circuit(graph, ablation)) > budget:
-        together = next(steps) % _TOGETHER_EVERY == 0
-        candidate = _best(graph, alive, scorer, savings, together=together)
-        if candidate is None and not together:
-            continue
-        if candidate is None:
+    for step in count():
+        if savings.total <= budget and cost(alive.circuit(graph, ablation)) <= budget:
+            return
+        together = step % _TOGETHER_EVERY == 0
+        candidate = _cheapest(graph, alive, scorer, savings, together=together)
+        if candidate is None and together:
             raise CircuitError(
                 f"the budget of {budget:.4g} cannot be met: with every part cut that saves "
                 f"anything, {savings.measure():.4g} is left"
             )
-        if sum(scorer.settle(site) for site, _ in candidate):
+        if candidate is None:
+            continue
+        # Scores of a site go stale as its parts are cut. The summed list settles every site; if
+        # any rise changed, another candidate may be cheaper now, so the choice is made again.
+        if sum([scorer.settle(site) for site, _ in candidate]):
             continue
         alive.cut(candidate)
         scorer.cut(candidate)
@@ -259,11 +288,19 @@ def cut_down(
         yield savings.total
 
 
-def _best(
+def _cheapest(
     graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, *, together: bool
 ) -> Candidate | None:
+    """The candidate with the least rise per saving; None where nothing saves anything."""
+    classifiers = [graph.kind_number(graph.targets[target]) for target in graph.classifiers]
+
+    def leaves_sight(candidate: Candidate) -> bool:
+        # The classifier reads patches, or some head still writes to a kind that it reads.
+        left = alive.without(candidate)
+        return "patch" in graph.readout or bool(left.heads[:, :, classifiers].any())
+
     best, least = None, np.inf
-    for site in _sites(graph):
+    for site in product(range(graph.num_layers), ("heads", "neurons"), range(graph.num_kinds)):
         parts = np.flatnonzero(alive.at(site))
         if not len(parts):
             continue
@@ -276,32 +313,19 @@ def _best(
         np.divide(rises, gained, out=ratios, where=gained > 0)
         chosen = int(ratios.argmin())
         candidate: Candidate = ((site, (int(parts[chosen]),)),)
-        if ratios[chosen] < least and not _is_blind(graph, alive.without(candidate)):
+        if ratios[chosen] < least and leaves_sight(candidate):
             best, least = candidate, float(ratios[chosen])
-    for candidate in _together(graph, alive) if together else ():
+    for candidate in _of_several_parts(graph, alive) if together else ():
         gained = savings.of(candidate)
-        if gained <= 0 or _is_blind(graph, alive.without(candidate)):
+        if gained <= 0 or not leaves_sight(candidate):
             continue
         if (ratio := scorer.rise(candidate) / gained) < least:
             best, least = candidate, ratio
     return best
 
 
-def _is_blind(graph: Graph, alive: Alive) -> bool:
-    """Whether the classifier reads neither patches nor a head that could tell it of them."""
-    if "patch" in graph.readout:
-        return False
-    kinds = [graph.kind_number(graph.targets[target]) for target in graph.classifiers]
-    return not alive.heads[:, :, kinds].any()
-
-
-def _sites(graph: Graph) -> Iterator[SiteKey]:
-    kinds = ("heads", "neurons")
-    yield from product(range(graph.num_layers), kinds, range(graph.num_kinds))
-
-
-def _together(graph: Graph, alive: Alive) -> Iterator[Candidate]:
-    """Several parts at once: a head in all kinds, a whole attention, MLP or block of a kind."""
+def _of_several_parts(graph: Graph, alive: Alive) -> Iterator[Candidate]:
+    """A head in all of its kinds; an attention, an MLP or both, in one kind."""
     for layer in range(graph.num_layers):
         for head in range(graph.num_heads):
             kinds = np.flatnonzero(alive.heads[layer, head]).tolist()

@@ -1,46 +1,23 @@
-"""Rounds of cutting: score the model as cut so far, cut a share of the budget, fill, and again.
+"""Rounds of cutting: score the model as cut so far, cut some more, fit a fill, and again."""
 
-What one round chooses is left to ``greedy.py``; measuring and saving what comes out to the caller.
-"""
+from collections.abc import Iterator
+from dataclasses import replace
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import product
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
 from vitcut.discovery.controls import magnitude_scores, random_scores
-from vitcut.discovery.scores import PartScores
 from vitcut.errors import CircuitError
-from vitcut.graph import Graph, SiteKey
-from vitcut.masked.fill import Fill
-from vitcut.masked.fitting import SiteStatistics
+from vitcut.graph import Graph
+from vitcut.masked.fitting import Fitter
 from vitcut.model.weights import ViTWeights
 from vitcut.names import Ablation
 from vitcut.progress import Meter
-from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, cut_down
-from vitcut.selection.joint import Joint
+from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, by_site, cut_down
+from vitcut.selection.joint import Joint, trace_sites
 from vitcut.selection.settings import Budget
-from vitcut.selection.sites import trace_sites
 from vitcut.settings import require_memory
 from vitcut.shapes import Float, Int, Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What parts are scored on, and what fills them."""
-
-    score_pixels: Float[Tensor, "images channels y x"]
-    """Normalised images whose gradients are taken."""
-    group_of_class: Int[Tensor, "classes"]
-    """The group number of each class of the model."""
-    fill: Callable[[Circuit], tuple[Fill, Mapping[SiteKey, SiteStatistics] | None]]
-    """What stands in for what a circuit cuts, and the statistics of a linear fill."""
-    memory_gib: float = 16.0
-    """Most memory that activations and gradients may take, in GiB."""
 
 
 class Selection:
@@ -49,27 +26,37 @@ class Selection:
     def __init__(
         self,
         weights: ViTWeights,
-        calibration: Calibration,
-        cost: Cost,
-        config: Budget,
+        budget: Budget,
+        *,
         ablation: Ablation,
+        pixels: Float[Tensor, "images channels y x"],
+        group_of_class: Int[Tensor, "classes"],
+        fitter: Fitter,
+        cost: Cost,
+        memory_gib: float = 16.0,
     ) -> None:
-        """Start with everything; parts that reach nothing are cut at once.
+        """Start with every part that has a path to the classifier.
 
         Args:
             weights: The model, in the precision to compute with.
-            calibration: Images.
-            cost: Of a circuit's compact model.
-            config: How to choose.
-            ablation: ``mean``, ``zero`` or ``linear``.
+            budget: How parts are chosen.
+            ablation: What stands in for cut parts: ``mean``, ``zero`` or ``linear``.
+            pixels: Normalised images that parts are scored on.
+            group_of_class: The group number of each class of the model.
+            fitter: Fits a fill to the model as cut so far.
+            cost: The cost of a circuit's compact model.
+            memory_gib: The most memory that activations and gradients may take, in GiB.
         """
+        self.graph = weights.graph_of(budget.tokens)
         self._weights = weights
-        self._calibration = calibration
-        self._cost = cost
-        self._config = config
+        self._budget = budget
         self._ablation: Ablation = ablation
-        self.graph = weights.graph_of(config.tokens)
-        self._alive = useful_parts(self.graph, weights.num_neurons)
+        self._pixels = pixels
+        self._group_of_class = group_of_class
+        self._fitter = fitter
+        self._cost = cost
+        self._memory_gib = memory_gib
+        self._alive = Alive.useful(self.graph, weights.num_neurons)
         self._scorer: Scorer | None = None
         self.smallest = smallest_cost(self.graph, weights.num_neurons, cost)
 
@@ -77,7 +64,7 @@ class Selection:
         """Go on from the circuit of an earlier round.
 
         Raises:
-            CircuitError: It is a circuit of another model, or of other token kinds.
+            CircuitError: The circuit belongs to another model, or has other token kinds.
         """
         neurons = self._alive.neurons.shape
         if circuit.graph != self.graph or (
@@ -90,7 +77,7 @@ class Selection:
                 "--tokens that it was found with"
             )
         alive = self._alive.copy()
-        if not self._config.rescore and self._scorer is None:
+        if not self._budget.rescore and self._scorer is None:
             self._scorer = self._score()
         alive.keep_live(circuit)
         self._alive = alive
@@ -101,110 +88,88 @@ class Selection:
         return self._alive.circuit(self.graph, self._ablation)
 
     def cost(self) -> float:
-        """Of what is left."""
+        """The cost of what is left."""
         return self._cost(self.circuit)
 
-    def cut_to(self, budget: float) -> None:
-        """One round: cut down to a budget in the unit of the cost.
+    def cut_to(self, target: float) -> None:
+        """Run one round: cut down to a target cost.
 
         Raises:
-            CircuitError: The budget cannot be met; nothing is cut then.
+            CircuitError: The target cannot be met; nothing is cut then.
         """
-        if budget < self.smallest:
+        if target < self.smallest:
             raise CircuitError(
-                f"the budget of {budget:.4g} cannot be met: the smallest model that still sees the "
+                f"the budget of {target:.4g} cannot be met: the smallest model that still sees the "
                 f"image costs {self.smallest:.4g}"
             )
         before = self.cost()
-        if before <= budget:
+        if before <= target:
             return
-        if self._scorer is None or self._config.rescore:
+        if self._scorer is None or self._budget.rescore:
             self._scorer = self._score()
+        # Cut in a copy: a round that fails halfway leaves everything as it was.
         alive = self._alive.copy()
         cuts = cut_down(
-            self.graph,
-            alive,
-            self._scorer,
-            self._cost,
-            budget=budget,
-            ablation=self._ablation,
+            self.graph, alive, self._scorer, self._cost, budget=target, ablation=self._ablation
         )
         with Meter("cutting", 100, unit="%") as meter:
             done = 0
             for number, left in enumerate(cuts, start=1):
-                now = min(100, round(100 * (before - left) / (before - budget)))
+                now = min(100, round(100 * (before - left) / (before - target)))
                 meter.advance(now - done, note=f"{number} cuts")
                 done = now
         self._alive = alive
 
     def _score(self) -> Scorer:
-        config, calibration = self._config, self._calibration
-        if config.scores != "fisher":
-            return Additive(by_site(self._control()))
-        require_memory(
-            f"scoring on {len(calibration.score_pixels)} images",
-            needed_gib=self._gradients_gib(),
-            memory_gib=calibration.memory_gib,
-        )
-        fill, statistics = calibration.fill(self.circuit)
-        if statistics is not None and not config.refresh_fraction:
-            statistics = {place: uncorrelated(site) for place, site in statistics.items()}
-        sites, objective = trace_sites(
-            self._weights,
-            calibration.score_pixels,
-            calibration.group_of_class,
-            (self.circuit, fill.like(self._weights.patch_weight)),
-            alive=(self._alive.heads, self._alive.neurons),
-            statistics=statistics,
-        )
-        refresh_fraction = 0.0 if statistics is None else config.refresh_fraction
-        joint = Joint(sites, objective, refresh_fraction=refresh_fraction)
-        return joint if config.joint else Additive(joint.alone())
-
-    def _gradients_gib(self) -> float:
-        """Of one activation and a gradient per coarse class of every head and neuron."""
-        weights, calibration = self._weights, self._calibration
+        """Score every part of the model as cut so far."""
+        budget, weights = self._budget, self._weights
+        if budget.scores != "fisher":
+            scores = (
+                magnitude_scores(weights, self.graph)
+                if budget.scores == "magnitude"
+                else random_scores(self.graph, weights.num_neurons, seed=budget.seed)
+            )
+            return Additive(by_site(scores.heads, scores.neurons))
+        # Of every head feature and neuron, per image and token: one activation, and one gradient
+        # per coarse class.
         attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
         features = len(weights.blocks) * (attended + weights.num_neurons)
-        values = len(calibration.score_pixels) * weights.num_tokens * features
-        classes = int(calibration.group_of_class.max()) + 1
-        return values * (1 + classes) * torch.finfo(weights.dtype).bits / 8 / 2**30
-
-    def _control(self) -> PartScores:
-        weights, config = self._weights, self._config
-        if config.scores == "magnitude":
-            return magnitude_scores(weights, self.graph)
-        return random_scores(self.graph, weights.num_neurons, seed=config.seed)
-
-
-def by_site(scores: PartScores) -> dict[SiteKey, NDArray[np.float64]]:
-    """Scores of heads and neurons by layer, parts and token kind."""
-    blocks, _, kinds = scores.heads.shape
-    places = list(product(range(blocks), range(kinds)))
-    heads: dict[SiteKey, NDArray[np.float64]] = {
-        (layer, "heads", kind): scores.heads[layer, :, kind] for layer, kind in places
-    }
-    return heads | {(layer, "neurons", kind): scores.neurons[layer, kind] for layer, kind in places}
-
-
-def useful_parts(graph: Graph, num_neurons: int) -> Alive:
-    """Every part from which the classifier can be reached."""
-    alive = Alive.everything(graph, num_neurons)
-    alive.keep_live(Circuit.full(graph))
-    return alive
-
-
-def uncorrelated(site: SiteStatistics) -> SiteStatistics:
-    """The same site, as if no part said anything of another: cut ones get their mean."""
-    return replace(site, covariance=site.covariance.diagonal().diag())
+        values = len(self._pixels) * weights.num_tokens * features
+        values *= 2 + int(self._group_of_class.max())
+        require_memory(
+            f"scoring on {len(self._pixels)} images",
+            needed_gib=values * torch.finfo(weights.dtype).bits / 8 / 2**30,
+            memory_gib=self._memory_gib,
+        )
+        fitted = self._fitter.fit(self.circuit)
+        statistics = fitted.statistics
+        if statistics is not None and not budget.refresh_fraction:
+            # Without covariances no part predicts another: each is scored as if it got its mean.
+            statistics = {
+                place: replace(site, covariance=site.covariance.diagonal().diag())
+                for place, site in statistics.items()
+            }
+        sites, objective = trace_sites(
+            weights,
+            self._pixels,
+            self._group_of_class,
+            self.circuit,
+            fitted.fill.like(weights.patch_weight),
+            alive=self._alive,
+            statistics=statistics,
+        )
+        refresh_fraction = 0.0 if statistics is None else budget.refresh_fraction
+        joint = Joint(sites, objective, refresh_fraction=refresh_fraction)
+        return joint if budget.joint else Additive(joint.alone())
 
 
 def smallest_cost(graph: Graph, num_neurons: int, cost: Cost) -> float:
     """The cost of the cheapest model that sees the image.
 
-    Everything is cut where the classifier reads patches, else all but one head of the readout.
+    Nothing is kept where the classifier reads patches, otherwise one head that writes to what it
+    reads, in the block where that is cheapest.
     """
-    alive = Alive.everything(graph, num_neurons)
+    alive = Alive.useful(graph, num_neurons)
     alive.heads[:] = alive.neurons[:] = False
     if "patch" in graph.readout:
         return cost(alive.circuit(graph, "mean"))
@@ -217,6 +182,6 @@ def smallest_cost(graph: Graph, num_neurons: int, cost: Cost) -> float:
 
 
 def geometric(start: float, end: float, rounds: int) -> Iterator[float]:
-    """Budgets from a cost to another, in equal ratios."""
+    """Budgets from one cost to another, each the same fraction of the one before."""
     for number in range(1, rounds + 1):
         yield start * (end / start) ** (number / rounds)

@@ -1,4 +1,4 @@
-"""Settings of selection by budget; no torch, so that ``--help`` stays fast."""
+"""Settings of a selection under a budget. Loads no torch, so that ``--help`` stays fast."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,41 +13,30 @@ Scores = Literal["fisher", "random", "magnitude"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutWords:
-    """How to ask for a cut, in the words of an interface."""
-
-    circuit: str = "a run directory or circuit.json"
-    """What gives a circuit."""
-    budget: str = "target-macs 0.2, or target-latency 0.25"
-    merging: str = "merge what came of it: vitcut cut RUN --merge"
-    """What follows a cut to a budget whose streams are to be merged."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How parts are chosen under a budget."""
+    """How much is cut, and how the parts are chosen."""
 
     target_macs: float | None = None
-    """Multiply-accumulates of the compact model as a fraction of the dense model's."""
+    """Multiply-accumulates of the compact model, as a fraction of the dense model's."""
     target_latency: float | None = None
-    """Latency of the compact model as a fraction of the dense model's, measured here."""
+    """Latency of the compact model, as a fraction of the dense model's, both measured here."""
     runtime: RuntimeName = "onnxruntime"
-    """Of the latency."""
+    """The runtime in which the latency is measured."""
     scores: Scores = "fisher"
     """What parts are chosen by: the predicted rise of the KL, or a control."""
     joint: bool = True
-    """Whether scores count what is cut together; otherwise they add up."""
+    """Whether scores take into account what is cut together; otherwise they simply add up."""
     refresh_fraction: float = 0.125
-    """Of linear fills: part of a layer's and kind's heads or neurons that is cut before the
-    residuals of its others are brought up to date (OBS); 0 scores all as if they got the mean."""
+    """For linear fills: the fraction of the heads or neurons of a layer and token kind that is cut
+    before the residuals of the others are updated (OBS); 0 scores parts as if they got the mean."""
     rounds: int = 5
     """Steps on the way to the budget; each is a point of the path."""
     rescore: bool = True
-    """Whether the cut model is scored anew for every step; otherwise the first scores hold."""
+    """Whether the cut model is scored again at every step; otherwise the first scores are kept."""
     score_images: int = 232
-    """Training images, as many of each class, on which parts are scored."""
+    """Training images that parts are scored on, the same number from each class."""
     tokens: Tokens = "split"
-    """Parts over whole tokens, or per token kind."""
+    """Whether parts span all tokens, or exist once per token kind."""
     seed: int = 0
     """Seed of random scores; images are drawn with the seed of the cut."""
 
@@ -71,29 +60,5 @@ class Budget:
 
     @property
     def is_given(self) -> bool:
-        """Whether a budget is given."""
+        """Whether a target is set."""
         return self.target_macs is not None or self.target_latency is not None
-
-    def require_budget_or(
-        self, circuit: object | None, *, merge: bool = False, words: "CutWords | None" = None
-    ) -> None:
-        """Check that there is a budget or a circuit to cut to, not both.
-
-        Args:
-            circuit: The circuit, or where it is.
-            merge: Whether streams are to be merged, which a budget does not allow for.
-            words: How the caller says these things; None is the command line.
-
-        Raises:
-            ConfigError: There is neither, there are both, or a budget is to be merged.
-        """
-        said = words or CutWords()
-        if circuit is None and not self.is_given:
-            raise ConfigError(f"cut needs a circuit ({said.circuit}), or a budget: {said.budget}")
-        if circuit is not None and self.is_given:
-            raise ConfigError("cut takes a circuit or a budget, got both: leave one of them out")
-        if self.is_given and merge:
-            raise ConfigError(
-                "merge brings edges back to a circuit that is there, got a budget: cut to the "
-                f"budget first, then {said.merging}"
-            )

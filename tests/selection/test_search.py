@@ -1,0 +1,188 @@
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nudges import fitted
+from tiny import random_vit
+
+from vitcut.circuit import Circuit
+from vitcut.compact.macs import count_macs, dense_macs
+from vitcut.compiler.cost import CostModel
+from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.planning import plan_circuit
+from vitcut.images.images import ImageSet, to_float
+from vitcut.masked.ablation import zero_fill
+from vitcut.selection import search as searching
+from vitcut.selection.search import PathStep, SearchPath, search
+from vitcut.selection.settings import Budget
+from vitcut.task import Task, TaskClass
+
+WEIGHTS = random_vit(2, num_heads=3, hidden=6)
+HALF = (0.5, 0.5, 0.5)
+COSTS = CostModel(batch=8)
+MACS = Budget(target_macs=0.4, rounds=3, score_images=8)
+LATENCY = Budget(target_latency=0.5, score_images=8)
+
+
+class Images:
+    """Random images, the first half for training."""
+
+    task = Task(
+        name="tiny",
+        classes=tuple(TaskClass(id=n, name=n, group="ab"[n > "1"]) for n in "0123"),
+        groups=("a", "b"),
+    )
+    fingerprint = "tiny images"
+
+    def __init__(self, count: int = 40) -> None:
+        side = WEIGHTS.image_size
+        array = np.random.default_rng(0).integers(0, 256, (2 * count, side, side, 3), np.uint8)
+        labels = np.arange(2 * count) % 4
+        self.train, self.val = (
+            ImageSet(array=array, rows=rows, labels=labels[rows])
+            for rows in np.split(np.arange(2 * count), 2)
+        )
+
+    def calibration(self, count: int, *, seed: int) -> ImageSet:
+        return self.train.take(np.random.default_rng(seed).permutation(len(self.train))[:count])
+
+
+class Run:
+    def __init__(self, path) -> None:
+        self.path, self.made = path, []
+
+    def once(self, name, make, kind):
+        file = self.path / name
+        if not file.exists():
+            make().save(file)
+            self.made.append(name)
+        return kind.load(file)
+
+
+class Fitter:
+    """Fits to 16 images."""
+
+    def __init__(self, images: Images) -> None:
+        drawn = images.calibration(16, seed=0).all()
+        self.pixels = to_float(drawn, mean=HALF, std=HALF).double()
+
+    def fit(self, circuit: Circuit) -> SimpleNamespace:
+        fill, statistics = fitted(WEIGHTS, circuit, self.pixels)
+        return SimpleNamespace(fill=fill, statistics=statistics)
+
+
+def found(path, budget=MACS, *, ablation="linear", images=None, fractions=None):
+    """The circuit of a search, and the run."""
+    images, run = images or Images(), Run(path)
+    uncut = Circuit.full(WEIGHTS.graph, ablation="zero")
+    model = SimpleNamespace(
+        weights=WEIGHTS,
+        module=compile_circuit(WEIGHTS, uncut, zero_fill(WEIGHTS)),
+        name="tiny",
+        weight_hash="0123",
+        preprocessing=SimpleNamespace(mean=HALF, std=HALF),
+    )
+    circuit = search(
+        model,
+        images,
+        budget,
+        ablation=ablation,
+        num_images=16,
+        fitter=Fitter(images),
+        costs=COSTS,
+        run=run,
+        threads=1,
+        memory_gib=1.0,
+        seed=0,
+        cut={"ablation": ablation},
+        fractions=fractions,
+    )
+    return circuit, run
+
+
+def macs(circuit: Circuit) -> float:
+    return count_macs(plan_circuit(WEIGHTS.shape, circuit, COSTS)) / dense_macs(WEIGHTS.shape)
+
+
+def test_a_search_ends_within_its_budget_and_says_where_it_comes_from(tmp_path):
+    circuit, _ = found(tmp_path)
+    assert macs(circuit) <= 0.4
+    assert (circuit.method, circuit.task, circuit.ablation) == ("fisher", "tiny", "linear")
+    facts = circuit.provenance
+    assert (facts["model"], facts["weight_hash"]) == ("tiny", "0123")
+    assert facts["images_fingerprint"] == "tiny images"
+    assert facts["selection"]["target_macs"] == 0.4
+    assert facts["cut"] == {"ablation": "linear"}
+    steps = SearchPath.load(tmp_path / "path.json").steps
+    assert len(steps) == 3
+    assert [step.macs_fraction for step in steps] == sorted(
+        (step.macs_fraction for step in steps), reverse=True
+    )
+    assert steps[-1].macs_fraction == pytest.approx(macs(circuit))
+    assert steps[-1].kl > 0
+    assert PathStep.load(tmp_path / "path" / "macs-0.4000" / "step.json") == steps[-1]
+
+
+@pytest.mark.parametrize("rescore", [True, False])
+def test_a_search_goes_on_after_the_rounds_that_are_saved(tmp_path, rescore):
+    budget = replace(MACS, rescore=rescore)
+    whole, run = found(tmp_path / "whole", budget)
+    first = run.made[:2]
+    for name in first:
+        (tmp_path / "part" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "part" / name)
+    again, rest = found(tmp_path / "part", budget)
+    assert again == whole
+    assert rest.made == run.made[2:]
+    # How long the first rounds took is unknown, unless they were made again.
+    assert whole.provenance["seconds"] > 0
+    assert (again.provenance["seconds"] is None) == rescore
+    for name in ("path.json", *first):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_search_that_is_done_is_not_done_again(tmp_path, monkeypatch):
+    circuit, _ = found(tmp_path)
+    monkeypatch.setattr(searching, "Selection", None)
+    again, run = found(tmp_path)
+    assert again == circuit
+    assert run.made == []
+
+
+def test_a_walk_stops_at_predicted_latencies_and_times_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(searching, "measure_latency", None)
+    circuit, _ = found(tmp_path, LATENCY, ablation="mean", fractions=(0.9, 0.8))
+    steps = SearchPath.load(tmp_path / "path.json").steps
+    assert [step.name for step in steps] == ["predicted-0.9000", "predicted-0.8000"]
+    assert [step.latency_fraction for step in steps] == [None, None]
+    circuits = [Circuit.load(tmp_path / step.circuit) for step in steps]
+    assert circuits[-1] == circuit
+    uncut = Circuit.full(WEIGHTS.split_graph)
+    smooth = replace(COSTS, smooth=True)
+    costs = [
+        smooth.latency_ms(plan_circuit(WEIGHTS.shape, item, COSTS)) for item in (uncut, *circuits)
+    ]
+    assert costs[1] <= 0.9 * costs[0]
+    assert costs[2] <= 0.8 * costs[0]
+
+
+@pytest.mark.parametrize("count", [24, 20])
+def test_parts_are_scored_on_images_that_no_fill_is_fitted_to(tmp_path, monkeypatch, capsys, count):
+    seen, real = [], searching.Selection
+
+    def selection(*args, pixels, **settings):
+        seen.append(pixels)
+        return real(*args, pixels=pixels, **settings)
+
+    monkeypatch.setattr(searching, "Selection", selection)
+    images = Images(count)
+    found(tmp_path, replace(MACS, rounds=1), images=images)
+    fit = Fitter(images).pixels
+    both = sum(bool((fit == pixels.double()).flatten(1).all(1).any()) for pixels in seen[0])
+    assert len(seen[0]) == 8
+    assert (both == 0) == (count == 24)
+    assert ("too few training images to score parts on 8 others" in capsys.readouterr().err) == (
+        count == 20
+    )
