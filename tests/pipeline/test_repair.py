@@ -14,7 +14,7 @@ from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
-from vitcut.masked.ablation import zero_fill
+from vitcut.masked.fill import zero_fill
 from vitcut.model.loading import load_model
 from vitcut.pipeline import repair as repairing
 from vitcut.pipeline import show

@@ -8,8 +8,8 @@ from strategies import undisturbed, vits
 from tiny import random_pixels, random_vit
 
 from vitcut.errors import CircuitError
-from vitcut.masked.ablation import fixed_fill
 from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import fixed_fill
 from vitcut.masked.masking import full_run, masked_run
 from vitcut.selection.sites import Objective, Site, trace_sites
 

@@ -19,8 +19,8 @@ import torch
 from vitcut.circuit import Circuit
 from vitcut.discovery.scores import PartScores
 from vitcut.graph import Graph
-from vitcut.masked.ablation import fixed_fill, resample_fill
 from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import fixed_fill, resample_fill
 from vitcut.masked.masking import Trace, full_run, masked_run
 from vitcut.masked.oracle import Examples
 from vitcut.metrics import coarse_log_probs

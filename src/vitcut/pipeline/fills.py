@@ -5,9 +5,8 @@ from functools import cached_property
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutSettings
-from vitcut.masked.ablation import mean_fill, zero_fill
-from vitcut.masked.fill import Fill
-from vitcut.masked.fitting import LinearFit, SiteStatistics, fit_fill
+from vitcut.masked.fill import Fill, zero_fill
+from vitcut.masked.fitting import Fit, SiteStatistics, fit_fill, mean_fill
 from vitcut.masked.masking import run_gib
 from vitcut.names import SiteKey
 from vitcut.pipeline.subject import Subject
@@ -24,7 +23,7 @@ class Fills:
     def __init__(self, subject: Subject, config: CutSettings) -> None:
         self._subject = subject
         self._config = config
-        self._last: LinearFit | None = None
+        self._last: Fit | None = None
 
     @cached_property
     def pixels(self) -> Float[Tensor, "images channels y x"]:
@@ -66,4 +65,4 @@ class Fills:
                 memory_gib=self._config.memory_gib,
             )
             self._last = fit_fill(weights, circuit, pixels, self.means, ridge=self._config.ridge)
-        return self._last.fill, self._last.sites
+        return self._last.fill, self._last.statistics
