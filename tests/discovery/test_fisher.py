@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from part_scores import fisher_scores
 from strategies import vits
 from tiny import random_pixels, random_vit
 
-from vitcut.discovery.fisher import fisher_scores, trace_gradients
+from vitcut.discovery.fisher import trace_gradients
 from vitcut.errors import CircuitError
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import fixed_fill, resample_fill

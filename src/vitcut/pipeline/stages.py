@@ -23,10 +23,10 @@ from vitcut.compiler.settings import CutSettings
 from vitcut.compiler.verify import Exactness, verify
 from vitcut.discovery.acdc import acdc
 from vitcut.discovery.cache import Cache, require_room
+from vitcut.discovery.pairs import make_pairs
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import CircuitError
 from vitcut.images.images import ImageSet
-from vitcut.images.pairs import make_pairs
 from vitcut.images.stratified import choose_evenly
 from vitcut.masked.fill import Fill
 from vitcut.masked.oracle import Examples, Oracle

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
-from vitcut.discovery.controls import magnitude_scores, random_scores
-from vitcut.discovery.scores import PartScores
+from vitcut.discovery.controls import PartScores, magnitude_scores, random_scores
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 from vitcut.masked.fill import Fill
