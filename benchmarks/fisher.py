@@ -16,10 +16,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from part_scores import PartScores, exact_edges, exact_heads, exact_neurons, fisher_scores
 
-from vitcut.discovery.exact import exact_edges, exact_heads, exact_neurons
-from vitcut.discovery.fisher import fisher_scores
-from vitcut.discovery.scores import PartScores
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.images.settings import DataSettings
 from vitcut.masked.masking import full_run

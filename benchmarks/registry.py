@@ -25,7 +25,8 @@ from vitcut.circuit import Circuit
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.verify import verify
 from vitcut.errors import UnsupportedModelError, VitcutError
-from vitcut.masked.ablation import mean_fill, zero_fill
+from vitcut.masked.fill import zero_fill
+from vitcut.masked.fitting import mean_fill
 from vitcut.model.adapters import read_weights
 from vitcut.model.tracing import read_model
 from vitcut.model.weights import ViTWeights

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from part_scores import fisher_scores
 from torch import nn
 
 from vitcut.discovery.acdc import acdc
 from vitcut.discovery.cache import require_room
-from vitcut.discovery.fisher import fisher_scores
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
 from vitcut.masked.oracle import Examples, Oracle
@@ -142,7 +142,9 @@ def search(memory_gib: float) -> Callable[[], dict[str, Any]]:
     examples = random_examples(ACDC[1])
 
     def job() -> dict[str, Any]:
-        config = DiscoverSettings(tau=TAU, images=ACDC[1], memory_gib=memory_gib)
+        config = DiscoverSettings(
+            tau=TAU, ablation="resample", images=ACDC[1], memory_gib=memory_gib
+        )
         try:
             require_room(weights, examples, config)
         except ConfigError as error:

@@ -6,8 +6,7 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import ViTShape
-from vitcut.masked.ablation import zero_fill
-from vitcut.masked.fill import Fill
+from vitcut.masked.fill import Fill, zero_fill
 from vitcut.model.weights import (
     AttentionWeights,
     BlockWeights,

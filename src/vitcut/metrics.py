@@ -1,4 +1,4 @@
-"""Task distributions and KL divergence; running models is left to the stages."""
+"""Task distributions and the KL divergence between them."""
 
 import torch
 
@@ -10,12 +10,12 @@ def coarse_log_probs(
     group_of_class: Int[Tensor, "classes"],
     num_groups: int,
 ) -> Float[Tensor, "*images groups"]:
-    """The task distribution: the log of the summed fine probabilities of each group.
+    """The task distribution: log of the summed fine probabilities of each group.
 
     Args:
-        logits: Of the fine classes.
-        group_of_class: The group number of each fine class; every group has one at least.
-        num_groups: How many groups there are.
+        logits: Logits of the fine classes.
+        group_of_class: The group number of each fine class; every group has at least one class.
+        num_groups: The number of groups.
     """
     fine = logits.log_softmax(dim=-1)
     members = [group_of_class == group for group in range(num_groups)]
@@ -26,9 +26,10 @@ def kl_divergence(
     full_log_probs: Float[Tensor, "*images classes"],
     circuit_log_probs: Float[Tensor, "*images classes"],
 ) -> Float[Tensor, "*images"]:
-    """KL(full || circuit) of each image in nats, in the inputs' precision, nothing clamped.
+    """KL(full || circuit) of each image in nats, in the inputs' precision, never clamped.
 
-    What the full model holds impossible adds nothing, whatever the circuit says.
+    Classes that the full model gives probability 0 add nothing, whatever the circuit gives them.
     """
     terms = full_log_probs.exp() * (full_log_probs - circuit_log_probs)
+    # 0 log 0 := 0; as computed it is NaN.
     return terms.masked_fill(full_log_probs == -torch.inf, 0).sum(dim=-1)

@@ -6,17 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import naive_acdc
 from strategies import vits
 from tiny import random_vit
-from tiny_oracle import drifting_vit, make_oracle
+from tiny_oracle import drifting_vit, make_oracle, settings_of
 
-from vitcut.discovery.acdc import acdc, acdc_reference, guard, stages
+from vitcut.discovery.acdc import acdc, guard, stages
 from vitcut.discovery.cache import Cache, require_room
 from vitcut.discovery.propagation import Propagation
-from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
 from vitcut.graph import Graph
-from vitcut.model.forward import project_head
+from vitcut.model.forward import classify, project_head
 from vitcut.model.weights import ViTWeights, map_tensors
 
 
@@ -46,16 +46,15 @@ def test_incremental_decides_every_edge_as_naive(
     tokens, weights, ablation, criterion, tau, precision
 ):
     oracle = make_oracle(weights, ablation, tokens=tokens)
-    config = DiscoverSettings(
+    config = settings_of(
         tau=tau,
         ablation=ablation,
         tokens=tokens,
         criterion=criterion,
         precision=precision,
-        images=4,
     )
     search = acdc(weights, oracle, config)
-    naive = acdc_reference(oracle, tau=tau, criterion=criterion)
+    naive = naive_acdc(oracle, tau=tau, criterion=criterion)
     assert outcome(search.decisions) == outcome(naive)
     for fast, slow in zip(search.decisions, naive, strict=True):
         assert fast.kl == pytest.approx(slow.kl, abs=guard(tau))
@@ -65,19 +64,19 @@ def test_incremental_decides_every_edge_as_naive(
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
-def test_changes_that_cross_token_groups_are_decided_as_naive(ablation):
+def test_changes_that_cross_token_kinds_are_decided_as_naive(ablation):
     # Drawn models are often too shallow for one kind to change another before the readout.
     weights = random_vit(num_layers=2, num_heads=1, num_prefix=2)
     oracle = make_oracle(weights, ablation, images=2, tokens="split")
-    config = DiscoverSettings(tau=1e-3, ablation=ablation, images=2, tokens="split")
+    config = settings_of(tau=1e-3, ablation=ablation, images=2, tokens="split")
     search = acdc(weights, oracle, config)
-    assert outcome(search.decisions) == outcome(acdc_reference(oracle, tau=1e-3))
+    assert outcome(search.decisions) == outcome(naive_acdc(oracle, tau=1e-3))
     assert {item.decided_by for item in search.decisions} >= {"fast", "dead"}
 
 
 def test_decisions_follow_the_published_order():
     weights = random_vit(num_layers=1, num_heads=2)
-    search = acdc(weights, make_oracle(weights), DiscoverSettings(tau=0.01, images=4))
+    search = acdc(weights, make_oracle(weights), settings_of(tau=0.01))
     edges = [f"{item.source} -> {item.target}" for item in search.decisions]
     assert edges == [
         "mlp.0 -> classifier",
@@ -96,9 +95,9 @@ def test_decisions_follow_the_published_order():
     ]
 
 
-def test_token_groups_follow_each_other_head_by_head():
+def test_token_kinds_follow_each_other_head_by_head():
     weights = random_vit(num_layers=1, num_heads=2, num_prefix=2)
-    config = DiscoverSettings(tau=0.01, images=4, tokens="split")
+    config = settings_of(tau=0.01, images=4, tokens="split")
     search = acdc(weights, make_oracle(weights, tokens="split"), config)
     targets = list(dict.fromkeys(item.target for item in search.decisions))
     kinds = ["cls", "register", "patch"]
@@ -118,7 +117,7 @@ def test_a_part_that_writes_nothing_is_cut_and_a_planted_path_is_kept():
         mlp=map_tensors(weights.blocks[1].mlp, torch.zeros_like),
     )
     weights = replace(weights, blocks=(weights.blocks[0], silent))
-    search = acdc(weights, make_oracle(weights), DiscoverSettings(tau=1e-6, images=4))
+    search = acdc(weights, make_oracle(weights), settings_of(tau=1e-6))
     graph = weights.graph
     assert not search.kept[graph.head_source(1, 0) :].any()
     assert not search.kept[:, graph.head_target(1, 0, "q") : graph.classifier].any()
@@ -127,7 +126,7 @@ def test_a_part_that_writes_nothing_is_cut_and_a_planted_path_is_kept():
 
 def test_edges_into_dead_targets_are_cut_untested():
     weights = random_vit(num_layers=2)
-    search = acdc(weights, make_oracle(weights), DiscoverSettings(tau=1e6, images=4))
+    search = acdc(weights, make_oracle(weights), settings_of(tau=1e6))
     decided = {item.target: item.decided_by for item in search.decisions}
     assert decided.pop("classifier") == "fast"
     assert set(decided.values()) == {"dead"}
@@ -138,26 +137,26 @@ def test_edges_into_dead_targets_are_cut_untested():
 def test_fewer_nodes_are_evaluated_than_naively(tokens):
     weights = random_vit(num_layers=3, num_heads=3)
     oracle = make_oracle(weights, tokens=tokens)
-    search = acdc(weights, oracle, DiscoverSettings(tau=0.01, images=4, tokens=tokens))
+    search = acdc(weights, oracle, settings_of(tau=0.01, images=4, tokens=tokens))
     naive = oracle.graph.num_edges * len(oracle.graph.sources)
     assert 0 < search.node_evaluations < naive / 5
 
 
-def test_one_cache_serves_every_tau_over_whole_tokens_and_token_groups():
+def test_one_cache_serves_every_tau_over_whole_tokens_and_token_kinds():
     weights = random_vit()
-    cache = Cache.build(weights, make_oracle(weights), DiscoverSettings(images=4))
+    cache = Cache.build(weights, make_oracle(weights), settings_of())
     for tau, tokens in product((0.1, 0.001), ("all", "split")):
-        config = DiscoverSettings(tau=tau, images=4, tokens=tokens)
+        config = settings_of(tau=tau, images=4, tokens=tokens)
         shared = acdc(weights, make_oracle(weights, tokens=tokens), config, cache=cache)
         alone = acdc(weights, make_oracle(weights, tokens=tokens), config)
         assert shared.decisions == alone.decisions
 
 
 @pytest.mark.parametrize("letter", ["q", "k", "v"])
-def test_what_a_group_is_asked_for_is_computed_once_for_all_that_read_it(monkeypatch, letter):
+def test_what_a_kind_is_asked_for_is_computed_once_for_all_that_read_it(monkeypatch, letter):
     weights = random_vit(num_layers=2, num_prefix=2)
     oracle = make_oracle(weights, tokens="split")
-    state = Propagation(weights, Cache.build(weights, oracle, DiscoverSettings(images=4)), oracle)
+    state = Propagation(weights, Cache.build(weights, oracle, settings_of()), oracle)
     graph = oracle.graph
     state.rebuild(graph.edges, 0)
     state.take_evaluations()
@@ -183,13 +182,13 @@ def test_an_oracle_of_other_tokens_or_ablation_is_refused():
     weights = random_vit()
     for change in ({"tokens": "split"}, {"ablation": "mean"}):
         with pytest.raises(ConfigError, match=f"{next(iter(change))} must be that of the oracle"):
-            acdc(weights, make_oracle(weights), DiscoverSettings(images=4, **change))
+            acdc(weights, make_oracle(weights), settings_of(**change))
 
 
 def test_the_model_is_untouched():
     weights = random_vit()
     before = map_tensors(weights, torch.clone)
-    acdc(weights, make_oracle(weights), DiscoverSettings(images=4))
+    acdc(weights, make_oracle(weights), settings_of())
     same = []
     originals = iter_tensors(weights)
     for was, now in zip(iter_tensors(before), originals, strict=True):
@@ -204,16 +203,21 @@ def iter_tensors(weights: ViTWeights) -> list[torch.Tensor]:
     return found
 
 
+def in_float32(monkeypatch, change) -> None:
+    """Change the logits of the fast path while it is in float32."""
+
+    def changed(weights, readout):
+        logits = classify(weights, readout)
+        return change(logits) if readout.dtype == torch.float32 else logits
+
+    monkeypatch.setattr("vitcut.discovery.propagation.classify", changed)
+
+
 def test_float32_that_overflows_is_replaced_by_float64(monkeypatch):
     weights = random_vit()
-    exact = Propagation._kl
-
-    def overflowing(self, readout):
-        return float("nan") if readout.dtype == torch.float32 else exact(self, readout)
-
-    monkeypatch.setattr(Propagation, "_kl", overflowing)
-    search = acdc(weights, make_oracle(weights), DiscoverSettings(images=4))
-    naive = acdc_reference(make_oracle(weights), tau=0.01)
+    in_float32(monkeypatch, lambda logits: logits * torch.nan)
+    search = acdc(weights, make_oracle(weights), settings_of())
+    naive = naive_acdc(make_oracle(weights), tau=0.01)
     assert search.precision == "float64"
     assert outcome(search.decisions) == outcome(naive)
 
@@ -223,7 +227,7 @@ def test_float32_that_overflows_is_replaced_by_float64(monkeypatch):
 def test_near_tau_the_oracle_decides(criterion, offset):
     weights = random_vit(num_layers=2)
     oracle = make_oracle(weights)
-    naive = acdc_reference(oracle, tau=0.02, criterion=criterion)
+    naive = naive_acdc(oracle, tau=0.02, criterion=criterion)
     position = next(
         i for i, item in enumerate(naive) if item.increment is not None and item.increment > 1e-3
     )
@@ -232,8 +236,8 @@ def test_near_tau_the_oracle_decides(criterion, offset):
         aimed += naive[position - 1].kl if position else 0.0
     # The decisions before the one aimed at must stay as they are under the new tau.
     tau = aimed + offset
-    naive = acdc_reference(oracle, tau=tau, criterion=criterion)
-    config = DiscoverSettings(tau=tau, criterion=criterion, images=4)
+    naive = naive_acdc(oracle, tau=tau, criterion=criterion)
+    config = settings_of(tau=tau, criterion=criterion)
     search = acdc(weights, oracle, config)
     assert outcome(search.decisions) == outcome(naive)
     assert any(item.decided_by == "oracle" for item in search.decisions)
@@ -243,11 +247,11 @@ def test_near_tau_the_oracle_decides(criterion, offset):
 def test_an_error_within_the_guard_changes_no_decision(monkeypatch, sign):
     weights = random_vit(num_layers=2)
     oracle = make_oracle(weights)
-    naive = acdc_reference(oracle, tau=0.01)
+    naive = naive_acdc(oracle, tau=0.01)
     # A tau just beyond an increment: a fast path that is off would decide otherwise.
     increments = sorted(item.increment for item in naive)
     tau = min(increments, key=lambda value: abs(value - 0.01)) - sign * 0.4 * guard(0.01)
-    naive = acdc_reference(oracle, tau=tau)
+    naive = naive_acdc(oracle, tau=tau)
     exact = Propagation.try_cut
 
     def disturbed(self, source, target):
@@ -255,8 +259,8 @@ def test_an_error_within_the_guard_changes_no_decision(monkeypatch, sign):
         return replace(trial, kl=trial.kl + (0.0 if trial.kl < 1e-12 else -sign * 0.9 * guard(tau)))
 
     monkeypatch.setattr(Propagation, "try_cut", disturbed)
-    monkeypatch.setattr("vitcut.discovery.acdc._allowed_drift", lambda config: np.inf)
-    search = acdc(weights, oracle, DiscoverSettings(tau=tau, images=4, precision="float64"))
+    monkeypatch.setattr("vitcut.discovery.acdc.allowed_drift", lambda tau: np.inf)
+    search = acdc(weights, oracle, settings_of(tau=tau, images=4, precision="float64"))
     first = next(i for i, item in enumerate(naive) if abs(item.increment - tau) < guard(tau))
     assert outcome(search.decisions)[: first + 1] == outcome(naive)[: first + 1]
     assert search.decisions[first].decided_by == "oracle"
@@ -266,18 +270,13 @@ def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkey
     weights = random_vit()
     said: list[str] = []
     monkeypatch.setattr("vitcut.discovery.acdc.say", said.append)
-    exact = Propagation._kl
-
-    def spoiled(self, readout):
-        return exact(self, readout) + (1e-3 if readout.dtype == torch.float32 else 0.0)
-
-    monkeypatch.setattr(Propagation, "_kl", spoiled)
+    in_float32(monkeypatch, lambda logits: 1.1 * logits)
     log = tmp_path / "decisions.jsonl"
-    search = acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
+    search = acdc(weights, make_oracle(weights), settings_of(), log=log)
     assert search.precision == "float64"
     assert any("searching in float64" in line for line in said)
     monkeypatch.undo()
-    naive = acdc_reference(make_oracle(weights), tau=0.01)
+    naive = naive_acdc(make_oracle(weights), tau=0.01)
     assert outcome(search.decisions) == outcome(naive)
     assert log.read_text().count('"precision": "float64"') == len(list(stages(weights.graph)))
 
@@ -285,7 +284,7 @@ def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkey
 @pytest.mark.parametrize(("ablation", "sources"), [("resample", 3), ("zero", 2)])
 def test_the_oracle_counts_in_what_a_search_needs(ablation, sources):
     """2 blocks of 2 heads: 7 sources, 15 targets; streams of 5 tokens and 6 features."""
-    weights, config = random_vit(), DiscoverSettings(images=4, ablation=ablation)
+    weights, config = random_vit(), settings_of(ablation=ablation)
     oracle = make_oracle(weights, ablation)
     many = len(oracle.examples.clean) * 5 * 6
     cached = 2 * (7 + 15) * many * 4
@@ -297,18 +296,18 @@ def test_the_oracle_counts_in_what_a_search_needs(ablation, sources):
 
 def test_too_little_memory_is_refused_with_the_need():
     weights = random_vit()
-    config = DiscoverSettings(images=4, memory_gib=1e-6)
+    config = settings_of(memory_gib=1e-6)
     with pytest.raises(ConfigError, match=r"needs about .* GiB.*memory-gib allows 1e-06"):
         acdc(weights, make_oracle(weights), config)
 
 
 def test_float32_that_drifts_is_replaced_by_float64(monkeypatch):
-    weights, config = drifting_vit(), DiscoverSettings(tau=0.1, ablation="zero", images=4)
+    weights, config = drifting_vit(), settings_of(tau=0.1, ablation="zero")
     oracle = make_oracle(weights, "zero")
     said: list[str] = []
     monkeypatch.setattr("vitcut.discovery.acdc.say", said.append)
     search = acdc(weights, oracle, config)
-    naive = acdc_reference(oracle, tau=config.tau)
+    naive = naive_acdc(oracle, tau=config.tau)
     assert outcome(search.decisions) == outcome(naive)
     assert search.precision == "float64"
     assert any("float64" in line for line in said)

@@ -9,14 +9,13 @@ from vitcut.discovery.controls import magnitude_scores, random_scores
 
 
 @pytest.mark.parametrize(("tokens", "kinds"), [("all", 1), ("split", 2)])
-def test_controls_score_every_head_and_neuron_of_every_group_and_no_edge(tokens, kinds):
+def test_controls_score_every_head_and_neuron_of_every_kind(tokens, kinds):
     weights = random_vit(num_layers=3, num_heads=2, hidden=5)
     graph = weights.graph_of(tokens)
     for scores in (random_scores(graph, 5, seed=0), magnitude_scores(weights, graph)):
         assert scores.heads.shape == (3, 2, kinds)
         assert scores.neurons.shape == (3, kinds, 5)
         assert scores.heads.dtype == scores.neurons.dtype == np.float64
-        assert scores.edges is None
 
 
 def test_random_scores_depend_on_the_seed_alone():

@@ -4,15 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tiny import random_vit
-from tiny_oracle import drifting_vit, make_oracle
+from tiny_oracle import drifting_vit, make_oracle, settings_of
 
 from vitcut.discovery.acdc import acdc, stages
-from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError
 
-PLAIN = (random_vit(num_layers=2), DiscoverSettings(tau=0.01, images=4))
+PLAIN = (random_vit(num_layers=2), settings_of(tau=0.01))
 SPLIT = (random_vit(num_layers=2, num_heads=1), replace(PLAIN[1], tokens="split"))
-DRIFTING = (drifting_vit(), DiscoverSettings(tau=0.1, ablation="zero", images=4))
+DRIFTING = (drifting_vit(), settings_of(tau=0.1, ablation="zero"))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +37,7 @@ def test_a_search_killed_while_logging_goes_on_to_the_same_result(
 def test_the_log_has_one_line_per_edge_between_header_and_stage_ends(tmp_path):
     weights = random_vit()
     log = tmp_path / "deep" / "decisions.jsonl"
-    search = acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
+    search = acdc(weights, make_oracle(weights), settings_of(), log=log)
     header, *lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert set(header) == {"format_version", "search"}
     decided = [line for line in lines if "stage_ends" not in line]
@@ -63,7 +62,7 @@ def test_the_log_has_one_line_per_edge_between_header_and_stage_ends(tmp_path):
 def test_a_log_of_another_search_is_refused(tmp_path, change):
     log = tmp_path / "decisions.jsonl"
     weights = random_vit(num_layers=2)
-    acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
+    acdc(weights, make_oracle(weights), settings_of(), log=log)
     other = change.get("weights", weights)
     choices = {
         key: value for key, value in change.items() if key in {"ablation", "images", "tokens"}
@@ -71,13 +70,13 @@ def test_a_log_of_another_search_is_refused(tmp_path, change):
     oracle = make_oracle(other, **choices)
     settings = {key: value for key, value in change.items() if key != "weights"}
     with pytest.raises(ArtefactError, match="logs another search"):
-        acdc(other, oracle, DiscoverSettings(**{"images": 4, **settings}), log=log)
+        acdc(other, oracle, settings_of(**settings), log=log)
 
 
 @pytest.mark.parametrize("change", ["repeat", "skip", "rename"])
 def test_a_log_whose_stages_are_not_those_of_the_search_is_refused(tmp_path, change):
     weights, log = random_vit(num_layers=2), tmp_path / "decisions.jsonl"
-    acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
+    acdc(weights, make_oracle(weights), settings_of(), log=log)
     lines = log.read_text().splitlines(keepends=True)
     end = next(i for i, line in enumerate(lines) if "stage_ends" in line) + 1
     altered = {
@@ -87,14 +86,14 @@ def test_a_log_whose_stages_are_not_those_of_the_search_is_refused(tmp_path, cha
     }
     log.write_text("".join(altered[change]))
     with pytest.raises(ArtefactError, match="does not hold the stages of this search"):
-        acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
+        acdc(weights, make_oracle(weights), settings_of(), log=log)
 
 
 def test_memory_and_precision_may_change_when_a_search_goes_on(tmp_path):
     log = tmp_path / "decisions.jsonl"
     weights = random_vit()
-    first = acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
-    changed = DiscoverSettings(images=4, memory_gib=1.0, precision="float64")
+    first = acdc(weights, make_oracle(weights), settings_of(), log=log)
+    changed = settings_of(memory_gib=1.0, precision="float64")
     again = acdc(weights, make_oracle(weights), changed, log=log)
     assert again.decisions == first.decisions
     assert again.seconds is None
@@ -106,7 +105,7 @@ def test_a_file_that_is_no_log_is_refused(tmp_path, content):
     log.write_text(content)
     weights = random_vit()
     with pytest.raises(ArtefactError, match="not a decision log"):
-        acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
+        acdc(weights, make_oracle(weights), settings_of(), log=log)
 
 
 def test_a_newer_log_is_refused(tmp_path):
@@ -114,4 +113,4 @@ def test_a_newer_log_is_refused(tmp_path):
     log.write_text('{"format_version": 99, "search": ""}\n')
     weights = random_vit()
     with pytest.raises(ArtefactError, match="upgrade vitcut"):
-        acdc(weights, make_oracle(weights), DiscoverSettings(images=4), log=log)
+        acdc(weights, make_oracle(weights), settings_of(), log=log)

@@ -22,3 +22,7 @@ def test_a_search_refuses_linear_ablation_in_one_line():
     expected = "^ablation of a search must be one of zero, mean, resample, got 'linear'$"
     with pytest.raises(ConfigError, match=expected):
         config.__post_init__()
+
+
+def test_a_search_is_under_the_ablation_that_its_cut_is_filled_with():
+    assert DiscoverSettings().ablation == "mean"

@@ -3,10 +3,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from part_scores import exact_edges, exact_heads, exact_neurons
 from tiny import random_pixels, random_vit
 from tiny_oracle import GROUP_OF_CLASS, make_oracle
 
-from vitcut.discovery.exact import exact_edges, exact_heads, exact_neurons
 from vitcut.errors import CircuitError
 from vitcut.masked.masking import full_run
 from vitcut.masked.oracle import Examples, Oracle

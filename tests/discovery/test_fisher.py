@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from part_scores import fisher_scores
 from strategies import vits
 from tiny import random_pixels, random_vit
 
-from vitcut.discovery.fisher import fisher_scores, trace_gradients
+from vitcut.discovery.fisher import trace_gradients
 from vitcut.errors import CircuitError
-from vitcut.masked.ablation import fixed_fill, resample_fill
 from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import fixed_fill, resample_fill
 from vitcut.masked.masking import full_run, masked_logits
 from vitcut.masked.oracle import Examples
 from vitcut.metrics import coarse_log_probs, kl_divergence

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tiny import random_pixels, random_vit
 
+from vitcut.discovery.settings import DiscoverSettings
 from vitcut.masked.oracle import Examples, Oracle
 from vitcut.model.weights import BlockWeights, ViTWeights
 from vitcut.names import Ablation, Tokens
@@ -13,18 +14,26 @@ from vitcut.names import Ablation, Tokens
 GROUP_OF_CLASS = torch.tensor([0, 1, 1, 2])
 
 
-def make_oracle(
-    weights: ViTWeights, ablation: Ablation = "resample", images: int = 4, tokens: Tokens = "all"
-) -> Oracle:
+def make_examples(weights: ViTWeights, images: int = 4) -> Examples:
     """Each image is paired with the one before it."""
     numbers = np.arange(images)
-    examples = Examples(
+    return Examples(
         pixels=random_pixels(weights, images=images),
         clean=numbers,
         corrupted=np.roll(numbers, 1),
         group_of_class=GROUP_OF_CLASS,
     )
-    return Oracle(weights, examples, ablation, tokens=tokens)
+
+
+def make_oracle(
+    weights: ViTWeights, ablation: Ablation = "resample", images: int = 4, tokens: Tokens = "all"
+) -> Oracle:
+    return Oracle(weights, make_examples(weights, images), ablation, tokens=tokens)
+
+
+def settings_of(**changes) -> DiscoverSettings:
+    """The settings of a search with the oracle that ``make_oracle`` makes."""
+    return DiscoverSettings(**{"ablation": "resample", "images": 4, **changes})
 
 
 def without_output_biases(block: BlockWeights) -> BlockWeights:

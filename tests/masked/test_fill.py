@@ -6,15 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strategies import split_circuits, vits
 from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.masked.ablation import zero_fill
-from vitcut.masked.fill import Fill
+from vitcut.masked.fill import Fill, zero_fill
 from vitcut.masked.masking import masked_run
+from vitcut.model.weights import hash_tensors
+from vitcut.store import sha256_json
 
 TENSORS = ("sources", "neurons", "head_maps", "neuron_maps")
 WEIGHTS = random_vit()
@@ -113,27 +114,27 @@ def test_a_newer_fill_is_refused(file):
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00" * 64], ids=["empty", "text", "zeros"])
 def test_what_is_no_tensor_file_is_refused(file, content):
     file.write_bytes(content)
-    with pytest.raises(ArtefactError, match="no readable fill"):
+    with pytest.raises(ArtefactError, match="not a readable fill"):
         Fill.load(file)
 
 
 def test_a_truncated_fill_is_refused(file):
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ArtefactError, match="no readable fill"):
+    with pytest.raises(ArtefactError, match="not a readable fill"):
         Fill.load(file)
 
 
 def test_a_missing_fill_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "fill.safetensors", tmp_path):
-        with pytest.raises(ArtefactError, match="no readable fill"):
+        with pytest.raises(ArtefactError, match="not a readable fill"):
             Fill.load(path)
 
 
-def test_tensors_of_other_names_are_refused_whatever_their_hash(file, monkeypatch):
+def test_tensors_of_other_names_are_refused_even_under_their_own_hash(file):
     rewrite(file, tensors={"more": torch.zeros(1)})
-    monkeypatch.setattr("vitcut.masked.fill._content_hash", lambda *_: "hash")
-    rewrite(file, metadata={"fill": "1 hash "})
-    with pytest.raises(ArtefactError, match="is no fill: it holds head_maps, more"):
+    content = sha256_json([None, hash_tensors(sorted(load_file(file).items()))])
+    rewrite(file, metadata={"fill": f"1 {content} "})
+    with pytest.raises(ArtefactError, match="is not a fill: it holds head_maps, more"):
         Fill.load(file)
 
 

@@ -8,9 +8,16 @@ from strategies import DENSITIES, undisturbed, vits
 from tiny import random_pixels, random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.errors import CircuitError
-from vitcut.masked.ablation import mean_fill
-from vitcut.masked.fitting import add_ridge, fit_fill, regress, site_statistics
+from vitcut.errors import CircuitError, ConfigError
+from vitcut.masked.fitting import (
+    Fitter,
+    add_ridge,
+    fit_fill,
+    fixed_fill,
+    mean_fill,
+    regress,
+    site_statistics,
+)
 from vitcut.masked.masking import full_run, masked_run
 from vitcut.model.forward import (
     activate,
@@ -94,6 +101,27 @@ def fitted(weights, circuit, pixels, ridge=None):
     return fit_fill(weights, circuit, pixels, mean_fill(weights, [pixels]), ridge=ridge)
 
 
+def test_mean_fill_is_the_mean_over_all_batches():
+    weights = random_vit()
+    pixels = random_pixels(weights, images=5)
+    fill, run = mean_fill(weights, pixels.split(2)), full_run(weights, pixels)
+    expected = torch.stack([source.mean(0) for source in run.sources])
+    torch.testing.assert_close(fill.sources, expected, rtol=0, atol=1e-12)
+    expected = torch.stack([hidden.mean(0) for hidden in run.neurons])
+    torch.testing.assert_close(fill.neurons, expected, rtol=0, atol=1e-12)
+
+
+def test_mean_over_no_images_is_refused():
+    with pytest.raises(CircuitError, match="at least 1 calibration image"):
+        mean_fill(random_vit(), [])
+
+
+@pytest.mark.parametrize("ablation", ["resample", "linear"])
+def test_what_differs_by_image_or_circuit_has_no_fixed_fill(ablation):
+    with pytest.raises(CircuitError, match="choose mean or zero"):
+        fixed_fill(ablation, random_vit(), [])
+
+
 @given(data=st.data(), weights=vits(), ridge=st.sampled_from([1e-3, 0.1, 10.0]))
 @settings(max_examples=60)
 def test_the_fill_is_a_regression_in_the_already_cut_model(data, weights, ridge):
@@ -150,7 +178,7 @@ def test_the_fill_is_bound_to_the_circuit_and_as_precise_as_the_weights():
     assert fit.fill.circuit == circuit.fingerprint
     for tensor in (fit.fill.sources, fit.fill.neurons, fit.fill.head_maps, fit.fill.neuron_maps):
         assert tensor.dtype == torch.float32
-    assert {site.covariance.dtype for site in fit.sites.values()} == {torch.float64}
+    assert {site.covariance.dtype for site in fit.statistics.values()} == {torch.float64}
 
 
 def test_an_edge_that_is_cut_while_its_head_lives_carries_means_of_all_that_it_writes():
@@ -160,7 +188,7 @@ def test_an_edge_that_is_cut_while_its_head_lives_carries_means_of_all_that_it_w
     circuit, means = circuit_of(weights, heads), mean_fill(weights, [pixels])
     fit = fit_fill(weights, circuit, pixels, means, ridge=0.1)
     patches = weights.kind_rows["patch"]
-    mapped = fit.sites[0, "heads", 1].means[:, :3] @ fit.fill.head_maps[0, 1, 0].T
+    mapped = fit.statistics[0, "heads", 1].means[:, :3] @ fit.fill.head_maps[0, 1, 0].T
     assert mapped.abs().max() > 0.01
     torch.testing.assert_close(fit.fill.sources[1, patches], means.sources[1, patches] + mapped)
     untouched = fit.fill.sources[1:3, weights.kind_rows["cls"]]
@@ -241,3 +269,61 @@ def test_a_single_image_is_refused():
     weights = random_vit()
     with pytest.raises(CircuitError, match="at least 2 calibration images, got 1"):
         fitted(weights, circuit_of(weights), random_pixels(weights, images=1))
+
+
+def fitter_of(weights, pixels, **settings) -> tuple[Fitter, list[int]]:
+    """A fitter, and how often it has asked for its images."""
+    asked: list[int] = []
+
+    def read() -> torch.Tensor:
+        asked.append(len(pixels))
+        return pixels
+
+    return Fitter(weights, read, **{"ridge": 0.1, "memory_gib": 1.0, **settings}), asked
+
+
+def test_a_fitter_reads_its_images_once_and_only_when_a_fill_needs_them():
+    weights = random_vit()
+    pixels = random_pixels(weights, images=6)
+    fitter, asked = fitter_of(weights, pixels)
+    circuit = circuit_of(weights)
+    zeros = fitter.fit(circuit.with_ablation("zero"))
+    assert not zeros.fill.sources.any()
+    assert not asked
+    means = fitter.fit(circuit.with_ablation("mean"))
+    assert means.statistics is None
+    assert means.fill is fitter.means
+    fitter.fit(circuit)
+    assert asked == [6]
+
+
+def test_a_fitter_fits_as_fit_fill_does_and_keeps_the_last_fit():
+    weights, heads = random_vit(), np.ones((2, 2, 2), dtype=bool)
+    pixels = random_pixels(weights, images=6)
+    fitter, _ = fitter_of(weights, pixels)
+    heads[0, 1, 1] = False
+    circuit, other = circuit_of(weights, heads), circuit_of(weights)
+    fit, alone = fitter.fit(circuit), fitted(weights, circuit, pixels, 0.1)
+    assert fit.fill.fingerprint == alone.fill.fingerprint
+    assert fit.statistics.keys() == alone.statistics.keys()
+    assert fitter.fit(circuit) is fit
+    assert fitter.fit(other).fill.circuit == other.fingerprint
+    assert fitter.fit(circuit) is not fit
+
+
+def test_a_fitter_refuses_a_fit_that_takes_too_much_memory():
+    weights = random_vit()
+    fitter, _ = fitter_of(weights, random_pixels(weights, images=6), memory_gib=1e-6)
+    fitter.fit(circuit_of(weights).with_ablation("mean"))
+    with pytest.raises(ConfigError, match=r"a fit to 6 images needs about .* memory-gib allows"):
+        fitter.fit(circuit_of(weights))
+
+
+def test_a_fit_does_not_write_into_the_means():
+    weights, pixels = random_vit(), random_pixels(random_vit(), images=6)
+    means = mean_fill(weights, [pixels])
+    before = means.fingerprint
+    heads = np.zeros((2, 2, 2), dtype=bool)
+    fit = fit_fill(weights, circuit_of(weights, heads), pixels, means)
+    assert fit.fill.fingerprint != before
+    assert means.fingerprint == before

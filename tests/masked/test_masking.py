@@ -9,8 +9,7 @@ from tiny import random_fill, random_pixels, random_table, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
-from vitcut.masked.ablation import fixed_fill, mean_fill, zero_fill
-from vitcut.masked.fill import Fill
+from vitcut.masked.fill import Fill, zero_fill
 from vitcut.masked.masking import full_run, masked_logits, masked_run
 from vitcut.model.forward import (
     activate,
@@ -146,27 +145,6 @@ def test_kept_of_another_model_is_refused():
     weights, other = random_vit(num_layers=1), random_vit(num_layers=2)
     with pytest.raises(CircuitError, match="do not fit"):
         masked_logits(weights, random_pixels(weights), other.graph.edges, zero_fill(other))
-
-
-def test_mean_fill_is_the_mean_over_all_batches():
-    weights = random_vit()
-    pixels = random_pixels(weights, images=5)
-    fill, run = mean_fill(weights, pixels.split(2)), full_run(weights, pixels)
-    expected = torch.stack([source.mean(0) for source in run.sources])
-    torch.testing.assert_close(fill.sources, expected, rtol=0, atol=1e-12)
-    expected = torch.stack([hidden.mean(0) for hidden in run.neurons])
-    torch.testing.assert_close(fill.neurons, expected, rtol=0, atol=1e-12)
-
-
-def test_mean_over_no_images_is_refused():
-    with pytest.raises(CircuitError, match="at least 1 calibration image"):
-        mean_fill(random_vit(), [])
-
-
-@pytest.mark.parametrize("ablation", ["resample", "linear"])
-def test_what_differs_by_image_or_circuit_has_no_fixed_fill(ablation):
-    with pytest.raises(CircuitError, match="choose mean or zero"):
-        fixed_fill(ablation, random_vit(), [])
 
 
 def test_neurons_of_another_model_are_refused():

@@ -6,10 +6,9 @@ import numpy as np
 import torch
 
 from vitcut.circuit import Circuit
-from vitcut.masked.ablation import fixed_fill, mean_fill
 from vitcut.masked.fill import Fill
-from vitcut.masked.fitting import SiteStatistics, fit_fill, regress
-from vitcut.masked.masking import PartMask, full_run, masked_run
+from vitcut.masked.fitting import SiteStatistics, fit_fill, fixed_fill, mean_fill, regress
+from vitcut.masked.masking import PartMask, circuit_reader, full_run, run_parts
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.model.weights import ViTWeights
 from vitcut.graph import SiteKey
@@ -48,7 +47,7 @@ def fitted(weights, circuit, pixels, ridge=0.1):
     if circuit.ablation != "linear":
         return fixed_fill(circuit.ablation, weights, [pixels]), None
     fit = fit_fill(weights, circuit, pixels, mean_fill(weights, [pixels]), ridge=ridge)
-    return fit.fill, fit.sites
+    return fit.fill, fit.statistics
 
 
 class Nudged(PartMask):
@@ -121,7 +120,8 @@ class Nudged(PartMask):
 
     def log_q(self, pixels, eps: float) -> torch.Tensor:
         self.eps = eps
-        run = masked_run(self.weights, pixels, self.circuit, self.fill, mask=self)
+        read = circuit_reader(self.weights, self.circuit, self.fill.sources)
+        run = run_parts(self.weights, pixels, read, self)
         return log_probs(run.logits)
 
     def slope(self, pixels, step: float = 1e-5) -> torch.Tensor:

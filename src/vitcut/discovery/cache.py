@@ -1,4 +1,4 @@
-"""Activations that stay fixed during a search: what every tau and token mode shares."""
+"""Activations that stay fixed during a search and are shared by every tau and token mode."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from vitcut.settings import require_memory
 from vitcut.shapes import Float, Tensor
 
 _TRACE_CHUNK = 32
+"""Pairs per forward pass while tracing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Activations that stay fixed during a discovery, one row per pair; serves any tau.
+    """Clean and ablated values of every source of the unsplit graph, one row per pair.
 
-    Sources are those of the unsplit graph, whatever the tokens of the search. Their values are kept
-    at stream width: sums over sources are what the search spends its time on. ``pairs`` stands for
-    images under ``mean`` and ``zero``.
+    They are stored at stream width: a search spends its time on sums over sources. Under ``mean``
+    and ``zero`` a pair is an image.
     """
 
     change: Float[Tensor, "sources pairs tokens width"]
@@ -36,6 +36,7 @@ class Cache:
         return str(self.change.dtype).removeprefix("torch.")
 
     @classmethod
+    @torch.no_grad()
     def build(cls, weights: ViTWeights, oracle: Oracle, config: DiscoverSettings) -> "Cache":
         """Trace the clean and the corrupted images.
 
@@ -46,29 +47,25 @@ class Cache:
         require_room(weights, examples, config)
         shape = (len(weights.graph.sources), len(examples.clean), weights.num_tokens, weights.width)
         change = torch.empty(shape, dtype=dtype, device=weights.device)
-        table = None if oracle.fill is None else oracle.fill.sources
-        if table is None:
+        if oracle.fill is None:
             ablated = torch.empty_like(change)
         else:
-            ablated = table.to(dtype)[:, None].expand(shape)
+            ablated = oracle.fill.sources.to(dtype)[:, None].expand(shape)
         pixels = examples.pixels.to(weights.device, dtype)
         low = weights.to(dtype)
-        for pairs in torch.arange(shape[1]).split(_TRACE_CHUNK):
-            span = slice(int(pairs[0]), int(pairs[-1]) + 1)
-            if table is None:
-                ablated[:, span] = _traced(low, pixels[examples.corrupted[span]])
-            change[:, span] = ablated[:, span] - _traced(low, pixels[examples.clean[span]])
+        for start in range(0, shape[1], _TRACE_CHUNK):
+            span = slice(start, start + _TRACE_CHUNK)
+            if oracle.fill is None:
+                corrupted = pixels[examples.corrupted[span]]
+                ablated[:, span] = torch.stack(full_run(low, corrupted).sources)
+            clean = pixels[examples.clean[span]]
+            change[:, span] = ablated[:, span] - torch.stack(full_run(low, clean).sources)
         full = oracle.full_log_probs[torch.from_numpy(examples.clean)]
         return cls(change=change, ablated=ablated, full_log_probs=full)
 
 
-def _traced(weights: ViTWeights, pixels: Tensor) -> Float[Tensor, "sources pairs tokens width"]:
-    with torch.no_grad():
-        return torch.stack(full_run(weights, pixels).sources)
-
-
 def require_room(weights: ViTWeights, examples: Examples, config: DiscoverSettings) -> None:
-    """Check that a search fits into memory: its cache and state, and one visit of the oracle.
+    """Check that a search fits into memory: its cache, its state and one call of the oracle.
 
     Raises:
         ConfigError: It does not.
@@ -78,8 +75,8 @@ def require_room(weights: ViTWeights, examples: Examples, config: DiscoverSettin
     stream = weights.num_tokens * weights.width / 8 / 2**30
     bits = torch.finfo(getattr(torch, config.precision)).bits
     cached = 2 * (sources + targets) * pairs * stream * bits
-    # In float64: every target's input, and of every source its value, its change and, where it
-    # differs between images, its ablated value.
+    # The oracle in float64: every target's input and, of every source, its value, its change and,
+    # where it differs between images, its ablated value.
     values = targets + (3 if config.ablation == "resample" else 2) * sources
     asked = values * min(pairs, PAIRS_AT_A_TIME) * stream * 64
     require_memory(

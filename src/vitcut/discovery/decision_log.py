@@ -1,11 +1,10 @@
-"""``decisions.jsonl``: what became of every edge, stage by stage, so that a killed search goes on.
+"""``decisions.jsonl``: what became of every edge, so that a killed search can go on.
 
-A first line names the search; then every stage has a line per edge and a line that ends it. A
-stage without that line was cut short and is decided again. Deciding is left to ``acdc``.
+The first line names the search. Every stage then has one line per edge and a line that ends it. A
+stage without that line was interrupted and is decided again.
 """
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The decisions on the edges into all targets of one block and kind, and what they took."""
+    """The decisions on the edges into all targets of one block and role, and their cost."""
 
     decisions: tuple[Decision, ...]
     precision: str
@@ -44,39 +43,32 @@ class Stage:
 
 
 class DecisionLog:
-    """The log of one search; without a path it forgets everything."""
+    """The log of one search; without a path the stages are kept in memory alone."""
 
-    def __init__(self, path: Path | None, identity: str) -> None:
-        """Read the whole stages of an earlier process and cut off what follows them.
+    def __init__(
+        self, path: Path | None, identity: str, expected: list[list[tuple[str, str]]]
+    ) -> None:
+        """Read the complete stages of an earlier process and truncate the file behind them.
 
         Args:
-            path: The file; made when the first stage is appended.
+            path: The file; created when the first stage is appended.
             identity: A hash of everything that decides the search.
+            expected: Source and target names of the edges of every stage, in the search's order.
 
         Raises:
-            ArtefactError: The file logs another search, or is no decision log.
+            ArtefactError: The file logs another search, or is not a decision log.
         """
         self._path = path
         self._header = {"format_version": FORMAT_VERSION, "search": identity}
         self.stages: list[Stage] = []
-        if path is not None and path.exists():
-            self._read(path)
-
-    def require_edges(self, expected: Iterable[list[tuple[str, str]]]) -> None:
-        """Refuse a log whose stages are not the first of the search, each of them once.
-
-        Args:
-            expected: Source and target names of every stage, in the order of the search.
-
-        Raises:
-            ArtefactError: They differ; two processes wrote the log, or it was altered.
-        """
-        stages = list(expected)
+        if path is None or not path.exists():
+            return
+        self._read(path)
         found = [[(item.source, item.target) for item in stage.decisions] for stage in self.stages]
-        if found != stages[: len(found)]:
+        if found != expected[: len(found)]:
             raise ArtefactError(
-                f"{self._path} does not hold the stages of this search in their order (did two "
-                "processes write it?): delete it"
+                f"{path} does not hold the stages of this search in their order (did two processes "
+                "write it?): delete it"
             )
 
     def append(self, stage: Stage) -> None:
@@ -84,13 +76,9 @@ class DecisionLog:
         self.stages.append(stage)
         if self._path is None:
             return
-        end = {
-            "stage_ends": True,
-            "precision": stage.precision,
-            "node_evaluations": stage.node_evaluations,
-            "oracle_calls": stage.oracle_calls,
-        }
-        rows: list[dict[str, Any]] = [*(vars(item) for item in stage.decisions), end]
+        rows: list[dict[str, Any]] = [dict(vars(item)) for item in stage.decisions]
+        rows.append({"stage_ends": True, **vars(stage)})
+        del rows[-1]["decisions"]
         if not self._path.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             rows.insert(0, self._header)
@@ -98,34 +86,46 @@ class DecisionLog:
             stream.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
     def restart(self) -> None:
-        """Forget every stage: the search begins again."""
+        """Forget every stage: the search starts over."""
         self.stages.clear()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
-        whole, pending, size = 0, list[Decision](), 0
-        for number, line in enumerate(_whole_lines(path)):
+        complete, size, decisions = 0, 0, list[Decision]()
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break  # A kill cut this line short.
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ArtefactError(_not_a_log(path))
             size += len(line)
-            row = _parse(line, path)
-            if number == 0:
-                self._check_header(row, path)
-                whole = size
-            elif "stage_ends" in row:
-                self.stages.append(_stage(row, pending, path))
-                whole, pending = size, []
-            else:
-                pending.append(_decision(row, path))
-        if whole == 0:
+            if complete == 0:
+                self._check_header(path, row)
+                complete = size
+                continue
+            try:
+                if "stage_ends" in row:
+                    del row["stage_ends"]
+                    self.stages.append(Stage(decisions=tuple(decisions), **row))
+                    complete, decisions = size, []
+                else:
+                    decisions.append(Decision(**row))
+            except TypeError as error:
+                raise ArtefactError(f"{path} is damaged ({error}): delete it") from None
+        if complete == 0:
             path.unlink()
             return
         with path.open("r+b") as stream:
-            stream.truncate(whole)
+            stream.truncate(complete)
 
-    def _check_header(self, row: dict[str, Any], path: Path) -> None:
+    def _check_header(self, path: Path, row: dict[str, Any]) -> None:
         version = row.get("format_version")
         if not isinstance(version, int):
-            raise ArtefactError(f"{path} is not a decision log: delete it, or choose another --out")
+            raise ArtefactError(_not_a_log(path))
         if version > FORMAT_VERSION:
             raise ArtefactError(
                 f"{path} has format_version {version}, this vitcut reads up to {FORMAT_VERSION}: "
@@ -133,43 +133,10 @@ class DecisionLog:
             )
         if row != self._header:
             raise ArtefactError(
-                f"{path} logs another search: its model, images or settings differ from these; "
+                f"{path} logs another search, with another model, other images or other settings: "
                 "delete it, or choose another --out"
             )
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines up to the first one that a kill cut short."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        yield line
-
-
-def _parse(line: bytes, path: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        row = None
-    if not isinstance(row, dict):
-        raise ArtefactError(f"{path} is not a decision log: delete it, or choose another --out")
-    return row
-
-
-def _decision(row: dict[str, Any], path: Path) -> Decision:
-    try:
-        return Decision(**row)
-    except TypeError as error:
-        raise ArtefactError(f"{path} is damaged ({error}): delete it") from None
-
-
-def _stage(row: dict[str, Any], decisions: list[Decision], path: Path) -> Stage:
-    try:
-        return Stage(
-            decisions=tuple(decisions),
-            precision=row["precision"],
-            node_evaluations=row["node_evaluations"],
-            oracle_calls=row["oracle_calls"],
-        )
-    except KeyError as error:
-        raise ArtefactError(f"{path} is damaged (no {error}): delete it") from None
+def _not_a_log(path: Path) -> str:
+    return f"{path} is not a decision log: delete it, or choose another --out"

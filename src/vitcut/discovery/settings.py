@@ -21,7 +21,7 @@ class DiscoverSettings:
     """The algorithm."""
     tau: float = 0.01
     """ACDC cuts an edge when the mean KL divergence rises by less than this, in nats."""
-    ablation: EdgeAblation = "resample"
+    ablation: EdgeAblation = "mean"
     """What stands in for a cut edge while searching."""
     tokens: Tokens = "all"
     """Whether edges are over whole tokens, or exist once per token kind (cls, register, patch)."""

@@ -1,1 +1,1 @@
-"""What a circuit means: tracing a model, ablated values, and the masked model."""
+"""What a circuit means: the masked model, the fills of cut parts, and how far they are off."""

@@ -1,8 +1,4 @@
-"""A fill: what stands in for the cut parts of a model, the same function for every image.
-
-Fitting one is left to ``ablation.py`` (zeros, means) and ``least_squares.py``; applying it to
-``masking.py`` and to the compiler.
-"""
+"""A fill: what stands in for the cut parts of a model, and its file format."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,51 +8,47 @@ from safetensors.torch import save_file
 
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.model.weights import hash_tensors
+from vitcut.model.weights import ViTWeights, hash_tensors
 from vitcut.shapes import Float, Tensor
 from vitcut.store import atomic_path, sha256_json
 
-_TABLES = ("sources", "neurons")
-_MAPS = ("head_maps", "neuron_maps")
+_TENSORS = ("sources", "neurons", "head_maps", "neuron_maps")
 _FORMAT_VERSION = 1
 _METADATA = "fill"
-"""Format version, hash of the content, and fingerprint of the circuit, if any."""
+"""Format version, hash of the content, and the fingerprint of the circuit, if any."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fill:
-    """Tables for what is cut, and what the kept parts of a layer write in its place.
+    """Constants in place of cut parts and, under ``linear`` ablation, maps from the kept ones.
 
-    Under ``linear`` ablation the cut heads (neurons) of a layer and token kind are predicted from
-    its kept ones: a_cut := R a_kept + c. The maps are W_cut R, with W_cut the output weight of the
-    cut ones, and c stands in the tables. A map is part of what its head or MLP writes: it travels
-    along that source's kept edges.
+    A linear fill predicts the cut heads (neurons) of a layer and token kind from the kept ones:
+    a_cut[t] := R a_kept[t] + c[t]. The stream receives W_cut a_cut, so the map of a kept part is
+    its columns of W_cut R, where W_cut is the output weight of the cut parts; W_cut c[t] is in the
+    tables. A map is part of what its head or MLP writes and follows that source's kept edges.
     """
 
     sources: Float[Tensor, "sources *images tokens width"]
-    """What each source of the unsplit graph carries along cut edges."""
+    """What a cut edge carries, per source of the unsplit graph."""
     neurons: Float[Tensor, "blocks *images tokens neurons"] | None = None
-    """The value of each hidden unit where it is cut; None for circuits that cut no neuron."""
+    """The value of each cut neuron; None for circuits that cut none."""
     head_maps: Float[Tensor, "blocks kinds heads width head_dim"] | None = None
-    """What a kept head writes for cut ones, besides its own output weight; None for nothing."""
+    """What a kept head writes for the cut ones, in addition to its own output; None for nothing."""
     neuron_maps: Float[Tensor, "blocks kinds width neurons"] | None = None
-    """The same for neurons; zero where a neuron is cut."""
+    """The same for kept neurons; zero where a neuron is cut."""
     circuit: str | None = None
-    """Fingerprint of the only circuit that it belongs to; None where it fits any."""
+    """Fingerprint of the circuit that the fill was fitted to; None if it fits any circuit."""
 
     def like(self, tensor: Tensor) -> "Fill":
-        """The same fill in the type and place of a tensor."""
-        values = {
-            name: None if value is None else value.to(tensor.device, tensor.dtype)
-            for name, value in self._tensors().items()
-        }
+        """The same fill with the dtype and device of a tensor."""
+        values = {name: t.to(tensor.device, tensor.dtype) for name, t in self._tensors().items()}
         return replace(self, **values)
 
     def require_fit(self, circuit: Circuit) -> None:
-        """Refuse a circuit that this fill was not made for.
+        """Check that this fill can be used for a circuit.
 
         Raises:
-            CircuitError: It was made for another circuit, or the ablation needs another fill.
+            CircuitError: It was fitted to another circuit, or the ablation needs another fill.
         """
         if self.circuit not in {None, circuit.fingerprint}:
             raise CircuitError(
@@ -69,26 +61,22 @@ class Fill:
                 f"the circuit is under {circuit.ablation} ablation, the fill is linear: pass "
                 "circuit.with_ablation('linear')"
             )
-        if circuit.ablation == "zero" and self._is_anything:
+        if circuit.ablation == "zero" and any(bool(t.any()) for t in self._tensors().values()):
             raise CircuitError(
                 "the circuit is under zero ablation, but the fill is not all zero: pass zeros, or "
                 "circuit.with_ablation('mean')"
             )
         if circuit.neurons is not None and self.neurons is None:
-            raise CircuitError("the circuit cuts neurons, the fill has no values for them")
+            raise CircuitError("the circuit cuts neurons, but the fill has no values for them")
 
     def save(self, path: str | Path) -> None:
-        """Write ``fill.safetensors``, atomically, with a hash of its content.
+        """Write ``fill.safetensors`` atomically, with a hash of its content.
 
         Raises:
             ArtefactError: The file cannot be written.
         """
-        tensors = {
-            name: value.detach().cpu().contiguous()
-            for name, value in self._tensors().items()
-            if value is not None
-        }
-        # One key of metadata: safetensors writes several in random order.
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
+        # A single metadata key: safetensors writes several in random order.
         metadata = {_METADATA: f"{_FORMAT_VERSION} {self.fingerprint} {self.circuit or ''}"}
         try:
             with atomic_path(path) as temporary:
@@ -98,17 +86,17 @@ class Fill:
 
     @classmethod
     def load(cls, path: str | Path) -> "Fill":
-        """Read what ``save`` wrote.
+        """Read a file written by ``save``.
 
         Raises:
-            ArtefactError: The file is missing, damaged or altered.
+            ArtefactError: The file is missing, damaged, altered or of a newer version.
         """
         try:
             with safe_open(path, framework="pt") as stored:
                 words = (stored.metadata() or {}).get(_METADATA, "").split(" ")
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} is no readable fill: {error}") from None
+            raise ArtefactError(f"{path} is not a readable fill: {error}") from None
         version, content, circuit, *_ = [*words, "", ""]
         if version.isdigit() and int(version) > _FORMAT_VERSION:
             raise ArtefactError(
@@ -117,27 +105,33 @@ class Fill:
             )
         if content != _content_hash(tensors, circuit or None):
             raise ArtefactError(
-                f"{path} was altered: its hash is not the one that it was written with; cut again"
+                f"{path} was altered: its content does not match its hash; cut again"
             )
-        if not {"sources"} <= set(tensors) <= {*_TABLES, *_MAPS}:
+        if not {"sources"} <= set(tensors) <= set(_TENSORS):
             raise ArtefactError(
-                f"{path} is no fill: it holds {', '.join(sorted(tensors)) or 'nothing'}, expected "
-                f"sources and perhaps {', '.join((*_TABLES[1:], *_MAPS))}"
+                f"{path} is not a fill: it holds {', '.join(sorted(tensors)) or 'nothing'}, "
+                f"expected sources and optionally {', '.join(_TENSORS[1:])}"
             )
         return cls(**tensors, circuit=circuit or None)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the tensors and of the circuit that they belong to."""
-        tensors = {name: value for name, value in self._tensors().items() if value is not None}
-        return _content_hash(tensors, self.circuit)
+        return _content_hash(self._tensors(), self.circuit)
 
-    @property
-    def _is_anything(self) -> bool:
-        return any(bool(t.any()) for t in self._tensors().values() if t is not None)
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors that this fill has, by name."""
+        values = {name: getattr(self, name) for name in _TENSORS}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
 
-    def _tensors(self) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in (*_TABLES, *_MAPS)}
+
+def zero_fill(weights: ViTWeights) -> Fill:
+    """Zeros for every source, neuron and token."""
+    like, tokens = weights.patch_weight, weights.num_tokens
+    return Fill(
+        sources=like.new_zeros(len(weights.graph.sources), tokens, weights.width),
+        neurons=like.new_zeros(len(weights.blocks), tokens, weights.num_neurons),
+    )
 
 
 def _content_hash(tensors: dict[str, Tensor], circuit: str | None) -> str:

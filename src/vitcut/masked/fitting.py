@@ -1,12 +1,15 @@
-"""Linear fills: cut heads and neurons are predicted from those that are kept beside them.
+"""Make fills from calibration images: means, another image's values, linear predictions.
 
-For the heads (then the neurons) of a layer and token kind, a_cut[t] := R a_kept[t] + c[t] with
+A linear fill predicts cut heads and neurons from those that are kept beside them. For the heads
+(then the neurons) of a layer and token kind, a_cut[t] := R a_kept[t] + c[t] with
 c[t] = mean_cut[t] - R mean_kept[t], and R by ridge regression on activations centred per token. All
-statistics come from the model that is cut already: earlier layers are filled before later ones are
-fitted. R = 0 is the mean.
+statistics come from the model as cut so far: earlier layers are filled before later ones are
+fitted. With R = 0 it is the mean.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,10 +17,25 @@ import torch
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
 from vitcut.graph import SiteKey
-from vitcut.masked.fill import Fill
-from vitcut.masked.masking import PartMask, masked_run
+from vitcut.masked.fill import Fill, zero_fill
+from vitcut.masked.masking import (
+    attend_streams,
+    circuit_reader,
+    full_run,
+    map_heads,
+    map_neurons,
+    neuron_mask,
+    run_gib,
+)
+from vitcut.model.forward import activate, embed, normalise, write, write_neurons
 from vitcut.model.weights import ViTWeights
+from vitcut.names import LETTERS, Ablation
+from vitcut.progress import track
+from vitcut.settings import require_memory
 from vitcut.shapes import Bool, Float, Tensor
+
+_BATCH = 32
+"""Images per forward pass where only means are taken."""
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """What cross-validation chooses from, as fractions of the mean variance."""
@@ -26,25 +44,155 @@ _LEAST_TO_VALIDATE = 4
 """Images: two in each half, since one alone has no variance around its own mean."""
 
 _SAMPLES_PER_FEATURE = 100
-"""Tokens times images that a covariance is taken over; more would not change it."""
+"""Tokens times images that a covariance is taken over; more would hardly change it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStatistics:
-    """The activations of a site, the heads or neurons of a layer and token kind; float64."""
+    """The activations of a site (the heads or neurons of a layer and token kind) in float64."""
 
     means: Float[Tensor, "tokens features"]
     covariance: Float[Tensor, "features features"]
-    """Around the means of each token, over images and tokens, with the ridge on its diagonal."""
+    """Around the mean of each token, over images and tokens, with the ridge on its diagonal."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFit:
-    """A linear fill, and the statistics that it was fitted to."""
+class Fit:
+    """A fill, and the statistics that it was fitted to."""
 
     fill: Fill
-    """Bound to the circuit, in the precision of the weights."""
-    sites: dict[SiteKey, SiteStatistics]
+    statistics: Mapping[SiteKey, SiteStatistics] | None = None
+    """Of every site; None unless the fill is linear."""
+
+
+class Fitter:
+    """The fills of a model's circuits under mean, zero or linear ablation.
+
+    Means are computed once for all circuits, and the last linear fit is kept: asking again for the
+    same circuit costs nothing.
+    """
+
+    def __init__(
+        self,
+        weights: ViTWeights,
+        pixels: Callable[[], Float[Tensor, "images channels y x"]],
+        *,
+        ridge: float | None,
+        memory_gib: float,
+    ) -> None:
+        """Nothing is read or computed until a fill needs it.
+
+        Args:
+            weights: The model.
+            pixels: Returns the normalised calibration images; called once at most.
+            ridge: See ``fit_fill``.
+            memory_gib: Most memory that the activations of a linear fit may take, in GiB.
+        """
+        self._weights = weights
+        self._read_pixels = pixels
+        self._ridge = ridge
+        self._memory_gib = memory_gib
+        self._last: Fit | None = None
+
+    @cached_property
+    def pixels(self) -> Float[Tensor, "images channels y x"]:
+        """The normalised calibration images."""
+        return self._read_pixels()
+
+    @cached_property
+    def means(self) -> Fill:
+        """The means of the uncut model, summed in float64."""
+        weights, batches = self._weights, self.pixels.split(_BATCH)
+        tracked = track(batches, "averaging", len(batches), unit="batches")
+        return mean_fill(weights, (x.to(weights.device, weights.dtype) for x in tracked))
+
+    def fit(self, circuit: Circuit) -> Fit:
+        """The fill of a circuit under its ablation.
+
+        Raises:
+            CircuitError: The circuit is under ``resample`` ablation, or there are too few images.
+            ConfigError: A linear fit would not fit into the allowed memory.
+        """
+        weights = self._weights
+        if circuit.ablation == "zero":
+            return Fit(fill=zero_fill(weights))
+        if circuit.ablation == "mean":
+            return Fit(fill=self.means)
+        if self._last is None or self._last.fill.circuit != circuit.fingerprint:
+            pixels = self.pixels.to(weights.device, weights.dtype)
+            require_memory(
+                f"a fit to {len(pixels)} images",
+                needed_gib=run_gib(weights, len(pixels)),
+                memory_gib=self._memory_gib,
+            )
+            self._last = fit_fill(weights, circuit, pixels, self.means, ridge=self._ridge)
+        return self._last
+
+
+@torch.no_grad()
+def mean_fill(
+    weights: ViTWeights, batches: Iterable[Float[Tensor, "_images channels y x"]]
+) -> Fill:
+    """Average what each source writes, and each neuron is, at each token over images.
+
+    Args:
+        weights: The model; sums are taken in float64 whatever its precision.
+        batches: Normalised calibration images.
+
+    Returns:
+        The means, in the precision of ``weights``.
+
+    Raises:
+        CircuitError: There are no images.
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=weights.device)
+    sources, neurons = [zero] * len(weights.graph.sources), [zero] * len(weights.blocks)
+    count = 0
+    for pixels in batches:
+        run = full_run(weights, pixels)
+        sources = [a + b.double().sum(0) for a, b in zip(sources, run.sources, strict=True)]
+        neurons = [a + b.double().sum(0) for a, b in zip(neurons, run.neurons, strict=True)]
+        count += len(pixels)
+    if count == 0:
+        raise CircuitError("mean ablation needs at least 1 calibration image, got 0")
+    means = Fill(sources=torch.stack(sources) / count, neurons=torch.stack(neurons) / count)
+    return means.like(weights.patch_weight)
+
+
+@torch.no_grad()
+def resample_fill(
+    weights: ViTWeights, corrupted: Float[Tensor, "images channels y x"], *, neurons: bool = False
+) -> Fill:
+    """Take the values of corrupted images, one per image.
+
+    Args:
+        weights: The model.
+        corrupted: Normalised images.
+        neurons: Whether the circuit cuts neurons.
+    """
+    run = full_run(weights, corrupted)
+    hidden = torch.stack(run.neurons) if neurons else None
+    return Fill(sources=torch.stack(run.sources), neurons=hidden)
+
+
+def fixed_fill(
+    ablation: Ablation,
+    weights: ViTWeights,
+    batches: Iterable[Float[Tensor, "_images channels y x"]],
+) -> Fill:
+    """Make the fill of an ablation that is the same for all images and circuits.
+
+    Raises:
+        CircuitError: There is none: ``resample`` differs by image, ``linear`` by circuit.
+    """
+    if ablation == "zero":
+        return zero_fill(weights)
+    if ablation == "mean":
+        return mean_fill(weights, batches)
+    raise CircuitError(
+        f"no single fill serves every circuit under {ablation!r} ablation: choose mean or zero, or "
+        "fit a linear fill to the circuit"
+    )
 
 
 @torch.no_grad()
@@ -55,7 +203,7 @@ def fit_fill(
     means: Fill,
     *,
     ridge: float | None = None,
-) -> LinearFit:
+) -> Fit:
     """Fit the linear fill of a circuit, in one pass over all calibration images together.
 
     Args:
@@ -66,6 +214,9 @@ def fit_fill(
         ridge: Added to the covariance's diagonal, as a fraction of its mean; chosen for each site
             by two-fold cross-validation if None.
 
+    Returns:
+        The fill, bound to the circuit and in the precision of the weights, with its statistics.
+
     Raises:
         CircuitError: The circuit is not under ``linear`` ablation, or there are too few images.
     """
@@ -75,77 +226,90 @@ def fit_fill(
         )
     if len(pixels) < 2:
         raise CircuitError(f"a linear fill needs at least 2 calibration images, got {len(pixels)}")
-    fitter = _Fitter(weights, circuit, means, ridge)
-    masked_run(weights, pixels, circuit, fitter.fill, mask=fitter)
-    return LinearFit(fill=replace(fitter.fill, circuit=circuit.fingerprint), sites=fitter.sites)
+    own, rows, like = weights.graph, weights.rows_of(circuit.graph), weights.patch_weight
+    blocks, kinds, num_neurons = len(weights.blocks), len(rows), weights.num_neurons
+    heads, head_dim = weights.blocks[0].attn.q_weight.shape[:2]
+    kept_neurons = neuron_mask(weights, circuit.graph, circuit.neurons)
+    live = circuit.graph.by_block(circuit.live_sources)
+    live_heads, live_mlps = (torch.from_numpy(part.copy()) for part in live)
+    # The tensors of the fill, written block by block. ``read`` looks at ``tables`` during the pass,
+    # but only at the rows of sources that were written, which are final by then.
+    tables = means.sources.to(like.device, like.dtype, copy=True)
+    neurons = like.new_zeros(blocks, weights.num_tokens, num_neurons)
+    head_maps = like.new_zeros(blocks, kinds, heads, weights.width, head_dim)
+    neuron_maps = like.new_zeros(blocks, kinds, weights.width, num_neurons)
+    statistics: dict[SiteKey, SiteStatistics] = {}
+
+    read = circuit_reader(weights, circuit, tables)
+    written = [embed(weights, pixels)]
+    for layer, block in enumerate(weights.blocks):
+        streams = [read(own.letter_targets(layer, letter), written) for letter in LETTERS]
+        z = attend_streams(weights, layer, streams)
+        attention = slice(own.head_source(layer, 0), own.mlp_source(layer))
+        for kind, span in enumerate(rows):
+            site = site_statistics(z[:, :, span].permute(1, 2, 0, 3).flatten(2), ridge)
+            statistics[layer, "heads", kind] = site
+            alive = live_heads[layer, :, kind].to(z.device)
+            head_maps[layer, kind], tables[attention, span] = _fill_heads(
+                block.attn.out_weight.double(), site, alive, tables[attention, span]
+            )
+        written += (write(block.attn, z) + map_heads(z, head_maps[layer], rows)).unbind(0)
+
+        stream = read([own.mlp_target(layer)], written)
+        hidden = activate(block.mlp, normalise(block.mlp_norm, stream[0]))
+        out = block.mlp.out_weight.double()
+        for kind, span in enumerate(rows):
+            site = site_statistics(hidden[:, span], ridge)
+            statistics[layer, "neurons", kind] = site
+            kept = torch.ones(num_neurons, dtype=torch.bool, device=hidden.device)
+            if kept_neurons is not None:
+                kept = kept_neurons[layer, span][0]  # The same for all tokens of a kind.
+            regression, constants = _predict(site, kept)
+            neuron_maps[layer, kind], neurons[layer, span] = out @ regression, constants
+            if not live_mlps[layer, kind]:
+                tables[own.mlp_source(layer), span] = (site.means @ out.T).to(like.dtype)
+        replaced, share = hidden, 0.0
+        if kept_neurons is not None:
+            replaced = torch.where(kept_neurons[layer], hidden, neurons[layer])
+            share = map_neurons(hidden * kept_neurons[layer], neuron_maps[layer], rows)
+        written.append(write_neurons(block.mlp, replaced) + share)
+    fill = Fill(
+        sources=tables,
+        neurons=neurons,
+        head_maps=head_maps,
+        neuron_maps=neuron_maps,
+        circuit=circuit.fingerprint,
+    )
+    return Fit(fill=fill, statistics=statistics)
 
 
-class _Fitter(PartMask):
-    """Sees the heads and neurons of each block as they are computed, and fits their fill first."""
+def _fill_heads(
+    out: Float[Tensor, "heads width head_dim"],
+    site: SiteStatistics,
+    alive: Bool[Tensor, "heads"],
+    table: Float[Tensor, "heads tokens width"],
+) -> tuple[Float[Tensor, "heads width head_dim"], Float[Tensor, "heads tokens width"]]:
+    """The maps W R of a site's heads, and what their cut edges carry.
 
-    def __init__(
-        self, weights: ViTWeights, circuit: Circuit, means: Fill, ridge: float | None
-    ) -> None:
-        graph, like = circuit.graph, weights.patch_weight
-        blocks, kinds = graph.num_layers, graph.num_kinds
-        head_dim = weights.blocks[0].attn.q_weight.shape[1]
-        self._sources = means.sources.to(like.device, like.dtype, copy=True)
-        self._neurons = like.new_zeros(blocks, weights.num_tokens, weights.num_neurons)
-        self._head_maps = like.new_zeros(blocks, kinds, graph.num_heads, weights.width, head_dim)
-        self._neuron_maps = like.new_zeros(blocks, kinds, weights.width, weights.num_neurons)
-        self.fill = Fill(
-            sources=self._sources,
-            neurons=self._neurons,
-            head_maps=self._head_maps,
-            neuron_maps=self._neuron_maps,
-        )
-        self.sites: dict[SiteKey, SiteStatistics] = {}
-        super().__init__(weights, graph, circuit.neurons, self.fill)
-        self._weights = weights
-        self._circuit = circuit
-        self._ridge = ridge
-        live = graph.by_block(circuit.live_sources)
-        self._live_heads, self._live_mlps = (torch.from_numpy(part.copy()) for part in live)
+    ``table`` holds the means of the full model, which a cut edge of a live head carries.
+    """
+    heads, _, head_dim = out.shape
+    regression, constants = _predict(site, alive.repeat_interleave(head_dim))
+    maps = (out.permute(1, 0, 2).flatten(1) @ regression).unflatten(1, (heads, head_dim))
+    maps = maps.transpose(0, 1)
+    # A map is part of what its head writes, so a cut edge of a live head carries the map's mean
+    # too. A dead head adds its W c to every target.
+    carried = torch.einsum("hwd,thd->htw", maps, site.means.unflatten(1, (heads, head_dim)))
+    constant = torch.einsum("hwd,thd->htw", out, constants.unflatten(1, (heads, head_dim)))
+    return maps, torch.where(alive[:, None, None], table + carried, constant)
 
-    def heads(self, layer: int, z: Tensor) -> Tensor | float:
-        """Fit the heads of a block, then give what kept heads write for cut ones."""
-        out = self._weights.blocks[layer].attn.out_weight.double()
-        first, (heads, _, _, head_dim) = self._weights.graph.head_source(layer, 0), z.shape
-        for kind, rows in enumerate(self.rows):
-            alive = self._live_heads[layer, :, kind]
-            features = z[:, :, rows].permute(1, 2, 0, 3).flatten(2)
-            kept = alive.repeat_interleave(head_dim).to(z.device)
-            site = site_statistics(features, self._ridge)
-            self.sites[layer, "heads", kind] = site
-            means, regression = site.means, regress(site.covariance, kept)
-            maps = out.permute(1, 0, 2).flatten(1) @ regression
-            by_head = maps.unflatten(1, (heads, head_dim)).transpose(0, 1)
-            self._head_maps[layer, kind] = by_head
-            constants = (means * ~kept - means @ regression.T).unflatten(1, (heads, head_dim))
-            # A map is part of what its head writes: where that edge is cut, so is the map.
-            carried = torch.einsum("hwd,thd->htw", by_head, means.unflatten(1, (heads, head_dim)))
-            written = torch.einsum("hwd,thd->htw", out, constants)
-            for head in range(heads):
-                table = self._sources[first + head, rows]
-                table.copy_(table + carried[head] if alive[head] else written[head])
-        return super().heads(layer, z)
 
-    def neurons(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Fit the neurons of a block, then replace the cut ones."""
-        mlp, graph = self._weights.blocks[layer].mlp, self._weights.graph
-        out = mlp.out_weight.double()
-        for kind, rows in enumerate(self.rows):
-            kept = torch.ones(hidden.shape[2], dtype=torch.bool, device=hidden.device)
-            if self._circuit.neurons is not None:
-                kept = torch.from_numpy(self._circuit.neurons[layer, kind].copy()).to(kept.device)
-            site = site_statistics(hidden[:, rows], self._ridge)
-            self.sites[layer, "neurons", kind] = site
-            means, regression = site.means, regress(site.covariance, kept)
-            self._neuron_maps[layer, kind] = out @ regression
-            self._neurons[layer, rows] = (means * ~kept - means @ regression.T).to(hidden.dtype)
-            if not self._live_mlps[layer, kind]:
-                self._sources[graph.mlp_source(layer), rows] = (means @ out.T).to(hidden.dtype)
-        return super().neurons(layer, hidden)
+def _predict(
+    site: SiteStatistics, kept: Bool[Tensor, "features"]
+) -> tuple[Float[Tensor, "features features"], Float[Tensor, "tokens features"]]:
+    """The regression R of a site's cut features, and c[t] = mean_cut[t] - R mean_kept[t]."""
+    regression = regress(site.covariance, kept)
+    return regression, site.means * ~kept - site.means @ regression.T
 
 
 def regress(
@@ -166,12 +330,13 @@ def site_statistics(
 
     Args:
         features: Activations.
-        ridge: As a fraction of the mean variance; None chooses the one with which either half of
-            the images predicts every feature of the other half best from all others.
-            With fewer images than can be halved it is the largest choice.
+        ridge: As a fraction of the mean variance. None chooses the ridge with which each half of
+            the images best predicts every feature of the other half from all other features; with
+            too few images to halve, the largest choice.
     """
     means = features.double().mean(0)
     images, tokens, size = features.shape
+    # Every step-th image is enough for the covariance where there are many tokens.
     step = min(images * tokens // (_SAMPLES_PER_FEATURE * size), images // _LEAST_TO_VALIDATE)
     centred = features[:: max(1, step)].double() - means
     halves = centred[::2], centred[1::2]
@@ -180,37 +345,33 @@ def site_statistics(
     if ridge is None:
         ridge = _RIDGES[-1]
         if len(centred) >= _LEAST_TO_VALIDATE:
-            ridge = _validated_ridge(
-                [_around_own_mean(*pair) for pair in zip(halves, moments, strict=True)]
-            )
+            # Each half is centred on its own means, so that it knows nothing of the other one.
+            own: list[Tensor] = []
+            for half, moment in zip(halves, moments, strict=True):
+                off = half.mean(0)
+                own.append((moment / len(half) - off.T @ off) / tokens)
+            errors = [
+                sum(_error(add_ridge(one, choice), other) for one, other in (own, own[::-1]))
+                for choice in _RIDGES
+            ]
+            ridge = _RIDGES[int(np.argmin(errors))]
     return SiteStatistics(means=means, covariance=add_ridge(covariance, ridge))
-
-
-def _around_own_mean(half: Tensor, moment: Tensor) -> Tensor:
-    """The covariance of half of the images, which knows nothing of the other half."""
-    off = half.mean(0)
-    return (moment / len(half) - off.T @ off) / half.shape[1]
-
-
-def _validated_ridge(halves: list[Tensor]) -> float:
-    errors = [
-        sum(_error(add_ridge(own, ridge), other) for own, other in (halves, halves[::-1]))
-        for ridge in _RIDGES
-    ]
-    return _RIDGES[int(np.argmin(errors))]
 
 
 def add_ridge(
     covariance: Float[Tensor, "features features"], ridge: float
 ) -> Float[Tensor, "features features"]:
-    """A covariance with a fraction of its mean variance added to the diagonal."""
-    # A site where nothing varies: a floor, large enough for its inverse to be finite.
+    """Add a fraction of the mean variance to the diagonal of a covariance."""
+    # Where nothing varies, the floor is just large enough for the inverse to be finite.
     scale = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
     return covariance + ridge * scale * torch.eye(len(covariance)).to(covariance)
 
 
-def _error(fitted: Tensor, unseen: Tensor) -> float:
+def _error(
+    fitted: Float[Tensor, "features features"], unseen: Float[Tensor, "features features"]
+) -> float:
     """The summed variance, under another covariance, of what each feature's others miss of it."""
+    # Row i of the scaled precision matrix is the residual of feature i regressed on all others.
     precision = torch.linalg.inv(fitted)
     residual = precision / precision.diagonal()[:, None]
     return float(((residual @ unseen) * residual).sum())

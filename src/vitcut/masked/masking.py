@@ -1,6 +1,6 @@
 """The masked model: what a circuit means, computed part by part with no shortcut.
 
-Speed is left to discovery and the compiler; both are tested against this file.
+Discovery and the compiler are fast; both are tested against this file.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +28,14 @@ from vitcut.model.forward import (
 )
 from vitcut.model.weights import ViTWeights
 from vitcut.names import LETTERS
-from vitcut.shapes import Float, Tensor
+from vitcut.shapes import Bool, Float, Tensor
 
 ReadInputs = Callable[
     [Sequence[int], Sequence[Tensor]], Float[Tensor, "#targets images tokens width"]
 ]
-"""Targets of the unsplit graph and the sources so far -> those targets' inputs.
+"""Maps targets of the unsplit graph, and all sources written so far, to the targets' inputs.
 
-One input stands for all of them where they read the same.
+Returns a single input if all the targets read the same.
 """
 
 
@@ -48,19 +48,20 @@ class Trace:
     inputs: tuple[Float[Tensor, "_targets images tokens width"], ...]
     """What the targets read, before their LayerNorm: q, k, v, MLP of each block, classifier.
 
-    Heads that read the same have one input between them.
+    Heads that read the same share one input.
     """
     heads: tuple[Float[Tensor, "heads images tokens head_dim"], ...]
     """Per block, z of its heads: before the output projection."""
     neurons: tuple[Float[Tensor, "images tokens neurons"], ...]
-    """Per block, its MLP's hidden units, before any is cut."""
+    """Per block, the hidden units of its MLP, before any is cut."""
     logits: Float[Tensor, "images classes"]
 
 
 def run_gib(weights: ViTWeights, images: int) -> float:
-    """The memory that a run over parts holds together for so many images, in GiB."""
+    """Memory that a ``Trace`` of this many images takes, in GiB."""
     blocks, width = len(weights.blocks), weights.width
     attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
+    # Every source, the inputs of attention, MLP and classifier, z of the heads, hidden units.
     per_token = (len(weights.graph.sources) + 2 * blocks + 1) * width
     per_token += blocks * (attended + weights.num_neurons)
     size = torch.finfo(weights.dtype).bits / 8
@@ -70,15 +71,15 @@ def run_gib(weights: ViTWeights, images: int) -> float:
 def full_run(
     weights: ViTWeights, pixels: Float[Tensor, "images channels y x"], *, per_head: bool = False
 ) -> Trace:
-    """The uncut model, and what each of its parts computes.
+    """Run the uncut model and keep what each of its parts computes.
 
     Args:
         weights: The model.
         pixels: Normalised images.
-        per_head: Give each head inputs of its own, whose gradients can be told apart; slower.
+        per_head: Give each head its own inputs, so that their gradients can be told apart; slower.
     """
-    read = _Sum(weights, per_head=per_head)
-    return _run(weights, pixels, read, PartMask(weights, weights.graph, None, None))
+    read = _RunningSum(weights, per_head=per_head)
+    return run_parts(weights, pixels, read, PartMask(weights, weights.graph, None, None))
 
 
 def masked_run(
@@ -86,10 +87,8 @@ def masked_run(
     pixels: Float[Tensor, "images channels y x"],
     circuit: Circuit,
     fill: Fill,
-    *,
-    mask: "PartMask | None" = None,
 ) -> Trace:
-    """The model in which cut parts carry what a fill puts in their place.
+    """Run the model in which cut parts are replaced by a fill.
 
     A target's input, before its LayerNorm, is the sum of what its kept sources write now, the
     fill's values of its cut sources, and the output biases before it. A cut neuron has the fill's
@@ -100,23 +99,13 @@ def masked_run(
         pixels: Normalised images.
         circuit: What is kept, over whole tokens or per token kind.
         fill: One value for all images (mean, zero, linear), or one per image (resample).
-        mask: Applies circuit and fill to heads and neurons; to watch or change them on the way.
 
     Raises:
         CircuitError: Circuit or fill do not fit the model.
     """
     fill.require_fit(circuit)
-    graph, neurons = circuit.graph, circuit.neurons
-    mask = mask or PartMask(weights, graph, neurons, fill)
-    if circuit.read_by_all is None:
-        return _run(weights, pixels, _reader(weights, graph, circuit.kept, fill), mask)
-    _require_sizes(weights, graph, circuit.kept, fill)
-    rows = weights.rows_of(graph)
-    alive = torch.zeros(len(fill.sources), weights.num_tokens, 1, dtype=torch.bool)
-    for kind, span in enumerate(rows):
-        chosen = torch.from_numpy(circuit.read_by_all[kind :: len(rows)].copy())
-        alive[:, span] = chosen[:, None, None]
-    return _run(weights, pixels, _Sum(weights, alive.to(weights.device), fill.sources), mask)
+    mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
+    return run_parts(weights, pixels, circuit_reader(weights, circuit, fill.sources), mask)
 
 
 def masked_logits(
@@ -128,14 +117,14 @@ def masked_logits(
     graph: Graph | None = None,
     neurons: NDArray[np.bool_] | None = None,
 ) -> Float[Tensor, "images classes"]:
-    """Logits of the masked model (see ``masked_run``) for bare masks.
+    """Logits of the masked model (see ``masked_run``) for plain masks.
 
     Args:
         weights: The model.
         pixels: Normalised images.
         kept: True where an edge is kept, shape [sources, targets].
         fill: What stands in for cut parts.
-        graph: That ``kept`` belongs to; the unsplit one if None.
+        graph: The graph of ``kept``; the unsplit one if None.
         neurons: True where a neuron is kept, shape [blocks, kinds, neurons]; None keeps all.
 
     Raises:
@@ -143,12 +132,97 @@ def masked_logits(
     """
     graph = graph or weights.graph
     mask = PartMask(weights, graph, neurons, fill)
-    return _run(weights, pixels, _reader(weights, graph, kept, fill), mask).logits
+    return run_parts(weights, pixels, _edge_reader(weights, graph, kept, fill.sources), mask).logits
 
 
-def _reader(weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], fill: Fill) -> ReadInputs:
-    """Reads by any mask: per target the sum of its own sources."""
-    _require_sizes(weights, graph, kept, fill)
+def run_parts(
+    weights: ViTWeights,
+    pixels: Float[Tensor, "images channels y x"],
+    read: ReadInputs,
+    mask: "PartMask",
+) -> Trace:
+    """The forward pass behind all masked models.
+
+    Args:
+        weights: The model.
+        pixels: Normalised images.
+        read: What the targets read; it is called right after the sources were written that they
+            can see.
+        mask: What becomes of heads and neurons before they are written.
+    """
+    graph = weights.graph
+    written = [embed(weights, pixels)]
+    inputs: list[Tensor] = []
+    heads: list[Tensor] = []
+    neurons: list[Tensor] = []
+    for layer, block in enumerate(weights.blocks):
+        streams = [read(graph.letter_targets(layer, letter), written) for letter in LETTERS]
+        z = attend_streams(weights, layer, streams)
+        written += (write(block.attn, z) + mask.heads(layer, z)).unbind(0)
+        stream = read([graph.mlp_target(layer)], written)
+        hidden = activate(block.mlp, normalise(block.mlp_norm, stream[0]))
+        replaced, share = mask.neurons(layer, hidden)
+        written.append(write_neurons(block.mlp, replaced) + share)
+        inputs += [*streams, stream]
+        heads.append(z)
+        neurons.append(hidden)
+    inputs.append(read([graph.classifier], written))
+    return Trace(
+        sources=tuple(written),
+        inputs=tuple(inputs),
+        heads=tuple(heads),
+        neurons=tuple(neurons),
+        logits=classify(weights, read_out(weights, inputs[-1][0])),
+    )
+
+
+def attend_streams(
+    weights: ViTWeights,
+    layer: int,
+    streams: Sequence[Float[Tensor, "#heads images tokens width"]],
+) -> Float[Tensor, "heads images tokens head_dim"]:
+    """The attention output z of a block's heads from the inputs of their q, k and v."""
+    block = weights.blocks[layer]
+    q, k, v = (
+        project(block.attn, letter, normalise(block.attn_norm, stream))
+        for letter, stream in zip(LETTERS, streams, strict=True)
+    )
+    return attend(q, k, block.attn.scale) @ v
+
+
+def circuit_reader(
+    weights: ViTWeights,
+    circuit: Circuit,
+    replaced: Float[Tensor, "sources *images tokens width"],
+) -> ReadInputs:
+    """How the targets of a circuit read: kept sources as written, cut ones from a table.
+
+    Args:
+        weights: The model.
+        circuit: What is kept.
+        replaced: What each source carries along cut edges. A row is looked up only after its
+            source was written, so the rows of later blocks may still be filled in during the pass.
+
+    Raises:
+        CircuitError: The circuit or the table does not fit the model.
+    """
+    if circuit.read_by_all is None:
+        return _edge_reader(weights, circuit.graph, circuit.kept, replaced)
+    _require_sizes(weights, circuit.graph, circuit.kept, replaced)
+    # Whole sources are cut: all targets of a token read the same stream.
+    rows = weights.rows_of(circuit.graph)
+    alive = torch.zeros(len(replaced), weights.num_tokens, 1, dtype=torch.bool)
+    for kind, span in enumerate(rows):
+        chosen = torch.from_numpy(circuit.read_by_all[kind :: len(rows)].copy())
+        alive[:, span] = chosen[:, None, None]
+    return _RunningSum(weights, alive.to(weights.device), replaced)
+
+
+def _edge_reader(
+    weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], replaced: Tensor
+) -> ReadInputs:
+    """Reads by any mask: every target sums its own choice of sources."""
+    _require_sizes(weights, graph, kept, replaced)
     rows = weights.rows_of(graph)
     masks = [
         torch.from_numpy(graph.of_kind(kept, kind)).to(weights.device, weights.dtype)
@@ -156,28 +230,30 @@ def _reader(weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], fill: Fi
     ]
 
     def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
+        # in[t] = sum_s then[s] + biases + sum_s kept[s, t] (now[s] - then[s]), so that the choice
+        # of sources is one product: [targets, sources] @ [sources, images x tokens x width].
         readable = len(written)
-        replaced = fill.sources[:readable]
-        changes = torch.stack([now - then for now, then in zip(written, replaced, strict=True)])
+        then = replaced[:readable]
+        changes = torch.stack([now - cut for now, cut in zip(written, then, strict=True)])
         parts: list[Tensor] = []
         for mask, span in zip(masks, rows, strict=True):
             # Targets that read alike share one sum.
             chosen, which = mask[:readable, list(targets)].T.unique(dim=0, return_inverse=True)
             seen = changes[..., span, :]
             parts.append((chosen @ seen.flatten(1)).unflatten(1, seen.shape[1:])[which])
-        return torch.cat(parts, dim=2) + (replaced.sum(0) + output_bias(weights, readable))
+        return torch.cat(parts, dim=2) + (then.sum(0) + output_bias(weights, readable))
 
     return read
 
 
-class _Sum:
+class _RunningSum:
     """Reads a stream that is the same for all targets of a token: one running sum of sources."""
 
     def __init__(
         self,
         weights: ViTWeights,
-        alive: Tensor | None = None,
-        replaced: Tensor | None = None,
+        alive: Bool[Tensor, "sources tokens 1"] | None = None,
+        replaced: Float[Tensor, "sources *images tokens width"] | None = None,
         *,
         per_head: bool = False,
     ) -> None:
@@ -196,6 +272,7 @@ class _Sum:
                 value = torch.where(self._alive[number], value, self._replaced[number])
             self._total = self._total + value
         self._added = len(written)
+        # q, k and v ask in turn: only the first of them computes the stream.
         if self._read_at != len(written):
             self._read_at = len(written)
             self._stream = self._total + output_bias(self._weights, len(written))
@@ -203,21 +280,20 @@ class _Sum:
         return total.expand(len(targets) if self._per_head else 1, *total.shape)
 
 
-def _require_sizes(weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], fill: Fill) -> None:
+def _require_sizes(
+    weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], replaced: Tensor
+) -> None:
     own = weights.graph
-    if (
-        graph.unsplit != own
-        or len(fill.sources) != len(own.sources)
-        or (kept.shape != graph.edges.shape)
-    ):
+    tables = len(replaced) == len(own.sources)
+    if graph.unsplit != own or not tables or kept.shape != graph.edges.shape:
         raise CircuitError(
-            f"kept {kept.shape} and the fill of {len(fill.sources)} sources do not fit a model of "
+            f"kept {kept.shape} and the fill of {len(replaced)} sources do not fit a model of "
             f"{own.edges.shape} sources and targets"
         )
 
 
 class PartMask:
-    """What becomes of heads and neurons on their way into the stream."""
+    """What becomes of heads and neurons before they are written into the stream."""
 
     def __init__(
         self,
@@ -226,74 +302,85 @@ class PartMask:
         neurons: NDArray[np.bool_] | None,
         fill: Fill | None,
     ) -> None:
+        """Check that the mask fits the model.
+
+        Args:
+            weights: The model.
+            graph: Whose token kinds the mask has.
+            neurons: True where a neuron is kept, shape [blocks, kinds, neurons]; None keeps all.
+            fill: Values of cut neurons, and maps; None cuts nothing.
+
+        Raises:
+            CircuitError: ``neurons`` has another shape, or the fill has no values for them.
+        """
         self.rows = weights.rows_of(graph)
         self._fill = fill
-        self._kept: Tensor | None = None
-        if neurons is not None:
-            expected = (len(weights.blocks), len(self.rows), weights.num_neurons)
-            if neurons.shape != expected:
-                raise CircuitError(
-                    f"neurons has shape {neurons.shape}, this model needs {expected} (blocks, "
-                    "kinds, neurons)"
-                )
-            if fill is None or fill.neurons is None:
-                raise CircuitError("the circuit cuts neurons, the fill has no values for them")
-            shape = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
-            self._kept = torch.ones(shape, dtype=torch.bool, device=weights.device)
-            for kind, span in enumerate(self.rows):
-                self._kept[:, span] = torch.from_numpy(neurons[:, kind].copy())[:, None]
+        self._kept = neuron_mask(weights, graph, neurons)
+        if self._kept is not None and (fill is None or fill.neurons is None):
+            raise CircuitError("the circuit cuts neurons, but the fill has no values for them")
 
-    def heads(self, layer: int, z: Tensor) -> Tensor | float:
-        """What kept heads write for cut ones, shape [heads, images, tokens, width]."""
+    def heads(
+        self, layer: int, z: Float[Tensor, "heads images tokens head_dim"]
+    ) -> Float[Tensor, "heads images tokens width"] | float:
+        """What kept heads write for the cut ones of their block."""
         if self._fill is None or self._fill.head_maps is None:
             return 0.0
-        maps = self._fill.head_maps[layer]
-        shares = [
-            torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps[kind])
-            for kind, span in enumerate(self.rows)
-        ]
-        return torch.cat(shares, dim=2)
+        return map_heads(z, self._fill.head_maps[layer], self.rows)
 
-    def neurons(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Hidden units with cut ones replaced, and what kept ones write for those."""
-        fill, kept = self._fill, self._kept
+    def neurons(
+        self, layer: int, hidden: Float[Tensor, "images tokens neurons"]
+    ) -> tuple[Tensor, Float[Tensor, "images tokens width"] | float]:
+        """The hidden units with cut ones replaced, and what kept ones write for the cut ones."""
+        kept, fill = self._kept, self._fill
         if kept is None or fill is None or fill.neurons is None:
             return hidden, 0.0
         replaced = torch.where(kept[layer], hidden, fill.neurons[layer])
         if fill.neuron_maps is None:
             return replaced, 0.0
-        alive = hidden * kept[layer]
-        maps = fill.neuron_maps[layer]
-        shares = [alive[:, span] @ maps[kind].T for kind, span in enumerate(self.rows)]
-        return replaced, torch.cat(shares, dim=1)
+        return replaced, map_neurons(hidden * kept[layer], fill.neuron_maps[layer], self.rows)
 
 
-def _run(weights: ViTWeights, pixels: Tensor, read: ReadInputs, mask: PartMask) -> Trace:
-    graph = weights.graph
-    written = [embed(weights, pixels)]
-    inputs: list[Tensor] = []
-    heads: list[Tensor] = []
-    neurons: list[Tensor] = []
-    for layer, block in enumerate(weights.blocks):
-        attn = block.attn
-        inputs += [read(graph.letter_targets(layer, letter), written) for letter in LETTERS]
-        q, k, v = (
-            project(attn, letter, normalise(block.attn_norm, stream))
-            for letter, stream in zip(LETTERS, inputs[-3:], strict=True)
+def neuron_mask(
+    weights: ViTWeights, graph: Graph, neurons: NDArray[np.bool_] | None
+) -> Bool[Tensor, "blocks tokens neurons"] | None:
+    """A mask of neurons per token kind as one per token; None if no neuron is cut.
+
+    Raises:
+        CircuitError: ``neurons`` does not fit the model.
+    """
+    if neurons is None:
+        return None
+    rows = weights.rows_of(graph)
+    expected = (len(weights.blocks), len(rows), weights.num_neurons)
+    if neurons.shape != expected:
+        raise CircuitError(
+            f"neurons has shape {neurons.shape}, this model needs {expected} (blocks, kinds, "
+            "neurons)"
         )
-        z = attend(q, k, attn.scale) @ v
-        heads.append(z)
-        written += (write(attn, z) + mask.heads(layer, z)).unbind(0)
-        inputs.append(read([graph.mlp_target(layer)], written))
-        hidden = activate(block.mlp, normalise(block.mlp_norm, inputs[-1][0]))
-        neurons.append(hidden)
-        replaced, share = mask.neurons(layer, hidden)
-        written.append(write_neurons(block.mlp, replaced) + share)
-    inputs.append(read([graph.classifier], written))
-    return Trace(
-        sources=tuple(written),
-        inputs=tuple(inputs),
-        heads=tuple(heads),
-        neurons=tuple(neurons),
-        logits=classify(weights, read_out(weights, inputs[-1][0])),
-    )
+    shape = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
+    mask = torch.ones(shape, dtype=torch.bool, device=weights.device)
+    for kind, span in enumerate(rows):
+        mask[:, span] = torch.from_numpy(neurons[:, kind].copy())[:, None]
+    return mask
+
+
+def map_heads(
+    z: Float[Tensor, "heads images tokens head_dim"],
+    maps: Float[Tensor, "kinds heads width head_dim"],
+    rows: Sequence[slice],
+) -> Float[Tensor, "heads images tokens width"]:
+    """What the maps of a linear fill make of a block's heads, kind by kind."""
+    shares = [
+        torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps[kind]) for kind, span in enumerate(rows)
+    ]
+    return torch.cat(shares, dim=2)
+
+
+def map_neurons(
+    alive: Float[Tensor, "images tokens neurons"],
+    maps: Float[Tensor, "kinds width neurons"],
+    rows: Sequence[slice],
+) -> Float[Tensor, "images tokens width"]:
+    """What the maps of a linear fill make of a block's kept neurons, kind by kind."""
+    shares = [alive[:, span] @ maps[kind].T for kind, span in enumerate(rows)]
+    return torch.cat(shares, dim=1)

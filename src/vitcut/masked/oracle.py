@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from vitcut.errors import CircuitError, ModelError
-from vitcut.masked.ablation import fixed_fill, resample_fill
 from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import fixed_fill, resample_fill
 from vitcut.masked.masking import full_run, masked_logits
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.model.weights import ViTWeights
@@ -20,7 +20,7 @@ from vitcut.names import Ablation, Tokens
 from vitcut.shapes import Float, Int, Tensor
 
 PAIRS_AT_A_TIME = 16
-"""Pairs per masked forward: what a cache holds. Fixed, so that every run sums alike."""
+"""Pairs per masked forward. Fixed, so that every run sums in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Examples:
     clean: NDArray[np.int64]
     """Number of the clean image of each pair, shape [pairs]."""
     corrupted: NDArray[np.int64]
-    """Number of the corrupted image of each pair, shape [pairs]; read by ``resample`` alone."""
+    """Number of the corrupted image of each pair, shape [pairs]; only ``resample`` reads it."""
     group_of_class: Int[Tensor, "classes"]
     """The group number of each class of the model."""
 
@@ -42,7 +42,7 @@ class Examples:
         return int(self.group_of_class.max()) + 1
 
     def for_ablation(self, ablation: Ablation) -> "Examples":
-        """The same examples, each image once where the ablation does not read the pairing."""
+        """The same examples, with each image once if the ablation does not read the pairing."""
         if ablation == "resample":
             return self
         images = np.arange(len(self.pixels))
@@ -55,8 +55,18 @@ class Examples:
 
 
 class Oracle:
-    """Mean KL(full || circuit) on the task distribution over all pairs."""
+    """Mean KL(full || circuit) on the task distribution over all pairs.
 
+    Attributes:
+        ablation: What stands in for cut parts.
+        graph: The graph that measured circuits are over.
+        examples: The pairs that are averaged over.
+        fill: The ablated values in float64; None under ``resample``, where they differ by pair.
+        full_log_probs: Task distribution of the uncut model, shape [images, groups], float64.
+        calls: How many circuits were measured.
+    """
+
+    @torch.no_grad()
     def __init__(
         self,
         weights: ViTWeights,
@@ -74,32 +84,24 @@ class Oracle:
             tokens: Whether circuits are over whole tokens or per token kind.
 
         Raises:
-            CircuitError: There are no pairs.
+            CircuitError: There are no pairs, or the ablation differs by circuit.
         """
         self.ablation = ablation
         self.graph = weights.graph_of(tokens)
-        self._weights = weights.to(torch.float64)
-        self._examples = examples.for_ablation(ablation)
-        if len(self._examples.clean) == 0:
-            raise CircuitError("there are no pairs of clean and corrupted images to measure on")
-        self._pixels = examples.pixels.to(self._weights.device, torch.float64)
-        self._fill = None
-        if ablation != "resample":
-            chunks = self._pixels.split(PAIRS_AT_A_TIME)
-            self._fill = fixed_fill(ablation, self._weights, chunks)
+        self.examples = examples.for_ablation(ablation)
         self.calls = 0
+        if len(self.examples.clean) == 0:
+            raise CircuitError("there are no pairs of clean and corrupted images to measure on")
+        self._weights = weights.to(torch.float64)
+        self._pixels = examples.pixels.to(self._weights.device, torch.float64)
+        chunks = self._pixels.split(PAIRS_AT_A_TIME)
+        self.fill: Fill | None = None
+        if ablation != "resample":
+            self.fill = fixed_fill(ablation, self._weights, chunks)
+        self.full_log_probs = torch.cat(
+            [self._log_probs(full_run(self._weights, chunk).logits) for chunk in chunks]
+        )
         self._last: tuple[bytes, float] | None = None
-        self.full_log_probs = self._full_log_probs()
-
-    @property
-    def examples(self) -> Examples:
-        """The pairs that are averaged over."""
-        return self._examples
-
-    @property
-    def fill(self) -> Fill | None:
-        """The ablated values, float64; None under ``resample``."""
-        return self._fill
 
     @torch.no_grad()
     def kl_per_pair(
@@ -112,16 +114,18 @@ class Oracle:
             neurons: True where a neuron is kept, shape [blocks, kinds, neurons]; None keeps all.
         """
         self.calls += 1
+        clean, corrupted = map(torch.from_numpy, (self.examples.clean, self.examples.corrupted))
         found: list[Tensor] = []
-        for pairs in torch.arange(len(self._examples.clean)).split(PAIRS_AT_A_TIME):
-            clean, corrupted = self._pair_pixels(pairs)
-            fill = self._fill
+        for pairs in torch.arange(len(clean)).split(PAIRS_AT_A_TIME):
+            fill = self.fill
             if fill is None:
-                fill = resample_fill(self._weights, corrupted, neurons=neurons is not None)
+                pixels = self._pixels[corrupted[pairs]]
+                fill = resample_fill(self._weights, pixels, neurons=neurons is not None)
+            pixels = self._pixels[clean[pairs]]
             logits = masked_logits(
-                self._weights, clean, kept, fill, graph=self.graph, neurons=neurons
+                self._weights, pixels, kept, fill, graph=self.graph, neurons=neurons
             )
-            full = self.full_log_probs[torch.from_numpy(self._examples.clean)[pairs]]
+            full = self.full_log_probs[clean[pairs]]
             found.append(kl_divergence(full, self._log_probs(logits)))
         return torch.cat(found)
 
@@ -135,6 +139,7 @@ class Oracle:
         Raises:
             ModelError: The model's output under this circuit is not finite.
         """
+        # ACDC asks for a circuit again when the next edge is tested.
         mask = kept.tobytes() + (b"" if neurons is None else neurons.tobytes())
         if self._last is None or self._last[0] != mask:
             values = self.kl_per_pair(kept, neurons).tolist()
@@ -147,16 +152,5 @@ class Oracle:
             self._last = (mask, mean)
         return self._last[1]
 
-    @torch.no_grad()
-    def _full_log_probs(self) -> Float[Tensor, "images groups"]:
-        chunks = self._pixels.split(PAIRS_AT_A_TIME)
-        return torch.cat([self._log_probs(full_run(self._weights, x).logits) for x in chunks])
-
-    def _log_probs(self, logits: Float[Tensor, "images classes"]) -> Tensor:
-        examples = self._examples
-        return coarse_log_probs(logits, examples.group_of_class, examples.num_groups)
-
-    def _pair_pixels(self, pairs: Int[Tensor, "chunk"]) -> tuple[Tensor, Tensor]:
-        clean = torch.from_numpy(self._examples.clean)[pairs]
-        corrupted = torch.from_numpy(self._examples.corrupted)[pairs]
-        return self._pixels[clean], self._pixels[corrupted]
+    def _log_probs(self, logits: Float[Tensor, "images classes"]) -> Float[Tensor, "images groups"]:
+        return coarse_log_probs(logits, self.examples.group_of_class, self.examples.num_groups)

@@ -1,6 +1,6 @@
 """The arithmetic of a ViT on `ViTWeights`: the whole model first, then one function per part.
 
-Functions of parts take rows of tokens, so that a caller may compute the readout row alone.
+The functions of parts take any rows of tokens, so that a caller can compute the readout row alone.
 """
 
 import torch
@@ -16,7 +16,7 @@ from vitcut.shapes import Float, Tensor
 def forward(
     weights: ViTWeights, pixels: Float[Tensor, "images channels y x"]
 ) -> Float[Tensor, "images classes"]:
-    """Logits of the whole model: what every adapter is checked by.
+    """Logits of the whole model; every adapter is checked against them.
 
     Args:
         weights: The model.
@@ -53,11 +53,11 @@ def normalise(
 def project(
     attn: AttentionWeights, letter: Letter, normed: Float[Tensor, "#heads images tokens width"]
 ) -> Float[Tensor, "heads images tokens head_dim"]:
-    """q, k or v of every head for all tokens; the attention scale is left to ``attend``."""
+    """q, k or v of every head for all tokens, before the attention scale."""
     weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
     found = torch.einsum("hnrw,hdw->hnrd", normed, weight) + bias[:, None, None]
     turn = None if attn.rotation is None else attn.rotation[:, :, None]
-    return _place(attn, letter, found, turn)
+    return _norm_and_rotate(attn, letter, found, turn)
 
 
 def project_head(
@@ -67,22 +67,23 @@ def project_head(
     normed: Float[Tensor, "images rows width"],
     rows: slice,
 ) -> Float[Tensor, "images rows head_dim"]:
-    """q, k or v of one head for some tokens; the attention scale is left to ``attend``."""
+    """q, k or v of one head for some tokens, before the attention scale."""
     weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
     found = F.linear(normed, weight[head], bias[head])
     turn = None
     if attn.rotation is not None:
+        # [cos and sin, heads or 1, tokens, head_dim]: one rotation may serve all heads.
         turn = attn.rotation[:, head if attn.rotation.shape[1] > 1 else 0, rows]
-    return _place(attn, letter, found, turn)
+    return _norm_and_rotate(attn, letter, found, turn)
 
 
-def _place(
+def _norm_and_rotate(
     attn: AttentionWeights,
     letter: Letter,
     values: Float[Tensor, "*rows head_dim"],
     rotation: Float[Tensor, "2 *#rows head_dim"] | None,
 ) -> Float[Tensor, "*rows head_dim"]:
-    """What becomes of queries and keys behind their product: LayerNorm, rotary positions."""
+    """Apply what follows the projection of queries and keys: LayerNorm, rotary positions."""
     if letter == "v":
         return values
     norm = attn.q_norm if letter == "q" else attn.k_norm
@@ -103,7 +104,7 @@ def attend(
 def write(
     attn: AttentionWeights, z: Float[Tensor, "heads images rows head_dim"]
 ) -> Float[Tensor, "heads images rows width"]:
-    """What every head adds to the residual stream; the shared output bias belongs to none."""
+    """What every head adds to the residual stream, without the output bias they share."""
     return torch.einsum("hnrd,hwd->hnrw", z, attn.out_weight)
 
 
@@ -117,7 +118,7 @@ def write_head(
 def activate(
     mlp: MlpWeights, normed: Float[Tensor, "images rows width"]
 ) -> Float[Tensor, "images rows neurons"]:
-    """The hidden units of an MLP, as its second layer reads them."""
+    """The hidden units of an MLP as its second layer reads them."""
     hidden = F.linear(normed, mlp.in_weight, mlp.in_bias)
     if mlp.gate is None:
         hidden = ACTIVATIONS[mlp.activation](hidden)
@@ -175,12 +176,14 @@ def normalise_last(
 
 
 def output_bias(weights: ViTWeights, readable: int) -> Float[Tensor, "width"]:
-    """The sum of the output biases that come before a target which reads ``readable`` sources.
+    """The sum of the output biases added before a target that can read ``readable`` sources.
 
-    They belong to no source: no circuit cuts them.
+    They belong to no source, so no circuit cuts them.
     """
     total = torch.zeros(weights.width, dtype=weights.dtype, device=weights.device)
     for layer, block in enumerate(weights.blocks):
+        # Heads of a block are written together with their bias: once all of them are readable,
+        # i.e. all sources before the block's MLP.
         if readable >= weights.graph.mlp_source(layer):
             total = total + block.attn.out_bias
         if readable > weights.graph.mlp_source(layer):

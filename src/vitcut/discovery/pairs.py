@@ -1,6 +1,6 @@
-"""Pairs of a clean and a corrupted image, as index pairs into the same images."""
+"""Pairs of a clean and a corrupted image, as positions in one set of images."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,8 +9,7 @@ from vitcut.errors import TaskError
 from vitcut.names import PairMode
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Which image stands in for which; both index the same images."""
 
     clean: NDArray[np.int64]
@@ -18,18 +17,15 @@ class Pairs:
     corrupted: NDArray[np.int64]
     """Shape [pairs]; always of another group than the clean image."""
 
-    def __len__(self) -> int:
-        return len(self.clean)
-
 
 def make_pairs(groups: NDArray[np.int64], mode: PairMode, *, seed: int) -> Pairs:
-    """Give every image corrupted ones from other coarse groups, drawn at random.
+    """Draw corrupted images for every image, from other coarse groups.
 
     Args:
         groups: The coarse group number of each image, shape [images].
         mode: "each_other_group": one image of each other group that is present, in ascending order
             of groups; "one_random": one image, all those of other groups being equally likely.
-        seed: Equal seeds, equal pairs.
+        seed: Equal seeds give equal pairs.
 
     Raises:
         TaskError: Fewer than two groups are present.
@@ -48,6 +44,7 @@ def make_pairs(groups: NDArray[np.int64], mode: PairMode, *, seed: int) -> Pairs
             inside = groups == group
             corrupted[inside] = rng.choice(images[~inside], size=inside.sum())
         return Pairs(clean=images, corrupted=corrupted)
+    # [groups present, images]: a candidate from each group; that of the own group is not used.
     draws = np.stack([rng.choice(images[groups == group], size=len(images)) for group in present])
     other = groups[:, np.newaxis] != present
     return Pairs(clean=np.nonzero(other)[0], corrupted=draws.T[other])

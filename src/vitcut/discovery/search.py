@@ -1,0 +1,76 @@
+"""Discover circuits: the pairs of a task, and a search for any tau on the same activations."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitcut.discovery.acdc import Search, acdc
+from vitcut.discovery.cache import Cache, require_room
+from vitcut.discovery.pairs import make_pairs
+from vitcut.discovery.settings import DiscoverSettings
+from vitcut.masked.oracle import Examples, Oracle
+from vitcut.model.weights import ViTWeights
+from vitcut.shapes import Float, Int, Tensor
+
+
+def make_examples(
+    pixels: Float[Tensor, "images channels y x"],
+    groups: NDArray[np.int64],
+    group_of_class: Int[Tensor, "classes"],
+    settings: DiscoverSettings,
+) -> Examples:
+    """Pair images with corrupted ones of other groups.
+
+    Args:
+        pixels: Normalised calibration images.
+        groups: The coarse group number of each image, shape [images].
+        group_of_class: The group number of each class of the model.
+        settings: How images are paired, and the seed.
+
+    Raises:
+        TaskError: Fewer than two groups are present.
+    """
+    clean, corrupted = make_pairs(groups, settings.pairs, seed=settings.seed)
+    return Examples(pixels=pixels, clean=clean, corrupted=corrupted, group_of_class=group_of_class)
+
+
+class Discovery:
+    """One model and one set of pairs; a circuit for any tau, from the same cached activations.
+
+    Attributes:
+        oracle: Measures circuits by definition; its graph is that of the circuits found.
+    """
+
+    def __init__(self, weights: ViTWeights, examples: Examples, settings: DiscoverSettings) -> None:
+        """Measure the full model and trace the images.
+
+        Raises:
+            ConfigError: The search does not fit into ``settings.memory_gib``.
+        """
+        # Before the oracle measures the full model, which takes minutes for a large one.
+        require_room(weights, examples, settings)
+        self._weights = weights
+        self._settings = settings
+        self.oracle = Oracle(weights, examples, settings.ablation, tokens=settings.tokens)
+        self._cache = Cache.build(weights, self.oracle, settings)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that the KL divergence is averaged over; images under ``mean`` and ``zero``."""
+        return len(self.oracle.examples.clean)
+
+    def find(self, tau: float, *, log: Path | None = None) -> Search:
+        """Search the circuit for one tau.
+
+        Args:
+            tau: In place of the one in the settings.
+            log: Decisions are appended to this file; a log cut short by a kill is continued.
+
+        Raises:
+            ArtefactError: ``log`` belongs to another search.
+            ExactnessError: The fast path lost more precision than tau allows for.
+        """
+        settings = replace(self._settings, tau=tau)
+        return acdc(self._weights, self.oracle, settings, cache=self._cache, log=log)
