@@ -1,17 +1,14 @@
-"""What stages report: measured points, latencies and comparisons, and the file that holds them.
-
-Measuring is left to the stages, showing to `benchmark.tables` and the report.
-"""
+"""What a run reports: measured points, their latencies and comparisons, and the results file."""
 
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut import store
+from vitcut.errors import ConfigError, ModelError
 from vitcut.names import RuntimeName
-from vitcut.settings import as_plain, require_fraction
-from vitcut.store import read_json, write_json
+from vitcut.settings import require_fraction
 
 FORMAT_VERSION = 1
 
@@ -152,7 +149,7 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         """Write ``results.json`` atomically."""
-        write_json(path, {"format_version": FORMAT_VERSION, **as_plain(self)})
+        store.save(path, self, version=FORMAT_VERSION)
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
@@ -161,33 +158,4 @@ class Results:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        content = read_json(path, kind="results", newest_version=FORMAT_VERSION)
-        try:
-            return _results_from(content)
-        except (TypeError, KeyError, ValueError, AttributeError, ConfigError, ModelError) as error:
-            raise ArtefactError(
-                f"{path} is not a results file of format_version {FORMAT_VERSION}: {error!r}; "
-                "restore it, or measure again"
-            ) from None
-
-
-def _results_from(content: dict[str, Any]) -> Results:
-    dense = content["dense"]
-    return Results(
-        task=content["task"],
-        machine=content["machine"],
-        dense=None if dense is None else _point_from(dense),
-        points=tuple(_point_from(item) for item in content["points"]),
-        comparisons=tuple(Comparison(**item) for item in content["comparisons"]),
-    )
-
-
-def _point_from(content: dict[str, Any]) -> Point:
-    missing = [item.name for item in fields(Point) if item.name not in content]
-    if missing:
-        raise KeyError(missing[0])
-    values = dict(content)
-    values["latency"] = tuple(Latency(**item) for item in content["latency"])
-    if content["confusion"] is not None:
-        values["confusion"] = tuple(tuple(row) for row in content["confusion"])
-    return Point(**values)
+        return store.load(path, cls, kind="results", version=FORMAT_VERSION)
