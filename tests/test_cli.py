@@ -388,7 +388,7 @@ def test_the_step_after_a_search_fills_as_it_did_or_says_how_to_search(
 
 
 def test_the_step_after_a_training_searches_under_the_fill_of_cuts(monkeypatch, capsys):
-    monkeypatch.setattr("vitcut.pipeline.commands.train_command", lambda *_: Path("out/dense"))
+    monkeypatch.setattr("vitcut.pipeline.commands.train_command", lambda *_, **__: Path("out/dense"))
     assert main(["train", *DRAWN, "--out", "out"]) == 0
     then = "next: vitcut discover --model out --tau 0.01 --ablation mean\n"
     assert capsys.readouterr().out.endswith(then)

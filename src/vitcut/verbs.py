@@ -119,7 +119,7 @@ def _suggest(_: ArgumentParser, namespace: Namespace) -> None:
 
 def _add_train(parser: ArgumentParser) -> None:
     from vitcut.model.settings import VitSettings
-    from vitcut.training.settings import TrainSettings
+    from vitcut.training.settings import IMAGENET_MEAN, IMAGENET_STD, TrainSettings
 
     add_common(parser, "runs/train")
     add_data(parser)
@@ -127,6 +127,16 @@ def _add_train(parser: ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, default=64, help="Side in pixels.")
     parser.add_class_arguments(VitSettings, "vit")
     parser.add_class_arguments(TrainSettings)
+    for name, default, what in (
+        ("mean", IMAGENET_MEAN, "Subtracted"),
+        ("std", IMAGENET_STD, "Divided by"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=tuple[float, ...],
+            default=default,
+            help=f"{what} per channel, on the scale 0 to 1.",
+        )
 
 
 def _train(parser: ArgumentParser, namespace: Namespace) -> None:
@@ -137,7 +147,8 @@ def _train(parser: ArgumentParser, namespace: Namespace) -> None:
     config = take(namespace, TrainSettings)
     from vitcut.pipeline.commands import train_command
 
-    folder = train_command(namespace.task, data, vit, config, namespace.out)
+    mean, std = tuple(namespace.mean), tuple(namespace.std)
+    folder = train_command(namespace.task, data, vit, config, namespace.out, mean=mean, std=std)
     _say_next(folder, after_train(namespace.out))
 
 
@@ -231,7 +242,7 @@ def _add_finetune(parser: ArgumentParser) -> None:
         default=None,
         help="Take the repaired dense model of an earlier run directory of finetune.",
     )
-    parser.add_class_arguments(FinetuneSettings, skip={"mean", "std"})
+    parser.add_class_arguments(FinetuneSettings)
 
 
 def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
@@ -241,10 +252,7 @@ def _finetune(_: ArgumentParser, namespace: Namespace) -> None:
 
     dense = namespace.repaired_dense
     config = RepairSettings(
-        # The flags of these names are the dense model's, which brings them along.
-        finetune=take(
-            namespace, FinetuneSettings, mean=FinetuneSettings.mean, std=FinetuneSettings.std
-        ),
+        finetune=take(namespace, FinetuneSettings),
         repair_dense=namespace.repair_dense,
         repaired_dense=None if dense is None else str(Path(dense).resolve()),
         bench=BenchSettings(threads=namespace.threads or 1),

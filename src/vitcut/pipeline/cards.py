@@ -4,7 +4,7 @@ from vitcut.benchmark.tables import point_table, to_markdown
 from vitcut.pipeline.stages import DENSE_REPAIRED
 from vitcut.results import Point, Results
 from vitcut.task import Task
-from vitcut.training.loop import TrainResult
+from vitcut.training.checkpoint import TrainResult
 from vitcut.training.settings import FinetuneSettings, TrainSettings
 
 _LICENCE_NOTE = (

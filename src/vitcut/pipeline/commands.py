@@ -35,7 +35,7 @@ from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.settings import as_plain
 from vitcut.task import load_task, shipped_tasks
-from vitcut.training.settings import TrainSettings
+from vitcut.training.settings import IMAGENET_MEAN, IMAGENET_STD, TrainSettings
 
 _RESULTS = "results.json"
 
@@ -91,18 +91,25 @@ def _whereabouts(model: str) -> str:
 
 
 def train_command(
-    task: str, data: DataSettings, vit: VitSettings, config: TrainSettings, out: Path
+    task: str,
+    data: DataSettings,
+    vit: VitSettings,
+    config: TrainSettings,
+    out: Path,
+    *,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> Path:
     """Train a dense model into ``out``; returns its folder."""
     loaded = load_task(task)
+    recipe = {**as_plain(config), "mean": list(mean), "std": list(std)}
     folder = RunFolder(
-        out,
-        {"task": task, "data": as_plain(data), "vit": as_plain(vit), "train": as_plain(config)},
+        out, {"task": task, "data": as_plain(data), "vit": as_plain(vit), "train": recipe}
     )
     vit.require_whole_patches(data.image_size)
     images = load_images(data, loaded)
     Origin.own(images, data, loaded).claim(folder)
-    train_dense(images, vit, config, folder)
+    train_dense(images, vit, config, folder, mean=mean, std=std)
     return folder.dense
 
 

@@ -37,9 +37,10 @@ from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.settings import as_plain
 from vitcut.store import read_json, write_json, write_text
-from vitcut.training.checkpoint import read_training
+from vitcut.training import distillation
+from vitcut.training.checkpoint import TrainResult, read_training
 from vitcut.training.distillation import Distillation
-from vitcut.training.loop import TrainResult, train, training_settings
+from vitcut.training.loop import training_settings
 from vitcut.training.settings import FinetuneSettings
 
 REPAIR_FILE = "repair.json"
@@ -103,11 +104,13 @@ def repair(
     Args:
         subject: The dense model, and images of its task.
         model: Compact or dense.
-        config: Its mean and std are replaced by the dense model's.
+        config: The training.
         folder: As `train` takes it: rerun after a kill, the training goes on where it was.
     """
-    config = _fitted(subject, config)
-    return train(model, subject.images, config, folder, loss=_loss(subject, config))
+    mean, std = _mean_and_std(subject)
+    return distillation.repair(
+        model, subject.model.model, subject.images, config, folder, mean=mean, std=std
+    )
 
 
 def finetune_command(
@@ -213,7 +216,7 @@ def _repaired_dense(
         folder = _dense_folder(Path(config.repaired_dense))
         point_model = os.path.relpath(folder / "dense", out)
         model = load_model(str(folder)).model
-        result = TrainResult(**read_training(folder)[1])
+        _, result = read_training(folder)
     point = replace(
         dense_point(subject),
         name=DENSE_REPAIRED,
@@ -229,9 +232,11 @@ def _dense_folder(path: Path) -> Path:
 
 
 def _require_same_repair(subject: Subject, config: FinetuneSettings, path: Path) -> None:
-    config = _fitted(subject, config)
-    loss = _loss(subject, config)
-    wanted = training_settings(subject.model.model, subject.images, config, loss)
+    loss = Distillation(subject.model.model, subject.group_of_class, config)
+    mean, std = _mean_and_std(subject)
+    wanted = training_settings(
+        subject.model.model, subject.images, config, loss, mean=mean, std=std
+    )
     earlier, _ = read_training(_dense_folder(path))
     for key, (was, now) in differences(earlier, wanted).items():
         raise ArtefactError(
@@ -240,14 +245,10 @@ def _require_same_repair(subject: Subject, config: FinetuneSettings, path: Path)
         )
 
 
-def _fitted(subject: Subject, config: FinetuneSettings) -> FinetuneSettings:
+def _mean_and_std(subject: Subject) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean: Any = subject.model.mean
     std: Any = subject.model.std
-    return replace(config, mean=tuple(mean), std=tuple(std))
-
-
-def _loss(subject: Subject, config: FinetuneSettings) -> Distillation:
-    return Distillation(subject.model.model, subject.group_of_class, config)
+    return tuple(mean), tuple(std)
 
 
 def _dense_card(subject: Subject, result: TrainResult, config: FinetuneSettings) -> DenseCard:

@@ -26,7 +26,7 @@ from vitcut.results import Point, Results
 from vitcut.settings import as_plain
 from vitcut.task import load_task
 from vitcut.training.loop import train
-from vitcut.training.settings import TrainSettings
+from vitcut.training.settings import IMAGENET_MEAN, IMAGENET_STD, TrainSettings
 
 
 def run(config: RunSettings, out: Path) -> Results:
@@ -88,22 +88,28 @@ def _budget_points(
 
 
 def train_dense(
-    images: TaskImages, vit: VitSettings, config: TrainSettings, folder: RunFolder
+    images: TaskImages,
+    vit: VitSettings,
+    config: TrainSettings,
+    folder: RunFolder,
+    *,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> None:
     """Train a ViT on a task and save it into the run directory, unless it is there."""
     if folder.dense.exists():
         return
     task = images.task
     model = _untrained(images, vit, config)
-    result = train(model, images, config, folder.path)
+    result = train(model, images, config, folder.path, mean=mean, std=std)
     card = DenseCard(
         task_name=task.name,
         class_ids=task.class_ids,
         class_names=task.class_names,
         group_names=task.groups,
         image_size=images.image_size,
-        mean=config.mean,
-        std=config.std,
+        mean=mean,
+        std=std,
         framing=images.framing,
         text=dense_card(task, result, config),
     )
