@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitcut.benchmark.bootstrap import mean_interval
+from vitcut.benchmark.bootstrap import bootstrap_interval
 from vitcut.results import Comparison, Point, Results
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +159,7 @@ def efficiency(results: Results, point: Point) -> str:
 
 def difference(own: np.ndarray, other: np.ndarray) -> str:
     """Of two accuracies on the same images, in points."""
-    low, high = mean_interval(own - other, seed=0)
+    low, high = bootstrap_interval(own - other, np.mean, seed=0)
     return f"{100 * (own - other).mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
@@ -205,7 +205,7 @@ def repaired_table(results: Results, correct: Correct) -> str:
         start = point.name[:-1]
         own = over_seeds(correct, start)
         seeds = [100 * values.mean() for name, values in correct.items() if name.startswith(start)]
-        keeps = mean_interval(own - better, seed=0)[0] > -0.01
+        keeps = bootstrap_interval(own - better, np.mean, seed=0)[0] > -0.01
         compact = not point.name.startswith("dense")
         cells = (
             start.removesuffix("-"),

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from vitcut.benchmark.evaluation import Evaluation, paired_interval
+from vitcut.benchmark.bootstrap import paired_interval
+from vitcut.benchmark.evaluation import Evaluation
 from vitcut.compact.artefact import CIRCUIT
 from vitcut.compact.model import CompactViT
 from vitcut.errors import ArtefactError

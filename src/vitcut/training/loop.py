@@ -374,9 +374,12 @@ class _PlainAttention(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        # Calls with a mask, dropout or anything else but a scale are torch's.
-        bare = len(args) == 3 and not any(v for name, v in given.items() if name != "scale")
-        if func is not F.scaled_dot_product_attention or not bare:
+        if (
+            func is not F.scaled_dot_product_attention
+            # Calls with a mask, dropout or anything else but a scale are left to torch.
+            or len(args) != 3
+            or any(value for name, value in given.items() if name != "scale")
+        ):
             return func(*args, **given)
         q, k, v = args
         scale = given.get("scale")
