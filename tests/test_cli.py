@@ -402,8 +402,6 @@ LISTS = [
     (["run", "demo"], "taus", (0.01, 0.02)),
     (["run", "demo"], "taus", (0.01,)),
     (["run", "demo"], "ablations", ("zero", "mean")),
-    (["run", "demo"], "train.mean", (0.5, 0.25, 0.5)),
-    (["run", "demo"], "repair.std", (0.5, 0.25, 0.5)),
     (["demo"], "taus", (0.02,)),
     (["train"], "mean", (0.5, 0.25, 0.5)),
     (["train"], "std", (0.5,)),

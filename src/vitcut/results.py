@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """How long one model took for one batch, in one runtime."""
+    """How long one model takes for one batch, in one runtime."""
 
     runtime: RuntimeName
     device: str
@@ -23,7 +23,7 @@ class Latency:
     batch: int
     threads: int
     median_ms: float
-    """Per batch, as `p10_ms` and `p90_ms`."""
+    """Per batch, like `p10_ms` and `p90_ms`."""
     p10_ms: float
     p90_ms: float
     images_per_s: float
@@ -32,7 +32,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much faster a point is than another one that was timed in turn with it."""
+    """How much faster a point is than another that was timed in turn with it."""
 
     point: str
     against: str
@@ -56,7 +56,7 @@ class Comparison:
 class Point:
     """One model of a run: how it was made, how good, how large and how fast it is.
 
-    None where a value does not apply. Accuracies are fractions of 1.
+    A value that does not apply is None. Accuracies are fractions of 1.
 
     Raises:
         ConfigError: A fraction is outside 0 to 1.
@@ -83,13 +83,13 @@ class Point:
     """Per image."""
     params: int | None = None
     bytes: int | None = None
-    """Of the weights' file."""
+    """Of the file of weights."""
     max_abs_diff: float | None = None
-    """Between the logits of the compact and the masked model."""
+    """Largest difference between the logits of the compact and the masked model."""
     seconds: float | None = None
-    """That making this point took."""
+    """What it took to make this point."""
     images: int | None = None
-    """That the accuracies were measured on."""
+    """How many images the accuracies were measured on."""
     latency: tuple[Latency, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None
     """Images by true group (rows) and predicted group (columns)."""
@@ -112,20 +112,20 @@ class Point:
                 require_fraction(f"{name} of point {self.name!r}", getattr(self, name))
 
     def find_latency(self, *, runtime: RuntimeName, batch: int) -> Latency | None:
-        """The latency in this runtime at this batch size, None where it was not measured."""
+        """The latency in this runtime at this batch size; None if it was not measured."""
         found = (item for item in self.latency if (item.runtime, item.batch) == (runtime, batch))
         return next(found, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The content of ``results.json``: a dense model, and the points that were made of it."""
+    """The content of ``results.json``: a dense model and the points made from it."""
 
     task: str
     machine: dict[str, Any]
     """As `runtime.describe_machine` gives it."""
     dense: Point | None = None
-    """None where there is no dense model to compare with."""
+    """None if there is no dense model to compare with."""
     points: tuple[Point, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
 
@@ -136,13 +136,13 @@ class Results:
             raise ConfigError(f"two points are named {twice[0]!r}: a point's name must be its own")
 
     def all_points(self) -> tuple[Point, ...]:
-        """The dense model's point first, if there is one."""
+        """All points; the dense model's comes first, if there is one."""
         return self.points if self.dense is None else (self.dense, *self.points)
 
     def find_comparison(
         self, point: str, *, runtime: RuntimeName, batch: int, against: str = "dense"
     ) -> Comparison | None:
-        """The paired comparison of two points by name, None where it was not measured."""
+        """The paired comparison of two points by name; None if it was not measured."""
         wanted = (point, against, runtime, batch)
         found = (c for c in self.comparisons if (c.point, c.against, c.runtime, c.batch) == wanted)
         return next(found, None)

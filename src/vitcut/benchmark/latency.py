@@ -96,13 +96,37 @@ def measure_latency(
                     "latencies spread"
                 )
             for name, session in sessions.items():
-                latencies[name].append(_latency(session, samples[name]))
+                p10, median, p90 = (float(ms) for ms in np.percentile(samples[name], (10, 50, 90)))
+                latencies[name].append(
+                    Latency(
+                        runtime=runtime,
+                        device=session.device,
+                        dtype=session.dtype,
+                        batch=session.batch,
+                        threads=session.threads,
+                        median_ms=median,
+                        p10_ms=p10,
+                        p90_ms=p90,
+                        images_per_s=session.batch * 1000 / median,
+                    )
+                )
                 for baseline in baselines:
-                    if name != baseline:
-                        ratios = samples[baseline] / samples[name]
-                        comparisons.append(
-                            _comparison(name, baseline, session, ratios, settings.seed)
+                    if name == baseline:
+                        continue
+                    ratios = samples[baseline] / samples[name]
+                    low, high = bootstrap_interval(ratios, np.median, seed=settings.seed)
+                    comparisons.append(
+                        Comparison(
+                            point=name,
+                            against=baseline,
+                            runtime=runtime,
+                            batch=session.batch,
+                            threads=session.threads,
+                            ratio=float(np.median(ratios)),
+                            low=low,
+                            high=high,
                         )
+                    )
     return LatencyReport(
         latencies={name: tuple(items) for name, items in latencies.items()},
         comparisons=tuple(comparisons),
@@ -170,37 +194,6 @@ def _without_garbage_collection() -> Generator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _latency(session: Session, samples: NDArray[np.float64]) -> Latency:
-    p10, median, p90 = (float(value) for value in np.percentile(samples, (10, 50, 90)))
-    return Latency(
-        runtime=session.runtime,
-        device=session.device,
-        dtype=session.dtype,
-        batch=session.batch,
-        threads=session.threads,
-        median_ms=median,
-        p10_ms=p10,
-        p90_ms=p90,
-        images_per_s=session.batch * 1000 / median,
-    )
-
-
-def _comparison(
-    point: str, against: str, session: Session, ratios: NDArray[np.float64], seed: int
-) -> Comparison:
-    low, high = bootstrap_interval(ratios, np.median, seed=seed)
-    return Comparison(
-        point=point,
-        against=against,
-        runtime=session.runtime,
-        batch=session.batch,
-        threads=session.threads,
-        ratio=float(np.median(ratios)),
-        low=low,
-        high=high,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

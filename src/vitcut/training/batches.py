@@ -75,14 +75,9 @@ class TrainingBatches:
             )
         self.steps = len(images) // settings.batch_size
         """Batches per epoch."""
-        self._images = images
-        self._settings = settings
-        self._mean = mean
-        self._std = std
-        self._num_classes = num_classes
-        self._device = device
-        self._rank = rank
-        self._num_processes = num_processes
+        self._images, self._mean, self._std = images, mean, std
+        self._settings, self._num_classes, self._device = settings, num_classes, device
+        self._rank, self._num_processes = rank, num_processes
         self._labels = torch.from_numpy(images.labels).to(device)
         # A GPU would wait for the disk, so it holds the bytes of all images in its memory.
         self._bytes = torch.from_numpy(images.all()).to(device) if device.type == "cuda" else None
@@ -108,25 +103,34 @@ class TrainingBatches:
                 self._labels[positions], self._num_classes, settings.label_smoothing
             )
             if settings.augmentation == "light":
-                images, targets = self._light(images, targets)
+                count, most = len(rows), settings.max_shift_px
+                # Drawn on the CPU, so that a seed means the same on every device.
+                images = shift_and_flip(
+                    images,
+                    down=torch.randint(-most, most + 1, (count,)).to(self._device),
+                    right=torch.randint(-most, most + 1, (count,)).to(self._device),
+                    flipped=(torch.rand(count) < 0.5).to(self._device),
+                )
+                if torch.rand(()).item() < settings.cutmix_fraction:
+                    box = draw_cutmix_box(images.shape[1], images.shape[2])
+                    images, targets = cutmix(images, targets, box=box)
             yield Batch(inputs=normalize(images, self._mean, self._std), targets=targets)
 
-    def _light(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        count, most = len(images), self._settings.max_shift_px
-        # Drawn on the CPU, so that a seed means the same on every device.
-        images = shift_and_flip(
-            images,
-            down=torch.randint(-most, most + 1, (count,)).to(self._device),
-            right=torch.randint(-most, most + 1, (count,)).to(self._device),
-            flipped=(torch.rand(count) < 0.5).to(self._device),
-        )
-        if torch.rand(()).item() >= self._settings.cutmix_fraction:
-            return images, targets
-        return cutmix(images, targets, box=draw_cutmix_box(images.shape[1], images.shape[2]))
-
     def _reference(self, epoch: int, batches: list[NDArray[np.int64]]) -> Iterator[Batch]:
+        transform = create_transform(
+            (3, *self._images.array.shape[1:3]),
+            is_training=True,
+            scale=(0.6, 1.0),
+            interpolation="bicubic",
+            color_jitter=0.0,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            re_prob=0.25,
+            re_mode="pixel",
+            mean=self._mean,
+            std=self._std,
+        )
         loader = DataLoader(
-            _ReferenceImages(self._images, self._settings.seed, epoch, self._mean, self._std),
+            _ReferenceImages(self._images, transform, self._settings.seed, epoch),
             batch_sampler=[rows.tolist() for rows in batches],
             num_workers=self._settings.workers,
         )
@@ -148,30 +152,9 @@ class TrainingBatches:
 class _ReferenceImages(Dataset[Tensor]):
     """Images through timm's training transforms."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        seed: int,
-        epoch: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> None:
-        self._images = images
-        self._seed = seed
-        self._epoch = epoch
-        height, width = images.array.shape[1:3]
-        self._transform: Any = create_transform(
-            (3, height, width),
-            is_training=True,
-            scale=(0.6, 1.0),
-            interpolation="bicubic",
-            color_jitter=0.0,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            re_prob=0.25,
-            re_mode="pixel",
-            mean=mean,
-            std=std,
-        )
+    def __init__(self, images: ImageSet, transform: Any, seed: int, epoch: int) -> None:
+        self._images, self._transform = images, transform
+        self._seed, self._epoch = seed, epoch
 
     def __getitem__(self, row: int) -> Tensor:
         # One seed per image: the result does not depend on how many workers share the images.

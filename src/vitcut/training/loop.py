@@ -139,9 +139,7 @@ class _Training:
         std: tuple[float, ...],
     ) -> None:
         self._images, self._mean, self._std = images, mean, std
-        self._settings = settings
-        self._folder = folder
-        self._loss = loss
+        self._settings, self._folder, self._loss = settings, folder, loss
         device = choose_device(settings.device)
         # accelerate allows one precision per process, autocast one per training: so always "no".
         self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
