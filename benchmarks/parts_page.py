@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
-from vitcut.benchmark.evaluation import paired_interval
+from vitcut.benchmark.bootstrap import paired_interval
 from vitcut.results import Comparison, Point, Results
 
 ROOT = Path(__file__).parents[1]

@@ -4,18 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, ConfigError
 from vitcut.store import (
     atomic_folder,
     atomic_path,
     cache_dir,
+    load,
     read_json,
+    save,
     sha256_file,
     sha256_json,
     write_json,
@@ -216,6 +220,68 @@ def test_a_newer_file_asks_for_an_upgrade(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"format_version": 2})
     _expect_refusal(path, "format_version 2, this vitcut reads up to 1: upgrade vitcut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    count: int
+    size: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    name: str | None = None
+    parts: tuple[Part, ...] = ()
+    at: dict[int, tuple[float, ...]] | None = None
+    free: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name == "":
+            raise ConfigError("name must not be empty")
+
+
+wholes = st.builds(
+    Whole,
+    name=st.none() | st.text(min_size=1),
+    parts=st.lists(st.builds(Part, count=st.integers(-9, 9), size=st.floats(-1, 1))).map(tuple),
+    at=st.none() | st.dictionaries(st.integers(), st.lists(st.floats(-1, 1)).map(tuple)),
+    free=st.none() | st.dictionaries(st.text(), json_values),
+)
+
+
+@given(wholes)
+def test_a_saved_dataclass_comes_back_equal(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("store") / "x.json"
+    save(path, value, version=3)
+    assert load(path, Whole, kind="whole", version=3) == value
+    assert list(json.loads(path.read_text())) == ["format_version", "name", "parts", "at", "free"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("name"), r"missing field `name` - at `\$`"),
+        (lambda c: c["parts"][1].pop("count"), r"missing.* `count` - at `\$\.parts\[1\]`"),
+        (lambda c: c["parts"][1].pop("size"), r"missing field `size` - at `\$\.parts\[1\]`"),
+        (lambda c: c["parts"][0].update(more=1), r"unknown field `more` - at `\$\.parts\[0\]`"),
+        (lambda c: c["parts"][0].update(count=True), r"`int`, got `bool` - at `\$\.parts.*count`"),
+        (lambda c: c["parts"][0].update(count=1.5), r"`int`, got `float` - at `\$\.parts.*count`"),
+        (lambda c: c["parts"][0].update(size="1"), r"`float`, got `str` - at `\$\.parts.*size`"),
+        (lambda c: c.update(at={"a": []}), "Expected `int`, got `str`"),
+        (lambda c: c.update(name=""), "name must not be empty"),
+        (lambda c: c.update(format_version=3), "upgrade vitcut"),
+    ],
+)
+def test_a_dataclass_of_other_keys_or_types_is_refused_by_name(tmp_path, edit, message):
+    path = tmp_path / "x.json"
+    save(path, Whole(parts=(Part(count=1), Part(count=2))), version=2)
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match=message) as caught:
+        load(path, Whole, kind="whole", version=2)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):

@@ -1,4 +1,4 @@
-"""Progress for anything that takes over two seconds: a bar on a terminal, plain lines elsewhere."""
+"""Progress of anything that takes over two seconds: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -64,20 +64,15 @@ class Meter:
         self._done += steps
         self._note = self._note if note is None else note
         now = time.monotonic()
+        seconds = now - self._start
+        rate = f"{self._done / max(seconds, 1e-9):.3g} {self._unit}/s"
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=self._done, rate=self._rate(now), note=self._note
-            )
+            self._bar.update(self._task, completed=self._done, rate=rate, note=self._note)
         elif now >= self._next_line:
             self._next_line = now + _LINE_EVERY_S
-            left = (now - self._start) * (self._total - self._done) / max(self._done, 1)
-            say(
-                f"{self._label}: {self._done}/{self._total}, {self._rate(now)}, {left:.0f} s left"
-                + (f", {self._note}" if self._note else "")
-            )
-
-    def _rate(self, now: float) -> str:
-        return f"{self._done / max(now - self._start, 1e-9):.3g} {self._unit}/s"
+            left = seconds * (self._total - self._done) / max(self._done, 1)
+            note = f", {self._note}" if self._note else ""
+            say(f"{self._label}: {self._done}/{self._total}, {rate}, {left:.0f} s left{note}")
 
 
 def track(items: Iterable[T], label: str, total: int, *, unit: str = "steps") -> Iterator[T]:

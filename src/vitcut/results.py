@@ -1,24 +1,28 @@
-"""What stages report: measured points, latencies and comparisons, and the file that holds them.
-
-Measuring is left to the stages, showing to `benchmark.tables` and the report.
-"""
+"""What a run reports: measured points, their latencies and comparisons, and the results file."""
 
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut import store
+from vitcut.errors import ConfigError, ModelError
 from vitcut.names import RuntimeName
-from vitcut.settings import as_plain, require_fraction
-from vitcut.store import read_json, write_json
+from vitcut.settings import require_fraction
 
 FORMAT_VERSION = 1
+
+DENSE = "dense"
+"""The name of the untouched model's point."""
+CLASS_ONLY = "class-only"
+"""The uncut circuit, compiled: exact, and the fairer baseline (its last block is class-only)."""
+DENSE_REPAIRED = "dense-repaired"
+"""The dense model, fine-tuned as the cut one was: what a repair is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """How long one model took for one batch, in one runtime."""
+    """How long one model takes for one batch, in one runtime."""
 
     runtime: RuntimeName
     device: str
@@ -26,7 +30,7 @@ class Latency:
     batch: int
     threads: int
     median_ms: float
-    """Per batch, as `p10_ms` and `p90_ms`."""
+    """Per batch, like `p10_ms` and `p90_ms`."""
     p10_ms: float
     p90_ms: float
     images_per_s: float
@@ -35,7 +39,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much faster a point is than another one that was timed in turn with it."""
+    """How much faster a point is than another that was timed in turn with it."""
 
     point: str
     against: str
@@ -59,7 +63,7 @@ class Comparison:
 class Point:
     """One model of a run: how it was made, how good, how large and how fast it is.
 
-    None where a value does not apply. Accuracies are fractions of 1.
+    A value that does not apply is None. Accuracies are fractions of 1.
 
     Raises:
         ConfigError: A fraction is outside 0 to 1.
@@ -86,13 +90,13 @@ class Point:
     """Per image."""
     params: int | None = None
     bytes: int | None = None
-    """Of the weights' file."""
+    """Of the file of weights."""
     max_abs_diff: float | None = None
-    """Between the logits of the compact and the masked model."""
+    """Largest difference between the logits of the compact and the masked model."""
     seconds: float | None = None
-    """That making this point took."""
+    """What it took to make this point."""
     images: int | None = None
-    """That the accuracies were measured on."""
+    """How many images the accuracies were measured on."""
     latency: tuple[Latency, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None
     """Images by true group (rows) and predicted group (columns)."""
@@ -115,20 +119,20 @@ class Point:
                 require_fraction(f"{name} of point {self.name!r}", getattr(self, name))
 
     def find_latency(self, *, runtime: RuntimeName, batch: int) -> Latency | None:
-        """The latency in this runtime at this batch size, None where it was not measured."""
+        """The latency in this runtime at this batch size; None if it was not measured."""
         found = (item for item in self.latency if (item.runtime, item.batch) == (runtime, batch))
         return next(found, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """The content of ``results.json``: a dense model, and the points that were made of it."""
+    """The content of ``results.json``: a dense model and the points made from it."""
 
     task: str
     machine: dict[str, Any]
     """As `runtime.describe_machine` gives it."""
     dense: Point | None = None
-    """None where there is no dense model to compare with."""
+    """None if there is no dense model to compare with."""
     points: tuple[Point, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
 
@@ -139,20 +143,20 @@ class Results:
             raise ConfigError(f"two points are named {twice[0]!r}: a point's name must be its own")
 
     def all_points(self) -> tuple[Point, ...]:
-        """The dense model's point first, if there is one."""
+        """All points; the dense model's comes first, if there is one."""
         return self.points if self.dense is None else (self.dense, *self.points)
 
     def find_comparison(
         self, point: str, *, runtime: RuntimeName, batch: int, against: str = "dense"
     ) -> Comparison | None:
-        """The paired comparison of two points by name, None where it was not measured."""
+        """The paired comparison of two points by name; None if it was not measured."""
         wanted = (point, against, runtime, batch)
         found = (c for c in self.comparisons if (c.point, c.against, c.runtime, c.batch) == wanted)
         return next(found, None)
 
     def save(self, path: str | Path) -> None:
         """Write ``results.json`` atomically."""
-        write_json(path, {"format_version": FORMAT_VERSION, **as_plain(self)})
+        store.save(path, self, version=FORMAT_VERSION)
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
@@ -161,33 +165,4 @@ class Results:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        content = read_json(path, kind="results", newest_version=FORMAT_VERSION)
-        try:
-            return _results_from(content)
-        except (TypeError, KeyError, ValueError, AttributeError, ConfigError, ModelError) as error:
-            raise ArtefactError(
-                f"{path} is not a results file of format_version {FORMAT_VERSION}: {error!r}; "
-                "restore it, or measure again"
-            ) from None
-
-
-def _results_from(content: dict[str, Any]) -> Results:
-    dense = content["dense"]
-    return Results(
-        task=content["task"],
-        machine=content["machine"],
-        dense=None if dense is None else _point_from(dense),
-        points=tuple(_point_from(item) for item in content["points"]),
-        comparisons=tuple(Comparison(**item) for item in content["comparisons"]),
-    )
-
-
-def _point_from(content: dict[str, Any]) -> Point:
-    missing = [item.name for item in fields(Point) if item.name not in content]
-    if missing:
-        raise KeyError(missing[0])
-    values = dict(content)
-    values["latency"] = tuple(Latency(**item) for item in content["latency"])
-    if content["confusion"] is not None:
-        values["confusion"] = tuple(tuple(row) for row in content["confusion"])
-    return Point(**values)
+        return store.load(path, cls, kind="results", version=FORMAT_VERSION)

@@ -1,9 +1,10 @@
-"""The machine underneath: device, seeds, threads and a description for measured numbers."""
+"""The machine: device, seeds, threads, and a description to go with measured numbers."""
 
 import os
 import platform
 import random
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,18 @@ def set_threads(threads: int | None) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a measured number depends on: CPU, flags, cores, load, memory, GPU, versions."""
-    cpu = _cpu_info()
+    """What a measured number depends on: CPU, flags, cores, load, GPU, versions."""
+    path = Path("/proc/cpuinfo")
+    # One block of lines per core: the first speaks for all.
+    first = path.read_text().split("\n\n")[0] if path.exists() else ""
+    rows = (line.partition(":") for line in first.splitlines())
+    cpu = {key.strip(): value.strip() for key, _, value in rows}
+    # x86 calls them flags, ARM Features.
     flags = set(cpu.get("flags", cpu.get("Features", "")).split())
+    versions: dict[str, str | None] = dict.fromkeys(_REPORTED_PACKAGES)
+    for name in versions:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
         "cpu_flags": [flag for flag in _REPORTED_FLAGS if flag in flags],
@@ -57,21 +67,5 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _REPORTED_PACKAGES},
+        "versions": versions,
     }
-
-
-def _cpu_info() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    first = path.read_text().split("\n\n")[0]
-    rows = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in rows}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,10 +1,11 @@
-"""Settings as values: checks that several stages share, and a hash that names a configuration."""
+"""Settings: checks that several stages share, and a hash that names a configuration."""
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from vitcut.errors import ConfigError
+from vitcut.names import RuntimeName
 from vitcut.store import sha256_json
 
 if TYPE_CHECKING:
@@ -23,24 +24,6 @@ def require_at_least(name: str, value: float, least: float) -> None:
         raise ConfigError(f"{name} must be >= {least}, got {value}")
 
 
-def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
-    """Check that something fits into the memory that is allowed.
-
-    Raises:
-        ConfigError: It does not.
-    """
-    if needed_gib > memory_gib:
-        raise ConfigError(
-            f"{what} needs about {_rounded_up(needed_gib)} GiB, memory-gib allows {memory_gib:g}: "
-            "use fewer images, or raise memory-gib"
-        )
-
-
-def _rounded_up(gib: float) -> str:
-    """With one digit after the point; below 1, with two digits that count."""
-    return f"{math.ceil(10 * gib) / 10:,.1f}" if gib >= 1 else f"{gib:.2g}"
-
-
 def require_fraction(name: str, value: float) -> None:
     """Refuse numbers outside 0 to 1, and NaN."""
     if not 0 <= value <= 1:
@@ -53,13 +36,31 @@ def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> Non
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
+def require_runtime(name: str) -> None:
+    """Refuse a runtime that this version cannot run."""
+    require_one_of("runtime", name, get_args(RuntimeName))
+
+
+def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
+    """Refuse work that needs more memory than is allowed."""
+    if needed_gib > memory_gib:
+        # Rounded up, so that it is more than what is allowed; below 1 GiB, two significant digits.
+        needed = (
+            f"{math.ceil(10 * needed_gib) / 10:,.1f}" if needed_gib >= 1 else f"{needed_gib:.2g}"
+        )
+        raise ConfigError(
+            f"{what} needs about {needed} GiB, memory-gib allows {memory_gib:g}: use fewer images, "
+            "or raise memory-gib"
+        )
+
+
 def as_plain(settings: "DataclassInstance") -> dict[str, Any]:
     """A dataclass as JSON values; tuples become lists."""
     return {key: _plain(value) for key, value in asdict(settings).items()}
 
 
 def config_hash(*parts: Any) -> str:
-    """A short name for a configuration: equal settings, equal hash."""
+    """A short name of a configuration: equal settings, equal hash."""
     return sha256_json([_plain(part) for part in parts])[:16]
 
 

@@ -1,4 +1,4 @@
-"""Atomic, hashed and versioned files; what is in them is left to their owners. Never pickle."""
+"""Files that survive a kill: atomic, hashed and versioned. Never pickle."""
 
 import glob
 import hashlib
@@ -7,12 +7,20 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from vitcut.errors import ArtefactError
+import msgspec
+
+from vitcut.errors import ArtefactError, VitcutError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
 
 _ABANDONED_AFTER_S = 3600
 
@@ -27,7 +35,7 @@ def cache_dir() -> Path:
 def atomic_path(path: str | Path) -> Generator[Path]:
     """Yield a temporary file beside ``path`` that takes its name when the block succeeds.
 
-    Whoever reads ``path`` sees the old content or the whole new one, after a kill too.
+    A reader of ``path`` sees the old content or the whole new content, even after a kill.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +45,7 @@ def atomic_path(path: str | Path) -> Generator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
+        # Without the sync a power cut may keep the rename and lose the bytes.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -48,25 +57,36 @@ def atomic_path(path: str | Path) -> Generator[Path]:
 def atomic_folder(folder: Path, *, replace: bool = True) -> Generator[Path]:
     """Yield a temporary folder beside ``folder`` that takes its name when the block succeeds.
 
-    A folder cannot be replaced in one step: the earlier one is moved aside first, and a process
-    that is killed at this moment leaves it there. The next call puts it back, and removes what
-    killed processes have left.
+    A folder cannot be replaced in one step: the earlier one is first moved aside. A process killed
+    at this moment leaves it there, and the next call puts it back. The next call also removes
+    temporary folders of killed processes.
 
     Args:
-        folder: What is written.
-        replace: Whether to take the place of an earlier folder; else that one stays, and what was
-            written is dropped.
+        folder: The folder to write.
+        replace: Whether to replace an earlier folder. If False, an earlier folder stays and the
+            new one is dropped.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _settle(folder)
-    _remove_abandoned(folder)
+    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        try:
+            changed = max(item.stat().st_mtime for item in (part, *part.iterdir()))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        # A folder that has changed recently may belong to a process that is still running.
+        if time.time() - changed > _ABANDONED_AFTER_S:
+            shutil.rmtree(part, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         yield part
         part.chmod(0o755)
         if replace and folder.exists():
             folder.replace(_aside(folder))
-        _take_name(part, folder, replace=replace)
+        try:
+            part.replace(folder)
+        except OSError:
+            if replace or not folder.is_dir():
+                raise
     finally:
         _settle(folder)
         shutil.rmtree(part, ignore_errors=True)
@@ -79,7 +99,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically, keys in the given order, NaN refused."""
+    """Write a JSON file atomically, keys in the given order; NaN is refused."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -111,6 +131,62 @@ def read_json(path: str | Path, *, kind: str, newest_version: int) -> dict[str, 
     return content
 
 
+def save(path: str | Path, value: "DataclassInstance", *, version: int) -> None:
+    """Write a dataclass as versioned JSON, atomically: ``format_version``, then every field.
+
+    Args:
+        path: The file.
+        value: A dataclass of JSON values, tuples and further dataclasses.
+        version: The ``format_version``.
+    """
+    write_json(path, {"format_version": version, **asdict(value)})
+
+
+def load(path: str | Path, schema: type[T], *, kind: str, version: int) -> T:
+    """Read a dataclass that `save` wrote, and check every key and type.
+
+    Args:
+        path: The file.
+        schema: The dataclass. Its ``__post_init__`` runs.
+        kind: What the file holds, for messages: "results", "training", ...
+        version: The highest ``format_version`` that the caller understands.
+
+    Raises:
+        ArtefactError: The file is missing, damaged, or of a newer version; a key is missing or
+            unknown, or a value has the wrong type.
+    """
+    content = read_json(path, kind=kind, newest_version=version)
+    del content["format_version"]
+    try:
+        value = msgspec.convert(content, schema, str_keys=True)
+    except (msgspec.ValidationError, VitcutError) as error:
+        problem = str(error)
+    else:
+        # msgspec replaces a missing key by its default and drops an unknown one. `save` writes
+        # every key, so what it would write now shows which ones are missing or unknown.
+        expected = json.loads(json.dumps(asdict(cast("DataclassInstance", value))))
+        problem = next(_odd_keys(content, expected), None)
+        if problem is None:
+            return value
+    raise ArtefactError(
+        f"{path} is not a {kind} file of format_version {version}: {problem}; restore it, or "
+        "delete it and run again"
+    )
+
+
+def _odd_keys(found: Any, expected: Any, place: str = "$") -> Iterator[str]:
+    """Name every key that only one of two JSON values has."""
+    if isinstance(found, dict):
+        for key in {**expected, **found}:
+            if key in found and key in expected:
+                yield from _odd_keys(found[key], expected[key], f"{place}.{key}")
+            else:
+                yield f"{'unknown' if key in found else 'missing'} field `{key}` - at `{place}`"
+    elif isinstance(found, list):
+        for number, (one, other) in enumerate(zip(found, expected, strict=False)):
+            yield from _odd_keys(one, other, f"{place}[{number}]")
+
+
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as stream:
@@ -118,25 +194,17 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(content: Any) -> str:
-    """The SHA-256 of a JSON value, whatever the order of its keys."""
+    """The SHA-256 of a JSON value; the order of keys does not matter."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_of_read(content: Any) -> str | None:
-    """The SHA-256 of what was read; None where it holds what JSON has no word for, such as NaN."""
+    """The SHA-256 of a value read from JSON; None if it holds NaN or infinity."""
     try:
         return sha256_json(content)
     except ValueError:
         return None
-
-
-def _take_name(part: Path, folder: Path, *, replace: bool) -> None:
-    try:
-        part.replace(folder)
-    except OSError:
-        if replace or not folder.is_dir():
-            raise
 
 
 def _aside(folder: Path) -> Path:
@@ -145,7 +213,7 @@ def _aside(folder: Path) -> Path:
 
 
 def _settle(folder: Path) -> None:
-    """Put back an earlier folder that nothing has replaced, remove one that has been replaced."""
+    """Put back an earlier folder that nothing has replaced; remove one that has been replaced."""
     aside = _aside(folder)
     if not folder.exists():
         if aside.exists():
@@ -154,17 +222,3 @@ def _settle(folder: Path) -> None:
         aside.unlink()
     else:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left; a folder that still changes belongs to a living one."""
-    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
-        if part.is_dir() and time.time() - _last_change(part) > _ABANDONED_AFTER_S:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _last_change(part: Path) -> float:
-    try:
-        return max(item.stat().st_mtime for item in (part, *part.iterdir()))
-    except FileNotFoundError:
-        return time.time()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitcut.benchmark.evaluation import evaluate, paired_interval
+from vitcut.benchmark.evaluation import evaluate
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
 from vitcut.images.images import ImageSet, to_float
 
@@ -114,25 +114,3 @@ def test_no_images_are_refused():
 def test_a_reference_of_other_images_is_refused():
     with pytest.raises(ConfigError, match=r"shape \[2, 2\]"):
         run(linear_model(), image_set([0, 1]), reference_log_probs=torch.zeros(3, 2))
-
-
-def test_a_paired_interval_is_narrow_where_two_models_err_alike():
-    rng = np.random.default_rng(0)
-    correct = rng.random(1000) < 0.7
-    reference = correct.copy()
-    reference[:20] = ~reference[:20]
-    low, high = paired_interval(correct, reference, seed=0)
-    difference = correct.mean() - reference.mean()
-    assert low <= difference <= high
-    assert high - low < 0.025
-    assert paired_interval(correct, correct, seed=0) == (0.0, 0.0)
-
-
-def test_a_worse_model_has_a_negative_interval():
-    low, high = paired_interval(np.zeros(50, bool), np.ones(50, bool), seed=0)
-    assert (low, high) == (-1.0, -1.0)
-
-
-def test_a_paired_interval_of_different_images_is_refused():
-    with pytest.raises(ConfigError, match="got 3 and 2"):
-        paired_interval(np.ones(3, bool), np.ones(2, bool), seed=0)

@@ -1,6 +1,7 @@
 import logging
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from vitcut.errors import ExactnessError
 from vitcut.runtimes import open_vino
+from vitcut.runtimes.open_vino import openvino
 from vitcut.runtimes.session import prepare_sessions
 
 pytestmark = pytest.mark.graph
@@ -41,16 +43,11 @@ def vit() -> VisionTransformer:
     )
 
 
-@pytest.fixture(scope="module")
-def converted(vit):
-    return open_vino._convert(open_vino.frozen_copy(vit), images(1))
-
-
 def test_one_conversion_runs_every_batch_size_and_gives_torch_logits(vit):
     examples = [images(batch) for batch in (1, 2, 5, 20)]
     sessions = prepare_sessions("openvino", vit, examples, threads=1)
     assert vit.training
-    frozen = open_vino.frozen_copy(vit)
+    frozen = deepcopy(vit).eval()
     with torch.no_grad():
         for session, example in zip(sessions, examples, strict=True):
             assert torch.allclose(session.run(example), frozen(example), atol=1e-5)
@@ -68,8 +65,18 @@ def test_logits_outlive_the_next_call(vit):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_model_is_compiled_in_float32_for_its_threads_on_no_pinned_core(converted, threads):
-    compiled = open_vino._compile(converted, images(3), threads)
+def test_a_model_is_compiled_in_float32_for_its_threads_on_no_pinned_core(
+    vit, threads, monkeypatch
+):
+    seen = []
+    compile_model = openvino.Core.compile_model
+    monkeypatch.setattr(
+        openvino.Core,
+        "compile_model",
+        lambda *given: seen.append(compile_model(*given)) or seen[-1],
+    )
+    prepare_sessions("openvino", vit, [images(3)], threads=threads)
+    (compiled,) = seen
     names = ["INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS"]
     precision, found, streams = (compiled.get_property(name) for name in names)
     assert (precision.get_type_name(), found, streams) == ("f32", threads, 1)
@@ -93,8 +100,12 @@ def test_a_session_is_prepared_for_a_batch_of_one_without_a_word(vit, capfd, cap
 
 
 def test_a_model_that_computes_something_else_is_refused(vit, monkeypatch):
-    true_run = open_vino._run
-    monkeypatch.setattr(open_vino, "_run", lambda *args: true_run(*args) + 0.01)
+    other = deepcopy(vit).eval()
+    other.head.bias.data += 0.01
+    decoder = open_vino.TorchScriptPythonDecoder
+    monkeypatch.setattr(
+        open_vino, "TorchScriptPythonDecoder", lambda _, **given: decoder(other, **given)
+    )
     with pytest.raises(ExactnessError, match="openvino differs"):
         prepare_sessions("openvino", vit, [images(2)], threads=1)
 

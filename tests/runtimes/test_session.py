@@ -1,11 +1,15 @@
+from pkgutil import resolve_name
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from vitcut.errors import ConfigError, ExactnessError
+from vitcut.names import RuntimeName
 from vitcut.runtimes import session as session_module
-from vitcut.runtimes.session import prepare_sessions, require_parity, torch_threads
-from vitcut.runtimes.table import RUNTIME_MODULES, require_runtime
+from vitcut.runtimes.session import RUNTIMES, prepare_sessions, require_parity, torch_threads
+from vitcut.settings import require_runtime
 
 
 def tiny_model() -> nn.Module:
@@ -53,7 +57,7 @@ def test_a_runtime_whose_package_is_missing_says_what_to_install(monkeypatch, na
     def fail(_):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(session_module, "import_module", fail)
+    monkeypatch.setattr(session_module, "resolve_name", fail)
     with pytest.raises(ConfigError, match=f"{install}$"):
         prepare_sessions(name, tiny_model(), [IMAGES], threads=1)
 
@@ -73,9 +77,9 @@ def test_no_threads_are_refused():
         prepare_sessions("torch", tiny_model(), [IMAGES], threads=0)
 
 
-@pytest.mark.parametrize("name", RUNTIME_MODULES)
-def test_every_runtime_of_the_table_has_a_module_with_prepare(name):
-    assert callable(session_module.import_module(RUNTIME_MODULES[name]).prepare)
+def test_every_runtime_has_an_entry_that_prepares_sessions():
+    assert set(RUNTIMES) == set(get_args(RuntimeName))
+    assert all(callable(resolve_name(entry)) for entry in RUNTIMES.values())
 
 
 def test_the_thread_count_comes_back_after_an_error():

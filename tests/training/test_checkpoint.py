@@ -1,13 +1,53 @@
+import json
+
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from vitcut.errors import ArtefactError
-from vitcut.training.checkpoint import TrainingFolder, read_tensors, write_tensors
+from vitcut.training.checkpoint import (
+    EpochMetrics,
+    TrainingFolder,
+    TrainResult,
+    read_tensors,
+    read_training,
+    write_tensors,
+)
+
+RESULT = TrainResult(
+    best_epoch=2,
+    accuracy_fine=0.5,
+    accuracy_coarse=0.75,
+    epochs_run=3,
+    seconds=1.5,
+    images_per_s=96.0,
+)
 
 
-def _folder(root, settings_hash="a"):
-    return TrainingFolder(root, settings_hash=settings_hash, settings={})
+def _folder(root, **settings):
+    return TrainingFolder(root, settings)
+
+
+def _parts():
+    """A model, its optimiser and the average of its weights, after one step."""
+    model, average = nn.Linear(2, 1), nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "average": average}
+
+
+def _row(epoch):
+    return EpochMetrics(
+        epoch=epoch,
+        loss=1 / 3,
+        accuracy_fine=0.1,
+        accuracy_coarse=0.2,
+        learning_rate=0.0,
+        seconds=2.0,
+        train_seconds=1.0,
+    )
 
 
 def test_tensors_and_facts_come_back_bit_by_bit(tmp_path):
@@ -48,33 +88,86 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     assert folder.open() is None
     write_tensors(folder.last, {}, {})
     with pytest.raises(ArtefactError, match="other settings"):
-        _folder(tmp_path, settings_hash="b").open()
+        _folder(tmp_path, seed=1).open()
 
 
 def test_a_training_that_never_came_to_a_checkpoint_blocks_nobody(tmp_path):
     _folder(tmp_path).open()
-    assert _folder(tmp_path, settings_hash="b").open() is None
+    assert _folder(tmp_path, seed=1).open() is None
 
 
-def test_a_finished_training_says_its_result(tmp_path):
-    folder = _folder(tmp_path)
+def test_a_finished_training_says_its_settings_and_its_result(tmp_path):
+    folder = _folder(tmp_path, seed=1)
     folder.open()
-    folder.finish({"best_epoch": 2})
-    assert _folder(tmp_path).open() == {"best_epoch": 2}
+    with pytest.raises(ArtefactError, match="not finished: run its command again"):
+        read_training(tmp_path)
+    folder.finish(RESULT)
+    assert _folder(tmp_path, seed=1).open() == RESULT
+    assert read_training(tmp_path) == ({"seed": 1}, RESULT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": None}, "Expected `object`, got `null` - at `$.settings`"),
+        ({"result": {"best_epoch": 1}}, "missing required field `accuracy_fine` - at `$.result`"),
+    ],
+)
+def test_a_damaged_marker_is_refused_by_key(tmp_path, change, message):
+    _folder(tmp_path).open()
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for read in (_folder(tmp_path).open, lambda: read_training(tmp_path)):
+        with pytest.raises(ArtefactError, match="is not a training file") as caught:
+            read()
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_state_of_an_epoch_comes_back_bit_by_bit(tmp_path, averaged):
+    folder, saved, fresh = _folder(tmp_path), _parts(), _parts()
+    if not averaged:
+        saved["average"] = fresh["average"] = None
+    folder.save_epoch(_row(1), **saved, is_best=True)
+    assert folder.resume(**fresh) == [_row(1)]
+    for part in ("model", "average") if averaged else ("model",):
+        for one, other in zip(saved[part].parameters(), fresh[part].parameters(), strict=True):
+            assert torch.equal(one, other)
+    moments = (parts["optimizer"].state_dict()["state"] for parts in (saved, fresh))
+    for one, other in zip(*(moment.values() for moment in moments), strict=True):
+        assert one.keys() == other.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    best, _ = read_tensors(folder.best)
+    assert torch.equal(best["weight"], saved["average" if averaged else "model"].weight)
 
 
 def test_metrics_after_the_checkpoint_are_cut_off_half_lines_too(tmp_path):
-    folder = _folder(tmp_path)
-    for epoch in (1, 2, 3):
-        folder.append_metrics({"epoch": epoch})
+    folder, parts = _folder(tmp_path), _parts()
+    for epoch in (1, 2):
+        folder.save_epoch(_row(epoch), **parts, is_best=False)
+    kept = (tmp_path / "metrics.jsonl").read_text()
+    state = folder.last.read_bytes()
+    folder.save_epoch(_row(3), **parts, is_best=False)
+    folder.last.write_bytes(state)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"epo')
-    assert [row["epoch"] for row in folder.read_metrics(2)] == [1, 2]
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+    assert folder.resume(**parts) == [_row(1), _row(2)]
+    assert (tmp_path / "metrics.jsonl").read_text() == kept
 
 
-@pytest.mark.parametrize("text", ["", '{"epoch": 1}\n', "no json\n\n", '{"epoch": 2}\n' * 2])
-def test_metrics_that_do_not_fit_their_checkpoint_are_refused(tmp_path, text):
-    (tmp_path / "metrics.jsonl").write_text(text)
+def test_without_a_checkpoint_a_training_starts_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epo')
+    assert _folder(tmp_path).resume(**_parts()) == []
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("lines", [[], [1], ["no json"], [{"epoch": 1}, {"epoch": 2}], [2, 2]])
+def test_metrics_that_do_not_fit_their_checkpoint_are_refused(tmp_path, lines):
+    folder, parts = _folder(tmp_path), _parts()
+    folder.save_epoch(_row(1), **parts, is_best=False)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    folder.save_epoch(_row(2), **parts, is_best=False)
+    found = [json.dumps({**row, "epoch": line} if line in (1, 2) else line) for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(found))
     with pytest.raises(ArtefactError, match="does not hold the 2 epochs"):
-        _folder(tmp_path).read_metrics(2)
+        folder.resume(**parts)

@@ -9,18 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import CONFIG, TASK, tiny_images, tiny_model
+from tiny_training import MEAN, SETTINGS, STD, TASK, tiny_images, tiny_model
 
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.model.loading import weight_hash
 from vitcut.settings import as_plain
 from vitcut.training.batches import Batch
-from vitcut.training.distillation import Distillation
-from vitcut.training.loop import train
-from vitcut.training.losses import Loss, SoftCrossEntropy
+from vitcut.training.distillation import Distillation, repair
+from vitcut.training.loop import Loss, SoftCrossEntropy, train
 from vitcut.training.settings import FinetuneSettings
 
-FINE = FinetuneSettings(**{**as_plain(CONFIG), "mean": CONFIG.mean, "std": CONFIG.std})
+FINE = FinetuneSettings(**as_plain(SETTINGS))
 GROUPS = torch.from_numpy(TASK.group_of_class)
 
 
@@ -134,7 +133,7 @@ def _repair(out: Path, *, steps: int = 1000) -> str:
     teacher[1].weight.data.mul_(3)
     loss = Dying(teacher, GROUPS, FINE)
     loss.steps_left = steps
-    train(model, tiny_images(), FINE, out, loss=loss)
+    train(model, tiny_images(), FINE, out, mean=MEAN, std=STD, loss=loss)
     return weight_hash(model)
 
 
@@ -152,10 +151,20 @@ def test_a_killed_repair_ends_with_the_same_bits(step, second_step):
         assert _repair(Path(name) / "killed") == undisturbed
 
 
+def test_a_repair_is_a_training_under_the_loss_of_distillation(tmp_path):
+    expected = _repair(tmp_path / "trained")
+    model, teacher = tiny_model(), tiny_model()
+    teacher[1].weight.data.mul_(3)
+    before = weight_hash(teacher)
+    repair(model, teacher, tiny_images(), FINE, tmp_path / "repaired", mean=MEAN, std=STD)
+    assert weight_hash(model) == expected
+    assert weight_hash(teacher) == before
+
+
 def test_a_repair_by_another_teacher_is_refused(tmp_path):
     _repair(tmp_path)
     with pytest.raises(ArtefactError, match="other settings"):
-        train(tiny_model(), tiny_images(), FINE, tmp_path, loss=_loss(tiny_model()))
+        repair(tiny_model(), tiny_model(), tiny_images(), FINE, tmp_path, mean=MEAN, std=STD)
 
 
 @pytest.mark.parametrize(

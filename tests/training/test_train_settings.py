@@ -19,7 +19,6 @@ from vitcut.training.settings import TrainSettings, reference_recipe
         {"max_shift_px": -1},
         {"ema_decay": 1.0},
         {"threads": 0},
-        {"std": (1.0, 0.0, 1.0)},
         {"augmentation": "reference", "batch_size": 255},
     ],
 )

@@ -1,7 +1,4 @@
-"""How good a model is on a set of images: accuracy, KL divergence to the dense model, confusion.
-
-Which images and which model is left to the caller; how fast it is, to `latency`.
-"""
+"""How good a model is on a set of images: accuracy, KL divergence to the dense model, confusion."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,17 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vitcut.benchmark.bootstrap import mean_interval
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
-from vitcut.images.images import ImageSet
+from vitcut.images.load import ImageSet, normalise
 from vitcut.metrics import coarse_log_probs, kl_divergence
+from vitcut.preprocessing import Preprocessing
 from vitcut.progress import track
 from vitcut.shapes import Float, Tensor
+from vitcut.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """What one model answered on one image set; image by image, for paired comparisons."""
+    """What one model answered on one image set, image by image for paired comparisons."""
 
     images: int
     accuracy_fine: float
@@ -36,16 +34,16 @@ class Evaluation:
     correct_coarse: NDArray[np.bool_]
     """Whether the most probable group is the label's, shape [images]."""
     log_probs: Float[Tensor, "images groups"]
-    """The task distribution in float64: the reference of the models cut from this one."""
+    """The task distribution in float64; the reference for models cut from this one."""
 
 
 def evaluate(
     model: Callable[[Tensor], Tensor],
     images: ImageSet,
+    task: Task,
+    preprocessing: Preprocessing,
     *,
-    group_of_class: NDArray[np.int64],
-    preprocess: Callable[[NDArray[np.uint8]], Tensor],
-    reference_log_probs: Float[Tensor, "images groups"] | None = None,
+    reference: Evaluation | None = None,
     batch: int = 256,
 ) -> Evaluation:
     """Run a model on a set of images, batch by batch.
@@ -54,12 +52,12 @@ def evaluate(
     group of the best fine class. A module is put into evaluation mode and then back.
 
     Args:
-        model: Preprocessed images to fine logits; a module or any function.
+        model: Normalised images to fine logits; a module or any function.
         images: In the order of the reference.
-        group_of_class: The group number of each fine class, shape [classes].
-        preprocess: uint8 images [batch, height, width, channels] to the model's input, on the
-            model's device: `data.images.to_float` with the model's mean and std.
-        reference_log_probs: The dense model's `Evaluation.log_probs` on the same images.
+        task: Its fine classes are the model's.
+        preprocessing: The model's; images are normalised by its mean and std, and brought to the
+            type and device of the module.
+        reference: What the dense model answered on the same images.
         batch: Images per call; the last one may be smaller.
 
     Raises:
@@ -68,7 +66,33 @@ def evaluate(
         ModelError: A logit is NaN or infinite.
         ConfigError: The reference is of another shape.
     """
-    logits = _all_logits(model, images, preprocess, batch)
+    if not len(images):
+        raise DataError("there are no images to evaluate on: expected at least one")
+    group_of_class = task.group_of_class
+    like = next(model.parameters(), torch.empty(0)) if isinstance(model, nn.Module) else torch.empty(0)
+    starts = range(0, len(images), batch)
+    with _evaluation_mode(model), torch.inference_mode():
+        # Float64 on the CPU, [images classes]: KLs near zero would drown in float32 rounding.
+        logits = torch.cat(
+            [
+                model(
+                    normalise(
+                        images.read(np.arange(start, min(start + batch, len(images)))),
+                        preprocessing,
+                        dtype=like.dtype,
+                        device=like.device,
+                    )
+                )
+                .detach()
+                .to("cpu", torch.float64)
+                for start in track(starts, "evaluating", len(starts), unit="batches")
+            ]
+        )
+    if bad := int((~logits.isfinite()).any(dim=1).sum()):
+        raise ModelError(
+            f"the model gave NaN or infinite logits on {bad} of {len(images)} images: "
+            "check its weights"
+        )
     if logits.shape[1] != len(group_of_class):
         raise TaskError(
             f"the model has {logits.shape[1]} classes, the task {len(group_of_class)}: "
@@ -76,73 +100,35 @@ def evaluate(
         )
     groups = int(group_of_class.max()) + 1
     log_probs = coarse_log_probs(logits, torch.from_numpy(group_of_class), groups)
+    kl = None
+    if reference is not None:
+        if reference.log_probs.shape != log_probs.shape:
+            raise ConfigError(
+                f"the reference must have shape {list(log_probs.shape)} (images, groups), got "
+                f"{list(reference.log_probs.shape)}: evaluate the dense model on the same images"
+            )
+        kl = kl_divergence(reference.log_probs.double(), log_probs).mean().item()
     true_groups = group_of_class[images.labels]
     predicted_groups = log_probs.argmax(dim=1).numpy()
+    confusion = np.zeros((groups, groups), dtype=np.int64)
+    np.add.at(confusion, (true_groups, predicted_groups), 1)
     correct_fine = logits.argmax(dim=1).numpy() == images.labels
     correct_coarse = predicted_groups == true_groups
     return Evaluation(
         images=len(images),
         accuracy_fine=float(correct_fine.mean()),
         accuracy_coarse=float(correct_coarse.mean()),
-        kl=_mean_kl(reference_log_probs, log_probs),
-        confusion=_confusion(true_groups, predicted_groups, groups),
+        kl=kl,
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
         correct_fine=correct_fine,
         correct_coarse=correct_coarse,
         log_probs=log_probs,
     )
 
 
-def paired_interval(
-    correct: NDArray[np.bool_], reference: NDArray[np.bool_], *, seed: int
-) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a difference in accuracy, images drawn in pairs.
-
-    Args:
-        correct: Whether a model is right, shape [images].
-        reference: Whether the model that it is compared with is right on the same images.
-        seed: Of the bootstrap.
-
-    Returns:
-        Low and high end of accuracy(model) - accuracy(reference), as fractions of 1.
-    """
-    if correct.shape != reference.shape or not correct.size:
-        raise ConfigError(
-            f"a paired comparison needs the same images, one or more: got {correct.size} and "
-            f"{reference.size}"
-        )
-    return mean_interval(correct.astype(np.float64) - reference.astype(np.float64), seed=seed)
-
-
-def _all_logits(
-    model: Callable[[Tensor], Tensor],
-    images: ImageSet,
-    preprocess: Callable[[NDArray[np.uint8]], Tensor],
-    batch: int,
-) -> Tensor:
-    """Logits of every image in float64 on the CPU, shape [images, classes]."""
-    if not len(images):
-        raise DataError("there are no images to evaluate on: expected at least one")
-    starts = range(0, len(images), batch)
-    with _evaluation_mode(model), torch.inference_mode():
-        parts = [
-            model(preprocess(images.read(np.arange(start, min(start + batch, len(images))))))
-            .detach()
-            .to("cpu", torch.float64)
-            for start in track(starts, "evaluating", len(starts), unit="batches")
-        ]
-    logits = torch.cat(parts)
-    bad = int((~logits.isfinite()).any(dim=1).sum())
-    if bad:
-        raise ModelError(
-            f"the model gave NaN or infinite logits on {bad} of {len(images)} images: "
-            "check its weights"
-        )
-    return logits
-
-
 @contextmanager
 def _evaluation_mode(model: Callable[[Tensor], Tensor]) -> Generator[None]:
-    """Switch a module to evaluation, then give each of its parts its own mode back."""
+    """Switch a module to evaluation, then give each of its submodules its own mode back."""
     training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False
@@ -151,22 +137,3 @@ def _evaluation_mode(model: Callable[[Tensor], Tensor]) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _mean_kl(reference: Tensor | None, log_probs: Tensor) -> float | None:
-    if reference is None:
-        return None
-    if reference.shape != log_probs.shape:
-        raise ConfigError(
-            f"the reference must have shape {list(log_probs.shape)} (images, groups), "
-            f"got {list(reference.shape)}: evaluate the dense model on the same images"
-        )
-    return kl_divergence(reference.double(), log_probs).mean().item()
-
-
-def _confusion(
-    true_groups: NDArray[np.int64], predicted_groups: NDArray[np.int64], groups: int
-) -> tuple[tuple[int, ...], ...]:
-    counts = np.zeros((groups, groups), dtype=np.int64)
-    np.add.at(counts, (true_groups, predicted_groups), 1)
-    return tuple(tuple(int(count) for count in row) for row in counts)

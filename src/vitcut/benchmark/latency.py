@@ -1,7 +1,7 @@
 """The latency protocol: several models timed in turn, in one runtime, at one batch size.
 
-Load comes and goes on a machine, so models are compared round by round: in every round each is
-timed once, in a shuffled order, and a speed-up is the median of the ratios within rounds.
+Load on a machine comes and goes, so models are compared round by round: every round times each
+model once, in a shuffled order, and a speed-up is the median of the ratios within rounds.
 """
 
 import gc
@@ -11,16 +11,15 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from vitcut.benchmark.bootstrap import median_interval
-from vitcut.benchmark.load import foreign_cores, read_cpu_times
+from vitcut.benchmark.bootstrap import bootstrap_interval
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.errors import ConfigError
-from vitcut.names import RuntimeName
 from vitcut.progress import Meter, say
 from vitcut.results import Comparison, Latency
 from vitcut.runtimes.session import Session, prepare_sessions, torch_threads
@@ -30,12 +29,17 @@ _WARM_UP_CALLS = 3
 _WARM_UP_MS = 50.0
 _MAX_ROUNDS = 300
 _BUSY_FRACTION = 0.25
-"""Of all cores: what other processes may use before samples are said to spread."""
+"""Of all cores: what other processes may use before latencies are said to spread."""
+_STAT = Path("/proc/stat")
+_BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
+"""Of the line "cpu": user, nice, system, irq, softirq, steal; not idle and iowait."""
+_LEAST_LOAD_S = 0.2
+"""The kernel counts in ticks of 10 ms, too coarse for anything shorter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyReport:
-    """What timing several models gave."""
+    """The result of timing several models."""
 
     latencies: dict[str, tuple[Latency, ...]]
     """By model, one for each runtime and batch size."""
@@ -46,7 +50,7 @@ class LatencyReport:
 def measure_latency(
     models: Mapping[str, nn.Module],
     images: Float[Tensor, "images channels y x"],
-    config: BenchSettings,
+    settings: BenchSettings,
     *,
     baselines: tuple[str, ...],
 ) -> LatencyReport:
@@ -55,7 +59,7 @@ def measure_latency(
     Args:
         models: By name; each takes the same images.
         images: Normalised; repeated where a batch needs more.
-        config: Runtimes, batch sizes, threads and time.
+        settings: Runtimes, batch sizes, threads and time.
         baselines: The models that all others are compared with.
 
     Raises:
@@ -67,23 +71,62 @@ def measure_latency(
         raise ConfigError(f"baselines must be among {', '.join(models)}, got {unknown[0]!r}")
     if not len(images):
         raise ConfigError("timing needs at least one image, got none")
-    examples = [_first(images, batch) for batch in config.batches]
+    examples = [
+        images.repeat(math.ceil(batch / len(images)), 1, 1, 1)[:batch].contiguous()
+        for batch in settings.batches
+    ]
     latencies: dict[str, list[Latency]] = {name: [] for name in models}
     comparisons: list[Comparison] = []
-    for runtime in config.runtimes:
-        prepared = _prepare(models, examples, runtime, config.threads)
+    for runtime in settings.runtimes:
+        prepared: dict[str, tuple[Session, ...]] = {}
+        with Meter(f"converting for {runtime}", len(models), unit="models") as meter:
+            for name, module in models.items():
+                prepared[name] = prepare_sessions(
+                    runtime, module, examples, threads=settings.threads
+                )
+                meter.advance()
         for position, example in enumerate(examples):
             sessions = {name: several[position] for name, several in prepared.items()}
             before = read_cpu_times()
-            samples = time_sessions(sessions, example, config)
-            _say_if_busy(foreign_cores(before, read_cpu_times()))
+            samples = time_sessions(sessions, example, settings)
+            foreign, cores = foreign_cores(before, read_cpu_times()), os.cpu_count() or 1
+            if foreign is not None and foreign > _BUSY_FRACTION * cores:
+                say(
+                    f"other processes kept {foreign:.1f} of {cores} cores busy meanwhile: these "
+                    "latencies spread"
+                )
             for name, session in sessions.items():
-                latencies[name].append(_latency(session, samples[name]))
-                comparisons += [
-                    _compare(name, baseline, session, samples, config.seed)
-                    for baseline in baselines
-                    if name != baseline
-                ]
+                p10, median, p90 = (float(ms) for ms in np.percentile(samples[name], (10, 50, 90)))
+                latencies[name].append(
+                    Latency(
+                        runtime=runtime,
+                        device=session.device,
+                        dtype=session.dtype,
+                        batch=session.batch,
+                        threads=session.threads,
+                        median_ms=median,
+                        p10_ms=p10,
+                        p90_ms=p90,
+                        images_per_s=session.batch * 1000 / median,
+                    )
+                )
+                for baseline in baselines:
+                    if name == baseline:
+                        continue
+                    ratios = samples[baseline] / samples[name]
+                    low, high = bootstrap_interval(ratios, np.median, seed=settings.seed)
+                    comparisons.append(
+                        Comparison(
+                            point=name,
+                            against=baseline,
+                            runtime=runtime,
+                            batch=session.batch,
+                            threads=session.threads,
+                            ratio=float(np.median(ratios)),
+                            low=low,
+                            high=high,
+                        )
+                    )
     return LatencyReport(
         latencies={name: tuple(items) for name, items in latencies.items()},
         comparisons=tuple(comparisons),
@@ -93,32 +136,37 @@ def measure_latency(
 def time_sessions(
     sessions: Mapping[str, Session],
     example: Float[Tensor, "batch channels y x"],
-    config: BenchSettings,
+    settings: BenchSettings,
 ) -> dict[str, NDArray[np.float64]]:
     """Time sessions of one runtime and batch size in turn.
 
     Args:
         sessions: By name.
         example: The batch that each of them runs.
-        config: Threads, time and seed.
+        settings: Threads, time and seed.
 
     Returns:
         For each session its milliseconds per batch, shape [rounds]; samples with the same number
         belong to the same round.
     """
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(settings.seed)
     names = list(sessions)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    with torch_threads(config.threads), _without_garbage_collection():
-        calls = {
-            name: _calls_per_sample(session, example, config) for name, session in sessions.items()
-        }
+    with torch_threads(settings.threads), _without_garbage_collection():
+        calls: dict[str, int] = {}
+        for name, session in sessions.items():
+            # Warm up: the fastest of these calls says how many make a sample that can be timed.
+            calls_ms: list[float] = []
+            while len(calls_ms) < _WARM_UP_CALLS or sum(calls_ms) < _WARM_UP_MS:
+                calls_ms.append(_sample_ms(session, example, 1))
+            calls[name] = math.ceil(settings.min_sample_ms / min(calls_ms))
         round_ms = sum(
             _sample_ms(sessions[name], example, calls[name]) * calls[name] for name in names
         )
-        rounds = _rounds(round_ms, len(names), config)
-        session = sessions[names[0]]
-        label = f"timing {len(names)} models, {session.runtime}, batch {len(example)}"
+        wanted = int(settings.seconds * 1000 * len(names) / round_ms)
+        rounds = max(settings.min_rounds, min(wanted, _MAX_ROUNDS))
+        runtime = sessions[names[0]].runtime
+        label = f"timing {len(names)} models, {runtime}, batch {len(example)}"
         with Meter(label, rounds, unit="rounds") as meter:
             for _ in range(rounds):
                 for position in rng.permutation(len(names)):
@@ -128,78 +176,12 @@ def time_sessions(
     return {name: np.array(values) for name, values in samples.items()}
 
 
-def _first(images: Tensor, batch: int) -> Tensor:
-    """The first images, from the start again where there are too few."""
-    return images.repeat(math.ceil(batch / len(images)), 1, 1, 1)[:batch].contiguous()
-
-
-def _prepare(
-    models: Mapping[str, nn.Module], examples: list[Tensor], runtime: RuntimeName, threads: int
-) -> dict[str, tuple[Session, ...]]:
-    """For each model one session per example."""
-    sessions: dict[str, tuple[Session, ...]] = {}
-    with Meter(f"converting for {runtime}", len(models), unit="models") as meter:
-        for name, module in models.items():
-            sessions[name] = prepare_sessions(runtime, module, examples, threads=threads)
-            meter.advance()
-    return sessions
-
-
-def _calls_per_sample(session: Session, example: Tensor, config: BenchSettings) -> int:
-    """Warm a session up, and count the calls that make a sample long enough to be timed."""
-    calls_ms: list[float] = []
-    while len(calls_ms) < _WARM_UP_CALLS or sum(calls_ms) < _WARM_UP_MS:
-        calls_ms.append(_sample_ms(session, example, 1))
-    return math.ceil(config.min_sample_ms / min(calls_ms))
-
-
 def _sample_ms(session: Session, example: Tensor, calls: int) -> float:
     """Milliseconds per call, over that many calls."""
     start = time.perf_counter_ns()
     for _ in range(calls):
         session.run(example)
     return (time.perf_counter_ns() - start) / calls / 1e6
-
-
-def _rounds(round_ms: float, models: int, config: BenchSettings) -> int:
-    wanted = int(config.seconds * 1000 * models / round_ms)
-    return max(config.min_rounds, min(wanted, _MAX_ROUNDS))
-
-
-def _latency(session: Session, samples: NDArray[np.float64]) -> Latency:
-    p10, median, p90 = (float(value) for value in np.percentile(samples, (10, 50, 90)))
-    return Latency(
-        runtime=session.runtime,
-        device=session.device,
-        dtype=session.dtype,
-        batch=session.batch,
-        threads=session.threads,
-        median_ms=median,
-        p10_ms=p10,
-        p90_ms=p90,
-        images_per_s=session.batch * 1000 / median,
-    )
-
-
-def _compare(
-    name: str,
-    baseline: str,
-    session: Session,
-    samples: Mapping[str, NDArray[np.float64]],
-    seed: int,
-) -> Comparison:
-    ratios = samples[baseline] / samples[name]
-    low, high = median_interval(ratios, seed=seed)
-    return Comparison(
-        point=name,
-        against=baseline,
-        runtime=session.runtime,
-        batch=session.batch,
-        threads=session.threads,
-        ratio=float(np.median(ratios)),
-        low=low,
-        high=high,
-    )
 
 
 @contextmanager
@@ -214,10 +196,37 @@ def _without_garbage_collection() -> Generator[None]:
             gc.enable()
 
 
-def _say_if_busy(foreign: float | None) -> None:
-    cores = os.cpu_count() or 1
-    if foreign is not None and foreign > _BUSY_FRACTION * cores:
-        say(
-            f"other processes kept {foreign:.1f} of {cores} cores busy meanwhile: these latencies "
-            "spread"
-        )
+@dataclass(frozen=True, kw_only=True)
+class CpuTimes:
+    """Seconds since some moment in the past."""
+
+    machine_s: float
+    """Of all cores together, busy."""
+    own_s: float
+    """Of this process, on all its threads."""
+    wall_s: float
+
+
+def read_cpu_times() -> CpuTimes | None:
+    """The CPU time spent so far; None where the system does not tell, which only Linux does."""
+    if not _STAT.exists():
+        return None
+    ticks = [int(field) for field in _STAT.read_text().partition("\n")[0].split()[1:]]
+    own = os.times()
+    return CpuTimes(
+        machine_s=sum(ticks[field] for field in _BUSY_FIELDS) / os.sysconf("SC_CLK_TCK"),
+        own_s=own.user + own.system,
+        wall_s=own.elapsed,
+    )
+
+
+def foreign_cores(before: CpuTimes | None, after: CpuTimes | None) -> float | None:
+    """Cores that other processes kept busy between two readings, on average.
+
+    None where a reading is missing, or where they are too close to each other to tell.
+    """
+    if before is None or after is None or after.wall_s - before.wall_s < _LEAST_LOAD_S:
+        return None
+    own_s = after.own_s - before.own_s
+    foreign_s = after.machine_s - before.machine_s - own_s
+    return max(0.0, foreign_s / (after.wall_s - before.wall_s))

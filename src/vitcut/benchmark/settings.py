@@ -1,11 +1,10 @@
-"""Settings of the benchmark stage; loads no torch. What they do stands in `latency`."""
+"""Settings of the benchmark stage. Loads no torch."""
 
 from dataclasses import dataclass
 
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName
-from vitcut.runtimes.table import require_runtime
-from vitcut.settings import require_at_least, require_positive
+from vitcut.settings import require_at_least, require_positive, require_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class BenchSettings:
     seconds: float = 2.5
     """Time spent on each model, runtime and batch size, after warm-up."""
     min_rounds: int = 11
-    """Samples of each model, though they take longer than `seconds`."""
+    """Samples of each model, even if they take longer than `seconds`."""
     min_sample_ms: float = 5.0
     """Shorter calls are repeated until a sample lasts this long."""
     seed: int = 0
@@ -37,8 +36,7 @@ class BenchSettings:
             if not values or len(set(values)) < len(values):
                 listed = ", ".join(map(str, values)) or "none"
                 raise ConfigError(f"{name} must be one or more different ones, got {listed}")
-        require_at_least("threads", self.threads, 1)
-        require_positive("seconds", self.seconds)
-        require_at_least("min_rounds", self.min_rounds, 3)
-        require_positive("min_sample_ms", self.min_sample_ms)
-        require_at_least("seed", self.seed, 0)
+        for name, least in (("threads", 1), ("min_rounds", 3), ("seed", 0)):
+            require_at_least(name, getattr(self, name), least)
+        for name in ("seconds", "min_sample_ms"):
+            require_positive(name, getattr(self, name))

@@ -6,7 +6,7 @@ from vitcut.report.tables import point_table, to_markdown
 from vitcut.results import DENSE_REPAIRED, Point, Results
 from vitcut.store import write_text
 from vitcut.task import Task
-from vitcut.training.loop import TrainResult
+from vitcut.training.checkpoint import TrainResult
 from vitcut.training.settings import FinetuneSettings, TrainSettings
 
 _LICENCE_NOTE = (

@@ -40,11 +40,25 @@ def export_onnx(
         ExactnessError: ONNX Runtime's logits differ from torch's.
     """
     model = frozen_copy(module)
+    exported = centred(model) if isinstance(model, CompactViT) else model
     with atomic_path(path) as temporary:
-        _write(centred(model) if isinstance(model, CompactViT) else model, temporary, example)
-        session = _open(temporary, threads=1)
+        torch.onnx.export(
+            # Weights are named by their place: none may be called what the input or output is.
+            nn.Sequential(exported).eval(),
+            # torch.export takes a size of 0 or 1 for a constant: trace with two images.
+            (example[:1].repeat(2, 1, 1, 1),),
+            temporary,
+            dynamo=True,
+            dynamic_shapes=({0: Dim("batch")},),
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            opset_version=_OPSET,
+            external_data=False,
+            verbose=False,
+        )
+        session = load_session(temporary, batch=len(example), threads=1)
         with torch.inference_mode():
-            require_parity(_run(session, example), model(example), runtime="onnxruntime")
+            require_parity(session.run(example), model(example), runtime="onnxruntime")
 
 
 def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> tuple[Session, ...]:
@@ -65,42 +79,15 @@ def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> t
 
 def load_session(path: str | Path, *, batch: int, threads: int) -> Session:
     """Load an ONNX file that `export_onnx` wrote."""
-    session = _open(path, threads=threads)
-    return Session(
-        runtime="onnxruntime",
-        batch=batch,
-        threads=threads,
-        run=lambda images: _run(session, images),
-    )
-
-
-def _write(model: nn.Module, path: Path, example: Tensor) -> None:
-    # torch.export takes a size of 0 or 1 for a constant: trace with two images.
-    two = example[:1].repeat(2, 1, 1, 1)
-    torch.onnx.export(
-        # Weights are named by their place: none may be called what the input or output is.
-        nn.Sequential(model).eval(),
-        (two,),
-        path,
-        dynamo=True,
-        dynamic_shapes=({0: Dim("batch")},),
-        input_names=[INPUT_NAME],
-        output_names=[OUTPUT_NAME],
-        opset_version=_OPSET,
-        external_data=False,
-        verbose=False,
-    )
-
-
-def _open(path: str | Path, *, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = _ERRORS_ONLY
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})
+        return torch.from_numpy(logits)
 
-def _run(session: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
-    (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})
-    return torch.from_numpy(logits)
+    return Session(runtime="onnxruntime", batch=batch, threads=threads, run=run)

@@ -4,19 +4,20 @@ import sys
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 from vitcut.runtimes.session import Session, frozen_copy, require_parity
-from vitcut.shapes import Float, Tensor
+from vitcut.shapes import Tensor
 
 _TELEMETRY = "openvino_telemetry"
 
 
 @contextmanager
 def _without_telemetry() -> Generator[None]:
-    """Import OpenVINO as if its telemetry were not installed; it reports every import otherwise."""
+    """Import OpenVINO as if its telemetry package were missing; else it reports every import."""
     before = sys.modules.get(_TELEMETRY)
     sys.modules[_TELEMETRY] = None  # pyright: ignore[reportArgumentType]
     try:
@@ -40,58 +41,42 @@ MLPs over class tokens, so its snippets are off up to 16 (decision 0009)."""
 def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> tuple[Session, ...]:
     """Convert a model once, and compile it for the batch size of each example.
 
-    A fixed batch size is faster than a dynamic one at 1 and at 64 images (decision 0009). The
-    precision is pinned: unless told otherwise OpenVINO computes in bfloat16 where the CPU can.
+    A fixed batch size is faster than a dynamic one at 1 and at 64 images (decision 0009).
 
     Raises:
         ExactnessError: OpenVINO's logits differ from torch's on an example.
     """
     model = frozen_copy(module)
-    converted = _convert(model, examples[0])
-    return tuple(_session(model, converted, example, threads) for example in examples)
-
-
-def _convert(model: nn.Module, example: Tensor) -> openvino.Model:
-    """Read a model into OpenVINO; `openvino.convert_model` does the same, and sends usage data."""
-    # Traced with two images, so that no size of 1 is taken for a constant.
-    two = example[:1].repeat(2, 1, 1, 1)
+    # `openvino.convert_model` does the same, and sends usage data.
     with warnings.catch_warnings():
         # Tracing is deprecated, and warns of sizes read as numbers: parity is checked instead.
         warnings.simplefilter("ignore")
-        decoder = TorchScriptPythonDecoder(model, example_input=two, shared_memory=False)
+        # Traced with two images, so that no size of 1 is taken for a constant.
+        decoder = TorchScriptPythonDecoder(
+            model, example_input=examples[0][:1].repeat(2, 1, 1, 1), shared_memory=False
+        )
     frontend = FrontEndManager().load_by_framework("pytorch")
-    return frontend.convert(frontend.load(decoder))
-
-
-def _session(
-    model: nn.Module,
-    converted: openvino.Model,
-    example: Float[Tensor, "batch channels y x"],
-    threads: int,
-) -> Session:
-    request = _compile(converted, example, threads).create_infer_request()
-
-    def run(images: Tensor) -> Tensor:
-        return _run(request, images)
-
-    with torch.inference_mode():
-        require_parity(run(example), model(example), runtime="openvino")
-    return Session(runtime="openvino", batch=len(example), threads=threads, run=run)
-
-
-def _compile(converted: openvino.Model, example: Tensor, threads: int) -> openvino.CompiledModel:
-    fixed = converted.clone()
-    fixed.reshape(list(example.shape))
-    settings: dict[str, str | int | bool] = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,
-    }
-    if len(example) < _FUSED_FROM:
-        settings["SNIPPETS_MODE"] = "DISABLE"
-    return openvino.Core().compile_model(fixed, "CPU", settings)
+    converted = frontend.convert(frontend.load(decoder))
+    sessions: list[Session] = []
+    for example in examples:
+        fixed = converted.clone()
+        fixed.reshape(list(example.shape))
+        settings: dict[str, str | int | bool] = {
+            # Otherwise OpenVINO computes in bfloat16 where the CPU can.
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
+        if len(example) < _FUSED_FROM:
+            settings["SNIPPETS_MODE"] = "DISABLE"
+        compiled = openvino.Core().compile_model(fixed, "CPU", settings)
+        run = partial(_run, compiled.create_infer_request())
+        with torch.inference_mode():
+            require_parity(run(example), model(example), runtime="openvino")
+        sessions.append(Session(runtime="openvino", batch=len(example), threads=threads, run=run))
+    return tuple(sessions)
 
 
 def _run(request: openvino.InferRequest, images: Tensor) -> Tensor:

@@ -1,18 +1,27 @@
-"""A session: a model made ready in one runtime. How each runtime does it is left to its file."""
+"""A session: a model made ready in one runtime, checked against torch, and run."""
 
 import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 
 import torch
 from torch import nn
 
 from vitcut.errors import ConfigError, ExactnessError
 from vitcut.names import RuntimeName
-from vitcut.runtimes.table import RUNTIME_MODULES, require_runtime
+from vitcut.settings import require_runtime
 from vitcut.shapes import Float, Tensor
+
+RUNTIMES: dict[RuntimeName, str] = {
+    "torch": "vitcut.runtimes.torch_runtimes:prepare_eager",
+    "torch-compile": "vitcut.runtimes.torch_runtimes:prepare_compiled",
+    "onnxruntime": "vitcut.runtimes.onnx_runtime:prepare",
+    "openvino": "vitcut.runtimes.open_vino:prepare",
+}
+"""Where each runtime is: a function of (module, examples, *, threads) that gives one session per
+example. Imported only when a runtime is used, as its package may be missing."""
 
 _TOLERANCE = 1e-4
 """In float32, relative to max(1, max |logit|)."""
@@ -41,13 +50,13 @@ def prepare_sessions(
 ) -> tuple[Session, ...]:
     """Make a model ready in a runtime, once for each batch size.
 
-    The module itself is neither changed nor kept.
+    The module is neither changed nor kept.
 
     Args:
         name: The runtime.
         module: Normalised images to logits.
         examples: Normalised images, each of shape [batch, channels, height, width] with the batch
-            size that will be run; real images make the parity check real.
+            size that will be run. The parity check runs on them, so use real images.
         threads: CPU threads.
 
     Returns:
@@ -64,18 +73,18 @@ def prepare_sessions(
     if not examples:
         raise ConfigError(f"runtime {name!r} needs at least one example batch, got none")
     try:
-        runtime = import_module(RUNTIME_MODULES[name])
+        prepare = resolve_name(RUNTIMES[name])
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"runtime {name!r} needs the package {error.name!r}, which is not installed: "
             f"pip install {error.name}"
         ) from None
-    return runtime.prepare(module, examples, threads=threads)
+    return prepare(module, examples, threads=threads)
 
 
 @contextmanager
 def torch_threads(threads: int) -> Generator[None]:
-    """Hold torch's thread count for a while, then give the old one back."""
+    """Set torch's thread count for a block, then restore the old one."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -85,7 +94,7 @@ def torch_threads(threads: int) -> Generator[None]:
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that later training of the module cannot reach."""
+    """A copy in evaluation mode; later training of the module does not reach it."""
     return copy.deepcopy(module).eval().requires_grad_(requires_grad=False)
 
 
@@ -95,7 +104,7 @@ def require_parity(
     *,
     runtime: RuntimeName,
 ) -> None:
-    """Refuse logits that are not torch's, to float32 rounding; NaN is never equal.
+    """Refuse logits that differ from torch's by more than float32 rounding; NaN is never equal.
 
     Raises:
         ExactnessError: The greatest difference exceeds 1e-4 x max(1, max |logit|).
@@ -107,6 +116,7 @@ def require_parity(
         )
     difference = (got - expected).abs().max().item()
     allowed = _TOLERANCE * max(1.0, expected.abs().max().item())
+    # "not <=" and not ">": a difference of NaN must not pass.
     if not difference <= allowed:
         raise ExactnessError(
             f"{runtime} differs from torch by {difference:.2g} in a logit, expected at most "

@@ -5,8 +5,7 @@ from typing import Literal, get_args
 
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName, Tokens
-from vitcut.runtimes.table import require_runtime
-from vitcut.settings import require_at_least, require_fraction, require_one_of
+from vitcut.settings import require_at_least, require_fraction, require_one_of, require_runtime
 
 Scores = Literal["fisher", "random", "magnitude"]
 """What parts are chosen by."""

@@ -1,78 +1,193 @@
-"""Where a training keeps what it needs to go on: weights, optimiser state, metrics, the result.
+"""The files of one training: ``training.json``, ``metrics.jsonl`` and ``checkpoints/``.
 
-Each file is written atomically, and nothing is pickled. When to write is left to `loop`.
+Every file but the metrics is replaced atomically, and nothing is pickled.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from vitcut.errors import ArtefactError
+from vitcut.settings import config_hash
 from vitcut.shapes import Tensor
-from vitcut.store import atomic_path, read_json, write_json, write_text
+from vitcut.store import atomic_path, load, save, write_text
 
 _FORMAT_VERSION = 1
 _MARKER = "training.json"
 
 
-class TrainingFolder:
-    """The files of one training: ``training.json``, ``metrics.jsonl`` and ``checkpoints/``."""
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a training ended; accuracies are on the val split, as fractions of 1."""
 
-    def __init__(self, root: Path, *, settings_hash: str, settings: dict[str, Any]) -> None:
+    best_epoch: int
+    """Counted from 1; its weights are the result."""
+    accuracy_fine: float
+    """Of the best epoch."""
+    accuracy_coarse: float
+    """Of the best epoch."""
+    epochs_run: int
+    """Fewer than asked for after early stopping."""
+    seconds: float
+    """Of all epochs with evaluation, summed over every run of a resumed training."""
+    images_per_s: float
+    """Training images per second of training steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """One line of ``metrics.jsonl``; accuracies are on the val split, as fractions of 1."""
+
+    epoch: int
+    """Counted from 1."""
+    loss: float
+    """Mean over the steps of the epoch."""
+    accuracy_fine: float
+    accuracy_coarse: float
+    learning_rate: float
+    """At the last step."""
+    seconds: float
+    """Evaluation included."""
+    train_seconds: float
+    """Evaluation excluded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Marker:
+    """The content of ``training.json``."""
+
+    settings_hash: str
+    settings: dict[str, Any]
+    result: TrainResult | None = None
+
+
+class TrainingFolder:
+    """Everything that one training writes and reads back.
+
+    Args:
+        root: The folder.
+        settings: Everything that the training depends on, as JSON values.
+    """
+
+    def __init__(self, root: Path, settings: dict[str, Any]) -> None:
         self._root = root
-        self._settings_hash = settings_hash
-        self._settings = settings
-        self._marker = root / _MARKER
+        self._own = _Marker(settings_hash=config_hash(settings), settings=settings)
         self._metrics = root / "metrics.jsonl"
         self.last = root / "checkpoints" / "last.safetensors"
         """State after the last whole epoch."""
         self.best = root / "checkpoints" / "best.safetensors"
         """Weights of the best epoch."""
 
-    def open(self) -> dict[str, Any] | None:
-        """Claim the folder for these settings; before its first checkpoint it is anyone's.
+    def open(self) -> TrainResult | None:
+        """Claim the folder for these settings.
 
         Returns:
-            The result, where this training is finished.
+            The result if this training is already finished, else None.
 
         Raises:
-            ArtefactError: The folder holds the training of other settings.
+            ArtefactError: The folder holds a training of other settings.
         """
-        content = self._read_marker()
-        if content is None or (content.get("result") is None and not self.last.exists()):
-            self._write_marker(None)
+        path = self._root / _MARKER
+        found = None
+        if path.exists():
+            found = load(path, _Marker, kind="training", version=_FORMAT_VERSION)
+        if found is None or (found.result is None and not self.last.exists()):
+            # Nothing is lost before the first checkpoint: whoever comes takes the folder.
+            save(path, self._own, version=_FORMAT_VERSION)
             return None
-        found = content.get("settings_hash")
-        if found != self._settings_hash:
+        if found.settings_hash != self._own.settings_hash:
             raise ArtefactError(
                 f"{self._root} holds a training with other settings, images or starting weights "
-                f"(hash {found}, this one has {self._settings_hash}): choose another folder or "
-                "delete it"
+                f"(hash {found.settings_hash}, this one has {self._own.settings_hash}): choose "
+                "another folder or delete it"
             )
-        return content.get("result")
+        return found.result
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Record the result: from now on the training is not redone."""
-        self._write_marker(result)
+    def finish(self, result: TrainResult) -> None:
+        """Record the result; from now on `open` returns it."""
+        save(self._root / _MARKER, replace(self._own, result=result), version=_FORMAT_VERSION)
 
-    def read_metrics(self, epochs: int) -> list[dict[str, Any]]:
-        """The rows of the first ``epochs`` epochs; what follows them is cut off the file.
+    def save_epoch(
+        self,
+        row: EpochMetrics,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: nn.Module | None,
+        is_best: bool,
+    ) -> None:
+        """Write what an epoch came to: its weights if they are the best, its metrics, the state.
+
+        Weights, the optimizer's state, the weight average and the number of epochs are the whole
+        state. Learning rates follow from the step, and batches and dropout from seed, epoch and
+        step.
+
+        Args:
+            row: The metrics of the epoch.
+            model: The trained weights.
+            optimizer: Of the model.
+            average: The averaged weights, which take the place of the model's where they are kept.
+            is_best: Whether this is the best epoch so far.
+        """
+        # The state goes last. A kill before it leaves the earlier state, so the epoch is repeated;
+        # `resume` cuts off its metrics, and the same epoch writes the same best weights again.
+        if is_best:
+            kept = model if average is None else average
+            write_tensors(self.best, kept.state_dict(), {})
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(row), allow_nan=False) + "\n")
+        state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+        for number, moments in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer/{number}.{name}": value for name, value in moments.items()}
+        if average is not None:
+            state |= {f"ema/{name}": tensor for name, tensor in average.state_dict().items()}
+        write_tensors(self.last, state, {"epochs": row.epoch})
+
+    def resume(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
+    ) -> list[EpochMetrics]:
+        """Load the state that `save_epoch` wrote last, if there is one, into its arguments.
+
+        Returns:
+            The metrics of the epochs that the state has seen.
 
         Raises:
-            ArtefactError: The file lacks rows, or holds something else.
+            ArtefactError: The state is damaged, or does not fit the metrics.
         """
+        epochs = 0
+        if self.last.exists():
+            tensors, facts = read_tensors(self.last)
+            epochs = facts["epochs"]
+            parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+            for key, tensor in tensors.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = tensor
+            model.load_state_dict(parts["model"])
+            state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+            for key, value in parts["optimizer"].items():
+                number, _, name = key.partition(".")
+                state[int(number)][name] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+            if average is not None:
+                average.load_state_dict(parts["ema"])
+        # Metrics are appended before the state is written: lines of an epoch that was killed in
+        # between, and half lines, follow those that the state knows of.
         text = self._metrics.read_text(encoding="utf-8") if self._metrics.exists() else ""
         lines = text.splitlines(keepends=True)[:epochs]
         try:
-            rows = [json.loads(line) for line in lines]
-        except json.JSONDecodeError:
+            rows = [msgspec.json.decode(line, type=EpochMetrics) for line in lines]
+        except msgspec.DecodeError:
             rows = []
-        if [row["epoch"] for row in rows] != list(range(1, epochs + 1)):
+        if [row.epoch for row in rows] != list(range(1, epochs + 1)):
             raise ArtefactError(
                 f"{self._metrics} does not hold the {epochs} epochs that its checkpoint has "
                 "seen: delete the training's folder and run again"
@@ -80,40 +195,17 @@ class TrainingFolder:
         write_text(self._metrics, "".join(lines))
         return rows
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one line."""
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def _read_marker(self) -> dict[str, Any] | None:
-        if not self._marker.exists():
-            return None
-        return read_json(self._marker, kind="training", newest_version=_FORMAT_VERSION)
-
-    def _write_marker(self, result: dict[str, Any] | None) -> None:
-        content = {
-            "format_version": _FORMAT_VERSION,
-            "settings_hash": self._settings_hash,
-            "settings": self._settings,
-            "result": result,
-        }
-        write_json(self._marker, content)
-
-
-def read_training(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_training(root: Path) -> tuple[dict[str, Any], TrainResult]:
     """The settings and the result of a finished training.
 
     Raises:
         ArtefactError: There is none, it is damaged, or it is not finished.
     """
-    path = root / _MARKER
-    content = read_json(path, kind="training", newest_version=_FORMAT_VERSION)
-    settings, result = content.get("settings"), content.get("result")
-    if result is None:
+    found = load(root / _MARKER, _Marker, kind="training", version=_FORMAT_VERSION)
+    if found.result is None:
         raise ArtefactError(f"the training in {root} is not finished: run its command again")
-    if not isinstance(settings, dict) or not isinstance(result, dict):
-        raise ArtefactError(f"{path} is damaged: expected settings and a result")
-    return settings, result
+    return found.settings, found.result
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
@@ -131,7 +223,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, An
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
+    """Read the tensors and the JSON values that `write_tensors` wrote.
 
     Raises:
         ArtefactError: The file is missing or damaged.
@@ -145,35 +237,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is not a readable checkpoint ({error}): delete its training's folder and "
             "run again"
         ) from None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter number; learning rates follow from the schedule."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{name}": value for number, part in state.items() for name, value in part.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The same tensors under ``prefix/name``."""
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def under_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors that stand under ``prefix/``, without it."""
-    start = f"{prefix}/"
-    return {
-        name.removeprefix(start): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(start)
-    }

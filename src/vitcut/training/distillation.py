@@ -1,21 +1,50 @@
-"""The loss of a repair: a model learns the dense model's answers, and the labels beside them.
-
-Augmentation, optimiser and epochs are left to the loop.
-"""
+"""Repair: a cut model is fine-tuned with the dense model as teacher."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs, kl_divergence
-from vitcut.model.loading import weight_hash
+from vitcut.model.model import weight_hash
+from vitcut.preprocessing import Preprocessing
 from vitcut.shapes import Float, Int, Tensor
-from vitcut.training.attention import fast_attention
 from vitcut.training.batches import Batch
+from vitcut.training.checkpoint import TrainResult
+from vitcut.training.loop import train, training_precision
 from vitcut.training.settings import FinetuneSettings
+
+
+def repair(
+    model: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    settings: FinetuneSettings,
+    out: Path,
+    *,
+    preprocessing: Preprocessing,
+) -> TrainResult:
+    """Train a model in place with the dense model as teacher.
+
+    Args:
+        model: Compact or dense; afterwards it has the weights of the best epoch.
+        teacher: The dense model; not changed.
+        images: Of the task of both.
+        settings: The recipe and the weights of the loss.
+        out: A folder for the training's files. Run again after a kill, the training continues.
+        preprocessing: How images are normalised.
+
+    Raises:
+        ArtefactError: ``out`` holds another training, or is damaged.
+        ConfigError: The recipe does not fit the images or the machine.
+        ModelError: The model gives another number of classes, or the loss is no longer finite.
+    """
+    loss = Distillation(teacher, torch.from_numpy(images.task.group_of_class), settings)
+    return train(model, images, settings, out, preprocessing=preprocessing, loss=loss)
 
 
 class Distillation:
@@ -27,24 +56,26 @@ class Distillation:
 
     each term the mean over the images of a batch, in nats.
 
+    Args:
+        teacher: Gives logits of the same fine classes as the student; copied, frozen, in eval mode.
+        group_of_class: The group number of each fine class.
+        settings: The weights of the terms; precision and compilation are the training's.
+
     Source:
         Hinton et al. 2015, arXiv:1503.02531, at temperature 1. Deviation: the first term is
         between the task distributions, which is what a circuit has to keep.
     """
 
     def __init__(
-        self, teacher: nn.Module, group_of_class: Int[Tensor, "classes"], config: FinetuneSettings
+        self,
+        teacher: nn.Module,
+        group_of_class: Int[Tensor, "classes"],
+        settings: FinetuneSettings,
     ) -> None:
-        """Take a copy of the teacher, frozen and in eval mode.
-
-        Args:
-            teacher: Gives logits of the same fine classes as the student.
-            group_of_class: The group number of each fine class.
-            config: The weights of the terms; precision and compilation are the training's.
-        """
-        self._config = config
+        self._settings = settings
         self._group_of_class = group_of_class
         self._num_groups = int(group_of_class.max()) + 1
+        # A copy: where a dense model is repaired, student and teacher start as the same module.
         self._teacher = deepcopy(teacher).eval().requires_grad_(requires_grad=False)
         self._hash = weight_hash(teacher)
         self._answer: Any = None
@@ -52,21 +83,21 @@ class Distillation:
     @property
     def identity(self) -> str:
         """Names the terms with their weights, and the teacher by the hash of its weights."""
-        config = self._config
+        settings = self._settings
         return (
-            f"{config.coarse_weight!r} KL(coarse) + {config.fine_weight!r} KL(fine) + "
-            f"{config.label_weight!r} soft cross-entropy, teacher {self._hash}"
+            f"{settings.coarse_weight!r} KL(coarse) + {settings.fine_weight!r} KL(fine) + "
+            f"{settings.label_weight!r} soft cross-entropy, teacher {self._hash}"
         )
 
     def __call__(self, batch: Batch, logits: Float[Tensor, "images classes"]) -> Float[Tensor, ""]:
         """The weighted sum of the terms, in nats."""
-        config = self._config
-        loss = config.label_weight * F.cross_entropy(logits, batch.targets)
-        if config.coarse_weight or config.fine_weight:
+        settings = self._settings
+        loss = settings.label_weight * F.cross_entropy(logits, batch.targets)
+        if settings.coarse_weight or settings.fine_weight:
             taught = self._ask(batch.inputs)
             coarse = kl_divergence(self._coarse(taught), self._coarse(logits)).mean()
             fine = kl_divergence(taught.log_softmax(-1), logits.log_softmax(-1)).mean()
-            loss = loss + config.coarse_weight * coarse + config.fine_weight * fine
+            loss = loss + settings.coarse_weight * coarse + settings.fine_weight * fine
         return loss
 
     def _coarse(self, logits: Tensor) -> Tensor:
@@ -77,13 +108,8 @@ class Distillation:
     def _ask(self, inputs: Tensor) -> Tensor:
         """The teacher's logits in float32, computed in the training's precision."""
         if self._answer is None:
+            # The training chooses the device, so the teacher follows its first batch.
             self._teacher.to(inputs.device)
-            compiled = self._config.compile
-            self._answer = torch.compile(self._teacher) if compiled else self._teacher
-        low = self._config.precision == "bfloat16"
-        device = inputs.device.type
-        with (
-            fast_attention(self._config, inputs.device),
-            torch.autocast(device, dtype=torch.bfloat16, enabled=low),
-        ):
+            self._answer = torch.compile(self._teacher) if self._settings.compile else self._teacher
+        with training_precision(self._settings, inputs.device):
             return self._answer(inputs).float()

@@ -1,86 +1,86 @@
-"""The one training loop: trains, fine-tunes and retrains, resumes exactly, keeps the best epoch.
-
-What is trained, on which images and with which loss is the caller's; batches are left to
-`batches`, files to `checkpoint`.
-"""
+"""The training loop: trains, fine-tunes and retrains, resumes exactly, keeps the best epoch."""
 
 import math
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.images.images import TaskImages
-from vitcut.model.loading import weight_hash
+from vitcut.images.load import Images
+from vitcut.metrics import coarse_log_probs
+from vitcut.model.model import weight_hash
 from vitcut.progress import Meter
 from vitcut.runtime import choose_device, set_threads
-from vitcut.settings import as_plain, config_hash
-from vitcut.shapes import Tensor
-from vitcut.training.attention import fast_attention
-from vitcut.training.batches import Batch, Share, TrainingBatches
-from vitcut.training.checkpoint import (
-    TrainingFolder,
-    optimizer_tensors,
-    read_tensors,
-    restore_optimizer,
-    under_prefix,
-    with_prefix,
-    write_tensors,
-)
-from vitcut.training.losses import Loss, SoftCrossEntropy
-from vitcut.training.optimizer import create_optimizer, create_schedule
+from vitcut.settings import as_plain, require_positive
+from vitcut.preprocessing import Preprocessing
+from vitcut.shapes import Float, Tensor
+from vitcut.training.batches import Batch, TrainingBatches, normalize
+from vitcut.training.checkpoint import EpochMetrics, TrainingFolder, TrainResult, read_tensors
 from vitcut.training.settings import TrainSettings
-from vitcut.training.val import ValSet
 
 _READ_LOSS_EVERY = 10
 """Steps; reading it makes a GPU wait."""
+_VAL_BATCH_SIZE = 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a training came to; accuracies are on the val split, as fractions of 1."""
+@runtime_checkable
+class Loss(Protocol):
+    """A loss of one batch; fine-tuning brings its own."""
 
-    best_epoch: int
-    """Counted from 1; its weights are the result."""
-    accuracy_fine: float
-    """Of the best epoch."""
-    accuracy_coarse: float
-    """Of the best epoch."""
-    epochs_run: int
-    """Fewer than asked for after early stopping."""
-    seconds: float
-    """Of all epochs, evaluation included, over every run of a resumed training."""
-    images_per_s: float
-    """Training images per second of training steps."""
+    @property
+    def identity(self) -> str:
+        """Names the loss and everything it depends on; a training resumes only under the same."""
+        ...
+
+    def __call__(self, batch: Batch, logits: Float[Tensor, "images classes"]) -> Float[Tensor, ""]:
+        """The mean loss over the images of a batch."""
+        ...
+
+
+class SoftCrossEntropy:
+    """Cross-entropy with soft targets; timm's ``SoftTargetCrossEntropy`` computes the same."""
+
+    identity = "soft cross-entropy"
+
+    def __call__(self, batch: Batch, logits: Float[Tensor, "images classes"]) -> Float[Tensor, ""]:
+        """The mean over the images, in nats."""
+        return F.cross_entropy(logits, batch.targets)
 
 
 def train(
     model: nn.Module,
-    images: TaskImages,
-    config: TrainSettings,
+    images: Images,
+    settings: TrainSettings,
     out: Path,
     *,
+    preprocessing: Preprocessing,
     loss: Loss | None = None,
 ) -> TrainResult:
     """Train a model in place, or finish or reread a training that ``out`` holds.
 
-    Rerun after a kill with the same model and settings, it goes on after the last whole epoch and
-    gives the same weights, bit by bit on a CPU, as without the kill.
+    Run again after a kill with the same model and settings, it continues after the last whole
+    epoch and ends with the same weights as without the kill, bit for bit on a CPU.
 
     Args:
-        model: Gives logits of the task's fine classes; afterwards in eval mode, on its own
-            device, with the weights of the best epoch (coarse accuracy, then fine).
+        model: Gives logits of the task's fine classes. Afterwards it is in eval mode, on the device
+            where it was, with the weights of the best epoch (coarse accuracy, then fine).
         images: Trained on ``train``, chosen on ``val``; ``test`` is not read.
-        config: The recipe.
+        settings: The recipe.
         out: A folder for ``training.json``, ``metrics.jsonl`` and ``checkpoints/``.
+        preprocessing: How images are normalised.
         loss: What to minimise; soft cross-entropy on the fine classes if None.
 
     Raises:
@@ -88,27 +88,34 @@ def train(
         ConfigError: The recipe does not fit the images or the machine.
         ModelError: The model gives another number of classes, or the loss is no longer finite.
     """
-    set_threads(config.threads)
+    for value in preprocessing.std:
+        require_positive("std", value)
+    set_threads(settings.threads)
     loss = loss or SoftCrossEntropy()
     home = next(model.parameters()).device
-    settings = training_settings(model, images, config, loss)
-    folder = TrainingFolder(out, settings_hash=config_hash(settings), settings=settings)
+    known = training_settings(model, images, settings, loss, preprocessing=preprocessing)
+    folder = TrainingFolder(out, known)
     result = folder.open()
     if result is None:
-        result = asdict(_Training(model, images, config, folder=folder, loss=loss).run())
+        result = _Training(model, images, settings, folder, loss, preprocessing=preprocessing).run()
         folder.finish(result)
     weights, _ = read_tensors(folder.best)
     model.load_state_dict(weights)
     model.to(home).eval()
-    return TrainResult(**result)
+    return result
 
 
 def training_settings(
-    model: nn.Module, images: TaskImages, config: TrainSettings, loss: Loss
+    model: nn.Module,
+    images: Images,
+    settings: TrainSettings,
+    loss: Loss,
+    *,
+    preprocessing: Preprocessing,
 ) -> dict[str, Any]:
-    """All that a training depends on, as JSON values; ``training.json`` holds it."""
+    """Everything that a training depends on, as JSON values; ``training.json`` holds it."""
     return {
-        "config": as_plain(config),
+        "config": {**as_plain(settings), "mean": list(preprocessing.mean), "std": list(preprocessing.std)},
         "loss": loss.identity,
         "images": images.fingerprint,
         "start": weight_hash(model),
@@ -116,115 +123,118 @@ def training_settings(
 
 
 class _Training:
-    """The state of a training that is not finished."""
+    """A training that is not finished."""
 
     def __init__(
         self,
         model: nn.Module,
-        images: TaskImages,
-        config: TrainSettings,
-        *,
+        images: Images,
+        settings: TrainSettings,
         folder: TrainingFolder,
         loss: Loss,
+        *,
+        preprocessing: Preprocessing,
     ) -> None:
-        device = choose_device(config.device)
-        # Always "no": accelerate allows one precision per process, autocast one per training.
+        self._images, self._preprocessing = images, preprocessing
+        self._settings, self._folder, self._loss = settings, folder, loss
+        device = choose_device(settings.device)
+        # accelerate allows one precision per process, autocast one per training: so always "no".
         self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-        share = Share(rank=self._accelerator.process_index, count=self._accelerator.num_processes)
-        device = self._accelerator.device
-        num_classes = len(images.task.class_ids)
-        self._config = config
-        self._folder = folder
-        self._loss = loss
-        self._val = ValSet(images, config, self._accelerator)
+        self._device = self._accelerator.device
         self._batches = TrainingBatches(
-            images.train, config, num_classes=num_classes, device=device, share=share
+            images.train,
+            settings,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            num_classes=len(images.task.class_ids),
+            device=self._device,
+            rank=self._accelerator.process_index,
+            num_processes=self._accelerator.num_processes,
         )
-        self._model = model.to(device)
-        _check_model(model, images, config, device)
-        optimizer = create_optimizer(model, config)
-        self._schedule = create_schedule(optimizer, config, self._batches.steps)
+        self._model = model.to(self._device)
+        _require_fit(model, images, settings, self._device)
+        optimizer, self._schedule = create_optimizer(model, settings, self._batches.steps)
         prepared, self._optimizer = self._accelerator.prepare(model, optimizer)
-        self._forward = torch.compile(prepared) if config.compile else prepared
-        decay = config.ema_decay
+        # Only training steps go through the compiled and distributed wrappers. The plain model
+        # shares their weights: it is evaluated and saved, so no wrapper shows in weight names.
+        self._forward = torch.compile(prepared) if settings.compile else prepared
+        # The weight average is a copy of the model, so evaluating it does not disturb the training.
+        decay = settings.ema_decay
         self._ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
+        self._average = None if self._ema is None else self._ema.module
 
     def run(self) -> TrainResult:
         """Train from the last checkpoint, or from the start, to the end."""
-        rows = self._resume()
-        steps_left = (self._config.epochs - len(rows)) * self._batches.steps
-        images_left = steps_left * self._config.batch_size
+        epochs = self._settings.epochs
+        patience = self._settings.patience or epochs
+        images_per_epoch = self._batches.steps * self._settings.batch_size
+        rows = self._folder.resume(
+            model=self._model, optimizer=self._optimizer, average=self._average
+        )
         with (
-            _unfused_attention(self._model, self._config, self._accelerator.device),
-            Meter("Train", images_left, unit="images") as meter,
+            _unfused_attention(self._model, self._settings, self._device),
+            Meter("Train", (epochs - len(rows)) * images_per_epoch, unit="images") as meter,
         ):
-            while not self._is_over(rows):
-                rows.append(self._train_epoch(len(rows), meter))
-                self._save(rows)
-        best = rows[_best(rows)]
-        trained = sum(row["train_seconds"] for row in rows)
-        per_epoch = self._batches.steps * self._config.batch_size
+            while len(rows) < epochs and (not rows or len(rows) - _best(rows).epoch < patience):
+                rows.append(self._epoch(len(rows), meter))
+                if self._accelerator.is_main_process:
+                    self._folder.save_epoch(
+                        rows[-1],
+                        model=self._model,
+                        optimizer=self._optimizer,
+                        average=self._average,
+                        is_best=_best(rows) is rows[-1],
+                    )
+                self._accelerator.wait_for_everyone()
+        best = _best(rows)
         return TrainResult(
-            best_epoch=best["epoch"],
-            accuracy_fine=best["accuracy_fine"],
-            accuracy_coarse=best["accuracy_coarse"],
+            best_epoch=best.epoch,
+            accuracy_fine=best.accuracy_fine,
+            accuracy_coarse=best.accuracy_coarse,
             epochs_run=len(rows),
-            seconds=sum(row["seconds"] for row in rows),
-            images_per_s=per_epoch * len(rows) / trained,
+            seconds=sum(row.seconds for row in rows),
+            images_per_s=images_per_epoch * len(rows) / sum(row.train_seconds for row in rows),
         )
 
-    def _is_over(self, rows: list[dict[str, Any]]) -> bool:
-        patience = self._config.patience
-        if rows and patience is not None and len(rows) - 1 - _best(rows) >= patience:
-            return True
-        return len(rows) == self._config.epochs
-
-    def _train_epoch(self, epoch: int, meter: Meter) -> dict[str, Any]:
+    def _epoch(self, epoch: int, meter: Meter) -> EpochMetrics:
         start = time.perf_counter()
-        mean_loss = self._train_steps(epoch, meter)
-        train_seconds = time.perf_counter() - start
-        fine, coarse = self._val.accuracies(self._evaluated())
-        return {
-            "epoch": epoch + 1,
-            "loss": mean_loss,
-            "accuracy_fine": fine,
-            "accuracy_coarse": coarse,
-            "learning_rate": self._optimizer.param_groups[0]["lr"],
-            "seconds": time.perf_counter() - start,
-            "train_seconds": train_seconds,
-        }
-
-    def _train_steps(self, epoch: int, meter: Meter) -> float:
         self._model.train()
         steps, mean_loss = self._batches.steps, math.nan
-        total = torch.zeros((), device=self._accelerator.device)
+        total = torch.zeros((), device=self._device)
         for step, batch in enumerate(self._batches.epoch(epoch), start=1):
-            total += self._train_step(epoch * steps + step - 1, batch)
+            total += self._step(epoch * steps + step - 1, batch)
             note = None
             if step % _READ_LOSS_EVERY == 0 or step == steps:
-                mean_loss = self._mean_loss(total, epoch, step)
-                note = f"epoch {epoch + 1}/{self._config.epochs}, loss {mean_loss:.4f}"
-            meter.advance(self._config.batch_size, note=note)
-        return mean_loss
+                # Over the steps of the epoch so far, and over all processes.
+                reduced: Any = self._accelerator.reduce(total / step, reduction="mean")
+                if not math.isfinite(mean_loss := reduced.item()):
+                    raise ModelError(
+                        f"the training loss is {mean_loss} at epoch {epoch + 1}, step {step}, "
+                        "expected a finite number: lower learning_rate, or set precision to float32"
+                    )
+                note = f"epoch {epoch + 1}/{self._settings.epochs}, loss {mean_loss:.4f}"
+            meter.advance(self._settings.batch_size, note=note)
+        train_seconds = time.perf_counter() - start
+        fine, coarse = val_accuracies(
+            self._model if self._average is None else self._average,
+            self._images,
+            preprocessing=self._preprocessing,
+            accelerator=self._accelerator,
+        )
+        return EpochMetrics(
+            epoch=epoch + 1,
+            loss=mean_loss,
+            accuracy_fine=fine,
+            accuracy_coarse=coarse,
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            seconds=time.perf_counter() - start,
+            train_seconds=train_seconds,
+        )
 
-    def _mean_loss(self, total: Tensor, epoch: int, step: int) -> float:
-        """Over the steps of the epoch so far, and over all processes."""
-        everywhere: Any = self._accelerator.reduce(total / step, reduction="mean")
-        if not math.isfinite(loss := everywhere.item()):
-            raise ModelError(
-                f"the training loss is {loss} at epoch {epoch + 1}, step {step}, expected a "
-                "finite number: lower learning_rate, or set precision to float32"
-            )
-        return loss
-
-    def _train_step(self, number: int, batch: Batch) -> Tensor:
+    def _step(self, number: int, batch: Batch) -> Tensor:
+        """One step; its number counts over all epochs."""
         self._schedule.step_update(number)
-        device = self._accelerator.device.type
-        low = self._config.precision == "bfloat16"
-        with (
-            fast_attention(self._config, self._accelerator.device),
-            torch.autocast(device, dtype=torch.bfloat16, enabled=low),
-        ):
+        with training_precision(self._settings, self._device):
             logits = self._forward(batch.inputs)
         loss = self._loss(batch, logits.float())
         self._optimizer.zero_grad()
@@ -234,48 +244,79 @@ class _Training:
             self._ema.update(self._model, step=number)
         return loss.detach()
 
-    def _evaluated(self) -> nn.Module:
-        return self._model if self._ema is None else self._ema.module
 
-    def _save(self, rows: list[dict[str, Any]]) -> None:
-        if self._accelerator.is_main_process:
-            self._write(rows)
-        self._accelerator.wait_for_everyone()
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        """Best, metrics, last, in this order: a kill in between only repeats the epoch."""
-        if _best(rows) == len(rows) - 1:
-            write_tensors(self._folder.best, self._evaluated().state_dict(), {})
-        self._folder.append_metrics(rows[-1])
-        tensors = with_prefix(self._model.state_dict(), "model")
-        tensors |= with_prefix(optimizer_tensors(self._optimizer), "optimizer")
-        if self._ema is not None:
-            tensors |= with_prefix(self._ema.module.state_dict(), "ema")
-        write_tensors(self._folder.last, tensors, {"epochs": len(rows)})
-
-    def _resume(self) -> list[dict[str, Any]]:
-        if not self._folder.last.exists():
-            return self._folder.read_metrics(0)
-        tensors, facts = read_tensors(self._folder.last)
-        self._model.load_state_dict(under_prefix(tensors, "model"))
-        restore_optimizer(self._optimizer, under_prefix(tensors, "optimizer"))
-        if self._ema is not None:
-            self._ema.module.load_state_dict(under_prefix(tensors, "ema"))
-        return self._folder.read_metrics(facts["epochs"])
+def _best(rows: list[EpochMetrics]) -> EpochMetrics:
+    """The first epoch with the highest coarse, then fine, accuracy."""
+    return max(rows, key=lambda row: (row.accuracy_coarse, row.accuracy_fine, -row.epoch))
 
 
-def _best(rows: list[dict[str, Any]]) -> int:
-    """The index of the first row with the highest coarse, then fine, accuracy."""
-    return max(
-        range(len(rows)), key=lambda i: (rows[i]["accuracy_coarse"], rows[i]["accuracy_fine"], -i)
+def val_accuracies(
+    model: nn.Module,
+    images: Images,
+    *,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+) -> tuple[float, float]:
+    """Fine and coarse accuracy on the val split, as fractions of 1.
+
+    Args:
+        model: Computes in float32; left in eval mode.
+        images: Each process evaluates its part of ``val``.
+        preprocessing: How images are normalised.
+        accelerator: Adds up over the processes.
+    """
+    model.eval()
+    device = accelerator.device
+    group_of_class = torch.from_numpy(images.task.group_of_class).to(device)
+    own = np.arange(len(images.val))[accelerator.process_index :: accelerator.num_processes]
+    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    for start in range(0, len(own), _VAL_BATCH_SIZE):
+        rows = own[start : start + _VAL_BATCH_SIZE]
+        pixels = torch.from_numpy(images.val.read(rows)).to(device)
+        labels = torch.from_numpy(images.val.labels[rows]).to(device)
+        with torch.no_grad():
+            logits = model(normalize(pixels, preprocessing.mean, preprocessing.std))
+            coarse = coarse_log_probs(logits, group_of_class, len(images.task.groups))
+        fine_hits = logits.argmax(1) == labels
+        coarse_hits = coarse.argmax(1) == group_of_class[labels]
+        correct += torch.stack([fine_hits.sum(), coarse_hits.sum()])
+    total: Any = accelerator.reduce(correct, reduction="sum")
+    fine, coarse = (total.double() / len(images.val)).tolist()
+    return fine, coarse
+
+
+def create_optimizer(
+    model: nn.Module, settings: TrainSettings, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """AdamW with weight decay on weight matrices only, and its learning rates.
+
+    The schedule warms up linearly, then follows a cosine to zero. It is a function of the step that
+    ``step_update(step)`` is given, so it has no state to save.
+    """
+    optimizer = create_optimizer_v2(
+        model, "adamw", lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=settings.epochs - settings.warmup_epochs,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.learning_rate / 100,
+        warmup_prefix=True,
+        min_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    if schedule is None:
+        raise ConfigError("timm built no cosine schedule: expected timm 1.0.20 or later")
+    return optimizer, schedule
 
 
-def _check_model(
-    model: nn.Module, images: TaskImages, config: TrainSettings, device: torch.device
+def _require_fit(
+    model: nn.Module, images: Images, settings: TrainSettings, device: torch.device
 ) -> None:
     height, width, channels = images.train.array.shape[1:]
-    if channels != 3 and config.augmentation == "reference":
+    if channels != 3 and settings.augmentation == "reference":
         raise ConfigError(
             f"augmentation 'reference' varies colours, the images have {channels} channel: use "
             "'light' or 'none'"
@@ -298,11 +339,52 @@ def _check_model(
 
 
 @contextmanager
+def training_precision(settings: TrainSettings, device: torch.device) -> Generator[None]:
+    """Run forward passes in the precision of the settings, with the attention that is fastest.
+
+    On a CPU in bfloat16, torch's fused attention is slower than plain products. Compact models
+    avoid it anyway; this is for timm's models: the teacher, and the dense model that gets the same
+    repair. The function computed is the same.
+    """
+    low = settings.precision == "bfloat16"
+    plain = low and device.type == "cpu" and not settings.compile
+    with (
+        _PlainAttention() if plain else nullcontext(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=low),
+    ):
+        yield
+
+
+class _PlainAttention(TorchFunctionMode):
+    """Replaces ``scaled_dot_product_attention`` wherever a model calls it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if (
+            func is not F.scaled_dot_product_attention
+            # Calls with a mask, dropout or anything else but a scale are left to torch.
+            or len(args) != 3
+            or any(value for name, value in given.items() if name != "scale")
+        ):
+            return func(*args, **given)
+        q, k, v = args
+        scale = given.get("scale")
+        factor = float(q.shape[-1] ** -0.5) if scale is None else scale
+        return torch.softmax((q * factor) @ k.transpose(-2, -1), dim=-1) @ v
+
+
+@contextmanager
 def _unfused_attention(
-    model: nn.Module, config: TrainSettings, device: torch.device
+    model: nn.Module, settings: TrainSettings, device: torch.device
 ) -> Generator[None]:
     """Let torch.compile see inside timm's attention: 1.7 times as fast on a CPU in bfloat16."""
-    parts: list[Any] = list(model.modules()) if config.compile and device.type == "cpu" else []
+    parts: list[Any] = list(model.modules()) if settings.compile and device.type == "cpu" else []
     chosen = [part for part in parts if getattr(part, "fused_attn", False) is True]
     for part in chosen:
         part.fused_attn = False

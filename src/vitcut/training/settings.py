@@ -1,4 +1,4 @@
-"""Settings of the training stage; loads no torch. The loop that obeys them is left to `loop`."""
+"""Settings of the training stage. Loads no torch."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,16 @@ from vitcut.errors import ConfigError
 from vitcut.settings import require_at_least, require_fraction, require_positive
 
 Augmentation = Literal["light", "reference", "none"]
-"""How training images are varied: batch-wise and cheap, as the reference does, or not at all."""
+"""How training images are varied: cheaply and whole batches at once, as in the reference recipe, or
+not at all."""
 
 Precision = Literal["float32", "bfloat16"]
 """What the training forward pass computes in; weights and evaluation stay in float32."""
 
-_LOSS_WEIGHTS = ("coarse_weight", "fine_weight", "label_weight")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Per channel, on the scale 0 to 1."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Per channel, on the scale 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class TrainSettings:
     epochs: int = 24
     """Passes over the training images, warm-up included."""
     batch_size: int = 256
-    """Images per step; what does not fill the last batch of an epoch is left out of it."""
+    """Images per step; images that do not fill the last batch of an epoch are left out of it."""
     learning_rate: float = 1.2e-3
     """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero."""
     weight_decay: float = 0.05
@@ -35,11 +39,11 @@ class TrainSettings:
     seed: int = 0
     """Of the data order, augmentation and dropout."""
     augmentation: Augmentation = "light"
-    """The kind; see `augment`."""
+    """How training images are varied."""
     label_smoothing: float = 0.05
-    """Part of each target that is spread over all classes."""
+    """Fraction of each target that is spread over all classes."""
     cutmix_fraction: float = 0.4
-    """Part of the batches with CutMix (light only)."""
+    """Fraction of the batches with CutMix (light only)."""
     max_shift_px: int = 6
     """Largest shift along each axis, in pixels (light only)."""
     ema_decay: float | None = None
@@ -54,10 +58,6 @@ class TrainSettings:
     """CPU threads; None leaves torch's own choice."""
     workers: int = 0
     """Processes that augment images (reference only); the result does not depend on it."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Subtracted per channel, on the scale 0 to 1."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Divided by per channel, on the scale 0 to 1."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -67,20 +67,30 @@ class TrainSettings:
         for name in ("label_smoothing", "cutmix_fraction"):
             require_fraction(name, getattr(self, name))
         require_positive("learning_rate", self.learning_rate)
-        for value in self.std:
-            require_positive("std", value)
-        _check_optional(self)
-        _check_together(self)
+        for name in ("patience", "threads"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be between 0 and 1, got {self.ema_decay}")
+        if self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs}"
+            )
+        if self.augmentation == "reference" and self.batch_size % 2:
+            raise ConfigError(
+                f"batch_size must be even with augmentation 'reference' (Mixup pairs images), "
+                f"got {self.batch_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(TrainSettings):
-    """One repair: few epochs under the loss of `distillation`; mean and std are the model's."""
+    """One repair: a few epochs with the dense model as teacher."""
 
     epochs: int = 6
     """Passes over the training images, warm-up included."""
     batch_size: int = 128
-    """Images per step; what does not fill the last batch of an epoch is left out of it."""
+    """Images per step; images that do not fill the last batch of an epoch are left out of it."""
     learning_rate: float = 2e-3
     """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero."""
     warmup_epochs: int = 1
@@ -98,7 +108,9 @@ class FinetuneSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {name: getattr(self, name) for name in _LOSS_WEIGHTS}
+        weights = {
+            name: getattr(self, name) for name in ("coarse_weight", "fine_weight", "label_weight")
+        }
         for name, value in weights.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be a finite number >= 0, got {value}")
@@ -107,7 +119,7 @@ class FinetuneSettings(TrainSettings):
 
 
 def reference_recipe() -> TrainSettings:
-    """The published recipe; it goes with ``VitSettings(dropout=0.2)``."""
+    """The published recipe; use it with ``VitSettings(dropout=0.2)``."""
     return TrainSettings(
         epochs=300,
         learning_rate=3e-4,
@@ -116,24 +128,3 @@ def reference_recipe() -> TrainSettings:
         augmentation="reference",
         label_smoothing=0.1,
     )
-
-
-def _check_optional(config: TrainSettings) -> None:
-    if config.patience is not None:
-        require_at_least("patience", config.patience, 1)
-    if config.threads is not None:
-        require_at_least("threads", config.threads, 1)
-    if config.ema_decay is not None and not 0 < config.ema_decay < 1:
-        raise ConfigError(f"ema_decay must be between 0 and 1, got {config.ema_decay}")
-
-
-def _check_together(config: TrainSettings) -> None:
-    if config.warmup_epochs >= config.epochs:
-        raise ConfigError(
-            f"warmup_epochs must be below epochs ({config.epochs}), got {config.warmup_epochs}"
-        )
-    if config.augmentation == "reference" and config.batch_size % 2:
-        raise ConfigError(
-            f"batch_size must be even with augmentation 'reference' (Mixup pairs images), "
-            f"got {config.batch_size}"
-        )

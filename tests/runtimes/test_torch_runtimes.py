@@ -6,7 +6,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from vitcut.errors import ExactnessError
-from vitcut.runtimes import torch_compile
 from vitcut.runtimes.session import prepare_sessions, torch_threads
 
 pytestmark = pytest.mark.graph
@@ -50,9 +49,7 @@ def test_the_sixth_model_is_compiled_as_the_first(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(
-        torch_compile.torch, "compile", partial(torch.compile, backend=counting_backend)
-    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting_backend))
     examples = [IMAGES, IMAGES[:1]]
     sessions = [
         prepare_sessions("torch-compile", TinyModel(width), examples, threads=1)
@@ -71,6 +68,6 @@ def test_a_compiled_model_that_computes_something_else_is_refused(monkeypatch):
     def compile_wrongly(model, **_):
         return lambda images: model(images) + 0.01
 
-    monkeypatch.setattr(torch_compile.torch, "compile", compile_wrongly)
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
     with pytest.raises(ExactnessError, match="torch-compile differs"):
         prepare_sessions("torch-compile", tiny_model(), [IMAGES], threads=1)
