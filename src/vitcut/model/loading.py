@@ -14,10 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from vitcut.errors import ModelError
 from vitcut.model.checkpoints import load_checkpoint
 from vitcut.model.given import NOTHING, TIMM, Given, is_weights_file
-from vitcut.model.hf_folders import WEIGHTS, load_hf_folder
 from vitcut.model.loaded import LoadedModel, weight_hash
 from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS, DenseCard, save_dense
 from vitcut.model.timm_folders import load_random, load_timm
+from vitcut.model.transformers_folders import WEIGHTS, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
 from vitcut.store import hash_of_read, sha256_file
 
@@ -104,7 +104,7 @@ def _from_folder(folder: Path, spec: str) -> LoadedModel:
     if hugging_face:
         return load_hf_folder(folder, spec)
     if "torchvision" in config:
-        from vitcut.model.torchvision_folders import load_torchvision_folder
+        from vitcut.model.torchvision_models import load_torchvision_folder
 
         return load_torchvision_folder(folder, spec, config)
     if "architecture" in config:
