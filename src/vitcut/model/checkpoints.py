@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from vitcut.errors import ModelError
 from vitcut.model.given import Given
-from vitcut.model.loaded import LoadedModel, listed, per_channel, told_misfits
+from vitcut.model.loaded import LoadedModel, Preprocessing, listed, per_channel, told_misfits
 from vitcut.model.timm_folders import create_timm, timm_preprocessing
 from vitcut.progress import say
 from vitcut.shapes import Tensor
@@ -60,33 +61,7 @@ def load_checkpoint(path: Path, given: Given) -> LoadedModel:
         )
     weights = _read_weights(path)
     with torch.random.fork_rng(devices=[]):
-        if arch.startswith(_TORCHVISION):
-            from vitcut.model.torchvision_models import (
-                HEAD,
-                build_torchvision,
-                torchvision_preprocessing,
-            )
-
-            name = arch.removeprefix(_TORCHVISION)
-            _num_classes(weights, HEAD, path)
-            model = build_torchvision(name, weights)
-            taken = torchvision_preprocessing(name, model)
-            channels = len(taken.mean)
-            taken = replace(
-                taken,
-                mean=per_channel(given.mean or taken.mean, channels, "mean"),
-                std=per_channel(given.std or taken.std, channels, "std"),
-            )
-        else:
-            classes = _num_classes(weights, _HEAD, path)
-            model = create_timm(arch, num_classes=classes)
-            sizes = timm_sizes(model, weights)
-            if sizes:
-                told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-                say(f"model: {arch} with {told}, by its weights")
-                model = create_timm(arch, num_classes=classes, **sizes)
-            taken = timm_preprocessing(model, arch, mean=given.mean, std=given.std)
-
+        model, taken = _build(arch, weights, given, path)
     own = model.state_dict()
     misfits = {
         "missing": sorted(own.keys() - weights.keys()),
@@ -114,6 +89,36 @@ def load_checkpoint(path: Path, given: Given) -> LoadedModel:
         )
     model.load_state_dict(weights)
     return LoadedModel.of(model, str(path), taken, None)
+
+
+def _build(
+    arch: str, weights: dict[str, Tensor], given: Given, path: Path
+) -> tuple[nn.Module, Preprocessing]:
+    """A freshly initialised model in the sizes of the weights, and what it takes."""
+    if arch.startswith(_TORCHVISION):
+        from vitcut.model.torchvision_models import (
+            HEAD,
+            build_torchvision,
+            torchvision_preprocessing,
+        )
+
+        name = arch.removeprefix(_TORCHVISION)
+        _num_classes(weights, HEAD, path)
+        model = build_torchvision(name, weights)
+        taken = torchvision_preprocessing(name, model)
+        channels = len(taken.mean)
+        return model, replace(
+            taken,
+            mean=per_channel(given.mean or taken.mean, channels, "mean"),
+            std=per_channel(given.std or taken.std, channels, "std"),
+        )
+    classes = _num_classes(weights, _HEAD, path)
+    model = create_timm(arch, num_classes=classes)
+    if sizes := timm_sizes(model, weights):
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        say(f"model: {arch} with {told}, by its weights")
+        model = create_timm(arch, num_classes=classes, **sizes)
+    return model, timm_preprocessing(model, arch, mean=given.mean, std=given.std)
 
 
 def timm_sizes(model: Any, weights: dict[str, Tensor]) -> dict[str, int]:

@@ -88,16 +88,8 @@ def load_hf_folder(folder: Path, spec: str) -> LoadedModel:
                 "correct the one that is wrong"
             )
         say(f"model: positions brought from {size} to {made} pixels, as DINOv2 does on every image")
-        # What Dinov2Embeddings.forward does for images of another size, here once and for all.
-        embeddings = module.base_model.embeddings
-        patches = embeddings.patch_embeddings
-        side = made // patches.patch_size[0]
-        tokens = torch.empty(1, side**2 + 1, embeddings.position_embeddings.shape[-1])
-        with torch.no_grad():
-            position = embeddings.interpolate_pos_encoding(tokens, made, made)
-        embeddings.position_embeddings = nn.Parameter(position.clone())
-        patches.image_size, patches.num_patches = (made, made), side**2
-        module.config.image_size = size = made
+        _resample_positions(module, made)
+        size = made
     taken = processor.preprocessing(size, sizes["num_channels"])
 
     # Label texts are ids and names at once; the default LABEL_0, LABEL_1, ... means nothing.
@@ -187,6 +179,20 @@ def _load_classifier(folder: Path, spec: str) -> Any:
         kind = type(module).__name__
         raise ModelError(f"the weights in {folder} are not those of a {kind}: {told}; {remedy}")
     return module
+
+
+def _resample_positions(module: Any, size: int) -> None:
+    """Do once what ``Dinov2Embeddings.forward`` does to positions for images of another size."""
+    embeddings = module.base_model.embeddings
+    patches = embeddings.patch_embeddings
+    side = size // patches.patch_size[0]
+    # Only the shape of the tokens is looked at: [1, class token + patches, width].
+    tokens = torch.empty(1, side**2 + 1, embeddings.position_embeddings.shape[-1])
+    with torch.no_grad():
+        position = embeddings.interpolate_pos_encoding(tokens, size, size)
+    embeddings.position_embeddings = nn.Parameter(position.clone())
+    patches.image_size, patches.num_patches = (size, size), side**2
+    module.config.image_size = size
 
 
 @contextmanager
