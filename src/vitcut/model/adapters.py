@@ -1,11 +1,8 @@
-"""Which adapter reads which model: those of the libraries, and those that users register.
-
-How a library's model is read is left to a file of its own, imported when such a model comes.
-"""
+"""Which adapter reads which model: those for timm, torchvision and transformers, and users' own."""
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -15,17 +12,8 @@ from vitcut.shapes import Float, Tensor
 
 M = TypeVar("M", bound=nn.Module)
 
-_LIBRARIES: dict[str, tuple[str, str]] = {
-    "timm": ("vitcut.model.timm_models", "read_timm"),
-    "torchvision": ("vitcut.model.torchvision_models", "read_torchvision"),
-    "transformers": ("vitcut.model.transformers_models", "read_transformers"),
-}
-"""By the package that a model's class comes from: the file of its adapter, and the function."""
-
-_REMEDY = (
-    "expected a ViT of timm, torchvision or transformers, or a class that an adapter was "
-    "registered for with vitcut.register_adapter"
-)
+LIBRARIES = ("timm", "torchvision", "transformers")
+"""Packages whose models are read: `read_LIBRARY` in `vitcut.model.LIBRARY_models`."""
 _registered: dict[type[nn.Module], Callable[[Any], ViTWeights]] = {}
 
 
@@ -44,20 +32,28 @@ class LogitsOnly(nn.Module):
 def register_adapter(kind: type[M], read: Callable[[M], ViTWeights]) -> None:
     """Teach vitcut to read a ViT of your own.
 
-    On every load the logits of what ``read`` gave are compared with the module's own, on random
-    images, so an adapter that is wrong is noticed.
+    On every load, the logits computed from what ``read`` returned are compared with the module's
+    own on random images, so a wrong adapter is noticed.
 
     Args:
-        kind: The class; its subclasses are not meant, since they may compute something else.
-            The last adapter registered for it counts, also before those that vitcut brings.
-        read: From such a module, whose ``forward`` gives logits, to its weights as
-            `vitcut.model.weights` describes them, LayerScale folded in; they are copied. It leaves
-            the module as it was, and raises `UnsupportedModelError` for what it does not know.
+        kind: The class. Subclasses are not included, since they may compute something else. The
+            adapter registered last is used, and takes precedence over the built-in ones.
+        read: Returns the weights of such a module as `vitcut.model.weights` describes them, with
+            LayerScale folded in; they are copied. The module's ``forward`` must return logits.
+            It must not change the module, and raises `UnsupportedModelError` for what it does not
+            understand.
 
     Raises:
-        ConfigError: ``kind`` is no module class, or ``read`` cannot be called.
+        ConfigError: ``kind`` is not a module class, or ``read`` cannot be called.
     """
-    _require_adapter(kind, read)
+    given: Any = kind  # a caller without a type checker may pass anything
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
+        raise ConfigError(f"an adapter is for a subclass of torch.nn.Module, got {kind!r}")
+    if not callable(read):
+        raise ConfigError(
+            f"the adapter for {kind.__name__} must be a function from a module to ViTWeights, "
+            f"got {read!r}"
+        )
     _registered[kind] = read
 
 
@@ -67,41 +63,65 @@ def read_weights(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: No adapter knows the class, or it has a feature that is not
             understood.
-        ConfigError: Its library is too old.
+        ConfigError: The version of its library is too old.
     """
     if isinstance(model, LogitsOnly):
         model = model.model
-    read = _registered.get(type(model))
-    if read is None:
-        return _read_with_library(model)
-    weights: Any = read(model)
-    if not isinstance(weights, ViTWeights):
-        raise UnsupportedModelError(
-            f"the adapter for {type(model).__name__} gave a {type(weights).__name__}, expected "
-            "vitcut.model.weights.ViTWeights"
-        )
-    return map_tensors(weights, lambda tensor: tensor.detach().clone())
+    kind, library = type(model), library_of(model)
+    if kind in _registered:
+        weights: Any = _registered[kind](model)
+        if not isinstance(weights, ViTWeights):
+            raise UnsupportedModelError(
+                f"the adapter for {kind.__name__} gave a {type(weights).__name__}, expected "
+                "vitcut.model.weights.ViTWeights"
+            )
+        return map_tensors(weights, lambda tensor: tensor.detach().clone())
+    if library in LIBRARIES:
+        read = adapter_of(library)
+        try:
+            return read(model)
+        except AttributeError as error:
+            # Another version of the library names its parts differently, or a part was deleted.
+            raise UnsupportedModelError(
+                f"not supported: {kind.__name__} of {library}, a part of which is missing: "
+                f"{error}; expected a complete model of a recent version: "
+                f"pip install --upgrade {library}"
+            ) from error
+    name = kind.__name__
+    if name in {"OptimizedModule", "DataParallel", "DistributedDataParallel"}:
+        name = f"{name}, a wrapper: give the model inside it"
+    for base in kind.__mro__[1:]:
+        origin = base.__module__.partition(".")[0]
+        if origin in LIBRARIES:
+            name = f"{name}, a subclass of {origin}'s {base.__name__} that may differ"
+            break
+    raise UnsupportedModelError(
+        f"not supported: {name}; expected a ViT of timm, torchvision or transformers, or a class "
+        "that has an adapter: register one with vitcut.register_adapter"
+    )
 
 
 def as_classifier(model: nn.Module) -> nn.Module:
-    """The same model as a module from pixels to logits; only Hugging Face's are others."""
-    return LogitsOnly(model) if _library(type(model)) == "transformers" else model
+    """The model as a module from pixels to logits; only Hugging Face's need to be wrapped."""
+    if isinstance(model, LogitsOnly) or library_of(model) != "transformers":
+        return model
+    return LogitsOnly(model)
 
 
 def library_of(model: nn.Module) -> str:
-    """The package that a model's class comes from, also behind `as_classifier`."""
-    return _library(type(model.model if isinstance(model, LogitsOnly) else model))
+    """The package that a model's class comes from, also for one that `as_classifier` wrapped."""
+    own = model.model if isinstance(model, LogitsOnly) else model
+    return type(own).__module__.partition(".")[0]
 
 
 def adapter_of(library: str) -> Callable[[nn.Module], ViTWeights]:
-    """What reads the models of a library.
+    """The function that reads models of a library.
 
     Raises:
         ConfigError: The library is not installed, or too old.
     """
-    file, function = _LIBRARIES[library]
     try:
-        return getattr(import_module(file), function)
+        return getattr(import_module(f"vitcut.model.{library}_models"), f"read_{library}")
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"models of {library} cannot be read, it is missing or too old ({error}): "
@@ -110,10 +130,10 @@ def adapter_of(library: str) -> Callable[[nn.Module], ViTWeights]:
 
 
 def logits_of(model: nn.Module, pixels: Float[Tensor, "images channels y x"]) -> Tensor:
-    """What a model answers.
+    """Run a model and check that it returns logits.
 
     Raises:
-        UnsupportedModelError: It is no tensor with a row per image.
+        UnsupportedModelError: Its output is not a tensor with one row per image.
     """
     answer = as_classifier(model)(pixels)
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(pixels):
@@ -123,44 +143,3 @@ def logits_of(model: nn.Module, pixels: Float[Tensor, "images channels y x"]) ->
             "logits, of shape [images, classes]"
         )
     return answer
-
-
-def _require_adapter(kind: Any, read: Any) -> None:
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ConfigError(f"an adapter is for a subclass of torch.nn.Module, got {kind!r}")
-    if not callable(read):
-        raise ConfigError(
-            f"the adapter for {kind.__name__} must be a function from a module to ViTWeights, "
-            f"got {read!r}"
-        )
-
-
-def _read_with_library(model: nn.Module) -> ViTWeights:
-    library = library_of(model)
-    if library not in _LIBRARIES:
-        _refuse(type(model))
-    read = adapter_of(library)
-    try:
-        return read(model)
-    except AttributeError as error:
-        # Another version of the library calls its parts otherwise, or a part was deleted.
-        raise UnsupportedModelError(
-            f"not supported: {type(model).__name__} of {library}, of which a part is missing: "
-            f"{error}; expected a whole model of a recent version: "
-            f"pip install --upgrade {library}"
-        ) from error
-
-
-def _library(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
-
-
-def _refuse(kind: type) -> NoReturn:
-    name = kind.__name__
-    if name in {"OptimizedModule", "DataParallel", "DistributedDataParallel"}:
-        name = f"{name}, a wrapper: give the model inside it"
-    for base in kind.__mro__[1:]:
-        if _library(base) in _LIBRARIES:
-            name = f"{name}, a subclass of {_library(base)}'s {base.__name__} that may differ"
-            break
-    raise UnsupportedModelError(f"not supported: {name}; {_REMEDY}")

@@ -16,7 +16,7 @@ from vitcut.errors import ConfigError, ModelError
 from vitcut.framing import WHOLE
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
-from vitcut.model.hf_folders import WEIGHTS, load_hf_folder
+from vitcut.model.transformers_folders import WEIGHTS, load_hf_folder
 from vitcut.preprocessing import Preprocessing, numbers, per_channel
 from vitcut.model.model import Model
 from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
@@ -37,11 +37,11 @@ _HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError)
 def load(
     model: str | Path | nn.Module,
     *,
-    mean: float | Sequence[float] | None,
-    std: float | Sequence[float] | None,
-    arch: str | None,
-    random_weights: bool,
-    image_size: int | None,
+    mean: float | Sequence[float] | str | None = None,
+    std: float | Sequence[float] | str | None = None,
+    arch: str | None = None,
+    random_weights: bool = False,
+    image_size: int | None = None,
 ) -> Model:
     """Load a model as `vitcut.load_model` does, but for run directories that did not train it."""
     means, stds = numbers("mean", mean), numbers("std", std)
@@ -160,7 +160,7 @@ def _from_folder(name: str) -> Model:
         return load_hf_folder(folder, name)
     if "torchvision" in config:
         # Imported here: torchvision's models take seconds to import.
-        from vitcut.model.torchvision_folders import load_torchvision_folder
+        from vitcut.model.torchvision_models import load_torchvision_folder
 
         return load_torchvision_folder(folder, name, config)
     if "architecture" in config:

@@ -1,7 +1,7 @@
 """A dense model as one value: the module, its weights read and checked, preprocessing and labels."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ from torch import nn
 from vitcut.errors import ModelError, TaskError
 from vitcut.labels import Labels
 from vitcut.model.classes import find_labels, keep_rows
+from vitcut.model.saving import save_dense
 from vitcut.model.tracing import read_model
 from vitcut.model.weights import ViTWeights, hash_tensors
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import say
 from vitcut.task import Task, unknown_classes
+
+_SHOWN = 3
+"""How many names a message lists."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -40,7 +44,9 @@ class Model:
     """The arguments of `load_model` that give this model again; None for a module."""
     run: Path | None = None
     """The run directory that it was loaded from."""
-    kept_classes: tuple[str, ...] | None = field(default=None)
+    card: str = "A Vision Transformer, saved by vitcut.\n"
+    """What its folder says in README.md."""
+    kept_classes: tuple[str, ...] | None = None
     """The ids of a task's classes, once `for_task` has left out all other logits."""
 
     @classmethod
@@ -93,8 +99,9 @@ class Model:
         if unknown:
             raise TaskError(unknown_classes(task.name, unknown, known))
         rows = [position[class_id] for class_id in task.class_ids]
+        labels = Labels(owner=self.name, ids=task.class_ids, names=task.class_names)
         if rows == list(range(num_classes)):
-            return replace(self, kept_classes=task.class_ids)
+            return replace(self, labels=labels, kept_classes=task.class_ids)
         if len(rows) < num_classes:
             say(
                 f"model: {self.name} keeps {len(rows)} of its {num_classes} logits, those of "
@@ -107,9 +114,31 @@ class Model:
             weights=replace(
                 weights, head_weight=weights.head_weight[rows], head_bias=weights.head_bias[rows]
             ),
-            labels=Labels(owner=self.name, ids=task.class_ids, names=task.class_names),
+            labels=labels,
             kept_classes=task.class_ids,
         )
+
+    def save(self, folder: Path) -> None:
+        """Write a folder in the format of the model's library, which `load_model` reads back.
+
+        Raises:
+            ModelError: The module is of a class of its own, or nothing says what its classes are.
+        """
+        if self.labels is None:
+            raise ModelError(f"{self.name!r} does not name its classes: use model.for_task first")
+        taken, labels = self.preprocessing, self.labels
+        save_dense(self.module, folder, preprocessing=taken, labels=labels, card=self.card)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Model":
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: The folder is damaged.
+        """
+        from vitcut.model.load import load  # imports this file
+
+        return load(folder)
 
     def __repr__(self) -> str:
         shape = self.weights.shape
@@ -122,3 +151,15 @@ class Model:
 def weight_hash(module: nn.Module) -> str:
     """The SHA-256 over names, shapes, types and values of a module's weights, in hex."""
     return hash_tensors(module.state_dict().items())
+
+
+def listed(keys: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+
+
+def told_misfits(misfits: Mapping[str, Sequence[str]]) -> str:
+    """How many weights do not fit, and the first few of each kind; empty where all do."""
+    return "; ".join(
+        f"{len(keys)} {what} ({listed(keys)})" for what, keys in misfits.items() if keys
+    )

@@ -1,4 +1,4 @@
-"""The reference experiment's model: a small class-token ViT. Training it is left to `training`."""
+"""The model of the reference experiment: a small class-token ViT."""
 
 import timm
 import torch
@@ -7,29 +7,26 @@ from timm.models.vision_transformer import VisionTransformer
 from vitcut.errors import ModelError
 from vitcut.model.settings import VitSettings
 
-_ARCHITECTURE = "vit_tiny_patch16_224"
-"""timm builds any plain ViT under this name; every size is given."""
-
 
 def build_reference(
     config: VitSettings, *, num_classes: int, image_size: int = 64, seed: int = 0
 ) -> VisionTransformer:
-    """Build a freshly initialised ViT; torch's generator is left as it was.
+    """Build a freshly initialised ViT; the state of torch's generator is not changed.
 
     Args:
         config: The architecture.
-        num_classes: Outputs of the classifier.
-        image_size: Height and width, in pixels; a multiple of the patch size.
-        seed: Of the initial weights.
+        num_classes: Number of outputs.
+        image_size: Height and width in pixels, a multiple of the patch size.
+        seed: Seed of the initial weights.
 
     Raises:
-        ConfigError: The image cannot be cut into whole patches.
+        ConfigError: The image size is not a multiple of the patch size.
     """
     config.require_whole_patches(image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(
-            _ARCHITECTURE,
+            "vit_tiny_patch16_224",  # any plain ViT: every size is overridden below
             img_size=image_size,
             patch_size=config.patch_size,
             embed_dim=config.width,

@@ -1,4 +1,4 @@
-"""Settings of the models that vitcut builds; loads no torch."""
+"""Settings of the models that vitcut builds. Loads no torch."""
 
 from dataclasses import dataclass
 
@@ -8,26 +8,26 @@ from vitcut.settings import require_at_least, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class VitSettings:
-    """A plain class-token ViT; the defaults are the reference model's."""
+    """A plain class-token ViT. The defaults are the reference model's."""
 
     patch_size: int = 8
     """Side of a patch, in pixels."""
     width: int = 64
     """Width of the residual stream."""
     depth: int = 6
-    """Blocks."""
+    """Number of blocks."""
     num_heads: int = 8
-    """Heads per block; they share the width evenly."""
+    """Heads per block. The width is divided evenly among them."""
     mlp_ratio: float = 4.0
-    """Hidden units of an MLP over width."""
+    """Hidden units of an MLP, as a multiple of the width."""
     dropout: float = 0.0
-    """Part of embeddings, attention and MLP outputs that is dropped while training."""
+    """Dropout rate after the embedding, attention and MLPs, in training."""
 
     def require_whole_patches(self, image_size: int) -> None:
-        """Refuse images that cannot be cut into whole patches.
+        """Check that images divide into whole patches.
 
         Raises:
-            ConfigError: The image size is no multiple of the patch size.
+            ConfigError: The image size is not a multiple of the patch size.
         """
         if image_size % self.patch_size:
             raise ConfigError(
@@ -39,7 +39,7 @@ class VitSettings:
             require_at_least(name, getattr(self, name), 1)
         require_positive("mlp_ratio", self.mlp_ratio)
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+            raise ConfigError(f"dropout must be >= 0 and < 1, got {self.dropout}")
         if self.width % self.num_heads:
             raise ConfigError(
                 f"width must be a multiple of num_heads ({self.num_heads}), got {self.width}"

@@ -1,7 +1,4 @@
-"""timm's models by name, from the hub and from local directories, with their preprocessing.
-
-What a loaded model's parts are called is left to `timm_models`.
-"""
+"""timm's models by name, from the hub and from local directories, with their preprocessing."""
 
 import json
 from collections.abc import Mapping
@@ -30,16 +27,18 @@ _LOAD_ERRORS = (
     SafetensorError, HfHubHTTPError,
 )  # fmt: skip
 """What timm and its readers raise for weights or settings that do not fit."""
+_CROP_MODES = {"crop": "center", "squash": "squash"}
+"""timm's word for each fit."""
 
 
 def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
-    """Load pretrained weights.
+    """Load a pretrained model.
 
     Args:
-        name: As ``timm.create_model`` takes it, also ``local-dir:FOLDER`` or ``hf-hub:REPOSITORY``.
-        spec: What was asked for.
-        image_size: Height and width, in pixels, that position embeddings are brought to; None is
-            the size of the weights.
+        name: As in ``timm.create_model``, also ``local-dir:FOLDER`` or ``hf-hub:REPOSITORY``.
+        spec: What the user asked for.
+        image_size: Height and width in pixels, to which position embeddings are resampled; None
+            keeps the size of the weights.
 
     Raises:
         ModelError: There is no such model, or it is damaged.
@@ -47,7 +46,7 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
     """
     sizes: dict[str, Any] = {}
     if image_size is not None:
-        # Built without its weights first: what is wrong with a size is told before a download.
+        # Built without weights first, so that a wrong size is refused before the download.
         _build_random(name, image_size)
         sizes["img_size"] = image_size
     try:
@@ -55,16 +54,33 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
     except _LOAD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
-    _refuse_fresh_classifier(model, spec)
-    return Model.of(model, spec, timm_preprocessing(model, spec), _labels(model, spec))
+    # timm silently initialises a new classifier if the number of classes differs.
+    stored = model.pretrained_cfg.get("num_classes")
+    if stored is not None and stored != model.num_classes:
+        raise ModelError(
+            f"{spec!r} was saved with {stored} classes, its configuration builds "
+            f"{model.num_classes}, so that its classifier was never trained: correct {_CONFIG}"
+        )
+    preprocessing, labels = timm_preprocessing(model, spec), None
+    ids = model.pretrained_cfg.get("label_names")
+    if isinstance(ids, (list, tuple)):
+        names = model.pretrained_cfg.get("label_descriptions") or {}
+        if not isinstance(names, dict):
+            raise ModelError(
+                f"the model's label_descriptions are a {type(names).__name__}, expected "
+                f"{{label: description}}: correct {_CONFIG}"
+            )
+        described = tuple(str(names.get(item, item)) for item in ids)
+        labels = Labels(owner=f"model {spec!r}", ids=tuple(ids), names=described)
+    return Model.of(model, spec, preprocessing, labels)
 
 
 def load_random(arch: str, image_size: int | None = None) -> Model:
-    """The model of a name with random weights, the same on every call.
+    """Build a model by name with random weights, the same on every call.
 
     Args:
-        arch: What `timm.create_model` calls it.
-        image_size: Height and width, in pixels; None is the architecture's own.
+        arch: As in ``timm.create_model``.
+        image_size: Height and width in pixels; None is the architecture's own.
 
     Raises:
         ModelError: There is no such architecture.
@@ -76,11 +92,11 @@ def load_random(arch: str, image_size: int | None = None) -> Model:
 
 
 def create_timm(arch: str, **sizes: Any) -> nn.Module:
-    """The model of a name, freshly initialised, in sizes as ``timm.create_model`` takes them.
+    """Build a freshly initialised model by name; ``sizes`` are those of ``timm.create_model``.
 
     Raises:
         ModelError: There is no such architecture, or not in these sizes.
-        ConfigError: It takes no ``img_size``.
+        ConfigError: It does not take an ``img_size``.
     """
     if not timm.is_model(arch):
         raise ModelError(f"timm has no architecture {arch!r}: timm.list_models('*vit*') lists them")
@@ -103,23 +119,24 @@ def timm_preprocessing(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Preprocessing:
-    """What a timm model takes, by its configuration; its size is the one that it was built for.
+    """The preprocessing in a timm model's configuration, at the size that the model was built for.
 
     Args:
-        model: Of timm.
-        spec: What was asked for.
-        mean: Takes the place of the configuration's; likewise ``std``.
-        std: One number may stand for all channels.
+        model: A model of timm.
+        spec: What the user asked for.
+        mean: Overrides the configuration's mean; one number holds for all channels.
+        std: Likewise.
 
     Raises:
-        ModelError: Images are not square, are framed in a way that vitcut does not know, or
-            nothing is known of their mean and standard deviation.
+        ModelError: Images are not square, vitcut does not know how they are cropped, or mean and
+            standard deviation are not known for all channels.
     """
     data: dict[str, Any] = resolve_model_data_config(model)
     patches: Any = getattr(model, "patch_embed", None)
     height, width = getattr(patches, "img_size", None) or data["input_size"][1:]
     if height != width:
         raise ModelError(f"{spec!r} takes images of {height} x {width}, expected square ones")
+    # The configuration describes the pretrained weights; this model may have other channels.
     projection = getattr(patches, "proj", None)
     channels = int(getattr(projection, "in_channels", data["input_size"][0]))
     mean = tuple(data["mean"]) if mean is None else mean
@@ -129,26 +146,34 @@ def timm_preprocessing(
             f"{spec!r} takes {channels} channels, mean and std are known of {len(mean)} and "
             f"{len(std)}: give --mean and --std, as the model was trained with"
         )
-    return Preprocessing(
-        image_size=height,
-        mean=per_channel(mean, channels, "mean"),
-        std=per_channel(std, channels, "std"),
-        framing=_framing(data, channels, spec),
-    )
+    mean, std = per_channel(mean, channels, "mean"), per_channel(std, channels, "std")
+    fits = {mode: fit for fit, mode in _CROP_MODES.items()}
+    fit: Any = fits.get(data["crop_mode"])
+    if fit is None:
+        raise ModelError(
+            f"{spec!r} has crop_mode {data['crop_mode']!r}, expected one of {', '.join(fits)}"
+        )
+    try:
+        framing = Framing(
+            channels=channels,
+            fit=fit,
+            crop_fraction=data["crop_pct"],
+            interpolation=data["interpolation"],
+        )
+    except ConfigError as error:
+        raise ModelError(f"{spec!r}: {error}") from None
+    return Preprocessing(image_size=height, mean=mean, std=std, framing=framing)
 
 
 def save_timm_folder(
-    model: nn.Module,
-    folder: Path,
-    taken: Preprocessing,
-    class_names: Mapping[str, str],
+    model: nn.Module, folder: Path, taken: Preprocessing, class_names: Mapping[str, str]
 ) -> dict[str, Any]:
     """Write a timm local directory; returns the content of its ``config.json``.
 
     Args:
         model: Built by ``timm.create_model``.
-        folder: It exists.
-        taken: What the model takes.
+        folder: An existing folder.
+        taken: The model's preprocessing.
         class_names: By class id, in the order of the logits.
     """
     framing = taken.framing
@@ -156,10 +181,7 @@ def save_timm_folder(
         model,
         str(folder),
         safe_serialization=True,
-        model_config={
-            "label_names": list(class_names),
-            "label_descriptions": dict(class_names),
-        },
+        model_config={"label_names": list(class_names), "label_descriptions": dict(class_names)},
         data_config={
             "input_size": (len(taken.mean), taken.image_size, taken.image_size),
             "mean": taken.mean,
@@ -176,10 +198,6 @@ def save_timm_folder(
     return config
 
 
-_CROP_MODES = {"crop": "center", "squash": "squash"}
-"""timm's word for each fit."""
-
-
 def _build_random(arch: str, image_size: int | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -187,7 +205,7 @@ def _build_random(arch: str, image_size: int | None) -> nn.Module:
             return create_timm(arch)
         model = create_timm(arch, img_size=image_size)
     patches: Any = getattr(model, "patch_embed", None)
-    # Some that have other stems take the size without a word, and heed it elsewhere or nowhere.
+    # Some architectures with other stems accept a size, but apply it elsewhere or not at all.
     if getattr(patches, "img_size", None) != (image_size, image_size):
         raise _takes_no_size(arch)
     patch_size: Any = to_2tuple(patches.patch_size)
@@ -201,45 +219,3 @@ def _build_random(arch: str, image_size: int | None) -> nn.Module:
 
 def _takes_no_size(arch: str) -> ConfigError:
     return ConfigError(f"timm's {arch} takes no image-size: leave it out")
-
-
-def _framing(data: dict[str, Any], channels: int, spec: str) -> Framing:
-    fits = {mode: fit for fit, mode in _CROP_MODES.items()}
-    try:
-        fit: Any = fits[data["crop_mode"]]
-        return Framing(
-            channels=channels,
-            fit=fit,
-            crop_fraction=data["crop_pct"],
-            interpolation=data["interpolation"],
-        )
-    except KeyError:
-        raise ModelError(
-            f"{spec!r} has crop_mode {data['crop_mode']!r}, expected one of {', '.join(fits)}"
-        ) from None
-    except ConfigError as error:
-        raise ModelError(f"{spec!r}: {error}") from None
-
-
-def _labels(model: Any, spec: str) -> Labels | None:
-    ids = model.pretrained_cfg.get("label_names")
-    if not isinstance(ids, (list, tuple)):
-        return None
-    names = model.pretrained_cfg.get("label_descriptions") or {}
-    if not isinstance(names, dict):
-        raise ModelError(
-            f"the model's label_descriptions are a {type(names).__name__}, expected "
-            f"{{label: description}}: mend {_CONFIG}"
-        )
-    described = tuple(str(names.get(item, item)) for item in ids)
-    return Labels(owner=f"model {spec!r}", ids=tuple(ids), names=described)
-
-
-def _refuse_fresh_classifier(model: Any, spec: str) -> None:
-    """Timm draws a new classifier without a word where the number of classes is another."""
-    stored = model.pretrained_cfg.get("num_classes")
-    if stored is not None and stored != model.num_classes:
-        raise ModelError(
-            f"{spec!r} was saved with {stored} classes, its configuration builds "
-            f"{model.num_classes}, so that its classifier was never trained: correct {_CONFIG}"
-        )

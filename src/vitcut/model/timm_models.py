@@ -1,16 +1,17 @@
-"""The adapter for timm's ``VisionTransformer`` and its sibling with a distillation token.
+"""The adapter for timm: ``VisionTransformer``, its distilled sibling, and ``Eva``.
 
-Whatever it does not understand it refuses by name. Checking that the weights reproduce the model's
-logits is left to ``intervention.tracing``, models of timm's EVA family to ``timm_eva.py``.
+``Eva`` is the family of EVA-02 and DINOv3: rotary positions, gated MLPs, sub-norms.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import (
     GELU,
+    AttentionRope,
     DropPath,
     GELUTanh,
     GluMlp,
@@ -22,32 +23,25 @@ from timm.layers import (
     SwiGLU,
 )
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
-from vitcut.model.reading import Reading, normed, scaled
+from vitcut.model.reading import Reading, normed
 from vitcut.model.weights import (
     Activation,
     AttentionWeights,
     BlockWeights,
     MlpWeights,
-    NormWeights,
     ViTWeights,
+    map_tensors,
 )
-from vitcut.shapes import Tensor
+from vitcut.shapes import Float, Tensor
 
 _REMEDY = (
     "expected a pre-norm ViT of timm that classifies from its class token or from the mean of its "
     "patches, such as deit_tiny_patch16_224"
 )
-_ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    GELU: "gelu",
-    GELUTanh: "gelu_tanh",
-    QuickGELU: "quick_gelu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-}
 _WINDOWS = "attention in windows, with relative position bias"
 _RELATIVE = "relative position bias"
 _KNOWN: dict[str, str] = {
@@ -80,7 +74,7 @@ _KNOWN: dict[str, str] = {
     "VOLO": "outlook attention",
     "Xcit": "attention across channels",
 }
-"""Architectures that are often asked for, and what keeps them out."""
+"""Architectures that users often ask for, and why they are refused."""
 
 
 def read_timm(model: nn.Module) -> ViTWeights:
@@ -89,62 +83,85 @@ def read_timm(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    if type(model) is Eva:
-        from vitcut.model.timm_eva import EvaReading
-
-        return EvaReading(model, _REMEDY).weights()
-    return TimmReading(model, _REMEDY).weights()
+    return _TimmReading(model, _REMEDY).weights()
 
 
-class TimmReading(Reading):
-    """One ViT of timm being read."""
+class _TimmReading(Reading):
+    norm_kinds = (nn.LayerNorm, LayerNorm)
+    activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {
+        nn.GELU: "gelu",
+        GELU: "gelu",
+        GELUTanh: "gelu_tanh",
+        QuickGELU: "quick_gelu",
+        nn.SiLU: "silu",
+        nn.ReLU: "relu",
+    }
 
     def weights(self) -> ViTWeights:
-        """All of it."""
         vit = self.model
-        self.require_known()
-        self._require_readout()
-        self._require_plain_patches()
-        self.name_inert()
-        patch_weight, patch_bias = self.patches(vit.patch_embed.proj, "patch embedding")
-        prefix, positions = self._tokens()
-        patch_norm = None
-        if not isinstance(vit.norm_pre, nn.Identity):
-            patch_norm = self.norm_of(vit.norm_pre)
+        self._require_understood()
+        patch_weight, patch_bias = self.patches(vit.patch_embed.proj)
+
+        # timm puts prefix tokens in this order: class, distillation, registers.
+        prefix = patch_weight.new_zeros(0, vit.embed_dim)
+        for name in ("cls_token", "dist_token", "reg_token"):
+            if getattr(vit, name, None) is not None:
+                prefix = torch.cat([prefix, self.tensor(getattr(vit, name))[0]])
+        num_patches = vit.patch_embed.num_patches
+        positions = prefix.new_zeros(num_patches, vit.embed_dim)
+        if vit.pos_embed is not None:
+            # [prefix + patches, width], or [patches, width] if prefix tokens have no positions.
+            position = self.tensor(vit.pos_embed)[0]
+            positions = position[-num_patches:]
+            if not vit.no_embed_class:
+                prefix = prefix + position[:-num_patches]
+        patch_norm = self.norm_if(vit.norm_pre, "norm_pre")
+        if patch_norm is not None:
+            # Prefix tokens are the same for every image, so their norm is applied here.
             prefix = normed(prefix, patch_norm)
-        norm, pools_first = self._final_norm()
+
+        # `norm` is over all tokens; `fc_norm` takes its place after tokens are pooled.
+        pools_first = isinstance(vit.norm, nn.Identity)
+        idle, used = (vit.norm, vit.fc_norm) if pools_first else (vit.fc_norm, vit.norm)
+        if not isinstance(idle, nn.Identity):
+            self.refuse(f"two norms before the classifier, fc_norm ({type(idle).__name__}) is one")
+        self.inert(idle, "fc_norm")
+        norm = self.norm_if(used, "norm")
+
+        # A distilled model averages two classifiers: of the class and of the distillation token.
+        distilled = type(vit) is VisionTransformerDistilled
+        heads = (vit.head, vit.head_dist) if distilled else (vit.head,)
+        head_weight, head_bias = self.classifiers(*heads)
+
+        self.require(vit.blocks, "list of blocks", nn.ModuleList if self._is_eva else nn.Sequential)
+        blocks = [self._block(*each) for each in zip(vit.blocks, self._rotations(), strict=True)]
         pooled = vit.global_pool == "avg"
-        head_weight, head_bias = self._head()
         weights = ViTWeights(
             patch_weight=patch_weight,
             patch_bias=patch_bias,
             prefix=prefix,
             positions=positions,
-            blocks=self.blocks(),
+            blocks=tuple(blocks),
             norm=norm,
             head_weight=head_weight,
             head_bias=head_bias,
-            num_read=0 if pooled else head_weight.shape[1] // prefix.shape[1],
+            num_read=0 if pooled else len(heads),
             patch_readout=("mean" if pools_first else "normed_mean") if pooled else "none",
             patch_norm=patch_norm,
         )
         self.finish()
         return weights
 
-    def require_known(self) -> None:
-        """Refuse classes that compute something else."""
-        name = type(self.model).__name__
-        if type(self.model) not in {VisionTransformer, VisionTransformerDistilled}:
+    @property
+    def _is_eva(self) -> bool:
+        return type(self.model) is Eva
+
+    def _require_understood(self) -> None:
+        """Refuse what is outside the blocks and not understood; name what does nothing."""
+        vit, name = self.model, type(self.model).__name__
+        if type(vit) not in {VisionTransformer, VisionTransformerDistilled, Eva}:
             known = "only VisionTransformer, its distilled kind and Eva are"
             self.refuse(f"{name} ({_KNOWN.get(name, known)})")
-
-    def blocks(self) -> tuple[BlockWeights, ...]:
-        """All blocks, from the first."""
-        self.require(self.model.blocks, nn.Sequential, "list of blocks")
-        return tuple(self._block(block) for block in self.model.blocks)
-
-    def _require_readout(self) -> None:
-        vit = self.model
         if vit.attn_pool is not None:
             self.refuse("attention pooling: only a linear classifier is read")
         if vit.global_pool not in {"avg", "token"}:
@@ -153,84 +170,82 @@ class TimmReading(Reading):
             self.refuse("pool_include_prefix: a mean over prefix tokens and patches alike")
         if vit.global_pool == "token" and vit.cls_token is None:
             self.refuse("global_pool='token' without a class token")
-
-    def _require_plain_patches(self) -> None:
-        vit = self.model
-        if type(vit.patch_embed) is not PatchEmbed:
-            kind = type(vit.patch_embed).__name__
-            self.refuse(f"patch embedding {kind}: a convolutional stem (only PatchEmbed is)")
-        self.require(vit.patch_embed, PatchEmbed, "patch embedding")
-        self.grid(vit.patch_embed.img_size, vit.patch_embed.patch_size)
-
-    def name_inert(self) -> None:
-        """Name the modules that do nothing when the model answers."""
-        vit = self.model
+        embed = vit.patch_embed
+        self.require(embed, "patch embedding", PatchEmbed, why=": a convolutional stem")
+        self.grid(embed.img_size, embed.patch_size)
         if not isinstance(vit.patch_drop, (nn.Identity, NoneType)):
             self.refuse(f"patch_drop ({type(vit.patch_drop).__name__}): tokens that are left out")
-        if isinstance(vit.norm_pre, nn.Identity):
-            self.inert(vit.norm_pre, "norm_pre")
         for name in ("patch_drop", "pos_drop", "head_drop"):
             if getattr(vit, name) is not None:
                 self.inert(getattr(vit, name), name)
-        self.inert(vit.patch_embed.norm, "patch_embed.norm")
+        self.inert(embed.norm, "patch_embed.norm")
 
-    def _head(self) -> tuple[Tensor, Tensor]:
-        """Of a distilled model the mean of two classifiers, each with a token of its own."""
-        heads = [self.model.head]
-        if type(self.model) is VisionTransformerDistilled:
-            heads.append(self.model.head_dist)
-        return self.classifiers(*heads)
+    def _rotations(self) -> list[Float[Tensor, "2 heads tokens head_dim"] | None]:
+        """Cosine and sine of every block, which prefix tokens have too."""
+        vit, depth = self.model, len(self.model.blocks)
+        if not self._is_eva or vit.rope is None:
+            return [None] * depth
+        self.whole(vit.rope)
+        # In train mode, DINOv3's positions are shifted and scaled at random.
+        rope = deepcopy(vit.rope).eval()
+        with torch.no_grad():
+            # Without a fixed grid, as under dynamic_img_size, it has to be told the grid.
+            fixed = getattr(rope, "feat_shape", None) is not None
+            grid = {} if fixed else {"shape": vit.patch_embed.grid_size}
+            found = rope.get_embed(**grid).detach().to(vit.patch_embed.proj.weight)
+        rotations: list[Tensor | None] = []
+        # Mixed frequencies are learnt per block and head: [depth, heads, patches, 2 head_dim].
+        # All other kinds share one table [patches, 2 head_dim].
+        for table in found if vit.rope_mixed else found[None, None]:
+            sine, cosine = table.chunk(2, dim=-1)
+            # Prefix tokens have no place in the grid: angle 0, so cosine 1 and sine 0.
+            still = sine.new_zeros(sine.shape[0], vit.num_prefix_tokens, sine.shape[2])
+            turned = (torch.cat([still + 1, cosine], dim=1), torch.cat([still, sine], dim=1))
+            rotations.append(torch.stack(turned))
+        return rotations if vit.rope_mixed else rotations * depth
 
-    def _tokens(self) -> tuple[Tensor, Tensor]:
-        """Class token, distillation token and registers, and the positions of the patches."""
-        vit = self.model
-        prefix = vit.patch_embed.proj.weight.new_zeros(0, vit.embed_dim)
-        for name in ("cls_token", "dist_token", "reg_token"):
-            if getattr(vit, name, None) is not None:
-                prefix = torch.cat([prefix, self.tensor(getattr(vit, name))[0]])
-        patches = vit.patch_embed.num_patches
-        if vit.pos_embed is None:
-            return prefix, prefix.new_zeros(patches, prefix.shape[1])
-        position = self.tensor(vit.pos_embed)[0]
-        if not vit.no_embed_class:
-            prefix = prefix + position[:-patches]
-        return prefix, position[-patches:]
-
-    def _final_norm(self) -> tuple[NormWeights | None, bool]:
-        """The norm before the classifier, if any, and whether it comes after tokens are pooled."""
-        norm, fc_norm = self.model.norm, self.model.fc_norm
-        pools_first = isinstance(norm, nn.Identity)
-        idle, used = (norm, fc_norm) if pools_first else (fc_norm, norm)
-        if not isinstance(idle, nn.Identity):
-            self.refuse(f"two norms before the classifier, fc_norm ({type(idle).__name__}) is one")
-        self.inert(idle, "fc_norm")
-        if isinstance(used, nn.Identity):
-            self.inert(used, "norm")
-            return None, pools_first
-        return self.norm_of(used), pools_first
-
-    def _block(self, block: Any) -> BlockWeights:
-        if type(block).__name__.startswith("ResPost"):
-            self.refuse(f"block {type(block).__name__}: post-norm (only pre-norm is)")
-        self.require(block, Block, "block")
+    def _block(self, block: Any, rotation: Tensor | None) -> BlockWeights:
+        name = type(block).__name__
+        if name.startswith("ResPost") or name == "EvaBlockPostNorm":
+            self.refuse(f"block {name}: post-norm (only pre-norm is)")
+        self.require(block, "block", EvaBlock if self._is_eva else Block)
         for name in ("drop_path1", "drop_path2"):
-            self.inert(getattr(block, name), name, also=(DropPath,))
+            self.inert(getattr(block, name), name, DropPath)
+        # LayerScale is a module of its own, in Eva a bare parameter.
+        scales = (block.gamma_1, block.gamma_2) if self._is_eva else (block.ls1, block.ls2)
+        attn_scale, mlp_scale = map(self._layer_scale, scales)
         return BlockWeights(
-            attn_norm=self.norm_of(block.norm1),
-            attn=self._attention(block.attn, self._layer_scale(block.ls1)),
-            mlp_norm=self.norm_of(block.norm2),
-            mlp=self.any_mlp(block.mlp, self._layer_scale(block.ls2)),
+            attn_norm=self.norm(block.norm1),
+            attn=self._attention(block.attn, attn_scale, rotation),
+            mlp_norm=self.norm(block.norm2),
+            mlp=self._mlp(block.mlp, mlp_scale),
         )
 
-    def _attention(self, attn: Any, layer_scale: Tensor | None) -> AttentionWeights:
-        self.require(attn, Attention, "attention")
-        qkv = self.linear(attn.qkv, "attention's qkv")
-        return self.attention(attn, qkv, layer_scale)
+    def _layer_scale(self, scale: Any) -> Tensor | None:
+        if self._is_eva:
+            return None if scale is None else self.tensor(scale)
+        if isinstance(scale, nn.Identity):
+            self.inert(scale, "LayerScale")
+            return None
+        self.require(scale, "LayerScale", LayerScale)
+        return self.tensor(scale.gamma)
 
-    def attention(
-        self, attn: Any, qkv: tuple[Tensor, Tensor], layer_scale: Tensor | None
+    def _attention(
+        self, attn: Any, layer_scale: Tensor | None, rotation: Tensor | None
     ) -> AttentionWeights:
-        """What timm's attentions have in common."""
+        kinds = (EvaAttention, AttentionRope) if self._is_eva else (Attention,)
+        self.require(attn, "attention", *kinds)
+        if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
+            self.refuse("grouped-query attention: heads that share keys and values")
+        if attn.qkv is None:
+            qkv = self.separate_qkv(attn)
+        else:
+            weight, bias = self.linear(attn.qkv, "attention's qkv")
+            if type(attn) is EvaAttention and attn.q_bias is not None:
+                # EVA keeps biases outside of `qkv`; that of the keys is a buffer of zeros.
+                biases: tuple[Any, ...] = (attn.q_bias, attn.k_bias, attn.v_bias)
+                bias = bias + torch.cat([self.tensor(one) for one in biases])
+            qkv = weight, bias
         if getattr(attn, "gate", None) is not None:
             self.refuse("gated attention")
         norm = getattr(attn, "norm", nn.Identity())
@@ -238,52 +253,36 @@ class TimmReading(Reading):
             self.refuse(f"attention with a norm over all heads ({type(norm).__name__})")
         for name in ("norm", "attn_drop", "proj_drop"):
             self.inert(getattr(attn, name, nn.Identity()), f"attention with {name}")
-        out = scaled(*self.linear(attn.proj, "attention's proj"), layer_scale)
+        out = self.linear(attn.proj, "attention's proj", layer_scale)
         weights = AttentionWeights.split(qkv, out, num_heads=attn.num_heads, scale=attn.scale)
-        q_norm, k_norm = (self._norm_if(norm, "qk-norm") for norm in (attn.q_norm, attn.k_norm))
-        return replace(weights, q_norm=q_norm, k_norm=k_norm)
+        q_norm, k_norm = (self.norm_if(one, "qk-norm") for one in (attn.q_norm, attn.k_norm))
+        if rotation is not None and not attn.rotate_half:
+            # Pairs that are turned lie side by side here, (0, 1), (2, 3), ...; vitcut turns
+            # feature i with i + head_dim / 2. Queries and keys take the same new order 0, 2, ...,
+            # 1, 3, ..., so q . k is unchanged.
+            places = torch.arange(rotation.shape[3], device=rotation.device)
+            order = torch.cat([places[::2], places[1::2]])
+            names = ("q_weight", "q_bias", "k_weight", "k_bias")
+            halves = {name: getattr(weights, name).index_select(1, order) for name in names}
+            weights = replace(weights, **halves)
+            q_norm, k_norm = (
+                map_tensors(one, lambda tensor: tensor.index_select(0, order))
+                for one in (q_norm, k_norm)
+            )
+            rotation = rotation.index_select(3, order)
+        return replace(weights, q_norm=q_norm, k_norm=k_norm, rotation=rotation)
 
-    def _norm_if(self, module: Any, what: str) -> NormWeights | None:
-        """A LayerNorm, where there is one."""
-        if isinstance(module, nn.Identity):
-            self.inert(module, what)
-            return None
-        return self.norm_of(module, what)
-
-    def any_mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
-        """An MLP, plain or gated, with a norm over its neurons or none."""
-        if type(mlp) not in {Mlp, GluMlp, SwiGLU}:
-            self.refuse(f"MLP {type(mlp).__name__} (only Mlp, GluMlp and SwiGLU are)")
-        self.require(mlp, type(mlp), "MLP")
+    def _mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
+        self.require(mlp, "MLP", Mlp, GluMlp, SwiGLU)
         for name in ("drop1", "drop2"):
             self.inert(getattr(mlp, name), f"an MLP with {name}")
-        norm = self._norm_if(mlp.norm, "norm over the neurons")
-        activation, gate = self._activation(mlp.act), None
-        first = self.linear(mlp.fc1_x if type(mlp) is SwiGLU else mlp.fc1, "MLP's first layer")
-        if type(mlp) is SwiGLU:
+        gated = type(mlp) is SwiGLU
+        first, gate = self.linear(mlp.fc1_x if gated else mlp.fc1, "MLP's first layer"), None
+        if gated:
             gate = self.linear(mlp.fc1_g, "MLP's gate")
         elif type(mlp) is GluMlp:
+            # `fc1` holds both: [2 * hidden, width].
             halves = list(zip(*(both.chunk(2) for both in first), strict=True))
             first, gate = halves if mlp.gate_last else halves[::-1]
-        return self.mlp(first, mlp.fc2, activation, layer_scale=layer_scale, gate=gate, norm=norm)
-
-    def _activation(self, module: Any) -> Activation:
-        activation = _ACTIVATIONS.get(type(module))
-        if type(module) is nn.GELU:
-            activation = "gelu_tanh" if module.approximate == "tanh" else "gelu"
-        if activation is None:
-            self.refuse(f"activation {module}")
-        self.require(module, type(module), "activation")
-        return activation
-
-    def _layer_scale(self, module: Any) -> Tensor | None:
-        if isinstance(module, nn.Identity):
-            self.inert(module, "LayerScale")
-            return None
-        self.require(module, LayerScale, "LayerScale")
-        return self.tensor(module.gamma)
-
-    def norm_of(self, module: Any, what: str = "norm") -> NormWeights:
-        """A LayerNorm; one without weights takes the type of the patch embedding."""
-        like = self.model.patch_embed.proj.weight
-        return self.norm(module, what, like=like, kinds={LayerNorm})
+        norm = self.norm_if(mlp.norm, "norm over the neurons")
+        return self.mlp(first, mlp.act, mlp.fc2, layer_scale=layer_scale, gate=gate, norm=norm)

@@ -1,11 +1,7 @@
-"""The adapter for Hugging Face's image classifiers: ViT, DeiT and DINOv2.
-
-Whatever it does not understand it refuses by name. Checking that the weights reproduce the model's
-logits is left to ``intervention.tracing``, CLIP's classifier to ``transformers_clip.py``.
-"""
+"""The adapter for Hugging Face's image classifiers: ViT, DeiT, DINOv2 and CLIP's vision tower."""
 
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,13 +13,12 @@ from transformers.activations import (
     SiLUActivation,
 )
 
-from vitcut.model.reading import Reading, scaled
+from vitcut.model.reading import Reading, normed
 from vitcut.model.weights import (
     Activation,
     AttentionWeights,
     BlockWeights,
     MlpWeights,
-    NormWeights,
     ViTWeights,
 )
 from vitcut.shapes import Tensor
@@ -40,7 +35,7 @@ _FAMILIES = {
     "Dinov2WithRegistersForImageClassification": ("dinov2_with_registers", "Dinov2WithRegisters"),
     "CLIPForImageClassification": ("clip", "CLIP"),
 }
-"""By the class's name: the folder of its file, and what the names of its parts begin with."""
+"""Class name: (module of transformers.models, prefix of the class names of its parts)."""
 _ATTENTION = {"sdpa", "eager"}
 _NOT_YET = {
     "DINOv3ViT": "its rotary positions; timm's DINOv3 models are read",
@@ -56,71 +51,34 @@ _NEVER = {
     "Dinov2Model": "no classifier",
     "CLIP": "no linear classifier",
 }
-"""What the names of other models begin with, and what keeps them out."""
-_ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    GELUTanh: "gelu_tanh",
-    NewGELUActivation: "gelu_tanh",
-    QuickGELUActivation: "quick_gelu",
-    SiLUActivation: "silu",
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-}
+"""Prefixes of the names of other models, and why they are refused."""
 
 
 def read_transformers(model: nn.Module) -> ViTWeights:
-    """Read a Hugging Face image classifier, which is not changed.
+    """Read a Hugging Face image classifier; the model is not changed.
 
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    if type(model).__name__.startswith("CLIP"):
-        from vitcut.model.transformers_clip import ClipReading
-
-        return ClipReading(model, _REMEDY).weights()
-    return HfReading(model, _REMEDY).weights()
+    return _TransformersReading(model, _REMEDY).weights()
 
 
-class HfReading(Reading):
-    """One image classifier of transformers being read."""
-
+class _TransformersReading(Reading):
+    activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {
+        GELUActivation: "gelu",
+        GELUTanh: "gelu_tanh",
+        NewGELUActivation: "gelu_tanh",
+        QuickGELUActivation: "quick_gelu",
+        SiLUActivation: "silu",
+        nn.SiLU: "silu",
+        nn.ReLU: "relu",
+    }
+    _class_prefix = ""
+    """What the class names of this family's parts begin with."""
     _parts: Any = None
-    """The file of its family."""
-    _begin = ""
-    """What the names of its parts begin with."""
+    """The module that defines them."""
 
     def weights(self) -> ViTWeights:
-        """All of it."""
-        trunk = self._trunk()
-        embeddings = trunk.embeddings
-        self.require_own(embeddings, "Embeddings")
-        patch_weight, patch_bias = self._patches(embeddings.patch_embeddings)
-        prefix, positions = self._tokens(embeddings)
-        norm = self.norm_of(trunk.layernorm)
-        head_weight, head_bias = self._classifier(width=len(patch_weight))
-        weights = ViTWeights(
-            patch_weight=patch_weight,
-            patch_bias=patch_bias,
-            prefix=prefix,
-            positions=positions,
-            blocks=tuple(self._block(layer) for layer in self._layers(trunk)),
-            norm=norm,
-            head_weight=head_weight,
-            head_bias=head_bias,
-            num_read=2 if self._has_teacher else 1,
-            patch_readout="normed_mean" if self._reads_patches(head_weight, prefix) else "none",
-        )
-        self.finish()
-        return weights
-
-    @property
-    def _has_teacher(self) -> bool:
-        return type(self.model).__name__.endswith("WithTeacher")
-
-    def _reads_patches(self, head_weight: Tensor, prefix: Tensor) -> bool:
-        return not self._has_teacher and head_weight.shape[1] > prefix.shape[1]
-
-    def family(self) -> str:
-        """Find out whose parts to expect, and refuse other models."""
         name = type(self.model).__name__
         if name not in _FAMILIES:
             for table, yet in ((_NOT_YET, True), (_NEVER, False)):
@@ -128,141 +86,163 @@ class HfReading(Reading):
                     if name.startswith(begin):
                         self.refuse(f"{name} ({reason})", yet=yet)
             self.refuse(name)
-        family, self._begin = _FAMILIES[name]
+        family, self._class_prefix = _FAMILIES[name]
         self._parts = import_module(f"transformers.models.{family}.modeling_{family}")
-        self.require_own(self.model, name.removeprefix(self._begin))
-        return family
+        self._require_own(self.model, name.removeprefix(self._class_prefix))
+        weights = self._clip() if family == "clip" else self._vit(getattr(self.model, family))
+        self.finish()
+        return weights
 
-    def _trunk(self) -> Any:
-        trunk = getattr(self.model, self.family())
-        self.require_own(trunk, "Model")
+    def _require_own(self, module: Any, part: str) -> None:
+        """Name a module that must be this family's own class."""
+        expected = getattr(self._parts, f"{self._class_prefix}{part}", None)
+        if expected is None:
+            self.refuse(f"this version of transformers, which has no {self._class_prefix}{part}")
+        self.require(module, part, expected)
+
+    def _vit(self, trunk: Any) -> ViTWeights:
+        """ViT, DeiT and DINOv2."""
+        self._require_own(trunk, "Model")
         if getattr(trunk, "pooler", None) is not None:
             self.refuse("a pooler before the classifier")
-        return trunk
-
-    def require_own(self, module: Any, part: str) -> None:
-        """Name a module that must be this family's own class."""
-        expected = getattr(self._parts, f"{self._begin}{part}", None)
-        if expected is None:
-            self.refuse(f"this version of transformers, which has no {self._begin}{part}")
-        self.require(module, expected, part)
-
-    def _patches(self, embedding: Any) -> tuple[Tensor, Tensor]:
-        self.require_own(embedding, "PatchEmbeddings")
-        self.grid(embedding.image_size, embedding.patch_size)
-        return self.patches(embedding.projection, "patch embedding")
-
-    def _tokens(self, embeddings: Any) -> tuple[Tensor, Tensor]:
-        """Prefix tokens and the positions of the patches.
-
-        DeiT's second token is a register where only the class token is read; DINOv2's registers
-        have no positions.
-        """
+        embeddings = trunk.embeddings
+        self._require_own(embeddings, "Embeddings")
+        patches = embeddings.patch_embeddings
+        self._require_own(patches, "PatchEmbeddings")
+        self.grid(patches.image_size, patches.patch_size)
+        patch_weight, patch_bias = self.patches(patches.projection)
         self.inert(embeddings.dropout, "embeddings.dropout")
+        # Replaces masked patches in pretraining only.
         self.unused(embeddings.mask_token)
+
+        # DeiT's distillation token is read by the model with a teacher only; otherwise it is a
+        # register. DINOv2's registers come after the class token, and have no positions.
         prefix = self.tensor(embeddings.cls_token)[0]
         if hasattr(embeddings, "distillation_token"):
             prefix = torch.cat([prefix, self.tensor(embeddings.distillation_token)[0]])
         position = self.tensor(embeddings.position_embeddings)[0]
-        prefix, position = prefix + position[: len(prefix)], position[len(prefix) :]
+        prefix, positions = prefix + position[: len(prefix)], position[len(prefix) :]
         if hasattr(embeddings, "register_tokens"):
             prefix = torch.cat([prefix, self.tensor(embeddings.register_tokens)[0]])
-        return prefix, position
 
-    def _classifier(self, *, width: int) -> tuple[Tensor, Tensor]:
-        """Of the class token; DINOv2's reads the mean of the patches too, unless that is zero."""
-        if self._has_teacher:
-            return self.classifiers(self.model.cls_classifier, self.model.distillation_classifier)
-        weight, bias = self.linear(self.model.classifier, "classifier")
-        if not weight[:, width:].any():
-            weight = weight[:, :width].contiguous()
-        return weight, bias
-
-    @property
-    def _is_dinov2(self) -> bool:
-        return self._begin.startswith("Dinov2")
-
-    def _layers(self, trunk: Any) -> Any:
-        layers = trunk.encoder.layer if self._is_dinov2 else trunk.layers
-        if self._is_dinov2:
-            self.require_own(trunk.encoder, "Encoder")
-        self.require(layers, nn.ModuleList, "list of blocks")
-        return layers
-
-    def _block(self, layer: Any) -> BlockWeights:
-        self.require_own(layer, "Layer")
-        if not self._is_dinov2:
-            self.inert(layer.dropout, "dropout")
-            return self._parts_of(layer, layer.layernorm_before, layer.layernorm_after)
-        drop_path = getattr(self._parts, f"{self._begin}DropPath")
-        self.inert(layer.drop_path, "drop_path", also=(drop_path,))
-        scales = (self._layer_scale(layer.layer_scale1), self._layer_scale(layer.layer_scale2))
-        return self._parts_of(layer, layer.norm1, layer.norm2, *scales)
-
-    def _parts_of(
-        self,
-        layer: Any,
-        first: Any,
-        second: Any,
-        attn_scale: Tensor | None = None,
-        mlp_scale: Tensor | None = None,
-    ) -> BlockWeights:
-        return BlockWeights(
-            attn_norm=self.norm_of(first),
-            attn=self._attention(layer.attention, attn_scale),
-            mlp_norm=self.norm_of(second),
-            mlp=self.any_mlp(layer.mlp, mlp_scale),
+        norm = self.norm(trunk.layernorm)
+        width, reads_patches = len(patch_weight), False
+        has_teacher = type(self.model).__name__.endswith("WithTeacher")
+        if has_teacher:
+            # It answers with the mean of two classifiers, one per token.
+            heads = (self.model.cls_classifier, self.model.distillation_classifier)
+            head_weight, head_bias = self.classifiers(*heads)
+        else:
+            head_weight, head_bias = self.linear(self.model.classifier, "classifier")
+            # DINOv2's reads the class token, then the mean of the patches: [classes, 2 * width].
+            # All zeros for the patches mean that it was trained on the class token alone.
+            reads_patches = bool(head_weight[:, width:].any())
+            if not reads_patches:
+                head_weight = head_weight[:, :width].contiguous()
+        if self._class_prefix.startswith("Dinov2"):
+            self._require_own(trunk.encoder, "Encoder")
+            layers = trunk.encoder.layer
+        else:
+            layers = trunk.layers
+        self.require(layers, "list of blocks", nn.ModuleList)
+        return ViTWeights(
+            patch_weight=patch_weight,
+            patch_bias=patch_bias,
+            prefix=prefix,
+            positions=positions,
+            blocks=tuple(self._block(layer) for layer in layers),
+            norm=norm,
+            head_weight=head_weight,
+            head_bias=head_bias,
+            num_read=2 if has_teacher else 1,
+            patch_readout="normed_mean" if reads_patches else "none",
         )
 
-    def _layer_scale(self, module: Any) -> Tensor:
-        self.require_own(module, "LayerScale")
-        return self.tensor(module.lambda1)
+    def _clip(self) -> ViTWeights:
+        """CLIP's vision tower: the classifier reads the mean of the last block's patches."""
+        tower = self.model.vision_model
+        self._require_own(tower, "VisionModel")
+        self._require_own(tower.encoder, "Encoder")
+        # It normalises the class token, which the classifier does not read.
+        self.whole(tower.post_layernorm)
+        patch_norm = self.norm(tower.pre_layrnorm)
+        embeddings = tower.embeddings
+        self._require_own(embeddings, "VisionEmbeddings")
+        self.require(embeddings.position_embedding, "positions", nn.Embedding)
+        self.unused(embeddings.position_ids)
+        self.grid(embeddings.image_size, embeddings.patch_size)
+        patch_weight, patch_bias = self.patches(embeddings.patch_embedding)
+        # The first position is the class token's, which is a bare vector: [width].
+        positions = self.tensor(embeddings.position_embedding.weight)
+        prefix = (self.tensor(embeddings.class_embedding) + positions[0])[None]
+        head_weight, head_bias = self.linear(self.model.classifier, "classifier")
+        self.require(tower.encoder.layers, "list of blocks", nn.ModuleList)
+        return ViTWeights(
+            patch_weight=patch_weight,
+            patch_bias=patch_bias,
+            prefix=normed(prefix, patch_norm),
+            positions=positions[1:],
+            blocks=tuple(self._block(layer) for layer in tower.encoder.layers),
+            norm=None,
+            head_weight=head_weight,
+            head_bias=head_bias,
+            num_read=0,
+            patch_readout="mean",
+            patch_norm=patch_norm,
+        )
 
-    def _attention(self, attn: Any, layer_scale: Tensor | None) -> AttentionWeights:
-        return self.attention(attn, (attn.o_proj, attn.scaling), layer_scale)
-
-    def attention(
-        self, attn: Any, out_and_scale: tuple[Any, float], layer_scale: Tensor | None = None
-    ) -> AttentionWeights:
-        """What the attentions of transformers have in common."""
-        self.require_own(attn, "Attention")
+    def _block(self, layer: Any) -> BlockWeights:
+        # Each family has its own names for the same parts; only DINOv2 has LayerScale.
+        attn_scale = mlp_scale = None
+        if self._class_prefix == "CLIP":
+            self._require_own(layer, "EncoderLayer")
+            norms = layer.layer_norm1, layer.layer_norm2
+            attn = layer.self_attn
+            out, scale = attn.out_proj, attn.scale
+        else:
+            self._require_own(layer, "Layer")
+            attn = layer.attention
+            out, scale = attn.o_proj, attn.scaling
+            if self._class_prefix.startswith("Dinov2"):
+                drop_path = getattr(self._parts, f"{self._class_prefix}DropPath")
+                self.inert(layer.drop_path, "drop_path", drop_path)
+                for layer_scale in (layer.layer_scale1, layer.layer_scale2):
+                    self._require_own(layer_scale, "LayerScale")
+                attn_scale = self.tensor(layer.layer_scale1.lambda1)
+                mlp_scale = self.tensor(layer.layer_scale2.lambda1)
+                norms = layer.norm1, layer.norm2
+            else:
+                self.inert(layer.dropout, "dropout")
+                norms = layer.layernorm_before, layer.layernorm_after
+        self._require_own(attn, "Attention")
         kind = attn.config._attn_implementation
         if kind not in _ATTENTION:
             self.refuse(f"attention {kind!r}: model.set_attn_implementation('sdpa') sets another")
         if attn.is_causal:
             self.refuse("causal attention")
-        qkv = self.qkv(attn)
-        out_layer, scale = out_and_scale
-        out = scaled(*self.linear(out_layer, "attention's output"), layer_scale)
-        heads = len(qkv[1]) // (3 * attn.head_dim)
-        return AttentionWeights.split(qkv, out, num_heads=heads, scale=scale)
-
-    def any_mlp(self, mlp: Any, layer_scale: Tensor | None = None) -> MlpWeights:
-        """An MLP, plain or gated."""
-        if type(mlp).__name__.endswith("SwiGLUFFN"):
-            self.require_own(mlp, "SwiGLUFFN")
-            gate = self.linear(mlp.gate_proj, "MLP's gate")
-            first, second, activation = mlp.up_proj, mlp.down_proj, mlp.act_fn
-        else:
-            self.require_own(mlp, "MLP")
-            gate = None
-            first, second, activation = mlp.fc1, mlp.fc2, mlp.activation_fn
-        return self.mlp(
-            self.linear(first, "MLP's first layer"),
-            second,
-            self._activation(activation),
-            layer_scale=layer_scale,
-            gate=gate,
+        qkv = self.separate_qkv(attn)
+        return BlockWeights(
+            attn_norm=self.norm(norms[0]),
+            attn=AttentionWeights.split(
+                qkv,
+                self.linear(out, "attention's output", attn_scale),
+                num_heads=len(qkv[1]) // (3 * attn.head_dim),
+                scale=scale,
+            ),
+            mlp_norm=self.norm(norms[1]),
+            mlp=self._mlp(layer.mlp, mlp_scale),
         )
 
-    def _activation(self, module: Any) -> Activation:
-        plain = type(module) is GELUActivation and module.act is nn.functional.gelu
-        activation = "gelu" if plain else _ACTIVATIONS.get(type(module))
-        if activation is None:
-            self.refuse(f"activation {type(module).__name__}")
-        self.require(module, type(module), "activation")
-        return activation
-
-    def norm_of(self, module: Any) -> NormWeights:
-        """A LayerNorm."""
-        return self.norm(module, "norm", like=next(self.model.parameters()))
+    def _mlp(self, mlp: Any, layer_scale: Tensor | None) -> MlpWeights:
+        gate = None
+        if type(mlp).__name__.endswith("SwiGLUFFN"):
+            self._require_own(mlp, "SwiGLUFFN")
+            gate = self.linear(mlp.gate_proj, "MLP's gate")
+            first, activation, second = mlp.up_proj, mlp.act_fn, mlp.down_proj
+        else:
+            self._require_own(mlp, "MLP")
+            first, activation, second = mlp.fc1, mlp.activation_fn, mlp.fc2
+        if type(activation) is GELUActivation and activation.act is not nn.functional.gelu:
+            self.refuse(f"activation {activation}, which is not torch's GELU")
+        first = self.linear(first, "MLP's first layer")
+        return self.mlp(first, activation, second, layer_scale=layer_scale, gate=gate)

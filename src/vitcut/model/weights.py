@@ -1,7 +1,7 @@
-"""A pre-norm ViT as plain tensors, one entry per head: what every adapter reads a model into.
+"""A pre-norm ViT as plain tensors, split into heads: the form every adapter reads a model into.
 
-LayerScale is folded into the output projections, so heads and MLPs here write what they really add
-to the residual stream. Computing with these tensors is left to the intervention floor.
+LayerScale is folded into the output projections, so a head or an MLP writes exactly what it adds
+to the residual stream.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ W = TypeVar("W")
 
 @dataclass(frozen=True, kw_only=True)
 class NormWeights:
-    """A LayerNorm; of a head's queries or keys the width is head_dim."""
+    """A LayerNorm. For the queries or keys of a head, ``width`` is head_dim."""
 
     weight: Float[Tensor, "width"]
     bias: Float[Tensor, "width"]
@@ -31,7 +31,7 @@ class NormWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
-    """Multi-head attention; a missing bias is stored as zeros."""
+    """Multi-head attention. A missing bias is stored as zeros."""
 
     q_weight: Float[Tensor, "heads head_dim width"]
     q_bias: Float[Tensor, "heads head_dim"]
@@ -41,16 +41,16 @@ class AttentionWeights:
     v_bias: Float[Tensor, "heads head_dim"]
     out_weight: Float[Tensor, "heads width head_dim"]
     out_bias: Float[Tensor, "width"]
-    """Belongs to no head: always kept."""
+    """Belongs to no head, so it is always kept."""
     scale: float
-    """What q . k is multiplied by before the softmax."""
+    """Factor on q . k before the softmax."""
     q_norm: NormWeights | None = None
-    """What queries pass before they are scaled: one LayerNorm for all heads."""
+    """qk-norm: one LayerNorm, shared by all heads, on queries before they are scaled."""
     k_norm: NormWeights | None = None
     """The same for keys."""
     rotation: Float[Tensor, "2 #heads tokens head_dim"] | None = None
-    """Cosine and sine of rotary positions (RoPE), which turn queries and keys behind their norms:
-    x becomes x cos + y sin, where y is x with its halves exchanged and the first one negated."""
+    """Cosine and sine of rotary positions (RoPE), applied to queries and keys after their norms:
+    x becomes x cos + y sin, where y is x with its halves swapped and the new first half negated."""
 
     @classmethod
     def split(
@@ -61,15 +61,17 @@ class AttentionWeights:
         num_heads: int,
         scale: float | None = None,
     ) -> "AttentionWeights":
-        """Split what libraries keep in one piece into heads.
+        """Split fused projections into heads.
 
         Args:
-            qkv: Weight [3 x heads x head_dim, width] and bias, first all of q, then k, then v.
+            qkv: Weight [3 x heads x head_dim, width] and bias: all of q, then all of k, then v.
             out: Weight [width, heads x head_dim] and bias of the output projection.
-            num_heads: Heads.
-            scale: None is one over the root of head_dim.
+            num_heads: Number of heads.
+            scale: Factor on q . k; None means 1 / sqrt(head_dim).
         """
+        # [3 * heads * head_dim, width] -> [3, heads, head_dim, width]; likewise the bias.
         weight, bias = (item.unflatten(0, (3, num_heads, -1)) for item in qkv)
+        # [width, heads * head_dim] -> [heads, width, head_dim]: the columns that each head writes.
         out_weight = out[0].unflatten(1, (num_heads, -1)).transpose(0, 1).contiguous()
         return cls(
             q_weight=weight[0],
@@ -92,29 +94,27 @@ class MlpWeights:
     in_bias: Float[Tensor, "hidden"]
     out_weight: Float[Tensor, "width hidden"]
     out_bias: Float[Tensor, "width"]
-    """Belongs to no neuron: always kept."""
+    """Belongs to no neuron, so it is always kept."""
     activation: Activation
     gate_weight: Float[Tensor, "hidden width"] | None = None
-    """Where there is one, a hidden unit is its activated gate times its ``in`` product."""
+    """If present, a hidden unit is its activated gate times its ``in`` product."""
     gate_bias: Float[Tensor, "hidden"] | None = None
     norm: NormWeights | None = None
-    """What all hidden units together pass before the ``out`` product (sub-norm): a neuron is what
-    comes out of it, and its statistics are those of all neurons, cut or not."""
+    """LayerNorm over all hidden units before the ``out`` product (sub-norm). A neuron is what comes
+    out of it; its statistics are taken over all neurons, including those that are cut."""
 
     @property
     def gate(self) -> tuple[Tensor, Tensor] | None:
-        """Weight and bias of the gate, where there is one; a missing bias is zero."""
+        """Weight and bias of the gate, if there is one; a missing bias is zeros."""
         if self.gate_weight is None:
             return None
-        bias = self.gate_bias
-        return self.gate_weight, self.in_bias.new_zeros(
-            self.in_bias.shape
-        ) if bias is None else bias
+        bias = torch.zeros_like(self.in_bias) if self.gate_bias is None else self.gate_bias
+        return self.gate_weight, bias
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
-    """One block: attention and MLP, each behind its LayerNorm."""
+    """One pre-norm block: attention and MLP, each with the LayerNorm that it reads through."""
 
     attn_norm: NormWeights
     attn: AttentionWeights
@@ -129,25 +129,26 @@ class ViTWeights:
     patch_weight: Float[Tensor, "width channels patch patch"]
     patch_bias: Float[Tensor, "width"]
     prefix: Float[Tensor, "prefix_tokens width"]
-    """Tokens that the classifier reads, then registers, with their position embeddings and, where
-    there is one, behind the norm of the embedding."""
+    """Tokens that the classifier reads, then registers. Their position embeddings are added, and
+    ``patch_norm`` is already applied."""
     positions: Float[Tensor, "patches width"]
     """Position embeddings of the patch tokens."""
     blocks: tuple[BlockWeights, ...]
     norm: NormWeights | None
-    """The LayerNorm before the classifier, if there is one."""
+    """LayerNorm before the classifier, if there is one."""
     head_weight: Float[Tensor, "classes features"]
-    """Of what is read, one after the other: each prefix token, then the mean of the patches."""
+    """Features are what the classifier reads, concatenated: its prefix tokens, then the patches'
+    mean."""
     head_bias: Float[Tensor, "classes"]
     num_read: int = 1
-    """Prefix tokens that the classifier reads: the class token, a distillation token."""
+    """Number of prefix tokens that the classifier reads: class token, distillation token."""
     patch_readout: PatchReadout = "none"
     patch_norm: NormWeights | None = None
-    """What patches pass, with their positions, before the first block (``norm_pre``)."""
+    """LayerNorm on patches plus positions, before the first block (timm's ``norm_pre``)."""
 
     @cached_property
     def shape(self) -> ViTShape:
-        """The sizes of this model, whose blocks are alike."""
+        """The sizes of this model; all blocks have those of the first."""
         first = self.blocks[0]
         return ViTShape(
             image_size=self.image_size,
@@ -174,36 +175,31 @@ class ViTWeights:
 
     @cached_property
     def graph(self) -> Graph:
-        """The sources, targets and edges of this model, over whole tokens."""
+        """Sources, targets and edges over whole tokens."""
         return Graph(num_layers=len(self.blocks), num_heads=self.num_heads)
 
     @cached_property
     def split_graph(self) -> Graph:
-        """The same per token kind."""
+        """Sources, targets and edges per token kind."""
         return Graph(
             num_layers=len(self.blocks),
             num_heads=self.num_heads,
             kinds=tuple(self.kind_rows),
-            readout=self.readout,
+            readout=self.shape.readout,
         )
 
     def graph_of(self, tokens: Tokens) -> Graph:
         """The graph over whole tokens, or per token kind."""
         return self.graph if tokens == "all" else self.split_graph
 
-    @property
-    def readout(self) -> tuple[TokenKind, ...]:
-        """The token kinds that the classifier reads."""
-        return self.shape.readout
-
     @cached_property
     def kind_rows(self) -> dict[TokenKind, slice]:
-        """The tokens of each group that the model has, in their order."""
-        return {group: slice(rows.first, rows.end) for group, rows in self.shape.kind_rows.items()}
+        """Rows of each token kind that the model has, in token order."""
+        return {kind: slice(rows.first, rows.end) for kind, rows in self.shape.kind_rows.items()}
 
     def rows_of(self, graph: Graph) -> tuple[slice, ...]:
-        """The tokens of each group of a graph of this model; all tokens where it has none."""
-        return tuple(self.kind_rows[group] for group in graph.kinds) or (slice(None),)
+        """Rows of each token kind of a graph; one slice of all tokens if it is not split."""
+        return tuple(self.kind_rows[kind] for kind in graph.kinds) or (slice(None),)
 
     @property
     def num_heads(self) -> int:
@@ -222,7 +218,7 @@ class ViTWeights:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens of an image."""
+        """Prefix and patch tokens of an image."""
         return self.num_prefix + self.positions.shape[0]
 
     @property
@@ -232,12 +228,12 @@ class ViTWeights:
 
     @property
     def num_neurons(self) -> int:
-        """Hidden units per MLP, of the first block."""
+        """Hidden units per MLP."""
         return self.blocks[0].mlp.in_weight.shape[0]
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
+        """Side of a patch, in pixels."""
         return self.patch_weight.shape[-1]
 
     @property
@@ -247,7 +243,7 @@ class ViTWeights:
 
     @property
     def image_size(self) -> int:
-        """Side of an image in pixels."""
+        """Side of an image, in pixels."""
         return round(self.positions.shape[0] ** 0.5) * self.patch_size
 
     @property
@@ -257,37 +253,37 @@ class ViTWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where every tensor lies."""
+        """Device of every tensor."""
         return self.patch_weight.device
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> "ViTWeights":
-        """The same weights in another type or place."""
+        """The same weights in another type or on another device."""
         return map_tensors(self, lambda tensor: tensor.to(device=device, dtype=dtype))
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The SHA-256 over names, shapes, types and values of tensors, in hex."""
+    """SHA-256 over names, shapes, types and values of tensors, in hex."""
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        # As bytes, because numpy has no bfloat16.
         plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(plain.numpy().tobytes())
     return digest.hexdigest()
 
 
 def map_tensors(value: W, change: Callable[[Tensor], Tensor]) -> W:
-    """``value`` with ``change`` applied to every tensor in its dataclasses and tuples."""
-    return _mapped(value, change)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``change`` to every tensor in nested dataclasses and tuples."""
+    changed: Any = value
     if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(_mapped(item, change) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {item.name: _mapped(getattr(value, item.name), change) for item in fields(value)}
-        return replace(value, **parts)
-    return value
+        changed = change(value)
+    elif isinstance(value, tuple):
+        changed = tuple(map_tensors(item, change) for item in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = {item.name: getattr(value, item.name) for item in fields(value)}
+        changed = replace(
+            value, **{name: map_tensors(part, change) for name, part in parts.items()}
+        )
+    return changed

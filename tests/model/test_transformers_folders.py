@@ -159,7 +159,7 @@ def test_mean_and_std_are_brought_to_the_scale_0_to_1(tmp_path, model, changes, 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"image_mean": None}, "lacks image_mean: write it down"),
+        ({"image_mean": None}, "lacks image_mean: add it there"),
         ({"image_std": [0.5, 0.5]}, "must be 3 numbers.*got 2"),
         ({"image_std": "0.5"}, "must be numbers, got '0.5'"),
         ({"resample": 9}, "has resample 9, expected 0 to 5"),
@@ -257,7 +257,7 @@ def test_a_pickle_is_read_as_weights_only(tmp_path, folder, capsys):
     torch.save(state, folder / "pytorch_model.bin")
     assert load_model(str(folder)).class_ids == tuple(LABELS)
     torch.save({**state, "more": _Code()}, folder / "pytorch_model.bin")
-    expect_load_refusal(folder, "could run code that they bring.*get them as model.safetensors")
+    expect_load_refusal(folder, "could run code that they contain.*get them as model.safetensors")
     assert "code of the file was run" not in capsys.readouterr().out
 
 

@@ -1,0 +1,315 @@
+"""Hugging Face's folders: configuration, weights, labels and preprocessing, read and written."""
+
+import json
+import pickle
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from vitcut.errors import ConfigError, ModelError
+from vitcut.framing import Fit, Framing, Interpolation
+from vitcut.labels import Labels
+from vitcut.model.adapters import adapter_of, as_classifier
+from vitcut.model.model import Model, told_misfits
+from vitcut.preprocessing import Preprocessing, per_channel
+from vitcut.progress import say
+from vitcut.store import write_json
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers looks for, in its order."""
+_LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError,
+    ZeroDivisionError, IndexError, SafetensorError,
+)  # fmt: skip
+"""What transformers and its readers raise for settings or weights that do not fit."""
+_PREPROCESSOR = "preprocessor_config.json"
+_TOP = 255
+"""The highest value of a pixel."""
+_FILTERS: tuple[Interpolation, ...] = (
+    "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming",
+)  # fmt: skip
+"""Indexed by Pillow's number, which ``resample`` holds."""
+_PROCESSORS = ("Bit", "CLIP", "DeiT", "ViT")
+_SHORTER_SIDE = ("Bit", "CLIP")
+"""Processors for which a single number as ``size`` is the shorter side; the others squash."""
+
+
+def load_hf_folder(folder: Path, spec: str) -> Model:
+    """Load an image classifier of transformers; code that the folder contains is never run.
+
+    Args:
+        folder: With ``config.json``, weights and ``preprocessor_config.json``.
+        spec: What the user asked for.
+
+    Raises:
+        ModelError: A file is missing or damaged, there is no such classifier, or the weights are
+            not exactly those of the classifier.
+        ConfigError: transformers is not installed.
+    """
+    try:
+        adapter_of("transformers")
+    except ConfigError as error:
+        raise ConfigError(f"cannot load the model {spec!r}: {error}") from None
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ModelError(
+            f"{folder} holds no weights: expected {WEIGHTS[0]}, beside its config.json"
+        )
+    processor = _Processor(folder / _PREPROCESSOR)
+    module = _load_classifier(folder, spec)
+
+    # CLIP's configuration has one of a text model beside that of its vision tower.
+    vision = getattr(module.config, "vision_config", module.config)
+    sizes: dict[str, int] = {}
+    for key in ("num_channels", "image_size"):
+        value = getattr(vision, key, None)
+        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+            value = value[0]
+        if type(value) is not int:
+            raise ModelError(
+                f"{folder / 'config.json'} has {key} {value!r}: expected one number, as ViT, DeiT "
+                "and DINOv2 classifiers have"
+            )
+        sizes[key] = value
+    size, made = sizes["image_size"], processor.made_size()
+    if made is not None and made != size:
+        if not type(module).__name__.startswith("Dinov2"):
+            raise ModelError(
+                f"{processor.path} makes images of {made} pixels, the model takes {size}: "
+                "correct the one that is wrong"
+            )
+        say(f"model: positions brought from {size} to {made} pixels, as DINOv2 does on every image")
+        _resample_positions(module, made)
+        size = made
+    taken = processor.preprocessing(size, sizes["num_channels"])
+
+    # Label texts are ids and names at once; the default LABEL_0, LABEL_1, ... means nothing.
+    numbers = sorted(module.config.id2label)
+    texts = tuple(str(module.config.id2label[number]) for number in numbers)
+    labels = None
+    if texts != tuple(f"LABEL_{number}" for number in numbers):
+        labels = Labels(owner=f"model {spec!r}", ids=texts, names=texts)
+    return Model.of(as_classifier(module), spec, taken, labels)
+
+
+def save_hf_folder(
+    model: nn.Module, folder: Path, taken: Preprocessing, class_ids: tuple[str, ...]
+) -> None:
+    """Write a classifier in the format of ``from_pretrained``, with its preprocessing.
+
+    Args:
+        model: As `load_hf_folder` returned it.
+        folder: An existing folder.
+        taken: The model's preprocessing.
+        class_ids: In the order of the logits.
+    """
+    with _quiet():
+        inner: Any = model.get_submodule("model")
+        inner.save_pretrained(folder, max_shard_size="1TB")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["id2label"] = {str(number): name for number, name in enumerate(class_ids)}
+    config["label2id"] = {name: number for number, name in enumerate(class_ids)}
+    write_json(folder / "config.json", config)
+
+    size, framing = taken.image_size, taken.framing
+    scaled = round(size / framing.shown_fraction(size))
+    squashed = framing.fit == "squash"
+    processor = {
+        "image_processor_type": "ViTImageProcessor" if squashed else "BitImageProcessor",
+        "do_resize": True,
+        "size": {"height": scaled, "width": scaled} if squashed else {"shortest_edge": scaled},
+        "resample": _FILTERS.index(framing.interpolation),
+        "do_center_crop": not squashed or scaled != size,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / _TOP,
+        "do_normalize": True,
+        "image_mean": list(taken.mean),
+        "image_std": list(taken.std),
+    }
+    write_json(folder / _PREPROCESSOR, processor)
+
+
+def _load_classifier(folder: Path, spec: str) -> Any:
+    from transformers import AutoModelForImageClassification
+
+    try:
+        with _quiet():
+            module, info = AutoModelForImageClassification.from_pretrained(
+                folder,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # all misfits are reported below
+                dtype=torch.float32,
+            )
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"the weights in {folder} hold more than weights, so that loading them could run code "
+            f"that they contain, or are damaged: get them as {WEIGHTS[0]}"
+        ) from None
+    except _LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"cannot load the model {spec!r} with transformers: {reason}") from None
+
+    # transformers only warns of these: above all of a classifier that was never trained.
+    missing = sorted(info["missing_keys"])
+    misfits = {
+        "missing": missing,
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": [
+            f"{key} {list(stored)} instead of {list(wanted)}"
+            for key, stored, wanted in sorted(info["mismatched_keys"])
+        ],
+    }
+    if told := told_misfits(misfits):
+        remedy = "restore the folder, or correct its config.json"
+        if any("classifier." in key for key in missing):
+            remedy = "it has no trained classifier: give one that was fine-tuned to classify"
+        kind = type(module).__name__
+        raise ModelError(f"the weights in {folder} are not those of a {kind}: {told}; {remedy}")
+    return module
+
+
+def _resample_positions(module: Any, size: int) -> None:
+    """Do once what ``Dinov2Embeddings.forward`` does to positions for images of another size."""
+    embeddings = module.base_model.embeddings
+    patches = embeddings.patch_embeddings
+    side = size // patches.patch_size[0]
+    # Only the shape of the tokens is looked at: [1, class token + patches, width].
+    tokens = torch.empty(1, side**2 + 1, embeddings.position_embeddings.shape[-1])
+    with torch.no_grad():
+        position = embeddings.interpolate_pos_encoding(tokens, size, size)
+    embeddings.position_embeddings = nn.Parameter(position.clone())
+    patches.image_size, patches.num_patches = (size, size), side**2
+    module.config.image_size = size
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Silence transformers' progress bars and load report; what is wrong becomes an error."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class _Processor:
+    """The settings of an image processor; what is not understood is refused.
+
+    Raises:
+        ModelError: The file is missing or damaged, or the kind of processor is unknown.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise ModelError(
+                f"{path.parent} holds no {path.name}, which says how images are scaled and "
+                "normalised: save the image processor that the model was trained with into it"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ModelError(f"{path} is not readable JSON: {error}") from None
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise ModelError(f"{path} holds a {kind}, expected settings by name")
+        self._settings: dict[str, Any] = content
+        names = ("image_processor_type", "feature_extractor_type")
+        kind = next((content[name] for name in names if name in content), None)
+        self._kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
+        if kind is not None and self._kind not in _PROCESSORS:
+            raise ModelError(
+                f"{path} is of {self._kind}, expected one of "
+                f"{', '.join(f'{name}ImageProcessor' for name in _PROCESSORS)}"
+            )
+
+    def made_size(self) -> int | None:
+        """Height and width of its images; None if they keep the picture's own size."""
+        if self._settings.get("do_center_crop"):
+            return self._square("crop_size", self._settings.get("crop_size"))
+        return self._scaling()[1]
+
+    def preprocessing(self, size: int, channels: int) -> Preprocessing:
+        """The same for a model that takes images of this size and so many channels."""
+        # Mean and deviation are brought to the scale 0 to 1. A processor that multiplies pixels
+        # by f and normalises by (x - m) / s does on that scale (x - m / 255f) / (s / 255f).
+        factor = 1.0
+        if self._settings.get("do_rescale", True):
+            factor = self._settings.get("rescale_factor", 1 / _TOP)
+        top = 1.0 if abs(factor * _TOP - 1) < 1e-6 else factor * _TOP
+        mean, std = (0.0,) * channels, (1 / top,) * channels
+        if self._settings.get("do_normalize", True):
+            found: list[tuple[float, ...]] = []
+            for key in ("image_mean", "image_std"):
+                if self._settings.get(key) is None:
+                    raise ModelError(f"{self.path} lacks {key}: add it there")
+                values = per_channel(self._settings[key], channels, f"{key} in {self.path}")
+                found.append(tuple(value / top for value in values))
+            mean, std = found
+
+        fit, scaled = self._scaling()
+        scaled = size if scaled is None else scaled
+        number = self._settings.get("resample", _FILTERS.index("bilinear"))
+        if number not in range(len(_FILTERS)):
+            raise ModelError(f"{self.path} has resample {number!r}, expected 0 to 5")
+        if scaled < size:
+            raise ModelError(
+                f"{self.path} scales images to {scaled} pixels and crops {size}, which pads "
+                "them: vitcut does not pad; correct size or crop_size"
+            )
+        try:
+            framing = Framing(
+                channels=channels,
+                fit=fit,
+                crop_fraction=size / scaled,
+                interpolation=_FILTERS[number],
+            )
+        except ConfigError as error:
+            raise ModelError(f"{self.path.parent}: {error}") from None
+        return Preprocessing(image_size=size, mean=mean, std=std, framing=framing)
+
+    def _scaling(self) -> tuple[Fit, int | None]:
+        """What is scaled to how many pixels before the crop; None if nothing is."""
+        if not self._settings.get("do_resize", True):
+            if self._settings.get("do_center_crop"):
+                raise ModelError(
+                    f"{self.path} crops images that it does not scale: expected do_resize"
+                )
+            return "crop", None
+        size = self._settings.get("size")
+        if isinstance(size, dict) and "shortest_edge" in size:
+            return "crop", self._square("size", size["shortest_edge"])
+        short = type(size) is int and self._kind in _SHORTER_SIDE
+        return "crop" if short else "squash", self._square("size", size)
+
+    def _square(self, key: str, value: Any) -> int:
+        if isinstance(value, dict) and value.keys() >= {"height", "width"}:
+            value = (value["height"], value["width"])
+        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
+            value = value[0]
+        if type(value) is not int or value < 1:
+            raise ModelError(
+                f"{self.path} has {key} {value!r}: expected one number of pixels, or a square's "
+                "height and width"
+            )
+        return value
