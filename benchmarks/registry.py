@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from vitcut.circuit import Circuit
-from vitcut.compiler.emit import compile_circuit
-from vitcut.compiler.verify import verify
+from vitcut.compiler.emit import compile_circuit, verify
 from vitcut.errors import UnsupportedModelError, VitcutError
 from vitcut.masked.ablation import mean_fill, zero_fill
 from vitcut.model.adapters import read_weights

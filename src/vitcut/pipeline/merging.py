@@ -3,35 +3,29 @@
 Which edges come back is decided by ``compiler/merging.py``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import describe
 from vitcut.compact.model import CompactViT
-from vitcut.compact.plan import Plan, ViTShape
+from vitcut.compact.plan import ViTShape
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.merging import MERGES, Cost, merge_streams
+from vitcut.compiler.merging import MERGES, merge_streams, num_streams
 from vitcut.compiler.planning import plan_circuit
 from vitcut.pipeline.subject import Subject
 
 
 def merge(subject: Subject, circuit: Circuit, costs: CostModel) -> Circuit:
     """Merge the streams of a circuit for the batch size of a cost model."""
-    shape = subject.weights.shape
-    return merge_streams(circuit, merge_cost(shape, costs), shape)
+    return merge_streams(circuit, subject.weights.shape, costs)
 
 
-def merge_cost(shape: ViTShape, costs: CostModel) -> Cost:
+def merge_cost(shape: ViTShape, costs: CostModel) -> Callable[[Circuit], float]:
     """What merging brings down: the predicted milliseconds of a call."""
     return lambda circuit: costs.latency_ms(plan_circuit(shape, circuit, costs))
-
-
-def num_streams(plan: Plan) -> int:
-    """How many sums with a LayerNorm a compact model has."""
-    return sum(row.streams for row in describe(plan))
 
 
 def merge_facts(

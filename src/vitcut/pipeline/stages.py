@@ -18,9 +18,8 @@ from vitcut.circuit import Circuit
 from vitcut.compact.artefact import ModelInfo
 from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.emit import Exactness, compile_circuit, verify
 from vitcut.compiler.settings import CutSettings
-from vitcut.compiler.verify import Exactness, verify
 from vitcut.discovery.acdc import acdc
 from vitcut.discovery.cache import Cache, require_room
 from vitcut.discovery.settings import DiscoverSettings
