@@ -1,6 +1,6 @@
-"""What depends on no image, computed once: constant sources, inputs and attention patterns.
+"""What a circuit and its fill leave of a model's weights, and all that depends on no image.
 
-Values are per token kind, shape [tokens of the kind, width], in the precision of the weights.
+Constants are per token kind, shape [tokens of the kind, width], in the precision of the weights.
 """
 
 from functools import cache
@@ -26,29 +26,50 @@ from vitcut.names import Letter
 from vitcut.shapes import Bool, Float, Tensor
 
 
-class Writers:
-    """Output weights of heads and MLPs as a circuit and its fill leave them, per token kind."""
+class FilledWeights:
+    """A model's output weights with the maps of a fill, and its constants under a circuit."""
 
-    def __init__(self, weights: ViTWeights, circuit: Circuit, fill: Fill) -> None:
+    def __init__(self, weights: ViTWeights, circuit: Circuit, reads: Reads, fill: Fill) -> None:
+        """Prepare them.
+
+        Args:
+            weights: The model.
+            circuit: The circuit, over the token kinds of the model.
+            reads: What its targets read.
+            fill: What stands in for cut parts, in the precision of the weights.
+        """
         self._weights = weights
-        self._fill = fill
         self._neurons = circuit.neurons
+        self._reads = reads
+        self._fill = fill
+        # [blocks, 1 or kinds, ...]: the maps of a fill over whole tokens hold for every kind.
+        maps, kinds = (fill.head_maps, fill.neuron_maps), len(reads.kinds)
+        self._head_maps, self._neuron_maps = (
+            each if each is None else each.expand(-1, kinds, *each.shape[2:]) for each in maps
+        )
         self.rows = tuple(weights.kind_rows.values())
         """The tokens of each kind."""
+        self._value = cache(self._compute_value)
+        # A blank image gives what enters block 0 whatever the image: [tokens width], of positions,
+        # prefix tokens and biases. The patch embedding of a compact model has no bias.
+        side = weights.image_size
+        blank = fill.sources.new_zeros(1, weights.channels, side, side)
+        self._embedding = embed(weights, blank)[0]
+        if weights.patch_norm is not None:
+            # Positions come before this norm, so the compact model adds them. Its bias is left.
+            self._embedding[weights.num_prefix :] = weights.patch_norm.bias
 
     def head(self, layer: int, head: int, kind: int) -> Float[Tensor, "width head_dim"]:
         """What a head writes of its z, for itself and for the cut heads that it predicts."""
-        own = self._weights.blocks[layer].attn.out_weight[head]
-        maps = self._fill.head_maps
+        own, maps = self._weights.blocks[layer].attn.out_weight[head], self._head_maps
         return own if maps is None else own + maps[layer, kind, head]
 
     def mlp(self, layer: int, kind: int) -> Float[Tensor, "width kept"]:
         """What kept neurons write, for themselves and for the cut ones that they predict."""
-        own = self._weights.blocks[layer].mlp.out_weight
-        maps, kept = self._fill.neuron_maps, self.kept_neurons(layer, kind)
+        own, maps = self._weights.blocks[layer].mlp.out_weight, self._neuron_maps
         # As in the masked model, a fill's maps have no effect where no neuron can be cut.
         total = own if maps is None or self._neurons is None else own + maps[layer, kind]
-        return total[:, kept]
+        return total[:, self.kept_neurons(layer, kind)]
 
     def cut_neurons(self, layer: int, kind: int) -> Float[Tensor, "tokens width"]:
         """What the cut neurons of a kind write: the same for every image."""
@@ -64,26 +85,6 @@ class Writers:
         if self._neurons is None:
             return torch.ones(self._weights.num_neurons, dtype=torch.bool)
         return torch.from_numpy(self._neurons[layer, kind].copy())
-
-
-class Constants:
-    """The constants of one circuit."""
-
-    def __init__(self, weights: ViTWeights, reads: Reads, fill: Fill, writers: Writers) -> None:
-        self._weights = weights
-        self._reads = reads
-        self._fill = fill
-        self._writers = writers
-        self._all_rows = Rows(first=0, end=weights.num_tokens)
-        self._value = cache(self._compute_value)
-        # A blank image gives what enters block 0 whatever the image: [tokens width], of positions,
-        # prefix tokens and biases. The patch embedding of a compact model has no bias.
-        side = weights.image_size
-        blank = fill.sources.new_zeros(1, weights.channels, side, side)
-        self._embedding = embed(weights, blank)[0]
-        if weights.patch_norm is not None:
-            # Positions come before this norm, so the compact model adds them. Its bias is left.
-            self._embedding[weights.num_prefix :] = weights.patch_norm.bias
 
     def table(self, stream: DraftStream) -> Float[Tensor, "rows width"]:
         """All constants that a stream adds to its terms."""
@@ -104,7 +105,7 @@ class Constants:
         """What the classifier reads of a constant kind: prefix tokens, or the mean of patches."""
         weights = self._weights
         table = self._input(weights.graph.classifier, kind)
-        if self._writers.rows[kind].stop <= weights.num_read:
+        if self.rows[kind].stop <= weights.num_read:
             return normalise_last(weights, table).flatten()
         if weights.patch_readout == "mean":
             return normalise_last(weights, table.mean(0))
@@ -118,7 +119,7 @@ class Constants:
         normed = torch.cat(
             [
                 self._normalised_input(target, kind)
-                for kind, own in enumerate(self._writers.rows)
+                for kind, own in enumerate(self.rows)
                 if rows.first <= own.start < rows.end
             ]
         )
@@ -148,7 +149,7 @@ class Constants:
             num_sources: How many sources are written before the target.
             kind: The token kind.
         """
-        rows = self._writers.rows[kind]
+        rows = self.rows[kind]
         # Summed in the order of writing, as in the masked model.
         total = output_bias(self._weights, num_sources).expand_as(self._embedding[rows])
         for number in range(num_sources):
@@ -160,12 +161,12 @@ class Constants:
                 total = total + self._value(number, kind)
             elif self._reads.cut_neurons[kind] & source:
                 layer = self._reads.graph.sources[number].layer
-                total = total + self._writers.cut_neurons(layer, kind)
+                total = total + self.cut_neurons(layer, kind)
         return total
 
     def _compute_value(self, source: int, kind: int) -> Float[Tensor, "tokens width"]:
         """What a constant source writes."""
-        own = self._writers.rows[kind]
+        own = self.rows[kind]
         item = self._reads.graph.sources[source]
         layer, head = item.layer, item.head
         if item.role == "embed":
@@ -173,14 +174,14 @@ class Constants:
         block = self._weights.blocks[layer]
         if item.role == "head":
             q = self.projected(layer, "q", head, Rows(first=own.start, end=own.stop))
-            k = self.projected(layer, "k", head, self._all_rows)
-            v = self.projected(layer, "v", head, self._all_rows)
+            all_rows = self._weights.shape.all_rows
+            k, v = (self.projected(layer, letter, head, all_rows) for letter in ("k", "v"))
             # [queries keys] x [keys head_dim] x [head_dim width]
-            return attend(q, k, block.attn.scale) @ v @ self._writers.head(layer, head, kind).T
-        total = self._writers.cut_neurons(layer, kind)
-        kept = self._writers.kept_neurons(layer, kind)
+            return attend(q, k, block.attn.scale) @ v @ self.head(layer, head, kind).T
+        total = self.cut_neurons(layer, kind)
+        kept = self.kept_neurons(layer, kind)
         if not kept.any():
             return total
         normed = self._normalised_input(self._reads.graph.mlp_target(layer), kind)
         hidden = activate(block.mlp, normed[None])[0]
-        return total + hidden[:, kept] @ self._writers.mlp(layer, kind).T
+        return total + hidden[:, kept] @ self.mlp(layer, kind).T

@@ -5,14 +5,14 @@ scale into q, constants into tables, the maps of a fill into the output weights.
 LayerNorm is applied to the same sum as in the masked model, so this is exact up to rounding.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import AttentionPlan, HeadSetPlan, MlpPlan, Rows, StreamPlan
-from vitcut.compiler.constants import Constants, Writers
+from vitcut.compiler.constants import FilledWeights
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import Draft, draft_circuit, split_circuit
 from vitcut.errors import CircuitError, ExactnessError
@@ -68,7 +68,21 @@ def compile_circuit(
     draft = draft_circuit(weights.shape, circuit, costs)
     with torch.device("meta"):
         model = CompactViT(draft.plan)
-    folded = _fold(draft, weights, split_circuit(weights.shape, circuit), fill)
+    sources = (len(weights.graph.sources), weights.num_tokens, weights.width)
+    if tuple(fill.sources.shape) != sources:
+        raise CircuitError(
+            f"the fill's sources must have shape {sources} (sources, tokens, width), got "
+            f"{tuple(fill.sources.shape)}: fit it to this model"
+        )
+    neurons = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
+    if fill.neurons is not None and tuple(fill.neurons.shape) != neurons:
+        raise CircuitError(
+            f"the fill's neurons must have shape {neurons} (blocks, tokens, neurons), got "
+            f"{tuple(fill.neurons.shape)}: fit it to this model"
+        )
+    double = weights.to(torch.float64, "cpu")
+    split, fill = split_circuit(weights.shape, circuit), fill.like(double.patch_weight)
+    folded = _Folder(draft, double, FilledWeights(double, split, draft.reads, fill)).fold()
     # Copies: training the compact model must not change the original.
     state = {
         name: tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -119,52 +133,13 @@ def verify(
     return Exactness(max_abs_diff=difference, tolerance=allowed, images=len(got))
 
 
-def _fold(draft: Draft, weights: ViTWeights, circuit: Circuit, fill: Fill) -> dict[str, Tensor]:
-    """The compact model's ``state_dict``, in float64.
-
-    Args:
-        draft: The circuit's plan.
-        weights: The model.
-        circuit: The circuit, over the token kinds of the model.
-        fill: What stands in for cut parts.
-
-    Raises:
-        CircuitError: The fill does not fit the model.
-    """
-    tokens = weights.num_tokens
-    expected = (len(weights.graph.sources), tokens, weights.width)
-    if tuple(fill.sources.shape) != expected:
-        raise CircuitError(
-            f"the fill's sources must have shape {expected} (sources, tokens, width), got "
-            f"{tuple(fill.sources.shape)}: fit it to this model"
-        )
-    hidden = (len(weights.blocks), tokens, weights.num_neurons)
-    if fill.neurons is not None and tuple(fill.neurons.shape) != hidden:
-        raise CircuitError(
-            f"the fill's neurons must have shape {hidden} (blocks, tokens, neurons), got "
-            f"{tuple(fill.neurons.shape)}: fit it to this model"
-        )
-    weights = weights.to(torch.float64, "cpu")
-    fill = fill.like(weights.patch_weight)
-
-    def over_kinds(maps: Tensor | None) -> Tensor | None:
-        # [blocks, 1 or kinds, ...]: those of a fill over whole tokens hold for every kind.
-        return maps if maps is None else maps.expand(-1, circuit.graph.num_kinds, *maps.shape[2:])
-
-    fill = replace(
-        fill, head_maps=over_kinds(fill.head_maps), neuron_maps=over_kinds(fill.neuron_maps)
-    )
-    return _Folder(draft, weights, Writers(weights, circuit, fill), fill).fold()
-
-
 class _Folder:
     """Walks the plan and gathers the tensors, by their names in the module's ``state_dict``."""
 
-    def __init__(self, draft: Draft, weights: ViTWeights, writers: Writers, fill: Fill) -> None:
+    def __init__(self, draft: Draft, weights: ViTWeights, filled: FilledWeights) -> None:
         self.draft = draft
         self.weights = weights
-        self.writers = writers
-        self.constants = Constants(weights, draft.reads, fill, writers)
+        self.filled = filled
         self.tensors: dict[str, Tensor] = {}
         self.moved: dict[str, Tensor] = {}
         """By product without a bias, what its only reader adds elsewhere instead."""
@@ -190,7 +165,7 @@ class _Folder:
         for product, name in draft.biases.items():
             stream, bias = draft.streams[name], self.bias_of[product]
             moved = [self.moved.get(item.name, 0.0) for item in stream.products]
-            self.tensors[bias] = self.tensors[bias] + self.constants.table(stream)[0] + sum(moved)
+            self.tensors[bias] = self.tensors[bias] + self.filled.table(stream)[0] + sum(moved)
         return self.tensors
 
     def _classifier(self) -> None:
@@ -205,7 +180,7 @@ class _Folder:
         bias = weights.head_bias
         for kind, own in zip(self.draft.reads.readout, by_kind, strict=True):
             if kind not in live:
-                bias = bias + own @ self.constants.read_out(kind)
+                bias = bias + own @ self.filled.read_out(kind)
                 continue
             for weight in own.split(weights.width, dim=1):
                 product = weight
@@ -238,7 +213,7 @@ class _Folder:
             head_set = plan.head_sets[output.head_set]
             # All kinds of a run write alike: the first one stands for it.
             kind = self._kind_of(head_set.rows)
-            parts = [self.writers.head(layer, head, kind) for head in output.heads]
+            parts = [self.filled.head(layer, head, kind) for head in output.heads]
             bias = self.weights.blocks[layer].attn.out_bias
             if head_set.values:
                 # Absorbed values: W_O W_V of the mixture. A mixture's shares add up to 1, so that
@@ -285,7 +260,7 @@ class _Folder:
         tables: dict[str, Tensor] = {}
         for letter in constant:
             tables[letter] = torch.stack(
-                [self.constants.projected(layer, letter, head, rows[letter]) for head in plan.heads]
+                [self.filled.projected(layer, letter, head, rows[letter]) for head in plan.heads]
             )
         if "q" in constant:
             tables["q"] = tables["q"] * attn.scale
@@ -317,7 +292,7 @@ class _Folder:
     def _mlp(self, prefix: str, layer: int, plan: MlpPlan) -> None:
         block, mlp = self.weights.blocks[layer], self.weights.blocks[layer].mlp
         kind = self._kind_of(plan.stream.rows)
-        kept = self.writers.kept_neurons(layer, kind)
+        kept = self.filled.kept_neurons(layer, kind)
         computed = kept.nonzero()[:, 0]
         if mlp.norm is not None:
             # The norm takes all neurons, what follows only the first: the kept ones go there.
@@ -330,7 +305,7 @@ class _Folder:
             gate_weight, gate_bias = _after_norm(block.mlp_norm, gate_weight, gate_bias)
             weight, bias = torch.cat([gate_weight, weight]), torch.cat([gate_bias, bias])
         self._linear(f"{prefix}.fc1", weight, bias)
-        weight, bias = self.writers.mlp(layer, kind), mlp.out_bias
+        weight, bias = self.filled.mlp(layer, kind), mlp.out_bias
         if mlp.norm is not None:
             weight, bias = weight * mlp.norm.weight[kept], bias + weight @ mlp.norm.bias[kept]
         self._product(f"{prefix}.fc2", plan.name, weight, bias)
@@ -346,11 +321,11 @@ class _Folder:
 
     def _kind_of(self, rows: Rows) -> int:
         """The first token kind of a range of tokens."""
-        return [own.start for own in self.writers.rows].index(rows.first)
+        return [own.start for own in self.filled.rows].index(rows.first)
 
     def _stream(self, prefix: str, plan: StreamPlan) -> None:
         if plan.table_rows:
-            table = self.constants.table(self.draft.streams[plan.name])
+            table = self.filled.table(self.draft.streams[plan.name])
             for term in plan.terms:
                 table = table + self.moved.get(term.name, 0.0)
             self.tensors[f"{prefix}.table"] = table[: plan.table_rows]

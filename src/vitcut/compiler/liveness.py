@@ -96,16 +96,15 @@ class Block(NamedTuple):
 
 @cache
 def _find_blocks(graph: Graph) -> tuple[Block, ...]:
+    def head(layer: int, number: int) -> Head:
+        targets: dict[Letter, int] = {
+            letter: graph.head_target(layer, number, letter) for letter in LETTERS
+        }
+        return Head(number, Mask(1 << graph.head_source(layer, number)), targets)
+
     found: list[Block] = []
     for layer in range(graph.num_layers):
-        heads = tuple(
-            Head(
-                number=head,
-                source=Mask(1 << graph.head_source(layer, head)),
-                targets={letter: graph.head_target(layer, head, letter) for letter in LETTERS},
-            )
-            for head in range(graph.num_heads)
-        )
+        heads = tuple(head(layer, number) for number in range(graph.num_heads))
         mlp = Mask(1 << graph.mlp_source(layer))
         sources = union(head.source for head in heads) | mlp
         found.append(Block(heads, mlp, graph.mlp_target(layer), sources))
@@ -138,13 +137,7 @@ class Reads:
 
     @classmethod
     def of(cls, circuit: Circuit, hidden: int, *, maps_differ: bool) -> "Reads":
-        """Read a circuit over token kinds.
-
-        Args:
-            circuit: A circuit over token kinds.
-            hidden: Neurons per MLP.
-            maps_differ: See the attribute.
-        """
+        """Read a circuit over token kinds, of a model with so many neurons per MLP."""
         graph, num_kinds = circuit.graph, circuit.graph.num_kinds
         blocks = _find_blocks(graph.unsplit)
         readout = tuple(graph.kinds.index(kind) for kind in graph.readout)
@@ -251,8 +244,7 @@ class Joins:
     """
 
     def __init__(self, reads: Reads, liveness: Liveness) -> None:
-        self._reads = reads
-        self._liveness = liveness
+        self.reads, self.liveness = reads, liveness
         self._together = [EMBED] * (len(reads.kinds) - 1)
         """Per pair of adjacent kinds, the sources that are written jointly."""
         self.written: dict[Mask, tuple[Run, ...]] = {}
@@ -272,9 +264,9 @@ class Joins:
 
     def _decide(self, source: Mask, target: int, may_join: Sequence[bool]) -> None:
         """Choose the runs that a source is computed for; ``target`` is what it is computed from."""
-        useful, needed = self._liveness.useful, self._liveness.needed
-        kinds = [kind for kind in self._reads.kinds if useful[kind] & source]
-        if self._reads.maps_differ:
+        useful, needed = self.liveness.useful, self.liveness.needed
+        kinds = [kind for kind in self.reads.kinds if useful[kind] & source]
+        if self.reads.maps_differ:
             may_join = [False] * len(may_join)
         runs = self.runs(target, kinds, may_join)
         runs = tuple(run for run in runs if any(needed[kind] & source for kind in run))
@@ -299,7 +291,7 @@ class Joins:
                 # What varies in the input must be kept in each kind, and be written as one tensor.
                 joint = ~NOTHING
                 for each in run:
-                    joint &= self._reads.masks[each][target] | EMBED
+                    joint &= self.reads.masks[each][target] | EMBED
                 for pair in run[:-1]:
                     joint &= self._together[pair]
                 if not self.live(target, run) & ~joint:
@@ -312,7 +304,7 @@ class Joins:
         """The sources in a target's input that depend on the image in some kind of a run."""
         total = NOTHING
         for kind in run:
-            total |= self._reads.masks[kind][target] & self._liveness.varying[kind]
+            total |= self.reads.masks[kind][target] & self.liveness.varying[kind]
         return total
 
 

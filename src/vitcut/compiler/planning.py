@@ -115,9 +115,8 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
     # The maps of a linear fill over whole tokens are the same for all kinds.
     maps_differ = circuit.ablation == "linear" and bool(circuit.graph.kinds)
     reads = Reads.of(split_circuit(shape, circuit), shape.hidden, maps_differ=maps_differ)
-    liveness = find_liveness(reads)
-    joins = Joins(reads, liveness)
-    builder = StreamBuilder(shape=shape, reads=reads, liveness=liveness, joins=joins)
+    joins = Joins(reads, find_liveness(reads))
+    builder = StreamBuilder(shape, joins)
 
     # From the first block to the classifier: streams build on those of earlier blocks.
     attentions: list[tuple[list[DraftStream], tuple[ProjectionPlan, ...]]] = []
@@ -127,15 +126,12 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
         runs = joins.written.get(block.mlp_source, ())
         mlps.append([])
         for number, run in enumerate(runs):
-            product = DraftProduct(
-                name=f"mlp.{layer}" if len(runs) == 1 else f"mlp.{layer}.{number}",
-                run=run,
-                rows=builder.rows(run),
-                bias=2 * layer + 1,
-            )
+            name = f"mlp.{layer}" if len(runs) == 1 else f"mlp.{layer}.{number}"
+            rows, bias = builder.rows(run), 2 * layer + 1
+            product = DraftProduct(name=name, run=run, rows=rows, bias=bias)
             stream = builder.build(block.mlp_target, run)
             mlps[-1].append((product, stream, reads.hidden[layer][run.start]))
-        builder.products.setdefault(layer, []).extend(product for product, *_ in mlps[-1])
+        builder.products[layer] += [product for product, *_ in mlps[-1]]
     classifier = reads.graph.classifier
     readout = [
         builder.build(classifier, range(kind, kind + 1))
@@ -151,11 +147,11 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
         return stream.plan(shape, table_rows=table_rows[stream.name])
 
     blocks: list[BlockPlan] = []
-    for layer, (streams, projections) in enumerate(attentions):
+    for layer, (own_streams, projections) in enumerate(attentions):
         attention = None
-        if layer in builder.head_sets:
+        if builder.head_sets[layer]:
             attention = AttentionPlan(
-                streams=tuple(map(plan_of, streams)),
+                streams=tuple(map(plan_of, own_streams)),
                 projections=projections,
                 head_sets=tuple(head_set for _, head_set in builder.head_sets[layer]),
                 outputs=tuple(
@@ -182,12 +178,12 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
         blocks.append(BlockPlan(attention=attention, mlps=own))
     plan = Plan(
         shape=shape,
-        embeds=bool(union(liveness.needed) & EMBED),
+        embeds=bool(union(joins.liveness.needed) & EMBED),
         blocks=tuple(blocks),
         readout=tuple(map(plan_of, readout)),
     )
-    by_name = {stream.name: stream for stream in builder.streams}
-    return Draft(plan=plan, reads=reads, streams=by_name, biases=biases, unbiased=unbiased)
+    streams = {stream.name: stream for stream in builder.streams}
+    return Draft(plan=plan, reads=reads, streams=streams, biases=biases, unbiased=unbiased)
 
 
 def _require_compilable(shape: ViTShape, circuit: Circuit) -> None:
@@ -214,12 +210,8 @@ def _place_biases(
 ) -> tuple[dict[str, str], frozenset[str]]:
     """Decide which products have a bias (pass 6): one less is one addition less.
 
-    Args:
-        streams: All streams of a model.
-        table_rows: Rows of each stream's table; set to 0 where a product's bias replaces it.
-
-    Returns:
-        As ``biases`` and ``unbiased`` of a draft.
+    Sets the rows of a stream's table to 0 where a bias replaces it. Returns ``biases`` and
+    ``unbiased`` of the draft.
     """
     biases: dict[str, str] = {}
     unbiased: set[str] = set()

@@ -4,21 +4,11 @@ Everything here is a draft: which sources a sum takes, in which rows. The number
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vitcut.compact.plan import EMBED as EMBED_TERM
 from vitcut.compact.plan import HeadSetPlan, Rows, StreamPlan, TermPlan, ViTShape
-from vitcut.compiler.liveness import (
-    EMBED,
-    NOTHING,
-    Joins,
-    Liveness,
-    Mask,
-    Reads,
-    Run,
-    first_sources,
-    union,
-)
+from vitcut.compiler.liveness import EMBED, NOTHING, Joins, Mask, Run, first_sources, union
 
 Marks = tuple[Mask, Mask, Mask]
 """What the constants of a sum come from in one token kind: kept constant sources, ablated sources,
@@ -82,11 +72,9 @@ class DraftStream:
         return int(carried != list(range(first_bias, self.num_biases)) or not has_terms)
 
     def plan(self, shape: ViTShape, *, table_rows: int) -> StreamPlan:
-        """What the plan says of it. All streams must be built, so that rows of products are final.
+        """What the plan says of it, once all streams are built and the rows of products final.
 
-        Args:
-            shape: The model's sizes.
-            table_rows: As the property, or 0 where the bias of a product holds the constants.
+        ``table_rows`` is the property's, or 0 where the bias of a product holds the constants.
         """
         terms: list[TermPlan] = []
         if self.parent:
@@ -97,30 +85,22 @@ class DraftStream:
         return StreamPlan(name=self.name, rows=self.rows, terms=tuple(terms), table_rows=table_rows)
 
 
-@dataclass(kw_only=True)
 class StreamBuilder:
     """Builds streams in the order in which a model computes them, and remembers them."""
 
-    shape: ViTShape
-    reads: Reads
-    liveness: Liveness
-    joins: Joins
-    streams: list[DraftStream] = field(default_factory=list[DraftStream])
-    products: dict[int, list[DraftProduct]] = field(default_factory=dict[int, list[DraftProduct]])
-    """By block. Outputs of attention are added as streams ask for them, MLPs by the caller."""
-    head_sets: dict[int, list[tuple[Run, HeadSetPlan]]] = field(
-        default_factory=dict[int, list[tuple[Run, HeadSetPlan]]]
-    )
-    """By block, with the run of kinds that ask. Added by the caller before a later stream."""
-
-    def __post_init__(self) -> None:
-        self._rows_of_kind = tuple(self.shape.kind_rows.values())
+    def __init__(self, shape: ViTShape, joins: Joins) -> None:
+        self.shape, self.joins, self.reads = shape, joins, joins.reads
+        self.streams: list[DraftStream] = []
+        self.products: list[list[DraftProduct]] = [[] for _ in joins.reads.blocks]
+        """By block. Outputs of attention are added as streams ask for them, MLPs by the caller."""
+        self.head_sets: list[list[tuple[Run, HeadSetPlan]]] = [[] for _ in joins.reads.blocks]
+        """By block, with the kinds that ask. The caller adds them before later streams."""
+        self._rows_of_kind = tuple(shape.kind_rows.values())
 
     def rows(self, run: Run) -> Rows:
         """The tokens of a run of kinds."""
-        return Rows(
-            first=self._rows_of_kind[run.start].first, end=self._rows_of_kind[run.stop - 1].end
-        )
+        first, last = self._rows_of_kind[run[0]], self._rows_of_kind[run[-1]]
+        return Rows(first=first.first, end=last.end)
 
     def kept(self, target: int, run: Run) -> tuple[Mask, ...]:
         """What a target keeps in each kind of a run: the same for targets that share a stream."""
@@ -165,7 +145,7 @@ class StreamBuilder:
         # other kinds: there, the parent's sum has them already.
         allowed = ~NOTHING
         for kind, own in zip(run, kept, strict=True):
-            allowed &= own & ~self.liveness.varying[kind]
+            allowed &= own & ~self.joins.liveness.varying[kind]
         allowed |= live
         found: DraftStream | None = None
         fewest = fewest_marks = 0
@@ -213,8 +193,8 @@ class StreamBuilder:
             left = sources & block.sources
             if not left:
                 continue
-            known = self.products.setdefault(layer, [])
-            for number, (own, head_set) in enumerate(self.head_sets.get(layer, ())):
+            known = self.products[layer]
+            for number, (own, head_set) in enumerate(self.head_sets[layer]):
                 heads = tuple(head for head in head_set.heads if left & block.heads[head].source)
                 if not heads or not covers(own, run):
                     continue
@@ -227,13 +207,9 @@ class StreamBuilder:
                         end=max(product.rows.end, rows.end),
                     )
                 else:
+                    name = f"out.{layer}.{sum(item.head_set >= 0 for item in known)}"
                     product = DraftProduct(
-                        name=f"out.{layer}.{sum(item.head_set >= 0 for item in known)}",
-                        run=own,
-                        rows=rows,
-                        bias=2 * layer,
-                        head_set=number,
-                        heads=heads,
+                        name=name, run=own, rows=rows, bias=2 * layer, head_set=number, heads=heads
                     )
                     known.append(product)
                 found.append(product)
