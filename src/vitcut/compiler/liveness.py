@@ -251,10 +251,12 @@ class Joins:
         """For each needed source, the runs of kinds that it is computed for."""
         varying, neurons = liveness.varying, reads.neurons
         wanted = _find_wanted(reads, liveness)
+        # In the order of writing: a target reads earlier sources only, and those are decided.
         for layer, block in enumerate(reads.blocks):
             by_heads, by_mlp = wanted[layer]
             for _, source, targets in block.heads:
                 self._decide(source, targets["q"], [bool(mask & source) for mask in by_heads])
+            # One product for both kinds needs the same neurons in both.
             may_join = [
                 bool(block.mlp_source & (mask | varying[pair] & varying[pair + 1]))
                 and neurons[layer][pair] == neurons[layer][pair + 1]
@@ -266,6 +268,7 @@ class Joins:
         """Choose the runs that a source is computed for; ``target`` is what it is computed from."""
         useful, needed = self.liveness.useful, self.liveness.needed
         kinds = [kind for kind in self.reads.kinds if useful[kind] & source]
+        # A linear fill adds its maps to the output weights, here other ones for each kind.
         if self.reads.maps_differ:
             may_join = [False] * len(may_join)
         runs = self.runs(target, kinds, may_join)

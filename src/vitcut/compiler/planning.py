@@ -131,7 +131,7 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
             product = DraftProduct(name=name, run=run, rows=rows, bias=bias)
             stream = builder.build(block.mlp_target, run)
             mlps[-1].append((product, stream, reads.hidden[layer][run.start]))
-        builder.products[layer] += [product for product, *_ in mlps[-1]]
+        builder.mlps[layer] += [product for product, *_ in mlps[-1]]
     classifier = reads.graph.classifier
     readout = [
         builder.build(classifier, range(kind, kind + 1))
@@ -157,13 +157,12 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
                 outputs=tuple(
                     OutputPlan(
                         name=product.name,
-                        head_set=product.head_set,
-                        heads=product.heads,
+                        head_set=number,
+                        heads=heads,
                         rows=product.rows,
                         bias=product.name not in unbiased,
                     )
-                    for product in builder.products[layer]
-                    if product.head_set >= 0
+                    for (number, heads), product in builder.outputs[layer].items()
                 ),
             )
         own = tuple(
@@ -230,7 +229,7 @@ def _place_biases(
 
 
 Want = tuple[Run, tuple[Mask, ...]]
-"""A stream by what it is: its kinds, and the sources kept in each."""
+"""A stream before it is built: its kinds, and the sources kept in each."""
 Inputs = dict[tuple[Letter, int, Run], tuple[int, ...]]
 """For a letter, a head and a run of kinds that ask: numbers of the streams within the attention
 whose tokens it reads, one after the other. Empty where it is constant."""
@@ -294,6 +293,7 @@ def _draft_attention(
     }
 
     # Heads with the same query rows and the same constant letters are one set, ordered by streams.
+    # Then columns of one projection that a set reads are neighbours, and need no copy.
     members: dict[tuple[Run, tuple[Letter, ...]], list[int]] = {}
     for head, run in asking:
         constant: tuple[Letter, ...] = tuple(

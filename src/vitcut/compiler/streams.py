@@ -26,9 +26,6 @@ class DraftProduct:
     """The rows that some stream adds; grows as streams are built, so read it after the last."""
     bias: int
     """Which output bias it carries: 2 * block for attention, 2 * block + 1 for the MLP."""
-    head_set: int = -1
-    """Number of the head set within the block's attention; -1 for an MLP."""
-    heads: tuple[int, ...] = ()
     readers: int = 0
     """How many streams add it; also final only after the last stream."""
 
@@ -91,10 +88,14 @@ class StreamBuilder:
     def __init__(self, shape: ViTShape, joins: Joins) -> None:
         self.shape, self.joins, self.reads = shape, joins, joins.reads
         self.streams: list[DraftStream] = []
-        self.products: list[list[DraftProduct]] = [[] for _ in joins.reads.blocks]
-        """By block. Outputs of attention are added as streams ask for them, MLPs by the caller."""
         self.head_sets: list[list[tuple[Run, HeadSetPlan]]] = [[] for _ in joins.reads.blocks]
         """By block, with the kinds that ask. The caller adds them before later streams."""
+        self.mlps: list[list[DraftProduct]] = [[] for _ in joins.reads.blocks]
+        """By block, likewise."""
+        self.outputs: list[dict[tuple[int, tuple[int, ...]], DraftProduct]] = [
+            {} for _ in joins.reads.blocks
+        ]
+        """By block, head set and heads: outputs of attention, made as streams ask for them."""
         self._rows_of_kind = tuple(shape.kind_rows.values())
 
     def rows(self, run: Run) -> Rows:
@@ -112,9 +113,8 @@ class StreamBuilder:
         kept = self.kept(target, run)
         num_sources = graph.num_written(target)
         live = self.joins.live(target, run)
-        parent = self._find_parent(kept, live, run, num_sources)
+        parent, seen = self._find_parent(kept, live, run, num_sources)
         # The parent may bring constants that were computed along with a varying source.
-        seen = self._seen(parent, run) if parent else NOTHING
         extra, live = live & ~seen, live | seen
         products = self._find_products(extra & ~EMBED, run)
         for product in products:
@@ -139,18 +139,24 @@ class StreamBuilder:
 
     def _find_parent(
         self, kept: Sequence[Mask], live: Mask, run: Run, num_sources: int
-    ) -> DraftStream | None:
-        """The earlier stream that leaves the fewest sources to add, then the fewest constants."""
+    ) -> tuple[DraftStream | None, Mask]:
+        """The earlier stream that leaves the fewest sources to add, then the fewest constants.
+
+        Returns:
+            The stream, and the sources that it has added in the rows of the run, image by image.
+        """
         # Sources that are constant in all of the run may come as a constant, or as computed for
         # other kinds: there, the parent's sum has them already.
         allowed = ~NOTHING
         for kind, own in zip(run, kept, strict=True):
             allowed &= own & ~self.joins.liveness.varying[kind]
         allowed |= live
+        # The embedding is zero but in patch rows, which only runs up to the last kind have.
+        visible = ~NOTHING if run.stop == self.reads.kinds.stop else ~EMBED
         found: DraftStream | None = None
-        fewest = fewest_marks = 0
+        found_seen, fewest, fewest_marks = NOTHING, 0, 0
         for stream in reversed(self.streams):
-            seen = self._seen(stream, run)
+            seen = stream.live & visible
             if not seen or seen & ~allowed or not covers(stream.run, run):
                 continue
             missing = (live & ~seen).bit_count()
@@ -164,12 +170,8 @@ class StreamBuilder:
                 for one, other in zip(mine, theirs, strict=True)
             )
             if not found or (missing, differing) < (fewest, fewest_marks):
-                found, fewest, fewest_marks = stream, missing, differing
-        return found
-
-    def _seen(self, stream: DraftStream, run: Run) -> Mask:
-        """What a stream adds image by image in a run: the embedding is zero but in patch rows."""
-        return stream.live if run.stop == self.reads.kinds.stop else stream.live & ~EMBED
+                found, found_seen, fewest, fewest_marks = stream, seen, missing, differing
+        return found, found_seen
 
     def _marks(
         self, kept: Sequence[Mask], run: Run, live: Mask, num_sources: int
@@ -193,28 +195,24 @@ class StreamBuilder:
             left = sources & block.sources
             if not left:
                 continue
-            known = self.products[layer]
+            outputs = self.outputs[layer]
             for number, (own, head_set) in enumerate(self.head_sets[layer]):
                 heads = tuple(head for head in head_set.heads if left & block.heads[head].source)
                 if not heads or not covers(own, run):
                     continue
                 left &= ~union(block.heads[head].source for head in heads)
-                same = [item for item in known if (item.head_set, item.heads) == (number, heads)]
-                if same:
-                    (product,) = same
-                    product.rows = Rows(
-                        first=min(product.rows.first, rows.first),
-                        end=max(product.rows.end, rows.end),
-                    )
-                else:
-                    name = f"out.{layer}.{sum(item.head_set >= 0 for item in known)}"
+                product = outputs.get((number, heads))
+                if product is None:
                     product = DraftProduct(
-                        name=name, run=own, rows=rows, bias=2 * layer, head_set=number, heads=heads
+                        name=f"out.{layer}.{len(outputs)}", run=own, rows=rows, bias=2 * layer
                     )
-                    known.append(product)
+                    outputs[number, heads] = product
+                product.rows = Rows(
+                    first=min(product.rows.first, rows.first), end=max(product.rows.end, rows.end)
+                )
                 found.append(product)
             if left & block.mlp_source:
-                found += [item for item in known if item.head_set < 0 and covers(item.run, run)]
+                found += [mlp for mlp in self.mlps[layer] if covers(mlp.run, run)]
         return found
 
 
