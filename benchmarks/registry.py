@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from vitcut.circuit import Circuit
-from vitcut.compiler.emit import compile_circuit
-from vitcut.compiler.verify import verify
+from vitcut.compiler.emit import compile_circuit, verify
 from vitcut.errors import UnsupportedModelError, VitcutError
 from vitcut.masked.fill import zero_fill
 from vitcut.masked.fitting import mean_fill

@@ -34,14 +34,14 @@ def with_tables(density, letters_cut):
     return compact, weights
 
 
-def per_group():
-    """Block 0 keeps parts of both groups, block 1 of the class token alone."""
+def per_kind():
+    """Block 0 keeps parts of both kinds, block 1 of the class token alone."""
     weights = random_vit(num_layers=2, num_heads=3, width=16, hidden=9).to(torch.float32)
     circuit = parts_per_kind(weights)
     compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
-    groups = [group for block in compact.plan.blocks for group in block.attention.head_sets]
-    assert any(group.keys for group in groups)
-    assert any(not group.keys for group in groups)
+    head_sets = [item for block in compact.plan.blocks for item in block.attention.head_sets]
+    assert any(item.keys for item in head_sets)
+    assert any(not item.keys for item in head_sets)
     return compact, weights
 
 
@@ -65,7 +65,7 @@ def of_constants():
 
 CASES = {
     "constants": of_constants,
-    "token kinds and neurons": per_group,
+    "token kinds and neurons": per_kind,
     "every kind of block": with_every_kind_of_block,
     "head gaps": with_gaps,
     "a table of keys": lambda: with_tables(0.5, "k"),
@@ -85,7 +85,7 @@ def test_the_onnx_file_of_a_compact_model_gives_its_logits_at_any_batch_size(cas
         torch.testing.assert_close(got, compact(pixels).detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [per_group, lambda: compiled(0.6)])
+@pytest.mark.parametrize("make", [per_kind, lambda: compiled(0.6)])
 def test_it_exports_with_a_dynamic_batch(make):
     compact, weights = make()
     shapes = ({0: torch.export.Dim("batch")},)
@@ -96,7 +96,7 @@ def test_it_exports_with_a_dynamic_batch(make):
     torch.testing.assert_close(exported(pixels), compact(pixels))
 
 
-@pytest.mark.parametrize("make", [per_group, lambda: compiled(0.6)])
+@pytest.mark.parametrize("make", [per_kind, lambda: compiled(0.6)])
 def test_it_compiles_as_one_graph(make):
     compact, weights = make()
     pixels = random_pixels(weights)
@@ -105,7 +105,7 @@ def test_it_compiles_as_one_graph(make):
 
 
 def test_the_onnx_file_looks_for_no_means_and_the_module_keeps_its_own(tmp_path):
-    compact, weights = per_group()
+    compact, weights = per_kind()
     before = {name: tensor.clone() for name, tensor in compact.state_dict().items()}
     export_onnx(compact, tmp_path / "model.onnx", example=random_pixels(weights, 2))
     operations = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}

@@ -4,16 +4,15 @@ from hypothesis import strategies as st
 from strategies import circuits
 
 from vitcut.circuit import Circuit
-from vitcut.compiler.liveness import find_liveness
-from vitcut.compiler.reads import Reads
+from vitcut.compiler.liveness import Reads, find_liveness
 from vitcut.graph import Graph
 
-GROUPS = st.sampled_from([("cls", "patch"), ("cls", "register", "patch")])
+KINDS = st.sampled_from([("cls", "patch"), ("cls", "register", "patch")])
 graphs = st.builds(
     Graph,
     num_layers=st.integers(1, 3),
     num_heads=st.integers(1, 3),
-    kinds=GROUPS,
+    kinds=KINDS,
     readout=st.just(("cls",)),
 )
 
@@ -36,7 +35,7 @@ def liveness_of(circuit):
 
 
 def names(circuit, masks):
-    """The sources of per-group masks, by name."""
+    """The sources of per-kind masks, by name."""
     graph = circuit.graph
     return {
         source.name
@@ -63,7 +62,7 @@ def test_patch_parts_that_no_key_or_value_reads_are_not_needed():
 
 def test_what_reads_only_constants_is_constant():
     graph = split(2, 1)
-    inputs = [f"attn.0.0.{x}.{group}" for x in "qkv" for group in ("cls", "patch")]
+    inputs = [f"attn.0.0.{x}.{kind}" for x in "qkv" for kind in ("cls", "patch")]
     circuit = cut(graph, *inputs)
     varying = names(circuit, liveness_of(circuit).varying)
     assert not {"attn.0.0.cls", "attn.0.0.patch", "mlp.0.cls"} & varying

@@ -126,9 +126,9 @@ def parts_plan(**changes):
     return plan_circuit(weights.shape, circuit, NO_OVERHEAD)
 
 
-def test_token_groups_that_keep_other_parts_have_their_own_streams_heads_and_mlps():
+def test_token_kinds_that_keep_other_parts_have_their_own_streams_heads_and_mlps():
     first, second, third = parts_plan().blocks
-    assert [(group.rows.count, len(group.heads)) for group in first.attention.head_sets] == [
+    assert [(item.rows.count, len(item.heads)) for item in first.attention.head_sets] == [
         (1, 4),
         (4, 1),
     ]
@@ -149,13 +149,13 @@ def test_one_query_meets_the_tokens_directly_and_many_have_keys_and_values():
     ]
     assert alone.keys == alone.values
     assert (patches.keys, patches.values) == ((), ())
-    (group,) = second.attention.head_sets
-    tokens = [second.attention.streams[number].rows.first for number in group.keys]
-    assert (tokens, group.keys == group.values) == ([0, 1], True)
+    (head_set,) = second.attention.head_sets
+    tokens = [second.attention.streams[number].rows.first for number in head_set.keys]
+    assert (tokens, head_set.keys == head_set.values) == ([0, 1], True)
     assert [(item.q, item.k) for item in second.attention.projections] == [((0, 1, 2, 3), ())]
 
 
-def test_what_a_linear_fill_may_write_differently_per_group_is_not_written_jointly():
+def test_what_a_linear_fill_may_write_differently_per_kind_is_not_written_jointly():
     graph = Graph(num_layers=2, num_heads=2, kinds=("cls", "patch"), readout=("cls",))
     shape = dataclasses.replace(REFERENCE, num_layers=2, num_heads=2)
     joint, apart = (
@@ -166,7 +166,7 @@ def test_what_a_linear_fill_may_write_differently_per_group_is_not_written_joint
     assert (len(apart.attention.outputs), len(apart.mlps)) == (2, 2)
 
 
-def test_a_circuit_over_whole_tokens_and_the_same_per_group_have_one_plan():
+def test_a_circuit_over_whole_tokens_and_the_same_per_kind_have_one_plan():
     for circuit in (Circuit.full(GRAPH), without_heads([(0, 3), (4, 1), (5, 5)])):
         split = circuit.split(("cls", "patch"), ("cls",))
         assert plan_circuit(REFERENCE, split) == plan_circuit(REFERENCE, circuit)

@@ -10,8 +10,7 @@ from tiny import random_fill, random_pixels
 from torch import nn
 
 from vitcut.circuit import Circuit
-from vitcut.compiler.emit import compile_circuit
-from vitcut.compiler.verify import verify
+from vitcut.compiler.emit import compile_circuit, verify
 from vitcut.errors import ModelError, UnsupportedModelError, VitcutError
 from vitcut.masked.masking import full_run
 from vitcut.model.given import Given

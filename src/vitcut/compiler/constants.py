@@ -1,6 +1,6 @@
-"""Values that depend on no image, computed once: constant sources, inputs and attention patterns.
+"""What a circuit and its fill leave of a model's weights, and all that depends on no image.
 
-All are per token kind, [tokens of the group, width], in the precision of the weights.
+Constants are per token kind, shape [tokens of the kind, width], in the precision of the weights.
 """
 
 from functools import cache
@@ -9,8 +9,8 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import Rows
-from vitcut.compiler.reads import EMBED_SOURCE, Reads
-from vitcut.compiler.streams import Stream
+from vitcut.compiler.liveness import EMBED, Mask, Reads
+from vitcut.compiler.streams import DraftStream
 from vitcut.masked.fill import Fill
 from vitcut.model.forward import (
     activate,
@@ -23,87 +23,89 @@ from vitcut.model.forward import (
 )
 from vitcut.model.weights import ViTWeights
 from vitcut.names import Letter
-from vitcut.shapes import Float, Tensor
+from vitcut.shapes import Bool, Float, Tensor
 
 
-class Writers:
-    """Output weights of heads and MLPs as a circuit and its fill leave them, per token kind."""
+class FilledWeights:
+    """A model's output weights with the maps of a fill, and its constants under a circuit."""
 
-    def __init__(self, weights: ViTWeights, circuit: Circuit, fill: Fill) -> None:
+    def __init__(self, weights: ViTWeights, circuit: Circuit, reads: Reads, fill: Fill) -> None:
+        """Prepare them.
+
+        Args:
+            weights: The model.
+            circuit: The circuit, over the token kinds of the model.
+            reads: What its targets read.
+            fill: What stands in for cut parts, in the precision of the weights.
+        """
         self._weights = weights
-        self._fill = fill
         self._neurons = circuit.neurons
+        self._reads = reads
+        self._fill = fill
+        # [blocks, 1 or kinds, ...]: the maps of a fill over whole tokens hold for every kind.
+        maps, kinds = (fill.head_maps, fill.neuron_maps), len(reads.kinds)
+        self._head_maps, self._neuron_maps = (
+            each if each is None else each.expand(-1, kinds, *each.shape[2:]) for each in maps
+        )
         self.rows = tuple(weights.kind_rows.values())
-        """The tokens of each group."""
+        """The tokens of each kind."""
+        self._value = cache(self._compute_value)
+        # A blank image gives what enters block 0 whatever the image: [tokens width], of positions,
+        # prefix tokens and biases. The patch embedding of a compact model has no bias.
+        side = weights.image_size
+        blank = fill.sources.new_zeros(1, weights.channels, side, side)
+        self._embedding = embed(weights, blank)[0]
+        if weights.patch_norm is not None:
+            # Positions come before this norm, so the compact model adds them. Its bias is left.
+            self._embedding[weights.num_prefix :] = weights.patch_norm.bias
 
-    def head(self, layer: int, head: int, group: int) -> Float[Tensor, "width head_dim"]:
-        """What a head writes of its z, for itself and for cut heads."""
-        own = self._weights.blocks[layer].attn.out_weight[head]
-        maps = self._fill.head_maps
-        return own if maps is None else own + maps[layer, group, head]
+    def head(self, layer: int, head: int, kind: int) -> Float[Tensor, "width head_dim"]:
+        """What a head writes of its z, for itself and for the cut heads that it predicts."""
+        own, maps = self._weights.blocks[layer].attn.out_weight[head], self._head_maps
+        return own if maps is None else own + maps[layer, kind, head]
 
-    def mlp(self, layer: int, group: int) -> Float[Tensor, "width kept"]:
-        """What kept neurons write, for themselves and for cut ones."""
-        own = self._weights.blocks[layer].mlp.out_weight
-        maps, kept = self._fill.neuron_maps, self.kept_neurons(layer, group)
-        # As in the masked model, a fill's maps mean nothing where no neuron can be cut.
-        total = own if maps is None or self._neurons is None else own + maps[layer, group]
-        return total[:, kept]
+    def mlp(self, layer: int, kind: int) -> Float[Tensor, "width kept"]:
+        """What kept neurons write, for themselves and for the cut ones that they predict."""
+        own, maps = self._weights.blocks[layer].mlp.out_weight, self._neuron_maps
+        # As in the masked model, a fill's maps have no effect where no neuron can be cut.
+        total = own if maps is None or self._neurons is None else own + maps[layer, kind]
+        return total[:, self.kept_neurons(layer, kind)]
 
-    def cut_neurons(self, layer: int, group: int) -> Float[Tensor, "tokens width"]:
-        """What the cut neurons of a group write: constants."""
-        cut = ~self.kept_neurons(layer, group)
+    def cut_neurons(self, layer: int, kind: int) -> Float[Tensor, "tokens width"]:
+        """What the cut neurons of a kind write: the same for every image."""
+        cut = ~self.kept_neurons(layer, kind)
         own = self._weights.blocks[layer].mlp.out_weight[:, cut]
         if self._fill.neurons is None:
             return own.new_zeros(1, len(own))
-        return self._fill.neurons[layer][self.rows[group]][:, cut] @ own.T
+        # [tokens cut] x [cut width]
+        return self._fill.neurons[layer][self.rows[kind]][:, cut] @ own.T
 
-    def kept_neurons(self, layer: int, group: int) -> Tensor:
-        """Which neurons are kept, shape [neurons]."""
+    def kept_neurons(self, layer: int, kind: int) -> Bool[Tensor, "neurons"]:
+        """Which neurons are kept."""
         if self._neurons is None:
             return torch.ones(self._weights.num_neurons, dtype=torch.bool)
-        return torch.from_numpy(self._neurons[layer, group].copy())
+        return torch.from_numpy(self._neurons[layer, kind].copy())
 
-
-class Constants:
-    """The constants of one circuit."""
-
-    def __init__(
-        self,
-        weights: ViTWeights,
-        reads: Reads,
-        fill: Fill,
-        writers: Writers,
-    ) -> None:
-        self._weights = weights
-        self._reads = reads
-        self._fill = fill
-        self._writers = writers
-        self._value = cache(self._compute_value)
-        side = weights.image_size
-        blank = fill.sources.new_zeros(1, weights.channels, side, side)
-        embedding = embed(weights, blank)[0]
-        if weights.patch_norm is not None:
-            embedding[weights.num_prefix :] = weights.patch_norm.bias
-        self._embedding = embedding
-        """What enters block 0 but for what the embedding of a compact model gives."""
-
-    def table(self, stream: Stream) -> Float[Tensor, "rows width"]:
+    def table(self, stream: DraftStream) -> Float[Tensor, "rows width"]:
         """All constants that a stream adds to its terms."""
-        parts = [self._added(stream, group) for group in range(stream.run[0], stream.run[1] + 1)]
+        parts: list[Tensor] = []
+        for place, kind in enumerate(stream.run):
+            total = self._sum(stream.kept[place], stream.live, stream.num_sources, kind)
+            # The parent brings its own constants, and each product the bias of its block.
+            if parent := stream.parent:
+                kept = parent.kept[kind - parent.run.start]
+                total = total - self._sum(kept, parent.live, parent.num_sources, kind)
+            for product in stream.products:
+                block = self._weights.blocks[product.bias // 2]
+                total = total - (block.mlp if product.bias % 2 else block.attn).out_bias
+            parts.append(total)
         return torch.cat(parts)
 
-    def normalised_input(self, target: int, group: int) -> Float[Tensor, "tokens width"]:
-        """What a constant target of a block reads, after its LayerNorm."""
-        item = self._reads.graph.targets[target]
-        table = self._input(target, group)
-        block = self._weights.blocks[item.layer]
-        return normalise(block.mlp_norm if item.role == "mlp" else block.attn_norm, table)
-
-    def read_out(self, group: int) -> Float[Tensor, "features"]:
-        """What the classifier reads of a constant group."""
-        table, weights = self._input(self._weights.graph.classifier, group), self._weights
-        if self._writers.rows[group].stop <= weights.num_read:
+    def read_out(self, kind: int) -> Float[Tensor, "features"]:
+        """What the classifier reads of a constant kind: prefix tokens, or the mean of patches."""
+        weights = self._weights
+        table = self._input(weights.graph.classifier, kind)
+        if self.rows[kind].stop <= weights.num_read:
             return normalise_last(weights, table).flatten()
         if weights.patch_readout == "mean":
             return normalise_last(weights, table.mean(0))
@@ -112,77 +114,74 @@ class Constants:
     def projected(
         self, layer: int, letter: Letter, head: int, rows: Rows
     ) -> Float[Tensor, "tokens head_dim"]:
-        """The constant q, k or v of a head; the attention scale is left out."""
+        """The constant q, k or v of a head, without the attention scale."""
         target = self._reads.graph.head_target(layer, head, letter)
-        groups = [
-            g for g, own in enumerate(self._writers.rows) if rows.first <= own.start < rows.end
-        ]
-        normed = torch.cat([self.normalised_input(target, group) for group in groups])
+        normed = torch.cat(
+            [
+                self._normalised_input(target, kind)
+                for kind, own in enumerate(self.rows)
+                if rows.first <= own.start < rows.end
+            ]
+        )
         attn, span = self._weights.blocks[layer].attn, slice(rows.first, rows.end)
         return project_head(attn, letter, head, normed[None], span)[0]
 
-    def pattern(self, layer: int, head: int, rows: Rows) -> Float[Tensor, "queries keys"]:
-        """The attention pattern of a head whose q and k are constant."""
-        everything = Rows(first=0, end=self._weights.num_tokens)
-        q = self.projected(layer, "q", head, rows)
-        k = self.projected(layer, "k", head, everything)
-        return attend(q, k, self._weights.blocks[layer].attn.scale)
+    def _normalised_input(self, target: int, kind: int) -> Float[Tensor, "tokens width"]:
+        """What a constant target of a block reads, after its LayerNorm."""
+        item = self._reads.graph.targets[target]
+        block = self._weights.blocks[item.layer]
+        norm = block.mlp_norm if item.role == "mlp" else block.attn_norm
+        return normalise(norm, self._input(target, kind))
 
-    def _input(self, target: int, group: int) -> Float[Tensor, "tokens width"]:
+    def _input(self, target: int, kind: int) -> Float[Tensor, "tokens width"]:
         """What a constant target reads, before its LayerNorm."""
         num_sources = self._reads.graph.num_written(target)
-        return self._sum(self._reads.masks[group][target], 0, num_sources, group)
-
-    def _added(self, stream: Stream, group: int) -> Float[Tensor, "tokens width"]:
-        """A stream's constants less those that come with its terms."""
-        place = group - stream.run[0]
-        total = self._sum(stream.keys[place], stream.live, stream.num_sources, group)
-        parent = stream.parent
-        if parent:
-            key = parent.keys[group - parent.run[0]]
-            total = total - self._sum(key, parent.live, parent.num_sources, group)
-        for product in stream.products:
-            total = total - self._bias(product.bias)
-        return total
+        return self._sum(self._reads.masks[kind][target], Mask(), num_sources, kind)
 
     def _sum(
-        self, kept: int, live: int, num_sources: int, group: int
+        self, kept: Mask, live: Mask, num_sources: int, kind: int
     ) -> Float[Tensor, "tokens width"]:
-        """The constants in the input of a target that keeps some sources, of which some live."""
-        rows = self._writers.rows[group]
+        """The constants in the input of a target that keeps some sources.
+
+        Args:
+            kept: What the target keeps.
+            live: The sources that come as they are computed, image by image.
+            num_sources: How many sources are written before the target.
+            kind: The token kind.
+        """
+        rows = self.rows[kind]
+        # Summed in the order of writing, as in the masked model.
         total = output_bias(self._weights, num_sources).expand_as(self._embedding[rows])
-        for source in range(num_sources):
-            if not kept >> source & 1:
-                total = total + self._fill.sources[source][rows]
-            elif not live >> source & 1 or source == EMBED_SOURCE:
-                total = total + self._value(source, group)
-            elif self._reads.cut_neurons[group] >> source & 1:
-                layer = self._reads.graph.sources[source].layer
-                total = total + self._writers.cut_neurons(layer, group)
+        for number in range(num_sources):
+            source = Mask(1 << number)
+            if not kept & source:
+                total = total + self._fill.sources[number][rows]
+            elif not live & source or source == EMBED:
+                # Also of a live embedding: prefix tokens and positions are constants beside it.
+                total = total + self._value(number, kind)
+            elif self._reads.cut_neurons[kind] & source:
+                layer = self._reads.graph.sources[number].layer
+                total = total + self.cut_neurons(layer, kind)
         return total
 
-    def _bias(self, number: int) -> Float[Tensor, "width"]:
-        block = self._weights.blocks[number // 2]
-        return block.mlp.out_bias if number % 2 else block.attn.out_bias
-
-    def _compute_value(self, source: int, group: int) -> Float[Tensor, "tokens width"]:
-        if source == EMBED_SOURCE:
-            return self._embedding[self._writers.rows[group]]
+    def _compute_value(self, source: int, kind: int) -> Float[Tensor, "tokens width"]:
+        """What a constant source writes."""
+        own = self.rows[kind]
         item = self._reads.graph.sources[source]
-        if item.role == "mlp":
-            return self._mlp_value(item.layer, group)
-        own = self._writers.rows[group]
-        rows = Rows(first=own.start, end=own.stop)
-        everything = Rows(first=0, end=self._weights.num_tokens)
-        v = self.projected(item.layer, "v", item.head, everything)
-        z = self.pattern(item.layer, item.head, rows) @ v
-        return z @ self._writers.head(item.layer, item.head, group).T
-
-    def _mlp_value(self, layer: int, group: int) -> Float[Tensor, "tokens width"]:
-        total = self._writers.cut_neurons(layer, group)
-        kept = self._writers.kept_neurons(layer, group)
+        layer, head = item.layer, item.head
+        if item.role == "embed":
+            return self._embedding[own]
+        block = self._weights.blocks[layer]
+        if item.role == "head":
+            q = self.projected(layer, "q", head, Rows(first=own.start, end=own.stop))
+            all_rows = self._weights.shape.all_rows
+            k, v = (self.projected(layer, letter, head, all_rows) for letter in ("k", "v"))
+            # [queries keys] x [keys head_dim] x [head_dim width]
+            return attend(q, k, block.attn.scale) @ v @ self.head(layer, head, kind).T
+        total = self.cut_neurons(layer, kind)
+        kept = self.kept_neurons(layer, kind)
         if not kept.any():
             return total
-        normed = self.normalised_input(self._reads.graph.mlp_target(layer), group)
-        hidden = activate(self._weights.blocks[layer].mlp, normed[None])[0]
-        return total + hidden[:, kept] @ self._writers.mlp(layer, group).T
+        normed = self._normalised_input(self._reads.graph.mlp_target(layer), kind)
+        hidden = activate(block.mlp, normed[None])[0]
+        return total + hidden[:, kept] @ self.mlp(layer, kind).T

@@ -1,4 +1,4 @@
-"""Settings of cutting; no torch, so that ``--help`` stays fast."""
+"""Settings for cutting. Imports no torch, so that ``--help`` stays fast."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,9 +10,8 @@ from vitcut.settings import require_at_least, require_one_of, require_positive
 CutAblation = Literal["mean", "zero", "linear"]
 """Ablations that fold into constants."""
 
-
 _LEAST_RIDGE = 1e-9
-"""Below it, features that are copies of each other cannot be told apart."""
+"""Below it, features that are copies of each other make the fit singular."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,26 +19,26 @@ class CutSettings:
     """How a circuit is compiled and checked."""
 
     ablation: CutAblation | None = None
-    """What stands in for a cut part in the compact model; linear predicts cut heads and neurons
-    from those that are kept beside them. None: what stands in for them in the circuit, or mean
-    where that is resample; linear for a budget."""
+    """What stands in for a cut part in the compact model. Linear predicts cut heads and neurons
+    from those that are kept beside them. None means the circuit's own ablation, mean in place of
+    resample, and linear for a budget."""
     images: int = 1024
-    """Training images, as many of each class, over which fills are averaged and fitted; all of them
-    where there are fewer."""
+    """Training images that fills are averaged and fitted over, the same number of each class; all
+    images where there are fewer."""
     ridge: float | None = None
-    """Of linear fills: added to the covariance's diagonal, as a fraction of its mean; chosen for
-    each layer and token kind by cross-validation if None."""
+    """Of linear fills: added to the diagonal of the covariance, as a fraction of its mean. None
+    means that cross-validation chooses it for each layer and token kind."""
     merge: bool = False
-    """Whether edges come back where that saves predicted time, as targets then share a sum."""
+    """Whether to bring edges back where that saves predicted time, as targets then share a sum."""
     batch: int = 64
-    """Images per call that the compact model is made for: it decides whether weights of heads with
-    few queries are merged, and a latency budget is measured with it."""
+    """Images per call that the compact model is made for. Decides whether the weights of heads with
+    few queries are merged; a latency budget is measured with it."""
     memory_gib: float = 16.0
-    """Most memory that the activations of a fit, or of scoring parts, may take, in GiB."""
+    """Memory limit in GiB for the activations of a fit or of scoring parts."""
     verify_images: int = 64
-    """Images on which compact and masked model are compared."""
+    """Images on which the compact and the masked model are compared."""
     seed: int = 0
-    """Seed of the choice of images."""
+    """Seed for the choice of images."""
 
     def __post_init__(self) -> None:
         if self.ablation is not None:
@@ -53,7 +52,7 @@ class CutSettings:
         require_at_least("seed", self.seed, 0)
 
     def ablation_for(self, circuit: Ablation | None) -> CutAblation:
-        """What stands in for the cut parts of a circuit of an ablation; of a budget where None."""
+        """What stands in for cut parts, given a circuit's own ablation, or None for a budget."""
         if self.ablation is not None:
             return self.ablation
         if circuit is None:
