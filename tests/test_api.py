@@ -10,7 +10,7 @@ import timm
 import torch
 
 import vitcut
-from vitcut.compact.macs import count_macs, dense_macs
+from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.errors import ArtefactError, CircuitError, ConfigError, ModelError, TaskError
 from vitcut.masked.fill import Fill
 from vitcut.masked.oracle import Oracle

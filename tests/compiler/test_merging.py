@@ -10,7 +10,7 @@ from strategies import split_circuits, vits
 from tiny import REFERENCE, random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import dense_macs, describe
+from vitcut.compact.operations import dense_macs, describe
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.merging import MERGES, merge_streams
 from vitcut.compiler.planning import plan_circuit

@@ -14,8 +14,8 @@ from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.artefact import FILL
-from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
+from vitcut.compact.operations import count_macs
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.images.settings import DataSettings

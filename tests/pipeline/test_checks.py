@@ -7,7 +7,7 @@ import pytest
 from tiny import random_vit
 
 from vitcut.cli import main
-from vitcut.compiler.calibration import Measured
+from vitcut.compiler.calibrate import Measured
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import plan_circuit
 from vitcut.errors import ArtefactError

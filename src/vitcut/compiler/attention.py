@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vitcut.compact.macs import head_set_macs
+from vitcut.compact.operations import head_set_macs
 from vitcut.compact.plan import AttentionPlan, HeadSetPlan, ProjectionPlan, Rows, StreamPlan
 from vitcut.compiler.joining import Run
 from vitcut.compiler.streams import Stream, StreamBuilder

@@ -6,8 +6,7 @@ Functions of parts take rows of tokens, so that a caller may compute the readout
 import torch
 import torch.nn.functional as F
 
-from vitcut.compact.activations import ACTIVATIONS
-from vitcut.compact.rotary import rotate
+from vitcut.compact.layers import ACTIVATIONS, rotate
 from vitcut.model.weights import AttentionWeights, MlpWeights, NormWeights, ViTWeights
 from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor

@@ -17,8 +17,8 @@ from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import count_macs, dense_macs
 from vitcut.compact.model import CompactViT
+from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutSettings

@@ -11,7 +11,7 @@ from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compact.plan import ViTShape
-from vitcut.compiler.calibration import Measured, fit_costs, relative_errors
+from vitcut.compiler.calibrate import Measured, fit_costs, relative_errors
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import plan_circuit
 from vitcut.graph import Graph

@@ -9,8 +9,8 @@ from torch import nn
 
 from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import describe
 from vitcut.compact.model import CompactViT
+from vitcut.compact.operations import describe
 from vitcut.compact.plan import Plan, ViTShape
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.merging import MERGES, Cost, merge_streams

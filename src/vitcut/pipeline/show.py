@@ -9,8 +9,8 @@ from rich.table import Table
 
 from vitcut.benchmark.tables import point_table, print_table
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import count_macs, dense_macs, describe
 from vitcut.compact.model import CompactViT
+from vitcut.compact.operations import count_macs, dense_macs, describe
 from vitcut.compact.plan import Plan
 from vitcut.compiler.merging import MERGES
 from vitcut.errors import ArtefactError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import CIRCUIT, CONFIG, TENSORS
-from vitcut.compact.macs import count_macs
 from vitcut.compact.model import CompactViT
+from vitcut.compact.operations import count_macs
 from vitcut.errors import ArtefactError, ModelError, TaskError
 from vitcut.model.loading import weight_hash
 from vitcut.pipeline.folder import choose_point

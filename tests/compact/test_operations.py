@@ -3,7 +3,7 @@ from dataclasses import replace
 from test_plan import ALL, CLS, PLAN, STREAM
 from tiny import REFERENCE
 
-from vitcut.compact.macs import count_macs, dense_macs, describe
+from vitcut.compact.operations import count_macs, dense_macs, describe
 from vitcut.compact.plan import (
     AttentionPlan,
     BlockPlan,
