@@ -161,25 +161,6 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
     return Plan.from_dict(config["plan"]), ModelInfo(**values), tensors
 
 
-def require_shapes(
-    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, origin: Path
-) -> None:
-    """Refuse tensors that are not the ones a plan needs.
-
-    Raises:
-        ArtefactError: A tensor is missing, too many, or has another shape.
-    """
-    for name in sorted(set(expected) ^ set(tensors)):
-        verb = "lacks" if name in expected else "has an unknown"
-        raise ArtefactError(f"{origin / TENSORS} {verb} tensor {name}: save the model again")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ArtefactError(
-                f"{origin / TENSORS}: {name} has shape {list(tensor.shape)}, the plan needs "
-                f"{list(expected[name].shape)}: save the model again"
-            )
-
-
 def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Path:
     """A local model directory, downloaded from the Hugging Face hub if need be.
 

@@ -120,7 +120,8 @@ class Stream(nn.Module):
         if not self.normalised:
             return total
         if self.centred and torch.onnx.is_in_onnx_export():
-            # LayerNorm of what has mean 0, as the one ONNX operation that takes no mean.
+            # Of what has mean 0 the mean square is the variance, so that eps enters alike: this
+            # is LayerNorm, as the one ONNX operation that does not look for the mean.
             return torch.onnx.ops.symbolic(
                 "RMSNormalization",
                 (total, total.new_ones(total.shape[-1])),

@@ -8,17 +8,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from vitcut.compact.artefact import (
-    ModelInfo,
-    load_folder,
-    require_shapes,
-    resolve_folder,
-    save_folder,
-)
+from vitcut.compact.artefact import ModelInfo, load_folder, resolve_folder, save_folder
 from vitcut.compact.attention import CompactAttention, HeadOutput
 from vitcut.compact.layers import ACTIVATIONS, Stream, Written, by_image, make_table, write
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
-from vitcut.errors import ModelError
+from vitcut.errors import ArtefactError, ModelError
 from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
 
@@ -209,7 +203,16 @@ class CompactViT(nn.Module):
         # On "meta" nothing is initialised: all values are assigned.
         with torch.device("meta"):
             model = cls(plan, info)
-        require_shapes(model.state_dict(), tensors, origin=folder)
+        expected, got = (
+            {name: list(tensor.shape) for name, tensor in of.items()}
+            for of in (model.state_dict(), tensors)
+        )
+        for name in sorted(expected.keys() | got.keys()):
+            if expected.get(name) != got.get(name):
+                raise ArtefactError(
+                    f"tensor {name} in {folder} must have the shape {expected.get(name)} that the "
+                    f"plan needs (None: no such tensor), got {got.get(name)}: save the model again"
+                )
         model.load_state_dict(tensors, assign=True)
         return model.eval()
 

@@ -93,8 +93,9 @@ def operations(plan: Plan, *, smooth: bool = False) -> Iterator[Operation]:
 
     Args:
         plan: The compact model.
-        smooth: Whether to include what one more cut would add anyway: every stream has a table,
-            so no product has a bias, and neurons that are not read are left out after a norm.
+        smooth: Whether to include what the first cut of its kind adds, so that it costs no more
+            than the next one: every stream has a table, so no product has a bias, and neurons that
+            are not read are left out after a norm.
     """
     walk = _Walk(plan.shape, smooth=smooth)
     if plan.embeds:
@@ -201,14 +202,12 @@ def describe(plan: Plan) -> tuple[PlanRow, ...]:
 
 def _asking(attention: AttentionPlan, rows: Rows) -> Rows:
     """The queries that a range of tokens serves: its own, or else those it has most tokens of."""
+
+    def common(own: Rows) -> int:
+        return min(own.end, rows.end) - max(own.first, rows.first)
+
     asking = [head_set.rows for head_set in attention.head_sets]
-    if rows in asking:
-        return rows
-    return max(
-        asking,
-        key=lambda own: min(own.end, rows.end) - max(own.first, rows.first),
-        default=rows,
-    )
+    return rows if rows in asking else max(asking, key=common, default=rows)
 
 
 class _Walk:
@@ -353,7 +352,6 @@ class _Walk:
         yield self.make("activation", rows, computed)
         if shape.neuron_norm:
             yield self.make("norm", rows, computed)
-            # The first neuron that is cut then costs what the next one does.
             if plan.hidden < computed or self.smooth:
                 yield self.make("copy", rows, plan.hidden)
         yield self.make("product", rows, shape.width, inputs=plan.hidden)

@@ -93,28 +93,26 @@ def calibrate(
     compact = {f"model {number}": CompactViT(plan).eval() for number, plan in enumerate(plans)}
     config = BenchSettings(runtimes=("onnxruntime",), batches=_BATCHES, seconds=seconds)
     report = measure_latency(compact, images, config, baselines=())
-    latencies = [{item.batch: item.median_ms for item in own} for own in report.latencies.values()]
     measured = [
-        Measured(plan=plan, batch=batch, latency_ms=own[batch])
-        for batch in _BATCHES
-        for plan, own in zip(plans, latencies, strict=True)
+        Measured(plan=plan, batch=batch, latency_ms=own[number].median_ms)
+        for number, batch in enumerate(_BATCHES)
+        for plan, own in zip(plans, report.latencies.values(), strict=True)
     ]
-    # A model is held out at every batch size: its latencies at two sizes are no two observations.
-    held_out = [number % models % _HELD_OUT == 1 for number in range(len(measured))]
-    unseen = [item for item, out in zip(measured, held_out, strict=True) if out]
-    fitted = fit_costs(
-        [item for item, out in zip(measured, held_out, strict=True) if not out], CostModel()
+    # A model is held out at every batch size, as its latencies resemble each other.
+    seen, unseen = (
+        [
+            item
+            for number, item in enumerate(measured)
+            if (number % models % _HELD_OUT == 1) == held_out
+        ]
+        for held_out in (False, True)
     )
     before, after = (
         float(np.median(abs(relative_errors(unseen, item))))
-        for item in (costs or CostModel(), fitted)
+        for item in (costs or CostModel(), fit_costs(seen, CostModel()))
     )
-    return Calibration(
-        costs=fit_costs(measured, CostModel()),
-        models=models,
-        error_before=before,
-        error_after=after,
-    )
+    fitted = fit_costs(measured, CostModel())
+    return Calibration(costs=fitted, models=models, error_before=before, error_after=after)
 
 
 def random_circuits(graph: Graph, shape: ViTShape, count: int, seed: int) -> Iterator[Circuit]:

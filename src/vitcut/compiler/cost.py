@@ -81,8 +81,8 @@ class CostModel:
     """Where the costs are from: ``shipped`` or ``calibrated``."""
     smooth: bool = False
     """Whether to spread steps evenly, for choices between parts so small that only several of them
-    together save anything: columns count one by one instead of in panels, and every stream has a
-    table, so no product has a bias, though only the first cut makes that so."""
+    together save anything. Columns then count one by one, not in panels, and what the first cut
+    adds counts from the start (see ``operations``)."""
 
     @property
     def fingerprint(self) -> str:
