@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from vitcut.compact.deployment import centred
-from vitcut.compact.model import CompactViT
+from vitcut.compact.model import CompactViT, centred
 from vitcut.model.loading import load_model
 from vitcut.runtime import describe_machine
 from vitcut.runtimes.onnx_runtime import export_onnx

@@ -22,7 +22,7 @@ from torch import nn
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
-from vitcut.compiler.calibration import Measured, fit_costs
+from vitcut.compiler.calibrate import Measured, fit_costs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings

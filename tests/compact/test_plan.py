@@ -50,7 +50,7 @@ def test_a_plan_of_before_a_kind_of_model_was_known_is_still_read():
     assert Plan.from_dict(content) == PLAN
 
 
-def test_every_token_belongs_to_one_group():
+def test_every_token_belongs_to_one_kind():
     shape = replace(PLAN.shape, num_prefix=3)
     assert list(PLAN.shape.kind_rows.items()) == [("cls", CLS), ("patch", PATCHES)]
     assert [rows.count for rows in shape.kind_rows.values()] == [1, 2, 4]

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -6,8 +7,10 @@ from strategies import parts_per_kind
 from tiny import REFERENCE, random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.compiler.cost import CostModel, count_operations
+from vitcut.compiler import cost
+from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import plan_circuit
+from vitcut.errors import ArtefactError
 from vitcut.graph import Graph
 
 GRAPH = Graph(num_layers=6, num_heads=8, kinds=("cls", "patch"), readout=("cls",))
@@ -42,7 +45,7 @@ def test_a_wide_model_does_not_merge_even_for_one_image():
 
 def test_the_elements_of_a_plan_grow_with_the_batch_and_its_operations_do_not():
     plan = plan_circuit(REFERENCE, FULL)
-    one, many = (count_operations(plan, CostModel(batch=batch)) for batch in (1, 64))
+    one, many = (CostModel(batch=batch).count(plan) for batch in (1, 64))
     assert one["operation"] == many["operation"]
     for unit in ("product", "small_mac", "added", "normalised", "exponential", "activated"):
         assert many[unit] == pytest.approx(64 * one[unit])
@@ -52,8 +55,7 @@ def test_a_product_pays_for_whole_panels():
     weights = random_vit(hidden=20, width=32, num_heads=4, head_dim=8, num_layers=3)
     plan = plan_circuit(weights.shape, parts_per_kind(weights))
     whole, spread = (
-        count_operations(plan, CostModel(batch=1, smooth=smooth))["product"]
-        for smooth in (False, True)
+        CostModel(batch=1, smooth=smooth).count(plan)["product"] for smooth in (False, True)
     )
     assert whole > spread
 
@@ -93,3 +95,69 @@ def test_the_parts_of_a_plan_add_up_to_its_latency():
     assert list(parts) == ["embed", *(f"block {number}" for number in range(6)), "classifier"]
     call = costs.nanoseconds["call"] / 1e6
     assert sum(parts.values()) + call == pytest.approx(costs.latency_ms(plan))
+
+
+MEASURED = CostModel(
+    nanoseconds={unit: 3 * cost for unit, cost in CostModel().nanoseconds.items()},
+    batch=1,
+    origin="calibrated",
+)
+
+
+def test_saved_costs_come_back_for_any_batch_size(tmp_path, capsys):
+    MEASURED.save(tmp_path / "costs.json")
+    assert CostModel.load(tmp_path / "costs.json", batch=1) == MEASURED
+    loaded = CostModel.load(tmp_path / "costs.json")
+    assert loaded == replace(MEASURED, batch=64)
+    assert loaded.fingerprint == MEASURED.fingerprint
+    assert capsys.readouterr().err == ""
+
+
+def test_saved_costs_change_no_default(tmp_path):
+    before = CostModel()
+    MEASURED.save(tmp_path / "costs.json")
+    assert CostModel() == before
+    assert before.origin == "shipped"
+
+
+def test_costs_of_another_machine_are_read_with_a_note(tmp_path, monkeypatch, capsys):
+    MEASURED.save(tmp_path / "costs.json")
+    another = {"cpu": "another", "cpu_flags": [], "versions": {"onnxruntime": "1.0"}}
+    monkeypatch.setattr(cost, "describe_machine", lambda: another)
+    assert CostModel.load(tmp_path / "costs.json", batch=1) == MEASURED
+    assert "costs.json was measured on another machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["nanoseconds"].pop("product"), r"must hold nanoseconds for .*product"),
+        (lambda c: c["nanoseconds"].update(typo=1.0), r"got .*typo: calibrate again"),
+        (lambda c: c.update(nanoseconds=None), "got None: calibrate again"),
+        (lambda c: c.pop("nanoseconds"), "got None: calibrate again"),
+        (
+            lambda c: c["nanoseconds"].update(call=0.0),
+            r"call must be a finite number > 0, got 0\.0",
+        ),
+        (lambda c: c["nanoseconds"].update(call=-1), "got -1"),
+        (lambda c: c["nanoseconds"].update(call=float("nan")), "got nan"),
+        (lambda c: c["nanoseconds"].update(call=float("inf")), "got inf"),
+        (lambda c: c["nanoseconds"].update(call="3"), "got '3'"),
+        (lambda c: c["nanoseconds"].update(call=True), "got True"),
+        (lambda c: c.update(format_version=2), "format_version 2, this vitcut reads up to 1"),
+    ],
+)
+def test_damaged_costs_are_refused_in_one_line(tmp_path, change, message):
+    path = tmp_path / "costs.json"
+    MEASURED.save(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match=message) as caught:
+        CostModel.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_costs_are_named(tmp_path):
+    with pytest.raises(ArtefactError, match=r"no costs file at .*nowhere"):
+        CostModel.load(tmp_path / "nowhere")

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcut.circuit import Circuit
-from vitcut.compact.deployment import centred
-from vitcut.compact.macs import count_macs
-from vitcut.compact.stream import Stream
+from vitcut.compact.layers import Stream
+from vitcut.compact.model import centred
+from vitcut.compact.operations import count_macs
 from vitcut.compiler.emit import compile_circuit, verify
 from vitcut.errors import CircuitError, ExactnessError
 from vitcut.masked.masking import full_run

@@ -12,7 +12,7 @@ from strategies import split_circuits, vits
 from tiny import REFERENCE, random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import count_macs, dense_macs
+from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit, verify
 from vitcut.compiler.merging import MERGES, merge_streams, num_streams

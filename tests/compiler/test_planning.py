@@ -10,7 +10,7 @@ from strategies import circuits, parts_per_kind
 from tiny import REFERENCE, random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import count_macs, dense_macs, describe
+from vitcut.compact.operations import count_macs, dense_macs, describe
 from vitcut.compact.plan import Plan
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import plan_circuit

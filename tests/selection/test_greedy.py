@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tiny import random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import count_macs
+from vitcut.compact.operations import count_macs
 from vitcut.compiler.planning import plan_circuit
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph

@@ -8,7 +8,7 @@ from nudges import fitted
 from tiny import random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import count_macs, dense_macs
+from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit

@@ -1,7 +1,4 @@
-"""The model directory: config.json, tensors, circuit, fill and card. Never pickle.
-
-Building the module that the tensors belong to is left to ``model.py``.
-"""
+"""The model directory: config.json, tensors, circuit, fill and card. Never pickle."""
 
 import re
 from collections.abc import Mapping
@@ -28,13 +25,10 @@ from vitcut.store import (
 )
 
 FORMAT_VERSION = 6
-OLDEST_VERSION = 6
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HASH = "config_sha256"
-_FRAMING = "framing"
 _UNHASHED = {"format_version", "model_sha256"}
-_IN_A_RUN = (f"model/{CONFIG}", f"points/*/model/{CONFIG}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -59,70 +53,82 @@ class ModelInfo:
     """How its images were made from pictures, before mean and std."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredModel:
-    """What a model directory holds."""
-
-    plan: Plan
-    info: ModelInfo
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Companions:
-    """What lies beside a model for people: where it comes from, and what it is."""
-
-    circuit: str | Path | None = None
-    """The ``circuit.json`` that the model was compiled from: its path, or its text."""
-    fill: str | Path | None = None
-    """The ``fill.safetensors`` that stood in for what the circuit cuts."""
-    card: str | None = None
-    """The model card's text, for ``README.md``."""
-
-
-def save_folder(folder: Path, model: StoredModel, beside: Companions) -> None:
+def save_folder(
+    folder: Path,
+    *,
+    plan: Plan,
+    info: ModelInfo,
+    tensors: Mapping[str, Tensor],
+    circuit: str | Path | None,
+    fill: str | Path | None,
+    card: str | None,
+) -> None:
     """Write a model directory; it appears as a whole or not at all.
 
+    Args:
+        folder: Where; an earlier model directory is replaced.
+        plan: What the tensors belong to.
+        info: What a user of the model needs to know besides.
+        tensors: The module's ``state_dict``.
+        circuit: The ``circuit.json`` that the model was compiled from: its path, or its text.
+        fill: The path of the fill that stands in for what the circuit cuts.
+        card: The model card's text.
+
     Raises:
-        ArtefactError: ``folder`` exists and is no model directory, the circuit or the
-            fill is missing, or the tensors cannot be written.
+        ArtefactError: ``folder`` exists and is no model directory, the circuit or the fill cannot
+            be read, or the tensors cannot be written.
     """
-    if folder.exists() and not (folder / CONFIG).is_file() and any(_children(folder)):
+    if folder.exists() and not folder.is_dir():
+        raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
+    if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
         raise ArtefactError(f"{folder} exists and is no model directory: choose another --out")
-    circuit, fill = _read_circuit(beside.circuit), _read_fill(beside.fill)
+    # Whatever cannot be read is refused before anything is written.
+    beside: dict[str, bytes] = {}
+    if circuit is not None:
+        is_text = str(circuit).lstrip().startswith("{")
+        beside[CIRCUIT] = str(circuit).encode() if is_text else _read(circuit, "circuit")
+    if fill is not None:
+        beside[FILL] = _read(fill, "fill")
+    described = {**asdict(info), "plan": plan.to_dict()}
     with atomic_folder(folder) as temporary:
-        described = {**asdict(model.info), "plan": model.plan.to_dict()}
-        _write_tensors(temporary / TENSORS, model.tensors, config_sha256=sha256_json(described))
-        write_json(
-            temporary / CONFIG,
-            {
-                "format_version": FORMAT_VERSION,
-                "model_sha256": sha256_file(temporary / TENSORS),
-                **described,
-            },
-        )
-        if circuit is not None:
-            write_text(temporary / CIRCUIT, circuit)
-        if fill is not None:
-            with atomic_path(temporary / FILL) as path:
-                path.write_bytes(fill)
-        if beside.card is not None:
-            write_text(temporary / CARD, beside.card)
+        plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        try:
+            # One key of metadata: safetensors writes several in random order.
+            with atomic_path(temporary / TENSORS) as path:
+                save_file(plain, path, metadata={_HASH: sha256_json(described)})
+        except SafetensorError as error:
+            raise ArtefactError(
+                f"cannot write {TENSORS} into {folder.parent}: {error}; is the disk full?"
+            ) from None
+        # The hashes bind both files to each other: the config's is in the tensors' file.
+        version = {"format_version": FORMAT_VERSION}
+        hashes = {"model_sha256": sha256_file(temporary / TENSORS)}
+        write_json(temporary / CONFIG, {**version, **hashes, **described})
+        for name, content in beside.items():
+            with atomic_path(temporary / name) as path:
+                path.write_bytes(content)
+        if card is not None:
+            write_text(temporary / CARD, card)
 
 
-def load_folder(folder: Path) -> StoredModel:
-    """Read a model directory.
+def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
+    """Read the plan, the information and the tensors of a model directory.
 
     Raises:
         ArtefactError: A file is missing, damaged, altered or of another version.
     """
     if not (folder / CONFIG).exists():
-        raise ArtefactError(f"no compact model at {folder}: {_where_else(folder)}")
+        # A run directory has models in it, which may be what was meant.
+        models = [path.parent for path in [folder / "model" / CONFIG] if path.exists()]
+        models += [path.parent for path in sorted(folder.glob(f"points/*/model/{CONFIG}"))]
+        where = f"it is a run directory, give one of its models: {', '.join(map(str, models))}"
+        expected = f"expected a model directory that vitcut wrote, with {CONFIG} and {TENSORS}"
+        raise ArtefactError(f"no compact model at {folder}: {where if models else expected}")
     config = read_json(folder / CONFIG, kind="compact model", newest_version=FORMAT_VERSION)
-    if config["format_version"] < OLDEST_VERSION:
+    if config["format_version"] < FORMAT_VERSION:
         raise ArtefactError(
             f"{folder / CONFIG} has format_version {config['format_version']}, this vitcut reads "
-            f"{OLDEST_VERSION} to {FORMAT_VERSION}: cut the model again from its circuit"
+            f"{FORMAT_VERSION}: cut the model again from its circuit"
         )
     path = folder / TENSORS
     if not path.is_file():
@@ -140,28 +146,19 @@ def load_folder(folder: Path) -> StoredModel:
         raise ArtefactError(
             f"{folder / CONFIG} was altered: it is not the one that {TENSORS} was saved with"
         )
-    return StoredModel(
-        plan=Plan.from_dict(config["plan"]), info=_read_info(config), tensors=tensors
-    )
-
-
-def require_shapes(
-    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, origin: Path
-) -> None:
-    """Refuse tensors that are not the ones a plan needs.
-
-    Raises:
-        ArtefactError: A tensor is missing, too many, or has another shape.
-    """
-    for name in sorted(set(expected) ^ set(tensors)):
-        verb = "lacks" if name in expected else "has an unknown"
-        raise ArtefactError(f"{origin / TENSORS} {verb} tensor {name}: save the model again")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ArtefactError(
-                f"{origin / TENSORS}: {name} has shape {list(tensor.shape)}, the plan needs "
-                f"{list(expected[name].shape)}: save the model again"
-            )
+    values: dict[str, Any] = {}
+    for name in (item.name for item in fields(ModelInfo)):
+        if name not in config:
+            raise ArtefactError(f"{folder / CONFIG} lacks {name}: save the model again")
+        values[name] = tuple(config[name]) if isinstance(config[name], list) else config[name]
+    try:
+        values["framing"] = Framing(**values["framing"])
+    except (TypeError, ConfigError) as error:
+        raise ArtefactError(
+            f"the framing in {folder / CONFIG} is not one that this vitcut knows ({error}): "
+            "upgrade vitcut, or save the model again"
+        ) from None
+    return Plan.from_dict(config["plan"]), ModelInfo(**values), tensors
 
 
 def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Path:
@@ -187,79 +184,11 @@ def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Pat
         raise ArtefactError(f"no model directory at {name}, nor a hub model: {reason}") from None
 
 
-def upload_folder(folder: Path, hub_id: str, *, private: bool) -> str:
-    """Upload a model directory to the Hugging Face hub and return its address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(hub_id, private=private, exist_ok=True)
-    commit = api.upload_folder(repo_id=hub_id, folder_path=folder)
-    return str(commit.commit_url)
-
-
-def _where_else(folder: Path) -> str:
-    """What to load instead of a folder without a model, such as a run directory."""
-    found = [path.parent for models in _IN_A_RUN for path in sorted(folder.glob(models))]
-    if not found:
-        return f"expected a model directory that vitcut wrote, with {CONFIG} and {TENSORS}"
-    return f"it is a run directory, give one of its models: {', '.join(map(str, found))}"
-
-
-def _read_circuit(circuit: str | Path | None) -> str | None:
-    if circuit is None or str(circuit).lstrip().startswith("{"):
-        return None if circuit is None else str(circuit)
+def _read(path: str | Path, kind: str) -> bytes:
     try:
-        return Path(circuit).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
+        if kind == "circuit":
+            content.decode()
+        return content
     except (OSError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"cannot read the circuit {circuit}: {error}") from None
-
-
-def _read_fill(fill: str | Path | None) -> bytes | None:
-    if fill is None:
-        return None
-    try:
-        return Path(fill).read_bytes()
-    except OSError as error:
-        raise ArtefactError(f"cannot read the fill {fill}: {error}") from None
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], *, config_sha256: str) -> None:
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
-        # One key of metadata: safetensors writes several in random order.
-        with atomic_path(path) as temporary:
-            save_file(plain, temporary, metadata={_HASH: config_sha256})
-    except SafetensorError as error:
-        raise ArtefactError(
-            f"cannot write {path.name} into {path.parent.parent}: {error}; is the disk full?"
-        ) from None
-
-
-def _read_info(config: dict[str, Any]) -> ModelInfo:
-    values: dict[str, Any] = {}
-    for item in fields(ModelInfo):
-        if item.name in config:
-            value = config[item.name]
-            values[item.name] = tuple(value) if isinstance(value, list) else value
-        # Models of before framings were written were all cut from whole pictures, the default.
-        elif item.name != _FRAMING:
-            raise ArtefactError(f"{CONFIG} lacks {item.name}: save the model again")
-    if _FRAMING in values:
-        values[_FRAMING] = _read_framing(values[_FRAMING])
-    return ModelInfo(**values)
-
-
-def _read_framing(value: Any) -> Framing:
-    try:
-        return Framing(**value)
-    except (TypeError, ConfigError) as error:
-        raise ArtefactError(
-            f"the {_FRAMING} in {CONFIG} is not one that this vitcut knows ({error}): upgrade "
-            "vitcut, or save the model again"
-        ) from None
-
-
-def _children(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
-    return list(folder.iterdir())
+        raise ArtefactError(f"cannot read the {kind} {path}: {error}") from None

@@ -1,22 +1,14 @@
-"""What is left of an attention: projections, head sets, outputs.
+"""What is left of a block's attention: projections, head sets and outputs."""
 
-The streams that it reads stand in ``stream.py``.
-"""
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitcut.compact.plan import (
-    AttentionPlan,
-    HeadSetPlan,
-    OutputPlan,
-    Rows,
-    ViTShape,
-)
-from vitcut.compact.rotary import rotate
-from vitcut.compact.routes import Routes
-from vitcut.compact.stream import (
+from vitcut.compact.layers import (
     Product,
     Stream,
     Written,
@@ -24,15 +16,17 @@ from vitcut.compact.stream import (
     by_image,
     flatten,
     make_table,
+    rotate,
     take_rows,
     write,
 )
+from vitcut.compact.plan import AttentionPlan, HeadSetPlan, OutputPlan, ViTShape
 from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor
 
 
 class HeadSet(nn.Module):
-    """Heads that share one attention call; inputs that depend on no image are tables."""
+    """Heads that share one attention call; inputs that are the same for every image are tables."""
 
     def __init__(self, plan: HeadSetPlan, shape: ViTShape) -> None:
         super().__init__()
@@ -44,13 +38,24 @@ class HeadSet(nn.Module):
             "v": (1, heads, shape.num_tokens, shape.head_dim),
         }
         if plan.keys:
+            # Queries that have absorbed the keys, W_k' q, meet tokens of the stream's width.
             sizes["q"] = (heads * queries, width)
         chosen: list[str] = [letter for letter in LETTERS if letter in plan.constant]
         if plan.fixed_pattern:
             sizes["pattern"] = (1, heads, queries, shape.num_tokens)
             chosen = ["pattern", *({"v"} & set(chosen))]
         self.tables = nn.ParameterDict({name: make_table(*sizes[name]) for name in chosen})
-        self._place_queries_and_keys(shape)
+        # Norms and rotations are folded into constant queries and keys.
+        self.norms = nn.ModuleDict()
+        self.rotates = shape.rotary
+        for letter, rows in (("q", queries), ("k", shape.num_tokens)):
+            if letter not in plan.constant and shape.head_norm:
+                self.norms[letter] = nn.LayerNorm(shape.head_dim, shape.eps)
+            if letter not in plan.constant and shape.rotary:
+                # Cosines and sines of no rotation, until weights are loaded.
+                angles = (heads, rows, shape.head_dim)
+                still = torch.stack([torch.ones(angles), torch.zeros(angles)])
+                self.register_buffer(f"{letter}_rotation", still)
         self.queries = self.key_weight = self.value_weight = None
         if plan.queries:
             self.queries = nn.Linear(width, heads * width)
@@ -65,88 +70,63 @@ class HeadSet(nn.Module):
         """Attend.
 
         Args:
-            q: Scaled queries, shape [images, heads, rows, head_dim], or normalised tokens that
-                ask, shape [images * rows, width]; None where queries are a table.
-            k: Keys, shape [images, heads, tokens, head_dim], or the normalised tokens that stand
-                in for them, shape [images, tokens, width]; None where they are a table.
-            v: Values, likewise. A head that stands alone has no dimension of its own.
+            q: Scaled queries, shape [images, heads, rows, head_dim]; or, for merged weights, the
+                normalised tokens of the queries, shape [images * rows, width]. None if constant.
+            k: Keys, shape [images, heads, tokens, head_dim], or the normalised tokens in their
+                place, shape [images, tokens, width]. None if constant.
+            v: Values, likewise. A head that stands alone has no dimension for heads.
 
         Returns:
-            What each head has mixed: values, or tokens where its output takes those. A single row
-            of mixed tokens has no dimension of its own, nor has a head that stands alone.
+            What each head has mixed, shape [images, heads, rows, head_dim]: values, or tokens of
+            the stream's width if the output has absorbed the values. A single row of mixed tokens
+            has no dimension of its own, nor has a head that stands alone.
         """
-        if self.plan.stands_alone and q is not None and k is not None and v is not None:
-            return _attend(self._placed("q", q), self._placed("k", k), v)
-        if not (self.plan.keys or self.plan.values or self.plan.fixed_pattern):
-            return _attend(self._own("q", q), self._own("k", k), self._own("v", v))
-        pattern = self._pattern(q, k)
-        if v is None or not self.plan.values:
-            return pattern @ self._own("v", v)
+        plan, rows = self.plan, self.plan.rows
+        if not (plan.keys or plan.values or plan.fixed_pattern):
+            return _attend(self._input("q", q), self._input("k", k), self._input("v", v))
+        if plan.fixed_pattern:
+            pattern = self.tables["pattern"]
+        elif k is None or not plan.keys:
+            scores = self._input("q", q) @ self._input("k", k).transpose(-1, -2)
+            pattern = scores.softmax(-1)
+        else:
+            # All heads meet the same tokens, so they are rows of one matrix per image:
+            # [images, heads * rows, width] @ [images, width, tokens].
+            if q is None:
+                scores = F.linear(k, self.tables["q"]).transpose(1, 2)
+            else:
+                if self.queries is not None:
+                    q = by_head(self.queries(q), rows, len(plan.heads))
+                if rows.count == 1:
+                    q = q.flatten(1, 2)
+                if self.key_weight is not None:
+                    q = _each_head(q, self.key_weight)
+                scores = q.flatten(1, -2) @ k.transpose(1, 2)
+            pattern = scores.softmax(-1)
+            if not plan.values:
+                pattern = pattern.unflatten(1, (-1, rows.count))
+        if v is None or not plan.values:
+            return pattern @ self._input("v", v)
+        # [images, heads * rows, tokens] @ [images, tokens, width]: first mixed, then multiplied.
         mixed = pattern.flatten(1, -2) @ v
-        if self.plan.rows.count > 1:
-            mixed = mixed.unflatten(1, (-1, self.plan.rows.count))
+        if rows.count > 1:
+            mixed = mixed.unflatten(1, (-1, rows.count))
         return mixed if self.value_weight is None else _each_head(mixed, self.value_weight)
 
-    def _pattern(self, q: Tensor | None, k: Tensor | None) -> Tensor:
-        """What each query of each head takes from each token.
-
-        Returns:
-            Shape [images or 1, heads, rows, keys]; [images, heads * rows, keys] where queries meet
-            the tokens and so do what they take.
-        """
-        if self.plan.fixed_pattern:
-            return self.tables["pattern"]
-        if k is None or not self.plan.keys:
-            return (self._own("q", q) @ self._own("k", k).transpose(-1, -2)).softmax(-1)
-        if q is None:
-            scores = F.linear(k, self.tables["q"]).transpose(1, 2)
-        else:
-            scores = self._meeting(q) @ k.transpose(1, 2)
-        if self.plan.values:
-            return scores.softmax(-1)
-        return scores.softmax(-1).unflatten(1, (-1, self.plan.rows.count))
-
-    def _meeting(self, q: Tensor) -> Float[Tensor, "images heads_rows width"]:
-        """Queries that meet normalised tokens: the weight of the keys is applied to them."""
-        if self.queries is not None:
-            q = by_head(self.queries(q), self.plan.rows, len(self.plan.heads))
-        if self.plan.rows.count == 1:
-            q = q.flatten(1, 2)
-        if self.key_weight is not None:
-            q = _each_head(q, self.key_weight)
-        return q.flatten(1, -2)
-
-    def _own(
+    def _input(
         self, letter: Letter, computed: Tensor | None
-    ) -> Float[Tensor, "#images heads rows head_dim"]:
-        return self.tables[letter] if computed is None else self._placed(letter, computed)
-
-    def _place_queries_and_keys(self, shape: ViTShape) -> None:
-        """Make what queries and keys that are computed pass before they meet."""
-        rows = {"q": self.plan.rows.count, "k": shape.num_tokens}
-        computed = [letter for letter in rows if letter not in self.plan.constant]
-        self.norms = nn.ModuleDict()
-        self.rotates = shape.rotary
-        for letter in computed:
-            if shape.head_norm:
-                self.norms[letter] = nn.LayerNorm(shape.head_dim, shape.eps)
-            if shape.rotary:
-                sizes = (len(self.plan.heads), rows[letter], shape.head_dim)
-                still = torch.stack([torch.ones(sizes), torch.zeros(sizes)])
-                self.register_buffer(f"{letter}_rotation", still)
-
-    def _placed(
-        self, letter: Letter, values: Float[Tensor, "images *heads_rows head_dim"]
-    ) -> Float[Tensor, "images *heads_rows head_dim"]:
-        if letter in self.norms:
-            values = self.norms[letter](values)
-        if self.rotates and letter != "v":
-            values = rotate(values, *self.get_buffer(f"{letter}_rotation").unbind(0))
-        return values
+    ) -> Float[Tensor, "#images *heads_rows head_dim"]:
+        """A table, or what was computed behind its norm and rotation."""
+        if computed is None:
+            return self.tables[letter]
+        values = self.norms[letter](computed) if letter in self.norms else computed
+        if not self.rotates or letter == "v":
+            return values
+        return rotate(values, *self.get_buffer(f"{letter}_rotation").unbind(0))
 
 
 class HeadOutput(nn.Module):
-    """What some heads of a head_set add to the stream, the block's output bias included."""
+    """What some heads of a head set add to the stream, with the block's output bias if any."""
 
     places: Tensor
 
@@ -160,7 +140,7 @@ class HeadOutput(nn.Module):
         self.first, self.end = places[0], places[-1] + 1
         self.has_gaps = len(places) < self.end - self.first
         if self.has_gaps:
-            # Named device: a model that is built on "meta" and filled later needs the numbers.
+            # Not on "meta", where models are built to be filled: these numbers are not stored.
             self.register_buffer("places", torch.tensor(places, device="cpu"), persistent=False)
 
     def forward(self, mixed: Float[Tensor, "images *heads_queries inputs"]) -> Tensor | Product:
@@ -174,6 +154,7 @@ class HeadOutput(nn.Module):
             mixed = mixed.index_select(1, self.places)
         elif self.end - self.first < mixed.shape[1]:
             mixed = mixed[:, self.first : self.end]
+        # To [images * rows, heads * inputs], moving elements only if rows and heads are many.
         if wanted.count == 1:
             flat = mixed.flatten(1)
         elif len(self.plan.heads) == 1:
@@ -198,56 +179,159 @@ class CompactAttention(nn.Module):
         self.outputs = nn.ModuleList(
             HeadOutput(item, plan.head_sets[item.head_set], shape) for item in plan.outputs
         )
+        read = [streams for item in plan.head_sets for streams in (item.keys, item.values)]
+        read += [item.streams for item in plan.projections if len(item.streams) > 1]
+        self.joined = [streams for streams in dict.fromkeys(read) if streams]
+        """Streams whose tokens are put one after the other, image by image."""
+        self.read_by_image = frozenset(one for streams in self.joined for one in streams)
 
     def forward(self, written: Written) -> None:
         """Read the streams, attend, and write the outputs."""
         normed = [
-            stream(written, per_image=number in self.routes.read_by_image)
+            stream(written, per_image=number in self.read_by_image)
             for number, stream in enumerate(self.streams)
         ]
-        tokens = {streams: self._tokens(normed, streams) for streams in self.routes.read_together}
+        tokens = {streams: self._join(normed, streams) for streams in self.joined}
         columns: list[Tensor] = []
         for plan, product in zip(self.plan.projections, self.projections, strict=True):
             (first, *others) = plan.streams
             inputs = tokens[plan.streams] if others else normed[first]
-            inputs = take_rows(inputs, self._rows(plan.streams), plan.rows)
+            inputs = take_rows(inputs, self.plan.rows_of(plan.streams), plan.rows)
             columns.append(product(flatten(inputs)))
-        parts = self.routes.cut(columns)
+        pieces = self.routes.cut(columns)
         mixed: list[Tensor] = []
         for number, (plan, head_set) in enumerate(
             zip(self.plan.head_sets, self.head_sets, strict=True)
         ):
-            q, k, v = (parts.of(number, letter) for letter in LETTERS)
+            q, k, v = (self.routes.find(pieces, number, letter) for letter in LETTERS)
             if plan.queries:
-                own = self._rows(plan.queries)
+                own = self.plan.rows_of(plan.queries)
                 q = flatten(take_rows(normed[plan.queries[0]], own, plan.rows))
             mixed.append(head_set(q, tokens.get(plan.keys, k), tokens.get(plan.values, v)))
         for plan, output in zip(self.plan.outputs, self.outputs, strict=True):
             written[plan.name] = output(mixed[plan.head_set])
 
-    def _rows(self, streams: tuple[int, ...]) -> Rows:
-        own = [self.plan.streams[number].rows for number in streams]
-        return Rows(first=own[0].first, end=own[-1].end)
-
-    def _tokens(
+    def _join(
         self, normed: list[Tensor], streams: tuple[int, ...]
     ) -> Float[Tensor, "images rows width"]:
-        """The normalised tokens of some streams, one after the other."""
-        found = [by_image(normed[one], self.plan.streams[one].rows) for one in streams]
+        """The normalised tokens of some streams, one stream after the other."""
+        plans = [self.plan.streams[number] for number in streams]
+        found = [
+            by_image(normed[number], plan.rows) for number, plan in zip(streams, plans, strict=True)
+        ]
         if len(found) == 1:
             return found[0]
-        varying = [one for one, number in zip(found, streams, strict=True) if self._varies(number)]
-        images = varying[0].shape[0]
+        # Streams without terms have the tokens of one image, which all images share.
+        images = next(one.shape[0] for one, plan in zip(found, plans, strict=True) if plan.terms)
         return torch.cat(
             [
-                one if self._varies(number) else one.expand(images, -1, -1)
-                for one, number in zip(found, streams, strict=True)
+                one if plan.terms else one.expand(images, -1, -1)
+                for one, plan in zip(found, plans, strict=True)
             ],
             dim=1,
         )
 
-    def _varies(self, stream: int) -> bool:
-        return bool(self.plan.streams[stream].terms)
+
+class Piece(NamedTuple):
+    """Neighbours among the queries, keys and values of heads that a projection computes."""
+
+    projection: int
+    first: int
+    end: int
+
+
+class Routes:
+    """From the columns that projections compute to the queries, keys and values of head sets.
+
+    A projection computes columns for several head sets, and the heads of a set may be in several
+    projections. All ways are found once, as a forward pass should only cut and join tensors.
+    """
+
+    def __init__(self, plan: AttentionPlan, head_dim: int) -> None:
+        self._plan = plan
+        self._head_dim = head_dim
+        self._pieces: list[dict[Letter, list[Piece]]] = [
+            {letter: self._route(head_set, letter) for letter in LETTERS}
+            for head_set in plan.head_sets
+        ]
+        used = {piece for ways in self._pieces for pieces in ways.values() for piece in pieces}
+        self._cuts = [
+            sorted(piece for piece in used if piece.projection == number)
+            for number in range(len(plan.projections))
+        ]
+        """Per projection the pieces that it is cut into."""
+        self._in_heads = {
+            piece.projection
+            for head_set, ways in zip(plan.head_sets, self._pieces, strict=True)
+            for pieces in ways.values()
+            for piece in pieces
+            if not head_set.stands_alone
+        }
+        """Projections that need a dimension for heads: those of heads that stand alone do not."""
+
+    def cut(self, columns: Sequence[Tensor]) -> dict[Piece, Tensor]:
+        """Cut what the projections computed, each of shape [tokens, columns], into pieces."""
+        found: dict[Piece, Tensor] = {}
+        for number, (product, pieces) in enumerate(zip(columns, self._cuts, strict=True)):
+            plan = self._plan.projections[number]
+            if number in self._in_heads:
+                # [images, heads, rows, head_dim], cut along heads.
+                whole, dim, size = by_head(product, plan.rows, plan.num_columns), 1, 1
+            else:
+                # [images, rows, heads * head_dim], cut along columns.
+                whole, dim, size = by_image(product, plan.rows), 2, self._head_dim
+            sizes = [size * (piece.end - piece.first) for piece in pieces]
+            if pieces[0].first == 0 and all(a.end == b.first for a, b in pairwise(pieces)):
+                # Neighbours without overlap, so they are all that there is: one split.
+                parts = whole.split(sizes, dim=dim) if len(sizes) > 1 else (whole,)
+            else:
+                parts = tuple(
+                    whole.narrow(dim, size * piece.first, length)
+                    for piece, length in zip(pieces, sizes, strict=True)
+                )
+            found |= dict(zip(pieces, parts, strict=True))
+        return found
+
+    def find(
+        self, pieces: Mapping[Piece, Tensor], head_set: int, letter: Letter
+    ) -> Float[Tensor, "images *heads rows head_dim"] | None:
+        """The queries, keys or values of a head set; None if no projection computes them.
+
+        A head that stands alone has no dimension for heads.
+        """
+        plan = self._plan.head_sets[head_set]
+        parts: list[Tensor] = []
+        for piece in self._pieces[head_set][letter]:
+            part, own = pieces[piece], self._plan.projections[piece.projection].rows
+            if letter == "q" and own != plan.rows:
+                part = part.narrow(-2, plan.rows.first - own.first, plan.rows.count)
+            parts.append(part)
+        if not parts:
+            return None
+        whole = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return whole.squeeze(1) if plan.stands_alone and whole.ndim == 4 else whole
+
+    def _route(self, head_set: HeadSetPlan, letter: Letter) -> list[Piece]:
+        """The pieces that a head set's letter is joined from, in the order of its heads."""
+        direct = {"q": head_set.queries, "k": head_set.keys, "v": head_set.values}[letter]
+        if letter in head_set.constant or direct:
+            return []
+        found: list[Piece] = []
+        for head in head_set.heads:
+            # Of several projections that compute it, the one of the fewest rows.
+            owners: list[tuple[int, int, int]] = []
+            for number, item in enumerate(self._plan.projections):
+                inputs = [(name, one) for name in LETTERS for one in getattr(item, name)]
+                if (letter, head) in inputs and item.rows.covers(head_set.rows):
+                    owners.append((item.rows.count, number, inputs.index((letter, head))))
+            if not owners:
+                raise KeyError(f"no projection computes {letter} of head {head}")
+            _, number, place = min(owners)
+            if found and found[-1].projection == number and found[-1].end == place:
+                found[-1] = found[-1]._replace(end=place + 1)
+            else:
+                found.append(Piece(projection=number, first=place, end=place + 1))
+        return found
 
 
 def _each_head(
@@ -255,10 +339,11 @@ def _each_head(
     weight: Float[Tensor, "heads inputs outputs"],
 ) -> Float[Tensor, "images heads *rows outputs"]:
     """A product of its own for each head, of all rows of all images."""
-    by_head = values.transpose(0, 1).flatten(1, -2) @ weight
+    # [heads, images * rows, inputs]: as many products as heads, not as images times heads.
+    product = values.transpose(0, 1).flatten(1, -2) @ weight
     if values.ndim == 4:
-        by_head = by_head.unflatten(1, (-1, values.shape[2]))
-    return by_head.transpose(0, 1)
+        product = product.unflatten(1, (-1, values.shape[2]))
+    return product.transpose(0, 1)
 
 
 def _attend(

@@ -1,30 +1,18 @@
-"""``CompactViT``: the small ViT that a plan describes, ready to be trained, exported and shipped.
-
-Filling it with a circuit's weights is left to the compiler, files to ``artefact.py``.
-"""
+"""``CompactViT``: the small ViT that a plan describes, to be trained, exported and shipped."""
 
 import tempfile
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 
-from vitcut.compact.activations import ACTIVATIONS
-from vitcut.compact.artefact import (
-    Companions,
-    ModelInfo,
-    StoredModel,
-    load_folder,
-    require_shapes,
-    resolve_folder,
-    save_folder,
-    upload_folder,
-)
-from vitcut.compact.attention import CompactAttention
-from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, Rows, ViTShape
-from vitcut.compact.stream import Stream, Written, by_image, make_table, write
-from vitcut.errors import ModelError
+from vitcut.compact.artefact import ModelInfo, load_folder, resolve_folder, save_folder
+from vitcut.compact.attention import CompactAttention, HeadOutput
+from vitcut.compact.layers import ACTIVATIONS, Stream, Written, by_image, make_table, write
+from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
+from vitcut.errors import ArtefactError, ModelError
 from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
 
@@ -39,7 +27,7 @@ class CompactMlp(nn.Module):
         self.gated = shape.gated
         self.stream = Stream(plan.stream, shape)
         computed = shape.num_computed(plan.hidden)
-        # Gates come first.
+        # Gates come first: [gates, neurons] in one product.
         self.fc1 = nn.Linear(shape.width, 2 * computed if shape.gated else computed)
         self.norm = (
             nn.LayerNorm(computed, shape.eps, elementwise_affine=False)
@@ -57,7 +45,7 @@ class CompactMlp(nn.Module):
         else:
             hidden = ACTIVATIONS[self.activation](hidden)
         if self.norm is not None:
-            # Neurons that are read come first.
+            # The norm needs all neurons; those that are read come first.
             hidden = self.norm(hidden)[..., : self.plan.hidden]
         written[self.plan.name] = write(hidden, self.fc2, bias=self.plan.bias)
 
@@ -90,7 +78,7 @@ class CompactViT(nn.Module):
 
         Args:
             plan: What to build.
-            info: What a user of the model needs to know besides: labels, preprocessing, origin.
+            info: What else a user of the model needs to know: labels, preprocessing, origin.
         """
         super().__init__()
         shape = plan.shape
@@ -123,7 +111,13 @@ class CompactViT(nn.Module):
             self.classifier = nn.Linear(features, shape.num_classes)
         else:
             self.logits = make_table(shape.num_classes)
-        self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                for name, value in module.named_parameters():
+                    if name == "weight":
+                        nn.init.trunc_normal_(value, std=0.02)
+                    else:
+                        nn.init.zeros_(value)
 
     def forward(
         self, pixels: Float[Tensor, "images channels y x"]
@@ -133,21 +127,36 @@ class CompactViT(nn.Module):
         Raises:
             ModelError: The images have another size or other channels than the model takes.
         """
-        if not torch.compiler.is_compiling():
-            self._check(pixels)
+        shape = self.plan.shape
+        expected = (shape.channels, shape.image_size, shape.image_size)
+        if not torch.compiler.is_compiling() and tuple(pixels.shape[1:]) != expected:
+            raise ModelError(
+                f"images must have shape [images, {', '.join(map(str, expected))}], got "
+                f"{list(pixels.shape)}: convert them to RGB and resize them first"
+            )
         if self.logits is not None:
             return self.logits.expand(pixels.shape[0], -1)
         written: Written = {}
         if self.patch_embed is not None:
-            # The prefix tokens and all positions stand in the tables of the streams that read this,
-            # unless they have to be there before a norm.
+            # Prefix tokens and positions are in the tables of the streams that read this, unless
+            # a norm follows: then positions are added before it.
             patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
             if self.embed_norm is not None:
                 patches = self.embed_norm(patches + self.positions)
             written[EMBED] = patches
         for block in self.blocks:
             block(written)
-        return self._classify(written)
+        features: list[Tensor] = []
+        for plan, stream in zip(self.plan.readout, self.readout, strict=True):
+            # Patches become the mean of their tokens, [images, width]; prefix tokens are put one
+            # after the other, [images, rows * width].
+            normed = stream(written)
+            if not stream.pooled and plan.rows.count > 1:
+                tokens = by_image(normed, plan.rows)
+                normed = tokens.mean(1) if plan.rows == shape.patch_rows else tokens.flatten(1)
+            features.append(normed)
+        classifier = cast("nn.Linear", self.classifier)
+        return classifier(torch.cat(features, dim=1) if len(features) > 1 else features[0])
 
     def save_pretrained(
         self,
@@ -167,10 +176,18 @@ class CompactViT(nn.Module):
             card: The model card's text, for ``README.md``.
 
         Raises:
-            ArtefactError: ``folder`` exists and is no model directory.
+            ArtefactError: ``folder`` exists and is no model directory, the circuit or the fill
+                cannot be read, or the tensors cannot be written.
         """
-        stored = StoredModel(plan=self.plan, info=self.info, tensors=self.state_dict())
-        save_folder(Path(folder), stored, Companions(circuit=circuit, fill=fill, card=card))
+        save_folder(
+            Path(folder),
+            plan=self.plan,
+            info=self.info,
+            tensors=self.state_dict(),
+            circuit=circuit,
+            fill=fill,
+            card=card,
+        )
 
     @classmethod
     def from_pretrained(
@@ -182,11 +199,21 @@ class CompactViT(nn.Module):
             ArtefactError: There is none, or it is damaged, altered or of another version.
         """
         folder = resolve_folder(folder_or_hub_id, revision=revision)
-        stored = load_folder(folder)
+        plan, info, tensors = load_folder(folder)
+        # On "meta" nothing is initialised: all values are assigned.
         with torch.device("meta"):
-            model = cls(stored.plan, stored.info)
-        require_shapes(model.state_dict(), stored.tensors, origin=folder)
-        model.load_state_dict(stored.tensors, assign=True)
+            model = cls(plan, info)
+        expected, got = (
+            {name: list(tensor.shape) for name, tensor in of.items()}
+            for of in (model.state_dict(), tensors)
+        )
+        for name in sorted(expected.keys() | got.keys()):
+            if expected.get(name) != got.get(name):
+                raise ArtefactError(
+                    f"tensor {name} in {folder} must have the shape {expected.get(name)} that the "
+                    f"plan needs (None: no such tensor), got {got.get(name)}: save the model again"
+                )
+        model.load_state_dict(tensors, assign=True)
         return model.eval()
 
     def push_to_hub(
@@ -210,38 +237,53 @@ class CompactViT(nn.Module):
         Returns:
             The address of the upload.
         """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save_pretrained(folder, circuit=circuit, fill=fill, card=card)
-            return upload_folder(folder, hub_id, private=private)
-
-    def _classify(self, written: Written) -> Tensor:
-        if self.classifier is None:
-            raise ModelError("the plan has neither a classifier nor constant logits")
-        read = [self._features(stream, stream(written)) for stream in self.readout]
-        return self.classifier(torch.cat(read, dim=1) if len(read) > 1 else read[0])
-
-    def _features(self, stream: Any, normed: Tensor) -> Float[Tensor, "images features"]:
-        """Prefix tokens one after the other, patches as their mean."""
-        rows: Rows = stream.plan.rows
-        if stream.pooled or rows.count == 1:
-            return normed
-        by_token = by_image(normed, rows)
-        patches = rows == self.plan.shape.patch_rows
-        return by_token.mean(1) if patches else by_token.flatten(1)
-
-    def _check(self, pixels: Tensor) -> None:
-        shape = self.plan.shape
-        expected = (shape.channels, shape.image_size, shape.image_size)
-        if tuple(pixels.shape[1:]) != expected or pixels.ndim != 4:
-            raise ModelError(
-                f"images must have shape [images, {', '.join(map(str, expected))}], got "
-                f"{list(pixels.shape)}: convert them to RGB and resize them first"
-            )
+            api.create_repo(hub_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=hub_id, folder_path=folder).commit_url)
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        for bias in [value for name, value in module.named_parameters() if name == "bias"]:
-            nn.init.zeros_(bias)
+@torch.no_grad()
+def centred(model: CompactViT) -> CompactViT:
+    """A frozen copy in eval mode whose streams have mean 0 over the width, for export.
+
+    LayerNorm takes the mean over the width off its input, and all streams are read through
+    LayerNorms, so the mean of what is written never matters. Taken off the weights of every writer
+    once, it need not be taken off every token of every image: the LayerNorms become
+    RMSNormalization in ONNX. Nothing changes but rounding. If the classifier reads without a
+    LayerNorm, the copy is plain.
+
+    Source:
+        LayerNorm's invariance to a shift of its input: Ba et al. 2016, arXiv:1607.06450, section 5.
+    """
+    model = deepcopy(model).eval().requires_grad_(requires_grad=False)
+    if not model.plan.shape.final_norm:
+        return model
+    writers: list[nn.Module] = [] if model.patch_embed is None else [model.patch_embed]
+    for module in model.modules():
+        if isinstance(module, HeadOutput):
+            writers.append(module.product)
+        elif isinstance(module, CompactMlp):
+            writers.append(module.fc2)
+        elif isinstance(module, Stream):
+            if module.table is not None:
+                module.table.sub_(module.table.mean(-1, keepdim=True))
+            module.centred = True
+    for writer in writers:
+        for value in writer.parameters():
+            # Output channels, the stream's width, come first: [width, inputs], [width].
+            value.sub_(value.mean(0, keepdim=True))
+    if model.embed_norm is not None:
+        model.embed_norm = nn.Sequential(model.embed_norm, _Centre())
+    return model
+
+
+class _Centre(nn.Module):
+    """Takes the mean over the width off what a norm with weights of its own has written."""
+
+    def forward(self, values: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        return values - values.mean(-1, keepdim=True)

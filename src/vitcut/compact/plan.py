@@ -1,20 +1,18 @@
-"""The plan of a compact model: which streams, products and rows there are. Knows no tensors.
+"""The plan of a compact model: its streams, products and rows, in integers and names.
 
-Making a plan is left to the compiler, building a model from it to ``model.py``, counting its cost
-to ``macs.py``.
+A plan holds no tensors, so a circuit's cost is known before any weight is folded.
 """
 
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from vitcut.errors import ArtefactError
 from vitcut.names import Activation, Letter, PatchReadout, TokenKind
 
 EMBED = "embed"
-"""What the patch embedding is called among the terms of a stream."""
-
-T = TypeVar("T")
+"""The name of the patch embedding among the terms of a stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +26,10 @@ class Rows:
     def count(self) -> int:
         """How many tokens there are."""
         return self.end - self.first
+
+    def covers(self, other: "Rows") -> bool:
+        """Whether all tokens of another range are among these."""
+        return self.first <= other.first and other.end <= self.end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,9 @@ class ViTShape:
     final_norm: bool = True
     """Whether a LayerNorm stands before the classifier."""
     head_norm: bool = False
-    """Whether the queries and keys of a head do, before they meet (qk-norm)."""
+    """Whether the queries and keys of a head pass a LayerNorm before they meet (qk-norm)."""
     rotary: bool = False
-    """Whether they are turned by their token's position (RoPE)."""
+    """Whether queries and keys are rotated by their token's position (RoPE)."""
     gated: bool = False
     """Whether a neuron is multiplied by an activated gate (SwiGLU)."""
     neuron_norm: bool = False
@@ -77,11 +79,11 @@ class ViTShape:
 
     @property
     def needs_keys(self) -> bool:
-        """Whether keys are more than a product, so that queries cannot meet tokens directly."""
+        """Whether keys are more than a linear map of tokens: queries cannot absorb its weight."""
         return self.head_norm or self.rotary
 
     def num_computed(self, neurons: int) -> int:
-        """Neurons that an MLP computes where so many are read: under a norm over them, all."""
+        """Neurons that an MLP computes to read so many: all of them under a norm over neurons."""
         return self.hidden if self.neuron_norm and neurons else neurons
 
     @property
@@ -106,26 +108,21 @@ class ViTShape:
 
     @property
     def kind_rows(self) -> dict[TokenKind, Rows]:
-        """The tokens of each head_set that there is, in their order."""
+        """The tokens of each kind that the model has, in their order."""
         found: dict[TokenKind, Rows] = {
             "cls": Rows(first=0, end=self.num_read),
             "register": Rows(first=self.num_read, end=self.num_prefix),
             "patch": self.patch_rows,
         }
-        return {head_set: rows for head_set, rows in found.items() if rows.count}
+        return {kind: rows for kind, rows in found.items() if rows.count}
 
     def num_features(self, rows: Rows) -> int:
-        """Numbers that the classifier takes of one of its streams: patches count as one token."""
+        """Features that the classifier takes from a stream: patches are pooled into one token."""
         return self.width * (1 if rows == self.patch_rows else rows.count)
 
     def name_of(self, rows: Rows) -> str:
-        """The token kinds of a range, in words."""
-        inside = [
-            head_set
-            for head_set, own in self.kind_rows.items()
-            if own.first >= rows.first and own.end <= rows.end
-        ]
-        return " + ".join(inside)
+        """The token kinds of a range, such as ``cls + patch``."""
+        return " + ".join(kind for kind, own in self.kind_rows.items() if rows.covers(own))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,20 +132,20 @@ class TermPlan:
     name: str
     """An earlier stream, the embedding, the output of an attention or an MLP."""
     rows: Rows
-    """The tokens that it was written for. The stream takes its own; those that lack count as 0."""
+    """The tokens that it was written for. The stream takes those it needs; missing ones are 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPlan:
-    """One sum of terms and its LayerNorm, for the targets that read the same."""
+    """A sum of terms and its LayerNorm, shared by all targets that read the same sources."""
 
     name: str
-    """What later streams call it when they build on it."""
+    """The name under which later streams add it."""
     rows: Rows
     terms: tuple[TermPlan, ...]
-    """What is added; nothing where the stream is the same for every image."""
+    """What is added; empty if the stream is the same for every image."""
     table_rows: int
-    """Rows of the constant that is added: 0 for none, 1 for the same vector at every token."""
+    """Rows of the constant that is added: 0 for no constant, 1 for one vector for all tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,37 +153,41 @@ class ProjectionPlan:
     """One product from normalised streams to queries, keys and values of heads."""
 
     streams: tuple[int, ...]
-    """Numbers of the streams within the attention, whose tokens are put one after the other."""
+    """Numbers of the attention's streams whose tokens it reads, one stream after the other."""
     rows: Rows
     q: tuple[int, ...]
-    """Heads whose queries it computes; columns are ordered q, k, v, heads as listed."""
+    """Heads whose queries it computes. Columns are ordered q, k, v, and heads as listed."""
     k: tuple[int, ...]
     v: tuple[int, ...]
 
     @property
     def num_columns(self) -> int:
-        """How many head inputs it computes."""
+        """How many queries, keys and values of heads it computes; each has ``head_dim`` columns."""
         return len(self.q) + len(self.k) + len(self.v)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSetPlan:
-    """Heads of a block that go through one attention call."""
+    """Heads of a block that are computed in one attention call.
+
+    With few queries it is cheaper to compute no keys and values. q' (W_k x) = (W_k' q)' x, so the
+    few queries absorb the weight of the keys and meet the normalised tokens x themselves; and
+    sum_t a_t (W_v x_t) = W_v (sum_t a_t x_t), so the few mixtures of tokens are multiplied by the
+    weight of the values.
+    """
 
     heads: tuple[int, ...]
     rows: Rows
-    """Of the queries; keys and values always cover all tokens."""
+    """The tokens of the queries; keys and values always cover all tokens."""
     constant: tuple[Letter, ...]
-    """Inputs that are tables. Where q and k both are, the attention pattern is the table."""
+    """Inputs that are tables. If both q and k are, the attention pattern itself is the table."""
     queries: tuple[int, ...]
-    """The stream whose normalised tokens ask directly, where the weights of queries and keys are
-    merged into one product: at most one, and only with ``keys``."""
+    """If the weights of queries and keys are merged into one product, the stream whose normalised
+    tokens it reads: at most one, and only with ``keys``."""
     keys: tuple[int, ...]
-    """Streams whose normalised tokens the queries meet directly, with no product to keys: the
-    weight of the keys is applied to the few queries instead. Empty where there are keys."""
+    """Streams whose normalised tokens take the place of keys; empty if there are keys."""
     values: tuple[int, ...]
-    """Streams whose normalised tokens are mixed directly: the weight of the values is applied to
-    the few mixtures. Empty where there are values."""
+    """Streams whose normalised tokens take the place of values; empty if there are values."""
     merged_values: bool
     """Whether the weights of values and output are merged into one product."""
 
@@ -197,13 +198,13 @@ class HeadSetPlan:
 
     @property
     def stands_alone(self) -> bool:
-        """Whether it is one head that computes queries, keys and values, and mixes these."""
+        """Whether it is a single head with its own queries, keys and values, none constant."""
         return len(self.heads) == 1 and not (self.constant or self.keys or self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPlan:
-    """One product from some heads of a head_set back to the width of the stream."""
+    """One product from some heads of a head set back to the width of the stream."""
 
     name: str
     head_set: int
@@ -211,8 +212,8 @@ class OutputPlan:
     heads: tuple[int, ...]
     rows: Rows
     bias: bool
-    """Whether it has one; if not, its only reader adds the product to its sum in one operation, and
-    the reader's table or another of its products holds the bias."""
+    """Whether the product has a bias. If not, its only reader adds the product to its sum in one
+    operation, and the reader's table, or another product that it reads, holds the bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +224,11 @@ class AttentionPlan:
     projections: tuple[ProjectionPlan, ...]
     head_sets: tuple[HeadSetPlan, ...]
     outputs: tuple[OutputPlan, ...]
+
+    def rows_of(self, streams: Sequence[int]) -> Rows:
+        """The tokens of some streams, which follow one another."""
+        first, last = self.streams[streams[0]], self.streams[streams[-1]]
+        return Rows(first=first.rows.first, end=last.rows.end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +249,7 @@ class BlockPlan:
 
     attention: AttentionPlan | None
     mlps: tuple[MlpPlan, ...]
-    """One for each range of tokens that keeps neurons of its own."""
+    """One for each range of tokens that has its own neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +261,8 @@ class Plan:
     """Whether the patch embedding is computed."""
     blocks: tuple[BlockPlan, ...]
     readout: tuple[StreamPlan, ...]
-    """What the classifier reads, a stream per token kind; head_sets that do not depend on the image
-    are left out, and with all of them the classifier."""
+    """What the classifier reads, a stream per token kind. Kinds that are the same for every image
+    are left out; if all are, there is no classifier, only constant logits."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -273,32 +279,28 @@ class Plan:
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """``value``, made of JSON's types, as an instance of the annotated ``kind``."""
-    origin = get_origin(kind)
+    """``value``, made of JSON's types, as an instance of the annotated ``kind``.
+
+    Nothing is converted but lists to tuples: ``True`` is no int, and 1 no float.
+    """
     if is_dataclass(kind):
-        return _decode_dataclass(kind, value, where)
+        names = {item.name for item in fields(kind)}
+        # A field with a default may be missing: it may be younger than the plan.
+        needed = {item.name for item in fields(kind) if item.default is MISSING}
+        if not isinstance(value, dict) or not needed <= set(value) <= names:
+            got = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
+            raise ArtefactError(
+                f"{where} must have the keys {', '.join(sorted(names))}, got {got}: "
+                "save the model again"
+            )
+        make, hints = cast(type, kind), get_type_hints(kind)
+        return make(**{key: _decode(hints[key], value[key], f"{where}.{key}") for key in value})
+    origin, members = get_origin(kind), get_args(kind)
     if origin is tuple and isinstance(value, (list, tuple)):
-        member = get_args(kind)[0]
-        return tuple(_decode(member, item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is UnionType and value is None:
-        return None
+        return tuple(_decode(members[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is UnionType:
-        (kind,) = (member for member in get_args(kind) if member is not NoneType)
-        return _decode(kind, value, where)
-    if value in get_args(kind) if origin is Literal else type(value) is kind:
+        (member,) = set(members) - {NoneType}
+        return None if value is None else _decode(member, value, where)
+    if value in members if origin is Literal else type(value) is kind:
         return value
     raise ArtefactError(f"{where} must be {kind}, got {value!r}: save the model again")
-
-
-def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
-    names = {item.name for item in fields(kind)}
-    # Kinds of models that were added later have their defaults in plans of before.
-    needed = {item.name for item in fields(kind) if item.default is MISSING}
-    if not isinstance(value, dict) or not needed <= set(value) <= names:
-        got = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
-        raise ArtefactError(
-            f"{where} must have the keys {', '.join(sorted(names))}, got {got}: "
-            "save the model again"
-        )
-    hints = get_type_hints(kind)
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})

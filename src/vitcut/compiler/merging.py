@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import describe
+from vitcut.compact.operations import describe
 from vitcut.compact.plan import Plan, ViTShape
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.liveness import Mask, first_sources, masks_of, union

@@ -48,7 +48,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vitcut.circuit import Circuit
-from vitcut.compact.macs import head_set_macs
+from vitcut.compact.operations import head_set_macs
 from vitcut.compact.plan import (
     AttentionPlan,
     BlockPlan,

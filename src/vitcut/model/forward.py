@@ -6,8 +6,7 @@ The functions of parts take any rows of tokens, so that a caller can compute the
 import torch
 import torch.nn.functional as F
 
-from vitcut.compact.activations import ACTIVATIONS
-from vitcut.compact.rotary import rotate
+from vitcut.compact.layers import ACTIVATIONS, rotate
 from vitcut.model.weights import AttentionWeights, MlpWeights, NormWeights, ViTWeights
 from vitcut.names import LETTERS, Letter
 from vitcut.shapes import Float, Tensor

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from vitcut.compact.deployment import centred
-from vitcut.compact.model import CompactViT
+from vitcut.compact.model import CompactViT, centred
 from vitcut.runtimes.session import Session, frozen_copy, require_parity
 from vitcut.shapes import Float, Tensor
 from vitcut.store import atomic_path
