@@ -10,8 +10,9 @@ import json
 import shutil
 from pathlib import Path
 
-from vitcut import cli
 from vitcut.benchmark.tables import point_table, to_markdown
+
+from vitcut import cli
 from vitcut.circuit import Circuit
 from vitcut.results import Comparison, Point, Results
 

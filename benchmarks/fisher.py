@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from part_scores import PartScores, exact_edges, exact_heads, exact_neurons, fisher_scores
+from vitcut.pipeline.commands import resolve_origin
+from vitcut.pipeline.stages import examples_of
+from vitcut.pipeline.subject import Subject
 
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.images.settings import DataSettings
@@ -25,9 +28,6 @@ from vitcut.masked.oracle import Examples, Oracle
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.weights import ViTWeights
 from vitcut.names import Ablation
-from vitcut.pipeline.commands import resolve_origin
-from vitcut.pipeline.stages import examples_of
-from vitcut.pipeline.subject import Subject
 from vitcut.runtime import describe_machine
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "fisher"

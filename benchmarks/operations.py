@@ -20,9 +20,9 @@ import onnxruntime
 import torch
 from torch import nn
 from torch.export import Dim
+from vitcut.model.loading import load_model
 
 from vitcut.compact.model import CompactViT, centred
-from vitcut.model.loading import load_model
 from vitcut.runtime import describe_machine
 from vitcut.runtimes.onnx_runtime import export_onnx
 from vitcut.store import write_text

@@ -16,13 +16,6 @@ from pathlib import Path
 
 from parts_page import write_page
 from torch import nn
-
-from vitcut.benchmark.settings import BenchSettings
-from vitcut.circuit import Circuit
-from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutSettings
-from vitcut.discovery.settings import DiscoverSettings
-from vitcut.images.settings import DataSettings
 from vitcut.pipeline.budget import cut_to_budget
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.folder import RunFolder
@@ -38,6 +31,13 @@ from vitcut.pipeline.stages import (
 )
 from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Subject
+
+from vitcut.benchmark.settings import BenchSettings
+from vitcut.circuit import Circuit
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
+from vitcut.images.settings import DataSettings
 from vitcut.progress import say
 from vitcut.results import Point
 from vitcut.selection.settings import Budget

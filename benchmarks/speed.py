@@ -18,15 +18,6 @@ import numpy as np
 import torch
 from speed_page import write_page
 from torch import nn
-
-from vitcut.benchmark.settings import BenchSettings
-from vitcut.circuit import Circuit
-from vitcut.compact.model import CompactViT
-from vitcut.compiler.calibrate import Measured, fit_costs
-from vitcut.compiler.cost import CostModel
-from vitcut.compiler.settings import CutSettings
-from vitcut.discovery.settings import DiscoverSettings
-from vitcut.images.settings import DataSettings
 from vitcut.pipeline.budget import BudgetSearch
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.fills import Fills
@@ -37,6 +28,15 @@ from vitcut.pipeline.repair import repair, repair_compact
 from vitcut.pipeline.stages import CLASS_ONLY, class_only, dense_point, evaluate_points, measure
 from vitcut.pipeline.stored import StoredCut
 from vitcut.pipeline.subject import Subject
+
+from vitcut.benchmark.settings import BenchSettings
+from vitcut.circuit import Circuit
+from vitcut.compact.model import CompactViT
+from vitcut.compiler.calibrate import Measured, fit_costs
+from vitcut.compiler.cost import CostModel
+from vitcut.compiler.settings import CutSettings
+from vitcut.discovery.settings import DiscoverSettings
+from vitcut.images.settings import DataSettings
 from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.selection.settings import Budget

@@ -132,9 +132,7 @@ def test_the_uncut_circuit_evaluates_like_the_dense_model(model, images):
     torch.testing.assert_close(compact.log_probs, dense.log_probs, atol=1e-4, rtol=0)
 
 
-def test_paths_may_be_texts_and_every_verb_takes_what_the_one_before_wrote(
-    model, images, tmp_path
-):
+def test_paths_may_be_texts_and_every_verb_takes_what_the_one_before_wrote(model, images, tmp_path):
     found, cut, fine = (f"{tmp_path}/{name}" for name in ("found", "cut", "fine"))
     circuit = vitcut.discover(model, images, settings=SEARCH, out=found)
     assert vitcut.Circuit.load(f"{found}/points/acdc-resample-0.01/circuit.json") == circuit

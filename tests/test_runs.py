@@ -1,7 +1,7 @@
 import pytest
 
-from vitcut.errors import ArtefactError
 from vitcut.circuit import Circuit
+from vitcut.errors import ArtefactError
 from vitcut.graph import Graph
 from vitcut.runs import Run, find_run, read_settings
 

@@ -1,4 +1,4 @@
-"""The verbs of vitcut, as Python functions; the command line calls these and prints what they return.
+"""The verbs of vitcut as Python functions; the command line calls them and prints their results.
 
 Settings are dataclasses of checked values. Whatever a verb writes goes into ``out``, a run
 directory: called again after a kill, with the same arguments, it goes on from what is there. Stages
@@ -102,7 +102,9 @@ def load_model(
         "random_weights": random_weights,
         "image_size": image_size,
     }
-    typed = {name: value for name, value in given.items() if value is not None and value is not False}
+    typed = {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
     run, path = None, None
     if isinstance(model, (str, Path)):
         path = Path(model)
@@ -116,8 +118,8 @@ def load_model(
             if model == _OWN:
                 model = path / "dense"
         # A path is kept absolute: a run directory is read from other places too.
-        if str(model) != SHIPPED_MODEL and Path(model).exists():
-            model = str(Path(model).resolve())
+        if str(model) != SHIPPED_MODEL and Path(str(model)).exists():
+            model = str(Path(str(model)).resolve())
     loaded = load(model, **given)
     for name in {"mean", "std"} & typed.keys():
         typed[name] = list(getattr(loaded.preprocessing, name))
@@ -183,7 +185,7 @@ def load_images(
     )
     if model is not None and model.run is not None:
         # What is not said is the run's, but for the image size, which is the model's.
-        stored = read_settings(model.run).get("images")
+        stored: Any = read_settings(model.run).get("images")
         try:
             own = parse_task(json.dumps(stored.pop("task")), origin=str(model.run))
             del stored["fingerprint"]
@@ -202,7 +204,7 @@ def load_images(
         task = next((name for name in named if name in {SHIPPED_MODEL, "drawn"}), None)
     if model is None:
         given = {"mean": numbers("mean", mean), "std": numbers("std", std)}
-        known = {name: value for name, value in given.items() if value is not None}
+        known: Any = {name: value for name, value in given.items() if value is not None}
         preprocessing = Preprocessing(image_size=settings.image_size, **known)
     else:
         preprocessing = model.preprocessing
@@ -253,7 +255,6 @@ def _circuits(
     import torch
 
     from vitcut.circuit import Circuit
-    from vitcut.compiler.cut import CIRCUIT_FILE
     from vitcut.discovery.pairs import make_pairs
     from vitcut.discovery.search import Discovery
     from vitcut.images.load import normalise
@@ -450,7 +451,10 @@ def cut(
     settings = replace(settings, ablation=settings.ablation_for(found_under))
     run, model = Run(out), _for_images(model, images)
     costs = _costs(settings)
-    chosen: dict[str, Any] = {"cut": as_plain(replace(settings, costs=None)), "costs": costs.fingerprint}
+    chosen: dict[str, Any] = {
+        "cut": as_plain(replace(settings, costs=None)),
+        "costs": costs.fingerprint,
+    }
     if circuit is None:
         chosen["select"] = as_plain(budget)
     else:
@@ -586,7 +590,13 @@ def finetune(
     from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Results
     from vitcut.store import write_text
     from vitcut.training.repair import (
-        Repair, Repaired, compare_pairs, find_repair, repair, repair_cut, require_cut_of,
+        Repair,
+        Repaired,
+        compare_pairs,
+        find_repair,
+        repair,
+        repair_cut,
+        require_cut_of,
         require_sight,
     )  # fmt: skip
 
@@ -614,14 +624,16 @@ def finetune(
     run.claim({**_subject(model, images), **chosen})
     repaired, training = repair_cut(start, model, images, settings, run.path)
     repaired = replace(run.once("model", lambda: repaired, Cut), folder=run.path / "model")
-    dense, dense_training = None, None
+    dense, dense_training, folder = None, None, run.path / DENSE_REPAIRED
     if taken is not None:
         folder, dense_training = taken
         dense = Model.load(folder / "dense")
     elif repair_dense:
         say("giving the dense model the same repair")
-        folder, module = run.path / DENSE_REPAIRED, deepcopy(model.module)
-        dense_training = repair(module, model, images, settings, folder)
+        module = deepcopy(model.module)
+        dense_training = repair(
+            module, model.module, images, settings, folder, preprocessing=model.preprocessing
+        )
         card = dense_repaired_card(images.task, dense_training, settings)
         kept = replace(model, module=module, card=card)
         dense = run.once(f"{DENSE_REPAIRED}/dense", lambda: kept, Model)
@@ -688,6 +700,11 @@ def evaluate(model: "Model | CompactViT | Cut", images: "Images") -> "Evaluation
             f"the model's classes are not those of task {task.name!r}: use the label file that it "
             "was made for"
         )
+    if info.preprocessing is None:
+        raise ConfigError(
+            "the compact model does not say how its images are made: set model.info to a ModelInfo "
+            "with its preprocessing"
+        )
     _require_made_for(info.preprocessing, images)
     return measure_accuracy(model, images.test, task, info.preprocessing)
 
@@ -734,14 +751,17 @@ def bench(
     }
     for point in earlier.points:
         if point.model is not None:
-            kind = Model if point.name == DENSE_REPAIRED else Cut
-            loaded = kind.load(path / point.model)
+            folder = path / point.model
+            if point.name == DENSE_REPAIRED:
+                module: nn.Module = Model.load(folder).module
+            else:
+                module = Cut.load(folder).model
             moved = replace(
                 point,
                 model=target.relative(path / point.model),
                 circuit=None if point.circuit is None else target.relative(path / point.circuit),
             )
-            points[point.name] = moved, loaded.module if kind is Model else loaded.model
+            points[point.name] = moved, module
     results = measure(model, images, points, settings)
     results.save(target.path / RESULTS_FILE)
     return results
@@ -836,7 +856,9 @@ def run(
     costs = _costs(settings.cut)
     if settings.select.is_given:
         require_possible(untrained, settings.select, costs)
-    chosen = {key: value for key, value in as_plain(settings).items() if key not in {"task", "data"}}
+    chosen = {
+        key: value for key, value in as_plain(settings).items() if key not in {"task", "data"}
+    }
     target.claim({"model": {"model": _OWN}, "images": _plain_images(images), **chosen})
     model = _for_images(_trained(images, vit, settings.train, target), images)
     cuts: list[Cut] = []
@@ -850,21 +872,31 @@ def run(
     for ablation in settings.ablations:
         sought = replace(settings.discover, ablation=ablation)
         for name, circuit in _circuits(model, images, sought, settings.taus, target):
-            keep(Path("points") / name, lambda c=circuit, n=name: cut_circuit(
-                model, images, c, settings.cut, fitter=fitter, costs=costs, name=n
-            ))
+            keep(
+                Path("points") / name,
+                lambda c=circuit, n=name: cut_circuit(
+                    model, images, c, settings.cut, fitter=fitter, costs=costs, name=n
+                ),
+            )
     if settings.select.is_given:
         fitter = _fitter(model, images, linear)
         threads = settings.bench.threads
-        circuit = search(model, images, settings.select, linear, fitter, costs, target, threads=threads)
+        circuit = search(
+            model, images, settings.select, linear, fitter, costs, target, threads=threads
+        )
         name, asked = _budget_point(settings.select, linear, circuit)
-        start = keep(Path("points") / str(name), lambda: cut_circuit(
-            model, images, circuit, linear, fitter=fitter, costs=costs, name=name, budget=asked
-        ))
+        start = keep(
+            Path("points") / str(name),
+            lambda: cut_circuit(
+                model, images, circuit, linear, fitter=fitter, costs=costs, name=name, budget=asked
+            ),
+        )
         if settings.repair is not None:
             training = settings.repair
             folder = Path("points") / f"{name}-repaired"
-            keep(folder, lambda: repair_cut(start, model, images, training, target.path / folder)[0])
+            keep(
+                folder, lambda: repair_cut(start, model, images, training, target.path / folder)[0]
+            )
 
     def measured() -> Results:
         points = {CLASS_ONLY: class_only(model, images, fitter=fitter, costs=costs)}
@@ -874,9 +906,7 @@ def run(
     return target.once(RESULTS_FILE, measured, Results)
 
 
-def demo(
-    *, changes: Mapping[str, Any] | None = None, out: str | Path | None = None
-) -> "Results":
+def demo(*, changes: Mapping[str, Any] | None = None, out: str | Path | None = None) -> "Results":
     """Go the whole way in under three minutes, on drawn pictures: no data and no network needed.
 
     Args:
@@ -940,7 +970,9 @@ def suggest(
     with open_source(None if source is None else str(source)) as opened:
         task = suggest_task(sorted(opened.class_names), groups, path.stem)
     text = yaml.safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True)
-    write_text(path, "# Groups suggested by WordNet 3.0 ancestors: look through them, and edit.\n" + text)
+    write_text(
+        path, "# Groups suggested by WordNet 3.0 ancestors: look through them, and edit.\n" + text
+    )
     return task
 
 
@@ -984,10 +1016,6 @@ def show(path: str | Path, *, plan: bool = False) -> None:
     Raises:
         ArtefactError: It holds none of these.
     """
-    from vitcut.report.show import show as print_contents
-    from vitcut.report.show import show_plan
+    from vitcut.report.show import show_path, show_plan_of
 
-    if plan:
-        show_plan(Path(path))
-    else:
-        print_contents(Path(path))
+    (show_plan_of if plan else show_path)(Path(path))

@@ -130,13 +130,13 @@ def build_parser(name: str) -> ArgumentParser:
     verb = VERBS[name]
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     told = parse_docstring(verb.call.__doc__ or "")
-    parser = _Parser(
-        prog=f"vitcut {name}", description=told.short_description, exit_on_error=False
-    )
+    parser = _Parser(prog=f"vitcut {name}", description=told.short_description, exit_on_error=False)
     parameters = inspect.signature(verb.call).parameters
     if "changes" in parameters:
         parser.description = f"{told.short_description} {_CHANGES}"
-        parser.add_argument("--print_config", action="store_true", help="Print the recipe's values.")
+        parser.add_argument(
+            "--print_config", action="store_true", help="Print the recipe's values."
+        )
     else:
         parser.add_argument("--config", action="config", help="A YAML file of flags.")
     known = set[str]()
@@ -247,7 +247,9 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
     ``--merge`` is ``--merge true``; ``--taus 0.01,0.02`` is ``--taus "[0.01, 0.02]"``.
     """
     defaults = parser.get_defaults().items()
-    switches = {f"--{key}" for key, value in defaults if isinstance(value, bool)} - {"--print_config"}
+    switches = {f"--{key}" for key, value in defaults if isinstance(value, bool)} - {
+        "--print_config"
+    }
     lists = {f"--{key}" for key, value in defaults if isinstance(value, (tuple, list))}
     for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
@@ -261,12 +263,13 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
             yield word
 
 
-def _take_changes(
-    words: list[str], parser: ArgumentParser
-) -> tuple[list[str], dict[str, str]]:
+def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], dict[str, str]]:
     """Take the changes of a recipe out of what was typed: ``--train.epochs 2``, ``--taus 0.01``."""
-    own = {f"--{name}" for name in parser.get_defaults().keys()}
-    top = {f"--{field.name}" for field in fields(RunSettings)} - own | {"--source", "--skip_bad_images"}
+    own = {f"--{name}" for name in parser.get_defaults()}
+    top = {f"--{field.name}" for field in fields(RunSettings)} - own | {
+        "--source",
+        "--skip_bad_images",
+    }
     rest: list[str] = []
     changes: dict[str, str] = {}
     words = list(words)
@@ -279,8 +282,7 @@ def _take_changes(
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
         if "," in value and value[:1] not in "[{":
             value = f"[{value}]"
-        data = flag in {"--source", "--skip_bad_images"}
-        changes[f"data.{flag[2:]}" if data else flag[2:]] = value
+        changes[f"data.{flag[2:]}" if flag in data else flag[2:]] = value
     return rest, changes
 
 
@@ -376,7 +378,9 @@ VERBS = {
         then=lambda typed: shlex.join(["vitcut", "discover", "--model", typed.out]),
         out="runs/train",
     ),
-    "discover": Verb(call=api.discover, show=_show_found, then=_after_discover, out="runs/discover"),
+    "discover": Verb(
+        call=api.discover, show=_show_found, then=_after_discover, out="runs/discover"
+    ),
     "cut": Verb(
         call=api.cut,
         show=show.show_cut,

@@ -53,7 +53,9 @@ class Run:
         self._temporary = TemporaryDirectory() if path is None else None
         self.path = Path(path if self._temporary is None else self._temporary.name)
         if path is not None and not (self.path / CONFIG_FILE).exists():
-            found = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set[str]()
+            found = (
+                {item.name for item in self.path.iterdir()} if self.path.is_dir() else set[str]()
+            )
             if self.path.is_file() or any(not name.endswith(".part") for name in found):
                 raise ArtefactError(
                     f"{self.path} is not empty and holds no run of vitcut: choose another --out"
@@ -75,9 +77,8 @@ class Run:
             ArtefactError: The directory holds results of other settings.
         """
         config = self.path / CONFIG_FILE
-        done = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set[str]()
-        done = {name for name in done if not name.endswith(".part")} - {CONFIG_FILE}
-        if config.exists() and done:
+        # Settings may be corrected as long as there are no results of theirs.
+        if config.exists() and self._names() - {CONFIG_FILE}:
             for key, (was, now) in differences(read_settings(self.path), settings).items():
                 if key in free or key.rpartition(".")[2] in _WITHOUT_EFFECT:
                     continue
@@ -95,6 +96,11 @@ class Run:
         write_text(
             config, yaml.safe_dump({"format_version": _VERSION, **settings}, sort_keys=False)
         )
+
+    def _names(self) -> set[str]:
+        """What lies in the directory, without files that a killed process left half-written."""
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        return {item.name for item in found if not item.name.endswith(".part")}
 
     def once(self, name: str, make: Callable[[], T], kind: type[T]) -> T:
         """Do a piece of work, or read back what it came to.

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from vitcut.images.images import ImageSet, to_float
 
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
-from vitcut.images.images import ImageSet, to_float
 
 GROUPS = np.array([0, 0, 1])
 TO_FLOAT = partial(to_float, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

@@ -15,8 +15,8 @@ from vitcut.compact.artefact import CONFIG, TENSORS, ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError
-from vitcut.framing import Framing
 from vitcut.masked.fill import Fill
+from vitcut.preprocessing import Framing
 from vitcut.store import sha256_file, sha256_json
 
 WEIGHTS = random_vit(num_heads=3)

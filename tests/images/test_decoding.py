@@ -12,9 +12,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from vitcut.errors import DataError
-from vitcut.framing import Framing, Interpolation
 from vitcut.images import decoding
 from vitcut.images.decoding import decode
+from vitcut.preprocessing import Framing, Interpolation
 
 
 @given(

@@ -12,10 +12,10 @@ import pytest
 from data_samples import encoded, shades, tiny_imagenet, write_folder, write_parquet, write_zip
 
 from vitcut.errors import DataError
-from vitcut.framing import Framing
 from vitcut.images import prepare as prepare_module
 from vitcut.images.prepare import FORMAT_VERSION, PreparedData, prepare
 from vitcut.images.settings import DataSettings
+from vitcut.preprocessing import Framing
 from vitcut.settings import config_hash
 
 

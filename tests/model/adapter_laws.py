@@ -8,13 +8,13 @@ import torch
 from strategies import parts_per_kind
 from tiny import random_fill, random_pixels
 from torch import nn
+from vitcut.model.given import Given
+from vitcut.model.loading import load_model
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.emit import compile_circuit, verify
 from vitcut.errors import ModelError, UnsupportedModelError, VitcutError
 from vitcut.masked.masking import full_run
-from vitcut.model.given import Given
-from vitcut.model.loading import load_model
 from vitcut.model.tracing import read_model
 from vitcut.model.weights import ViTWeights, map_tensors
 

@@ -6,17 +6,17 @@ import torch
 from adapter_laws import expect_load_refusal
 from safetensors.torch import save_file
 from torch import nn
-
-from vitcut import cli
-from vitcut.errors import ConfigError, ModelError
-from vitcut.framing import Framing
-from vitcut.images.settings import DataSettings
-from vitcut.model.checkpoints import timm_sizes
 from vitcut.model.given import NOTHING, Given
 from vitcut.model.loading import load_model, weight_hash
 from vitcut.pipeline.commands import resolve_origin
 from vitcut.pipeline.folder import RunFolder
 from vitcut.pipeline.subject import Origin
+
+from vitcut import cli
+from vitcut.errors import ConfigError, ModelError
+from vitcut.images.settings import DataSettings
+from vitcut.model.checkpoints import timm_sizes
+from vitcut.preprocessing import Framing
 
 ARCH = "test_vit"
 

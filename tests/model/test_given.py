@@ -1,12 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from vitcut.model.given import NOTHING, Given
+from vitcut.model.loading import load_model
 
 import vitcut
 from vitcut import cli
 from vitcut.errors import ConfigError
-from vitcut.model.given import NOTHING, Given
-from vitcut.model.loading import load_model
 
 ALL = Given(arch="vit", mean=(0.5,), std=(0.1, 0.2), random_weights=True, image_size=32)
 

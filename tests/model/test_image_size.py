@@ -5,13 +5,13 @@ import timm
 import torch
 from pretrained import fake_pretrained
 from timm.layers import resample_abs_pos_embed
+from vitcut.model.given import Given
+from vitcut.model.loading import load_model, weight_hash
 
 import vitcut
 from vitcut.errors import ConfigError
-from vitcut.framing import Framing
-from vitcut.model.given import Given
-from vitcut.model.loading import load_model, weight_hash
 from vitcut.model.tracing import read_model
+from vitcut.preprocessing import Framing
 
 NAMES = [("vit_tiny_patch16_224", 64), ("eva02_tiny_patch14_224", 56)]
 

@@ -9,11 +9,11 @@ from adapter_laws import expect_load_refusal
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from tiny_models import TINY_CARD
-
-from vitcut.framing import WHOLE, Framing
 from vitcut.model.loading import load_model, save_dense, weight_hash
+
 from vitcut.model.reference import build_reference
 from vitcut.model.settings import VitSettings
+from vitcut.preprocessing import WHOLE, Framing
 
 CARD = replace(TINY_CARD, image_size=16)
 

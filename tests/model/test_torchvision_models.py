@@ -11,12 +11,12 @@ from torch import nn
 from torchvision.models import ViT_B_16_Weights, _api
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
-
-from vitcut.errors import ModelError
-from vitcut.framing import Framing
 from vitcut.model.given import Given
 from vitcut.model.loading import load_model, save_dense
+
+from vitcut.errors import ModelError
 from vitcut.model.tracing import read_model
+from vitcut.preprocessing import Framing
 
 BLOCKS = {"patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48}
 SIZES = {**BLOCKS, "image_size": 32, "num_classes": 5}

@@ -9,14 +9,14 @@ from adapter_laws import expect_load_refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY_CARD, hf_classifier
+from vitcut.model.loading import load_model, save_dense
 
 from vitcut import cli
 from vitcut.errors import ConfigError, ModelError
-from vitcut.framing import Framing
 from vitcut.images.decoding import decode
 from vitcut.model import loading
-from vitcut.model.loading import load_model, save_dense
 from vitcut.model.tracing import read_model
+from vitcut.preprocessing import Framing
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,6 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
-
 from vitcut.model.loading import DenseCard
 
 OWN_VIT = Path(__file__).parents[2] / "examples" / "own_vit.py"

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from vitcut.circuit import Circuit
+from vitcut.graph import SiteKey
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import SiteStatistics, fit_fill, fixed_fill, mean_fill, regress
 from vitcut.masked.masking import PartMask, circuit_reader, full_run, run_parts
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.model.weights import ViTWeights
-from vitcut.graph import SiteKey
 from vitcut.selection.greedy import Alive
 
 GROUPS = torch.tensor([0, 1, 1, 2])

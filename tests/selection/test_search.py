@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from nudges import fitted
 from tiny import random_vit
+from vitcut.images.images import ImageSet, to_float
+from vitcut.masked.ablation import zero_fill
 
 from vitcut.circuit import Circuit
 from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit
-from vitcut.images.images import ImageSet, to_float
-from vitcut.masked.ablation import zero_fill
 from vitcut.selection import search as searching
 from vitcut.selection.search import PathStep, SearchPath, search
 from vitcut.selection.settings import Budget

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_training import MEAN, SETTINGS, STD, tiny_images
+from vitcut.images.images import ImageSet
 
 from vitcut.errors import ConfigError
-from vitcut.images.images import ImageSet
 from vitcut.training.batches import (
     TrainingBatches,
     cutmix,

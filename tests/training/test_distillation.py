@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import MEAN, SETTINGS, STD, TASK, tiny_images, tiny_model
+from vitcut.model.loading import weight_hash
 
 from vitcut.errors import ArtefactError, ConfigError
-from vitcut.model.loading import weight_hash
 from vitcut.settings import as_plain
 from vitcut.training.batches import Batch
 from vitcut.training.distillation import Distillation, repair

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import MEAN, SETTINGS, STD, tiny_images, tiny_model
+from vitcut.model.loading import weight_hash
 
 from vitcut.errors import ArtefactError, ConfigError, ModelError
-from vitcut.model.loading import weight_hash
 from vitcut.model.reference import build_reference
 from vitcut.model.settings import VitSettings
 from vitcut.training import checkpoint, loop

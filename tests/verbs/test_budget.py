@@ -155,7 +155,10 @@ def test_the_verb_prints_the_path_and_says_when_there_is_nothing_to_do(
 
 
 def test_the_saved_fill_is_the_circuits_and_gives_the_compact_model(cut):
-    circuit, fill = Circuit.load(cut / "model" / "circuit.json"), Fill.load(cut / "model" / FILL_FILE)
+    circuit, fill = (
+        Circuit.load(cut / "model" / "circuit.json"),
+        Fill.load(cut / "model" / FILL_FILE),
+    )
     assert fill.circuit == circuit.fingerprint
     assert circuit == _circuits(cut)["macs-0.5500"]
     dense = vitcut.load_model(cut)

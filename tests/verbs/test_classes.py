@@ -134,9 +134,7 @@ def test_a_cut_for_some_of_the_classes_computes_the_masked_model(shuffled, text,
     assert cut.model.plan.shape.num_classes == len(images.task.classes)
     cut.model.save_pretrained(tmp_path / "cut")
     again = CompactViT.from_pretrained(tmp_path / "cut")
-    vitcut.finetune(
-        again, shuffled, images, settings=FINETUNE, repair_dense=False, bench=None
-    )
+    vitcut.finetune(again, shuffled, images, settings=FINETUNE, repair_dense=False, bench=None)
 
 
 def test_a_rest_is_of_classes_that_the_model_knows_and_the_data_may_lack(shuffled, capsys):

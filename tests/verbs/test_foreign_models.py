@@ -21,10 +21,10 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError, ModelError, TaskError
-from vitcut.framing import Framing
 from vitcut.model import saving
 from vitcut.model.adapters import as_classifier
 from vitcut.model.tracing import read_model
+from vitcut.preprocessing import Framing
 from vitcut.runs import read_settings
 from vitcut.runtimes.onnx_runtime import export_onnx
 from vitcut.task import load_task
@@ -105,9 +105,7 @@ def sized(tmp_path, monkeypatch):
     return tmp_path / "circuit.json"
 
 
-def test_a_cut_for_images_of_another_size_is_measured_and_repaired_in_that_size(
-    sized, tmp_path
-):
+def test_a_cut_for_images_of_another_size_is_measured_and_repaired_in_that_size(sized, tmp_path):
     cut, fine = tmp_path / "cut", tmp_path / "fine"
     words = ["cut", str(sized), "--model", "timm:test_vit", "--image-size", "32"]
     words += ["--source", "drawn", "--task", "drawn", "--images", "24", "--verify-images", "12"]

@@ -303,9 +303,7 @@ def test_a_damaged_record_of_a_repair_is_refused(repaired, tmp_path):
             Repair.load(tmp_path / REPAIR_FILE)
 
 
-def test_the_verb_repairs_and_shows_the_differences(
-    finished, repaired, tmp_path, capsys
-):
+def test_the_verb_repairs_and_shows_the_differences(finished, repaired, tmp_path, capsys):
     out = tmp_path / "fine"
     words = ["finetune", str(finished), "--point", POINT, "--repaired-dense", str(repaired)]
     assert main([*words, *FLAGS, *TIMING, "--out", str(out)]) == 0

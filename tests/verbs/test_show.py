@@ -102,13 +102,8 @@ def test_a_circuit_of_parts_is_shown_by_block_and_token_kind(capsys):
 def test_edges_are_shown_by_token_kind_where_they_were_cut(capsys):
     full = Circuit.full(GRAPH)
     kept = full.kept.copy()
-<<<<<<< HEAD:tests/verbs/test_show.py
     kept[GRAPH.source_numbers["embed.cls"], GRAPH.mlp_target(1, 0)] = False
     show_circuit(replace(full, kept=kept))
-=======
-    kept[GRAPH.source_numbers["embed.cls"], GRAPH.mlp_target(1, 0)] = False
-    print_circuit(replace(full, kept=kept))
->>>>>>> wt-graph:tests/pipeline/test_show.py
     rows = _cells(capsys)
     assert rows[2] == ["1", "cls", "2 / 2", "8 / 8", "8 / 8", "8 / 8", "5 / 6"]
     assert rows[3] == ["", "patch", "-", "-", "8 / 8", "8 / 8", "-"]

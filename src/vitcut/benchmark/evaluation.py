@@ -69,7 +69,9 @@ def evaluate(
     if not len(images):
         raise DataError("there are no images to evaluate on: expected at least one")
     group_of_class = task.group_of_class
-    like = next(model.parameters(), torch.empty(0)) if isinstance(model, nn.Module) else torch.empty(0)
+    like = (
+        next(model.parameters(), torch.empty(0)) if isinstance(model, nn.Module) else torch.empty(0)
+    )
     starts = range(0, len(images), batch)
     with _evaluation_mode(model), torch.inference_mode():
         # Float64 on the CPU, [images classes]: KLs near zero would drown in float32 rounding.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError, ConfigError
-from vitcut.framing import WHOLE, Framing
+from vitcut.preprocessing import Framing, Preprocessing
 from vitcut.shapes import Tensor
 from vitcut.store import (
     atomic_folder,
@@ -36,10 +36,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class ModelInfo:
     """What a user of a model needs to know besides its tensors."""
 
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Per channel: subtracted from pixels between 0 and 1."""
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Per channel: divided by afterwards."""
+    preprocessing: Preprocessing | None = None
+    """How pictures become what the model takes; None where that is not known."""
     class_names: tuple[str, ...] = ()
     """One per logit; empty if unknown."""
     group_names: tuple[str, ...] = ()
@@ -49,8 +47,6 @@ class ModelInfo:
     """What the model was cut from."""
     source_sha256: str | None = None
     """Hash of the weights it was cut from."""
-    framing: Framing = WHOLE
-    """How its images were made from pictures, before mean and std."""
 
 
 def save_folder(
@@ -152,11 +148,15 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
             raise ArtefactError(f"{folder / CONFIG} lacks {name}: save the model again")
         values[name] = tuple(config[name]) if isinstance(config[name], list) else config[name]
     try:
-        values["framing"] = Framing(**values["framing"])
-    except (TypeError, ConfigError) as error:
+        taken: Any = values["preprocessing"]
+        if taken is not None:
+            channels = {name: tuple(taken[name]) for name in ("mean", "std")}
+            framing = Framing(**taken["framing"])
+            values["preprocessing"] = Preprocessing(**{**taken, **channels, "framing": framing})
+    except (TypeError, KeyError, ConfigError) as error:
         raise ArtefactError(
-            f"the framing in {folder / CONFIG} is not one that this vitcut knows ({error}): "
-            "upgrade vitcut, or save the model again"
+            f"the preprocessing in {folder / CONFIG} is not one that this vitcut knows "
+            f"({error!r}): upgrade vitcut, or save the model again"
         ) from None
     return Plan.from_dict(config["plan"]), ModelInfo(**values), tensors
 

@@ -1,4 +1,4 @@
-"""A cut: a circuit compiled into a compact model, with the proof that it computes the masked one."""
+"""A cut: a circuit compiled into a compact model, and the proof that it equals the masked one."""
 
 import json
 import os
@@ -15,10 +15,9 @@ from vitcut.compact.artefact import ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import count_macs
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.emit import Exactness, compile_circuit, verify
 from vitcut.compiler.merging import MERGES, merge_streams, num_streams
 from vitcut.compiler.settings import CutSettings
-from vitcut.compiler.verify import Exactness, verify
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.images.load import Images, ImageSet, normalise
 from vitcut.images.stratified import choose_evenly
@@ -26,6 +25,7 @@ from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import Fitter
 from vitcut.model.model import Model
 from vitcut.results import CLASS_ONLY, Point, Results
+from vitcut.runs import CIRCUIT_FILE
 from vitcut.store import atomic_folder, read_json, write_json
 
 FILL_FILE = "fill.safetensors"
@@ -130,7 +130,11 @@ class Cut:
 
     def __repr__(self) -> str:
         shape = self.model.plan.shape
-        exact = "" if self.exactness is None else f", |compact - masked| {self.exactness.max_abs_diff:.2g}"
+        exact = (
+            ""
+            if self.exactness is None
+            else f", |compact - masked| {self.exactness.max_abs_diff:.2g}"
+        )
         return f"Cut({self.name!r}, {shape.num_layers} blocks, {count_macs(self.model.plan):,} MACs{exact})"
 
 

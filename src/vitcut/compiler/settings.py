@@ -33,6 +33,9 @@ class CutSettings:
     batch: int = 64
     """Images per call that the compact model is made for. Decides whether the weights of heads with
     few queries are merged; a latency budget is measured with it."""
+    costs: str | None = None
+    """File of the costs that plans are chosen by, as `vitcut checks --save` writes it; the shipped
+    costs if None."""
     memory_gib: float = 16.0
     """Memory limit in GiB for the activations of a fit or of scoring parts."""
     verify_images: int = 64

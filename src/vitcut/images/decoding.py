@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from vitcut.errors import DataError
-from vitcut.framing import WHOLE, Framing
+from vitcut.preprocessing import WHOLE, Framing
 
 _MAX_PIXELS = 89_478_485
 """Pillow warns above this and refuses above twice as many; here both are errors."""

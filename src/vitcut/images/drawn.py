@@ -42,7 +42,7 @@ def drawn_images(
     pictures: list[NDArray[np.uint8]] = []
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
     down, right = np.meshgrid(axis, axis, indexing="ij")
-    # The order of the random draws below is part of the pictures: a change needs another fingerprint.
+    # The order of the random draws is part of the pictures: with another one they are others.
     for number, shape in enumerate(_SHAPES):
         rng = np.random.default_rng([seed, number])
         for start in range(0, images_per_class, _BATCH):

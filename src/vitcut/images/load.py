@@ -10,12 +10,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vitcut.errors import ConfigError, DataError, TaskError
-from vitcut.framing import WHOLE
 from vitcut.images.prepare import PreparedData
 from vitcut.images.settings import DataSettings
 from vitcut.images.stratified import choose_evenly, choose_fraction
 from vitcut.labels import Labels
-from vitcut.preprocessing import Preprocessing
+from vitcut.preprocessing import WHOLE, Preprocessing
 from vitcut.progress import say
 from vitcut.settings import config_hash
 from vitcut.shapes import Float, Tensor

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vitcut.errors import ArtefactError, DataError
-from vitcut.framing import WHOLE, Framing
 from vitcut.images.decoding import decode
 from vitcut.images.drawn import SOURCE_WORD, drawn_images
 from vitcut.images.readers import ImageSource, Record
 from vitcut.images.settings import DataSettings
 from vitcut.images.sources import open_source
 from vitcut.labels import Labels
+from vitcut.preprocessing import WHOLE, Framing
 from vitcut.progress import Meter, say
 from vitcut.settings import config_hash
 from vitcut.store import atomic_folder, cache_dir, read_json, write_json

@@ -19,8 +19,8 @@ from torch import nn
 
 from vitcut.errors import ModelError
 from vitcut.model.model import Model, listed, told_misfits
-from vitcut.preprocessing import Preprocessing, per_channel
 from vitcut.model.timm_folders import create_timm, timm_preprocessing
+from vitcut.preprocessing import Preprocessing, per_channel
 from vitcut.progress import say
 from vitcut.shapes import Tensor
 

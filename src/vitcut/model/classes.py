@@ -31,7 +31,7 @@ def find_labels(
         ModelError: The model names more or fewer classes than it has logits.
         TaskError: Nothing says what the logits stand for.
     """
-    owner = f"model {name!r}"
+    owner, logits = f"model {name!r}", f"its {num_classes} logits"
     if labels is not None:
         if len(labels.ids) != num_classes:
             raise ModelError(
@@ -40,15 +40,15 @@ def find_labels(
             )
         return Labels(owner=owner, ids=_data_ids(labels.ids, data, task), names=labels.names), None
     if len(data.ids) == num_classes:
-        told = f"its {num_classes} logits are taken as the data's classes, in the order of their ids"
+        told = f"{logits} are taken as the data's classes, in the order of their ids"
         return Labels(owner=owner, ids=data.ids, names=data.names), told
     own = set(data.ids)
     if len(task.classes) == num_classes and own.issuperset(task.class_ids):
-        told = f"its {num_classes} logits are taken as the task's classes, in the order of their ids"
+        told = f"{logits} are taken as the task's classes, in the order of their ids"
         return Labels(owner=owner, ids=task.class_ids, names=task.class_names), told
     imagenet = imagenet_names()
     if len(imagenet) == num_classes and not own.isdisjoint(imagenet):
-        told = f"its {num_classes} logits are taken as ImageNet-1k's classes, in the usual order"
+        told = f"{logits} are taken as ImageNet-1k's classes, in the usual order"
         return Labels(owner=owner, ids=tuple(imagenet), names=tuple(imagenet.values())), told
     numbers = tuple(map(str, range(num_classes)))
     if own.isdisjoint(numbers):
@@ -59,7 +59,7 @@ def find_labels(
             f"data of as many classes, or name the data's classes by position, 0 to "
             f"{num_classes - 1}{also}"
         )
-    told = f"its {num_classes} logits are taken as the data's classes named by position"
+    told = f"{logits} are taken as the data's classes named by position"
     return Labels(owner=owner, ids=numbers, names=numbers), told
 
 

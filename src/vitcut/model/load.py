@@ -13,15 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.framing import WHOLE
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
-from vitcut.model.transformers_folders import WEIGHTS, load_hf_folder
-from vitcut.preprocessing import Preprocessing, numbers, per_channel
 from vitcut.model.model import Model
 from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
 from vitcut.model.timm_folders import load_random, load_timm
+from vitcut.model.transformers_folders import WEIGHTS, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
+from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
 from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"

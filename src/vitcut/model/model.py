@@ -1,4 +1,4 @@
-"""A dense model as one value: the module, its weights read and checked, preprocessing and labels."""
+"""A dense model as one value: module, weights read and checked, preprocessing, labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

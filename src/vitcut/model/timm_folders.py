@@ -15,10 +15,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.framing import Framing
 from vitcut.labels import Labels
 from vitcut.model.model import Model
-from vitcut.preprocessing import Preprocessing, per_channel
+from vitcut.preprocessing import Framing, Preprocessing, per_channel
 from vitcut.progress import say
 
 _CONFIG = "config.json"

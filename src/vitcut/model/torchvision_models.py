@@ -21,12 +21,11 @@ from torchvision.models.vision_transformer import (
 )
 
 from vitcut.errors import ConfigError, ModelError, TaskError
-from vitcut.framing import Framing
 from vitcut.labels import Labels
 from vitcut.model.model import Model
-from vitcut.preprocessing import Preprocessing
 from vitcut.model.reading import Reading
 from vitcut.model.weights import Activation, AttentionWeights, BlockWeights, ViTWeights
+from vitcut.preprocessing import Framing, Preprocessing
 from vitcut.shapes import Tensor
 
 HEAD = "heads.head.weight"

@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.framing import Fit, Framing, Interpolation
 from vitcut.labels import Labels
 from vitcut.model.adapters import adapter_of, as_classifier
 from vitcut.model.model import Model, told_misfits
-from vitcut.preprocessing import Preprocessing, per_channel
+from vitcut.preprocessing import Fit, Framing, Interpolation, Preprocessing, per_channel
 from vitcut.progress import say
 from vitcut.store import write_json
 

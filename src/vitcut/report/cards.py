@@ -26,7 +26,7 @@ def dense_card(task: Task, result: TrainResult, config: TrainSettings) -> str:
     return f"""# A small Vision Transformer for the task {task.name!r}
 
 Trained by vitcut: {config.augmentation} augmentation, best of {result.epochs_run} epochs (epoch
-{result.best_epoch}), seed {config.seed}. On the val images, by which the epoch was chosen, it reaches
+{result.best_epoch}), seed {config.seed}. On val images, which chose the epoch, it reaches
 {result.accuracy_fine:.1%} over the {len(task.classes)} classes and {result.accuracy_coarse:.1%}
 over the {len(task.groups)} groups.
 

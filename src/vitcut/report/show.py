@@ -47,7 +47,7 @@ def show_path(path: Path) -> None:
     if (path / "path.json").exists():
         from vitcut.selection.search import SearchPath, print_path
 
-        print_path(SearchPath.load(path / "path.json"))
+        print_path(SearchPath.load(path / "path.json").steps)
     if results.exists():
         print_table(point_table(Results.load(results)))
     if (path / REPAIR_FILE).exists():
@@ -118,7 +118,7 @@ def show_cut(cut: "Cut") -> None:
     if cut.folder is not None and (cut.folder.parent / "path.json").exists():
         from vitcut.selection.search import SearchPath, print_path
 
-        print_path(SearchPath.load(cut.folder.parent / "path.json"))
+        print_path(SearchPath.load(cut.folder.parent / "path.json").steps)
     if cut.results is not None:
         show_results(cut.results)
 

@@ -27,7 +27,8 @@ from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.planning import compile_circuit, plan_circuit
+from vitcut.compiler.emit import compile_circuit
+from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.images.load import Images, ImageSet, normalise

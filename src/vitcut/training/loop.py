@@ -22,10 +22,10 @@ from vitcut.errors import ConfigError, ModelError
 from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.model import weight_hash
+from vitcut.preprocessing import Preprocessing
 from vitcut.progress import Meter
 from vitcut.runtime import choose_device, set_threads
 from vitcut.settings import as_plain, require_positive
-from vitcut.preprocessing import Preprocessing
 from vitcut.shapes import Float, Tensor
 from vitcut.training.batches import Batch, TrainingBatches, normalize
 from vitcut.training.checkpoint import EpochMetrics, TrainingFolder, TrainResult, read_tensors
@@ -115,7 +115,11 @@ def training_settings(
 ) -> dict[str, Any]:
     """Everything that a training depends on, as JSON values; ``training.json`` holds it."""
     return {
-        "config": {**as_plain(settings), "mean": list(preprocessing.mean), "std": list(preprocessing.std)},
+        "config": {
+            **as_plain(settings),
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+        },
         "loss": loss.identity,
         "images": images.fingerprint,
         "start": weight_hash(model),

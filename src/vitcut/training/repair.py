@@ -2,21 +2,26 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from vitcut.benchmark.evaluation import Evaluation, paired_interval
+import torch
+
+from vitcut import store
+from vitcut.benchmark.bootstrap import paired_interval
+from vitcut.benchmark.evaluation import Evaluation
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.cut import Cut
 from vitcut.errors import ArtefactError, ModelError, TaskError
 from vitcut.images.load import Images
 from vitcut.model.model import Model
 from vitcut.progress import say
-from vitcut.results import DENSE, DENSE_REPAIRED
-from vitcut.store import read_json, write_json
-from vitcut.training.distillation import repair
-from vitcut.training.loop import TrainResult
+from vitcut.results import DENSE, DENSE_REPAIRED, Results
+from vitcut.runs import differences
+from vitcut.training.checkpoint import TrainResult, read_training
+from vitcut.training.distillation import Distillation, repair
+from vitcut.training.loop import training_settings
 from vitcut.training.settings import FinetuneSettings
 
 _VERSION = 1
@@ -49,7 +54,7 @@ class Repair:
 
     def save(self, path: Path) -> None:
         """Write it atomically."""
-        write_json(path, {"format_version": _VERSION, **asdict(self)})
+        store.save(path, self, version=_VERSION)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -58,16 +63,23 @@ class Repair:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        content = read_json(path, kind="repair", newest_version=_VERSION)
-        try:
-            dense = content["dense_training"]
-            return cls(
-                training=TrainResult(**content["training"]),
-                dense_training=None if dense is None else TrainResult(**dense),
-                paired=tuple(AccuracyDifference(**item) for item in content["paired"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ArtefactError(f"{path} is damaged: {error!r}; delete it and run again") from None
+        return store.load(path, cls, kind="repair", version=_VERSION)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Repaired:
+    """A repaired compact model, and what came of it."""
+
+    cut: Cut
+    """The compact model with its new weights."""
+    dense: Model | None
+    """The dense model after the same repair; None where that was not wanted."""
+    repair: Repair
+    results: Results | None
+    """What was measured; None where nothing was."""
+
+    def __repr__(self) -> str:
+        return f"Repaired({self.cut!r}, {self.repair.training.epochs_run} epochs)"
 
 
 def repair_cut(
@@ -84,7 +96,8 @@ def repair_cut(
     """
     say(f"repairing {cut.name}")
     compact = deepcopy(cut.model)
-    result = repair(compact, model.module, images, settings, out)
+    taken = model.preprocessing
+    result = repair(compact, model.module, images, settings, out, preprocessing=taken)
     repaired = replace(
         cut,
         model=compact,
@@ -97,6 +110,33 @@ def repair_cut(
         results=None,
     )
     return repaired, result
+
+
+def find_repair(
+    path: Path, model: Model, images: Images, settings: FinetuneSettings
+) -> tuple[Path, TrainResult]:
+    """The dense model that an earlier repair trained with the same settings: folder and result.
+
+    Args:
+        path: A run directory of `vitcut.finetune`, or of the dense model's own training.
+        model: The dense model.
+        images: Of the task.
+        settings: Of the repair at hand.
+
+    Raises:
+        ArtefactError: It is not there, not finished, or of other settings.
+    """
+    folder = path / DENSE_REPAIRED if (path / DENSE_REPAIRED).is_dir() else path
+    earlier, result = read_training(folder)
+    groups = torch.from_numpy(images.task.group_of_class)
+    loss, taken = Distillation(model.module, groups, settings), model.preprocessing
+    wanted = training_settings(model.module, images, settings, loss, preprocessing=taken)
+    for key, (was, now) in differences(earlier, wanted).items():
+        raise ArtefactError(
+            f"the dense model in {path} was repaired with other settings: {key} was {was!r}, now "
+            f"{now!r}; give the same ones, or leave out --repaired-dense"
+        )
+    return folder, result
 
 
 def require_cut_of(compact: CompactViT, model: Model, images: Images) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from vitcut.errors import ConfigError
-from vitcut.framing import WHOLE, Framing
+from vitcut.preprocessing import WHOLE, Framing
 
 
 def test_the_default_shows_all_of_the_square():
