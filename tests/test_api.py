@@ -299,10 +299,10 @@ def test_a_misspelt_setting_is_refused_with_a_hint(model, images):
 
 
 def test_a_search_that_does_not_fit_is_refused_before_it_measures(model, images, monkeypatch):
-    def measured(*_args):
+    def measured(*_args, **_settings):
         raise AssertionError("the full model was measured")
 
-    monkeypatch.setattr(Oracle, "_full_log_probs", measured)
+    monkeypatch.setattr(Oracle, "__init__", measured)
     with pytest.raises(ConfigError, match=r"a search over 12 pairs need.*memory-gib allows 1e-06"):
         vitcut.discover(model, images, images=12, memory_gib=1e-6)
 

@@ -32,7 +32,8 @@ from vitcut.results import Results
 from vitcut.task import parse_task
 
 DATA = DataSettings()
-FOUND = DiscoverSettings(tau=0.03, images=8)
+FOUND = DiscoverSettings(tau=0.03, images=8, ablation="resample")
+SEARCH = ["--ablation", "resample", "--images", "8"]
 CUT = CutSettings(images=32, verify_images=8)
 BENCH = BenchSettings(
     runtimes=("torch",), batches=(1, 256), seconds=0.05, min_rounds=3, min_sample_ms=0.1
@@ -43,7 +44,7 @@ BENCH = BenchSettings(
 def found(finished, tmp_path_factory):
     """What ``discover --model RUN`` writes."""
     out = tmp_path_factory.mktemp("verbs") / "found"
-    flags = ["--tau", "0.03", "--images", "8", "--out", str(out)]
+    flags = ["--tau", "0.03", *SEARCH, "--out", str(out)]
     assert main(["discover", "--model", str(finished), *flags]) == 0
     return out
 
@@ -234,19 +235,19 @@ def test_other_weights_at_the_same_path_are_noticed(finished, found, tmp_path, c
     origin = json.loads((copy / "origin.json").read_text())
     origin["weight_hash"] = "of an earlier training"
     (copy / "origin.json").write_text(json.dumps(origin))
-    flags = ["--tau", "0.03", "--images", "8", "--out", str(copy)]
+    flags = ["--tau", "0.03", *SEARCH, "--out", str(copy)]
     assert main(["discover", "--model", str(finished), *flags]) == 2
     assert "was begun with other weights" in capsys.readouterr().err
 
 
 def test_a_tau_that_shares_a_name_with_another_is_refused(finished, found, capsys):
-    flags = ["--tau", "0.0300000001", "--images", "8", "--out", str(found)]
+    flags = ["--tau", "0.0300000001", *SEARCH, "--out", str(found)]
     assert main(["discover", "--model", str(finished), *flags]) == 2
     assert "was found at tau 0.03, not 0.0300000001" in capsys.readouterr().err
 
 
 def test_a_directory_holds_the_circuits_of_several_taus(found, capsys):
-    flags = ["--tau", "0.2", "--images", "8", "--out", str(found)]
+    flags = ["--tau", "0.2", *SEARCH, "--out", str(found)]
     model = Origin.load(found).model
     assert main(["discover", "--model", model, *flags]) == 0
     assert find_circuit(found, "acdc-resample-0.2").exists()
