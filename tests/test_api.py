@@ -291,10 +291,10 @@ def test_images_are_prepared_for_what_load_model_gives():
 
 
 def test_a_search_that_does_not_fit_is_refused_before_it_measures(model, images, monkeypatch):
-    def measured(*_args):
+    def measured(*_args, **_settings):
         raise AssertionError("the full model was measured")
 
-    monkeypatch.setattr(Oracle, "_full_log_probs", measured)
+    monkeypatch.setattr(Oracle, "__init__", measured)
     with pytest.raises(ConfigError, match=r"a search over 12 pairs need.*memory-gib allows 1e-06"):
         vitcut.discover(model, images, settings=DiscoverSettings(images=12, memory_gib=1e-6))
 

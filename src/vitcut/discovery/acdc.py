@@ -104,7 +104,8 @@ def acdc(
     resumed = bool(decision_log.stages)
     search = _Search(weights, oracle, config, cache, decision_log)
     kl = search.run()
-    # Comparisons are written so that NaN fails them.
+    # The drift within a stage does not show what the cache itself lost; the oracle does. Here and
+    # below, comparisons are written so that NaN fails them.
     if not abs(kl - search.kl) <= allowed_drift(config.tau) and search.precision == "float32":
         say(f"float32 is {abs(kl - search.kl):.1g} nats off at the end: searching in float64")
         precise = replace(config, precision="float64")
@@ -202,12 +203,14 @@ class _Search:
             # Cutting edges into a target does not change whether it is live.
             live = state.is_live(target)
             for source in reversed(graph.readable(target)):
+                # An edge into a dead target changes nothing: it is cut without a test.
                 increment, decided_by, cut = None, "dead", True
                 if live:
                     trial = state.try_cut(source, target)
                     increment, decided_by = trial.kl - kl, "fast"
                     compared = trial.kl if total else increment
                     if not abs(compared - tau) > guard(tau):
+                        # Too near tau for the fast path: decide as the naive algorithm does.
                         decided_by = "oracle"
                         without = kept.copy()
                         without[source, target] = False
@@ -216,6 +219,8 @@ class _Search:
                         compared = after if total else increment
                     cut = compared < tau
                     if cut:
+                        # The running KL stays the fast path's, whoever decided: an increment is
+                        # the difference of two values with much the same error.
                         state.accept(trial)
                         kl = trial.kl
                 kept[source, target] = not cut
@@ -230,6 +235,7 @@ class _Search:
                     )
                 )
                 meter.advance(note=f"KL {kl:.4g}")
+        # What the updates of this stage have lost together.
         drift = abs(kl - state.rebuild(kept, frontier))
         stage = Stage(
             decisions=tuple(decisions),

@@ -1,4 +1,4 @@
-"""Settings of circuit discovery; no torch, so that ``--help`` stays fast."""
+"""Settings of circuit discovery; importing them loads no torch."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -7,36 +7,36 @@ from vitcut.names import Criterion, EdgeAblation, PairMode, Tokens
 from vitcut.settings import require_at_least, require_one_of, require_positive
 
 Method = Literal["acdc"]
-"""Discovery methods that give a circuit."""
+"""Discovery methods that find a circuit."""
 
 Precision = Literal["float32", "float64"]
-"""Of fast, filtering computations."""
+"""Of the fast path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscoverSettings:
-    """How a circuit is looked for."""
+    """How a circuit is searched for."""
 
     method: Method = "acdc"
     """The algorithm."""
     tau: float = 0.01
-    """ACDC cuts an edge when the mean KL divergence rises by less than this, in nats."""
+    """ACDC cuts an edge if the mean KL divergence rises by less than this, in nats."""
     ablation: EdgeAblation = "mean"
-    """What stands in for a cut edge while searching."""
+    """What stands in for a cut edge during the search; by default what a cut is filled with."""
     tokens: Tokens = "all"
     """Whether edges are over whole tokens, or exist once per token kind (cls, register, patch)."""
     criterion: Criterion = "increment"
     """Whether the rise of the KL divergence, or its total, is compared with tau."""
     images: int = 128
-    """Calibration images, drawn from the training images, as many of each class."""
+    """Calibration images, drawn from the training images in equal numbers per class."""
     pairs: PairMode = "one_random"
     """Corrupted images per clean image."""
     seed: int = 0
     """Seed of the choice of images and pairs."""
     memory_gib: float = 8.0
-    """Most memory that a search may take beside model and images, in GiB."""
+    """Most memory that a search may take in addition to model and images, in GiB."""
     precision: Precision = "float32"
-    """Of the fast path. Decisions near tau are made in float64 in any case."""
+    """Of the fast path. Decisions near tau are always made in float64."""
 
     def __post_init__(self) -> None:
         require_positive("tau", self.tau)

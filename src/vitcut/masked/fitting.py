@@ -239,7 +239,6 @@ def fit_fill(
     head_maps = like.new_zeros(blocks, kinds, heads, weights.width, head_dim)
     neuron_maps = like.new_zeros(blocks, kinds, weights.width, num_neurons)
     statistics: dict[SiteKey, SiteStatistics] = {}
-
     read = circuit_reader(weights, circuit, tables)
     written = [embed(weights, pixels)]
     for layer, block in enumerate(weights.blocks):
@@ -266,6 +265,7 @@ def fit_fill(
                 kept = kept_neurons[layer, span][0]  # The same for all tokens of a kind.
             regression, constants = _predict(site, kept)
             neuron_maps[layer, kind], neurons[layer, span] = out @ regression, constants
+            # A dead MLP is cut whole: it leaves the mean of the model as cut so far.
             if not live_mlps[layer, kind]:
                 tables[own.mlp_source(layer), span] = (site.means @ out.T).to(like.dtype)
         replaced, share = hidden, 0.0
@@ -319,6 +319,7 @@ def regress(
     regression = torch.zeros_like(covariance)
     if bool(kept.any()) and not bool(kept.all()):
         within, across = covariance[kept][:, kept], covariance[~kept][:, kept]
+        # R = C_cut,kept C_kept,kept^-1, from a solve because C is symmetric.
         regression[~kept[:, None] & kept] = torch.linalg.solve(within, across.T).T.flatten()
     return regression
 
@@ -339,6 +340,7 @@ def site_statistics(
     # Every step-th image is enough for the covariance where there are many tokens.
     step = min(images * tokens // (_SAMPLES_PER_FEATURE * size), images // _LEAST_TO_VALIDATE)
     centred = features[:: max(1, step)].double() - means
+    # Second moments by halves: together the covariance, apart what cross-validation compares.
     halves = centred[::2], centred[1::2]
     moments = [half.flatten(0, 1).T @ half.flatten(0, 1) for half in halves]
     covariance = (moments[0] + moments[1]) / (centred.shape[0] * tokens)

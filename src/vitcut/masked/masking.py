@@ -237,7 +237,7 @@ def _edge_reader(
         changes = torch.stack([now - cut for now, cut in zip(written, then, strict=True)])
         parts: list[Tensor] = []
         for mask, span in zip(masks, rows, strict=True):
-            # Targets that read alike share one sum.
+            # [distinct choices, sources]: targets that read alike share one sum.
             chosen, which = mask[:readable, list(targets)].T.unique(dim=0, return_inverse=True)
             seen = changes[..., span, :]
             parts.append((chosen @ seen.flatten(1)).unflatten(1, seen.shape[1:])[which])
@@ -334,6 +334,7 @@ class PartMask:
         kept, fill = self._kept, self._fill
         if kept is None or fill is None or fill.neurons is None:
             return hidden, 0.0
+        # Of a cut neuron's R a_kept + c, c is its value here and R a_kept comes from the maps.
         replaced = torch.where(kept[layer], hidden, fill.neurons[layer])
         if fill.neuron_maps is None:
             return replaced, 0.0
