@@ -193,7 +193,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_trained(cut, tmp_pat
         raise ModelError("cannot be saved")
 
     monkeypatch.setattr(repairing, "require_savable", refuse)
-    monkeypatch.setattr(repairing, "train", None)
+    monkeypatch.setattr(repairing.distillation, "repair", None)
     stored, origin = StoredCut.load(folder), Origin.load(folder)
     config = RepairSettings(finetune=FINETUNE, bench=BENCH)
     with pytest.raises(ModelError, match="cannot be saved"):
