@@ -96,20 +96,7 @@ def measure_latency(
                     "latencies spread"
                 )
             for name, session in sessions.items():
-                p10, median, p90 = (float(ms) for ms in np.percentile(samples[name], (10, 50, 90)))
-                latencies[name].append(
-                    Latency(
-                        runtime=runtime,
-                        device=session.device,
-                        dtype=session.dtype,
-                        batch=session.batch,
-                        threads=session.threads,
-                        median_ms=median,
-                        p10_ms=p10,
-                        p90_ms=p90,
-                        images_per_s=session.batch * 1000 / median,
-                    )
-                )
+                latencies[name].append(_latency(session, samples[name]))
                 for baseline in baselines:
                     if name == baseline:
                         continue
@@ -194,6 +181,21 @@ def _without_garbage_collection() -> Generator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _latency(session: Session, samples: NDArray[np.float64]) -> Latency:
+    p10, median, p90 = (float(value) for value in np.percentile(samples, (10, 50, 90)))
+    return Latency(
+        runtime=session.runtime,
+        device=session.device,
+        dtype=session.dtype,
+        batch=session.batch,
+        threads=session.threads,
+        median_ms=median,
+        p10_ms=p10,
+        p90_ms=p90,
+        images_per_s=session.batch * 1000 / median,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -329,10 +329,9 @@ def _require_fit(
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, channels, height, width, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())
         raise ModelError(
             f"the model does not take images of {height} x {width} pixels and {channels} "
-            f"channels: {reason}"
+            f"channels: {' '.join(str(error).split())}"
         ) from None
     wanted = len(images.task.class_ids)
     if logits.shape[1] != wanted:
