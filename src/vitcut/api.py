@@ -189,7 +189,8 @@ def load_images(
         try:
             own = parse_task(json.dumps(stored.pop("task")), origin=str(model.run))
             del stored["fingerprint"]
-            base = DataSettings(**{**stored, "image_size": settings.image_size})
+            stored["image_size"] = settings.image_size
+            base = DataSettings(**stored)
         except (KeyError, TypeError, AttributeError, TaskError, ConfigError) as error:
             raise ArtefactError(
                 f"{model.run / CONFIG_FILE} is damaged: {error!r}; run its command again in a new "
@@ -255,10 +256,8 @@ def _circuits(
     import torch
 
     from vitcut.circuit import Circuit
-    from vitcut.discovery.pairs import make_pairs
-    from vitcut.discovery.search import Discovery
+    from vitcut.discovery.search import Discovery, make_examples
     from vitcut.images.load import normalise
-    from vitcut.masked.oracle import Examples
 
     discovery: Discovery | None = None
     for tau in taus:
@@ -270,18 +269,15 @@ def _circuits(
             if discovery is None:
                 chosen = images.calibration(settings.images, seed=settings.seed)
                 groups = images.task.group_of_class
-                pairs = make_pairs(groups[chosen.labels], settings.pairs, seed=settings.seed)
-                examples = Examples(
-                    pixels=normalise(chosen.all(), model.preprocessing),
-                    clean=pairs.clean,
-                    corrupted=pairs.corrupted,
-                    group_of_class=torch.from_numpy(groups),
+                pixels = normalise(chosen.all(), model.preprocessing)
+                examples = make_examples(
+                    pixels, groups[chosen.labels], torch.from_numpy(groups), settings
                 )
                 discovery = Discovery(model.weights, examples, settings)
             log = None if run.is_temporary else run.path / folder / "decisions.jsonl"
             found = discovery.find(tau, log=log)
             return Circuit(
-                graph=discovery.graph,
+                graph=discovery.oracle.graph,
                 kept=found.kept,
                 ablation=settings.ablation,
                 method=settings.method,

@@ -139,7 +139,7 @@ def build_parser(name: str) -> ArgumentParser:
         )
     else:
         parser.add_argument("--config", action="config", help="A YAML file of flags.")
-    known = set[str]()
+    known: set[Any] = set()
     for parameter in parameters.values():
         settings = _settings_of(parameter.annotation)
         loader = _LOADERS.get(str(parameter.annotation))
@@ -172,7 +172,7 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
     if default is None and numbers == [int]:
         kind = int | None
     name = f"--{parameter.name}" if flag else parameter.name
-    more = {} if flag or parameter.default is parameter.empty else {"nargs": "?"}
+    more: dict[str, Any] = {} if flag or parameter.default is parameter.empty else {"nargs": "?"}
     if flag or more:
         more["default"] = str(default) if isinstance(default, Path) else default
     parser.add_argument(name, type=kind, help=told, **more)
@@ -265,11 +265,9 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
 
 def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], dict[str, str]]:
     """Take the changes of a recipe out of what was typed: ``--train.epochs 2``, ``--taus 0.01``."""
-    own = {f"--{name}" for name in parser.get_defaults()}
-    top = {f"--{field.name}" for field in fields(RunSettings)} - own | {
-        "--source",
-        "--skip_bad_images",
-    }
+    own = {f"--{name}" for name in vars(parser.get_defaults())}
+    data = {"--source", "--skip_bad_images"}
+    top = ({f"--{field.name}" for field in fields(RunSettings)} - own) | data
     rest: list[str] = []
     changes: dict[str, str] = {}
     words = list(words)

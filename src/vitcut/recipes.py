@@ -128,7 +128,7 @@ def settings_from(content: Any, origin: str) -> RunSettings:
         unknown = re.search(r"option '([\w.]+)'", text, re.IGNORECASE)
         if unknown is None:
             raise ConfigError(f"{origin}: {text.replace('run.', '')}") from None
-        known = [key.removeprefix("run.") for key in parser.get_defaults()]
+        known = [key.removeprefix("run.") for key in parser.get_defaults().keys()]  # noqa: SIM118
         near = get_close_matches(unknown[1], [*known, *FinetuneSettings.__dataclass_fields__], n=1)
         hint = f"did you mean {near[0]}?" if near else "vitcut run demo --print-config shows them"
         raise ConfigError(f"{origin} has no setting {unknown[1]!r}: {hint}") from None

@@ -51,15 +51,11 @@ class Run:
             ArtefactError: It holds something else than a run.
         """
         self._temporary = TemporaryDirectory() if path is None else None
-        self.path = Path(path if self._temporary is None else self._temporary.name)
-        if path is not None and not (self.path / CONFIG_FILE).exists():
-            found = (
-                {item.name for item in self.path.iterdir()} if self.path.is_dir() else set[str]()
+        self.path = Path(self._temporary.name if self._temporary else str(path))
+        if (self.path.is_file() or self._names()) and not (self.path / CONFIG_FILE).exists():
+            raise ArtefactError(
+                f"{self.path} is not empty and holds no run of vitcut: choose another --out"
             )
-            if self.path.is_file() or any(not name.endswith(".part") for name in found):
-                raise ArtefactError(
-                    f"{self.path} is not empty and holds no run of vitcut: choose another --out"
-                )
 
     @property
     def is_temporary(self) -> bool:

@@ -150,9 +150,9 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
     try:
         taken: Any = values["preprocessing"]
         if taken is not None:
-            channels = {name: tuple(taken[name]) for name in ("mean", "std")}
-            framing = Framing(**taken["framing"])
-            values["preprocessing"] = Preprocessing(**{**taken, **channels, "framing": framing})
+            taken |= {name: tuple(taken[name]) for name in ("mean", "std")}
+            taken["framing"] = Framing(**taken["framing"])
+            values["preprocessing"] = Preprocessing(**taken)
     except (TypeError, KeyError, ConfigError) as error:
         raise ArtefactError(
             f"the preprocessing in {folder / CONFIG} is not one that this vitcut knows "

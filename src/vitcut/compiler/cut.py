@@ -129,13 +129,11 @@ class Cut:
         )
 
     def __repr__(self) -> str:
-        shape = self.model.plan.shape
-        exact = (
-            ""
-            if self.exactness is None
-            else f", |compact - masked| {self.exactness.max_abs_diff:.2g}"
-        )
-        return f"Cut({self.name!r}, {shape.num_layers} blocks, {count_macs(self.model.plan):,} MACs{exact})"
+        plan = self.model.plan
+        words = [repr(self.name), f"{plan.shape.num_layers} blocks", f"{count_macs(plan):,} MACs"]
+        if self.exactness is not None:
+            words.append(f"|compact - masked| {self.exactness.max_abs_diff:.2g}")
+        return f"Cut({', '.join(words)})"
 
 
 def cut_circuit(
