@@ -1,9 +1,7 @@
 """Settings of the whole suite."""
 
 import os
-from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -16,11 +14,3 @@ settings.register_profile(
     "vitcut", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.load_profile("vitcut")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shipped_costs():
-    """What ``vitcut checks`` measured on this machine is not for tests."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("vitcut.pipeline.costs.costs_path", lambda: Path("/nonexistent/costs.json"))
-        yield

@@ -100,7 +100,7 @@ def test_work_is_done_once_and_read_back(tmp_path, capsys):
         return circuit
 
     for _ in range(2):
-        assert Run(tmp_path / "run").once("a/circuit.json", make, Circuit) == circuit
+        assert Run(tmp_path / "run").once("a/circuit.json", make, Circuit.load) == circuit
     assert made == [1]
     assert f"{tmp_path / 'run' / 'a' / 'circuit.json'} is there already" in capsys.readouterr().err
 

@@ -297,7 +297,7 @@ def _circuits(
                 },
             )
 
-        circuit = run.once(str(folder / CIRCUIT_FILE), find, Circuit)
+        circuit = run.once(str(folder / CIRCUIT_FILE), find, Circuit.load)
         if circuit.tau != tau:
             raise ConfigError(
                 f"{run.path / folder} holds a circuit of tau {circuit.tau!r}, not {tau!r}, which "
@@ -470,7 +470,7 @@ def cut(
             model, images, sought, settings, fitter=fitter, costs=costs, name=name, budget=asked
         )
 
-    done = replace(run.once("model", make, Cut), folder=run.path / "model")
+    done = replace(run.once("model", make, Cut.load), folder=run.path / "model")
     if bench is None:
         return done
 
@@ -479,7 +479,7 @@ def cut(
         points = {CLASS_ONLY: baseline, done.name: (done.point(run.path), done.model)}
         return save_results(measure(model, images, points, bench), run.path)
 
-    return replace(done, results=run.once(RESULTS_FILE, measured, Results))
+    return replace(done, results=run.once(RESULTS_FILE, measured, Results.load))
 
 
 def check_cut(given: Mapping[str, Any]) -> None:
@@ -619,7 +619,7 @@ def finetune(
     }
     run.claim({**_subject(model, images), **chosen})
     repaired, training = repair_cut(start, model, images, settings, run.path)
-    repaired = replace(run.once("model", lambda: repaired, Cut), folder=run.path / "model")
+    repaired = replace(run.once("model", lambda: repaired, Cut.load), folder=run.path / "model")
     dense, dense_training, folder = None, None, run.path / DENSE_REPAIRED
     if taken is not None:
         folder, dense_training = taken
@@ -632,7 +632,7 @@ def finetune(
         )
         card = dense_repaired_card(images.task, dense_training, settings)
         kept = replace(model, module=module, card=card)
-        dense = run.once(f"{DENSE_REPAIRED}/dense", lambda: kept, Model)
+        dense = run.once(f"{DENSE_REPAIRED}/dense", lambda: kept, Model.load)
 
     def measured(timing: BenchSettings) -> Results:
         fitter = _fitter(model, images, CutSettings())
@@ -659,7 +659,9 @@ def finetune(
         write_text(run.path / "model" / "README.md", card)
         return results
 
-    results = None if bench is None else run.once(RESULTS_FILE, lambda: measured(bench), Results)
+    results = (
+        None if bench is None else run.once(RESULTS_FILE, lambda: measured(bench), Results.load)
+    )
     told = Repair(training=training, dense_training=dense_training, paired=())
     told = told if results is None else Repair.load(run.path / REPAIR_FILE)
     return Repaired(cut=repaired, dense=dense, repair=told, results=results)
@@ -810,7 +812,7 @@ def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: R
         made = Model.of(module, str(run.path), images.preprocessing, labels)
         return replace(made, card=dense_card(task, result, settings))
 
-    return run.once("dense", make, Model)
+    return run.once("dense", make, Model.load)
 
 
 def run(
@@ -860,7 +862,7 @@ def run(
     cuts: list[Cut] = []
 
     def keep(folder: Path, make: Callable[[], Cut]) -> Cut:
-        made = target.once(str(folder / "model"), make, Cut)
+        made = target.once(str(folder / "model"), make, Cut.load)
         cuts.append(replace(made, folder=target.path / folder / "model"))
         return cuts[-1]
 
@@ -899,7 +901,7 @@ def run(
         points |= {item.name: (item.point(target.path), item.model) for item in cuts}
         return save_results(measure(model, images, points, settings.bench), target.path)
 
-    return target.once(RESULTS_FILE, measured, Results)
+    return target.once(RESULTS_FILE, measured, Results.load)
 
 
 def demo(*, changes: Mapping[str, Any] | None = None, out: str | Path | None = None) -> "Results":

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import yaml
 
@@ -20,15 +20,10 @@ _WITHOUT_EFFECT = {"memory_gib", "precision"}
 
 
 class Kept(Protocol):
-    """What a run directory keeps: it can be saved, and loaded again as it was."""
+    """What a run directory keeps."""
 
     def save(self, path: Path, /) -> None:
         """Write it, so that it is there as a whole or not at all."""
-
-    @classmethod
-    def load(cls, path: Path, /) -> Self:
-        """Read what ``save`` wrote; an `ArtefactError` where that is damaged."""
-        ...
 
 
 T = TypeVar("T", bound=Kept)
@@ -98,13 +93,13 @@ class Run:
         found = self.path.iterdir() if self.path.is_dir() else ()
         return {item.name for item in found if not item.name.endswith(".part")}
 
-    def once(self, name: str, make: Callable[[], T], kind: type[T]) -> T:
+    def once(self, name: str, make: Callable[[], T], load: Callable[[Path], T]) -> T:
         """Do a piece of work, or read back what it came to.
 
         Args:
             name: Path of the result, relative to the directory.
             make: Does the work.
-            kind: Reads the result.
+            load: Reads what ``save`` of the result wrote.
 
         Raises:
             ArtefactError: What lies there is damaged.
@@ -112,7 +107,7 @@ class Run:
         path = self.path / name
         if path.exists():
             say(f"{path} is there already")
-            return kind.load(path)
+            return load(path)
         value = make()
         value.save(path)
         return value

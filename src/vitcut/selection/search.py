@@ -220,7 +220,7 @@ def search(
             return SearchPath(steps=tuple(rounds.until_fast(budget.target_latency or 1.0)))
         return SearchPath(steps=tuple(rounds.make(name, cost) for name, cost in costed.items()))
 
-    path = run.once(PATH_FILE, find, SearchPath)
+    path = run.once(PATH_FILE, find, SearchPath.load)
     return Circuit.load(run.path / path.steps[-1].circuit)
 
 
@@ -328,7 +328,7 @@ class _Rounds:
             )
 
         file = f"path/{name}/circuit.json"
-        circuit = self.run.once(file, cut, Circuit)
+        circuit = self.run.once(file, cut, Circuit.load)
         if resumed:
             self.resumed = True
             self.selection.resume(circuit)
@@ -350,7 +350,7 @@ class _Rounds:
                 latency_fraction=self.latency_fraction(compact) if timed else None,
             )
 
-        step = self.run.once(f"path/{name}/step.json", measure, PathStep)
+        step = self.run.once(f"path/{name}/step.json", measure, PathStep.load)
         latency = step.latency_fraction
         say(
             f"{step.name}: {step.macs_fraction:.1%} of the MACs"
