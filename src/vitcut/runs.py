@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import yaml
 
@@ -19,6 +19,7 @@ _WITHOUT_EFFECT = {"memory_gib", "precision"}
 """Settings that change no result: a run may be continued with others."""
 
 
+@runtime_checkable
 class Kept(Protocol):
     """What a run directory keeps."""
 
