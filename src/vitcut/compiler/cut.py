@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -76,7 +76,7 @@ class Cut:
             write_json(fresh / _FACTS_FILE, {"format_version": _VERSION, **facts})
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path) -> "Cut":
         """Read a model directory, whether ``save`` or ``CompactViT.save_pretrained`` wrote it.
 
         Raises:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -57,7 +56,7 @@ class Repair:
         store.save(path, self, version=_VERSION)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> "Repair":
         """Read what `save` wrote.
 
         Raises:
