@@ -23,17 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = vitcut.load_model(options.model)
     images = vitcut.load_images(options.source, task=options.task, model=model)
 
-    # What a cut fills with stands in for cut edges while searching, too.
-    circuit = vitcut.discover(
-        model, images, tau=options.tau, images=options.images, ablation="mean"
-    )
-    cut = vitcut.cut(model, images, circuit, ablation="mean")
+    settings = vitcut.DiscoverSettings(tau=options.tau, images=options.images)
+    circuit = vitcut.discover(model, images, settings=settings)
+    cut = vitcut.cut(model, images, circuit, bench=None)
 
     edges = circuit.graph.num_edges
     print(f"edges kept: {circuit.num_kept} of {edges}; heads kept: {circuit.num_heads_kept}")
     print(f"largest difference from the masked model: {cut.exactness.max_abs_diff:.2g}")
     print(f"coarse accuracy, dense:   {vitcut.evaluate(model, images).accuracy_coarse:.1%}")
-    print(f"coarse accuracy, compact: {vitcut.evaluate(cut.model, images).accuracy_coarse:.1%}")
+    print(f"coarse accuracy, compact: {vitcut.evaluate(cut, images).accuracy_coarse:.1%}")
 
     cut.model.save_pretrained(options.out)
     print(f"saved: {options.out}; see it with: vitcut show {options.out}")

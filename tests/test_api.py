@@ -271,7 +271,7 @@ IMAGES = r"expected what vitcut\.load_images gives, got "
         (vitcut.discover, ["animals", "images"], LOADED + r"str: vitcut\.load_model\(\.\.\.\)"),
         (vitcut.evaluate, ["compact", []], IMAGES + r"list: vitcut\.load_images\("),
         (vitcut.discover, ["model", []], IMAGES + "list"),
-        (vitcut.cut, ["model", "images", "x"], r"vitcut\.discover gives, got str: .*Circuit\.load"),
+        (vitcut.cut, ["model", "images", 7], r"vitcut\.discover gives, got int: .*Circuit\.load"),
         (vitcut.cut, ["model", "images", "cut"], "got Cut: give its circuit"),
         (vitcut.finetune, [MODULE, "model", "images"], r"what vitcut\.cut gives, got VisionTr"),
     ],

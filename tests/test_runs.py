@@ -99,6 +99,7 @@ def test_work_is_done_once_and_read_back(tmp_path, capsys):
         made.append(1)
         return circuit
 
+    Run(tmp_path / "run").claim(SETTINGS)
     for _ in range(2):
         assert Run(tmp_path / "run").once("a/circuit.json", make, Circuit.load) == circuit
     assert made == [1]

@@ -94,11 +94,12 @@ def load_model(
         ArtefactError: The run directory is damaged, or of another version.
     """
     from vitcut.model.load import load
+    from vitcut.preprocessing import numbers
 
     given: dict[str, Any] = {
         "arch": arch,
-        "mean": mean,
-        "std": std,
+        "mean": numbers("mean", mean),
+        "std": numbers("std", std),
         "random_weights": random_weights,
         "image_size": image_size,
     }
@@ -440,12 +441,12 @@ def cut(
     from vitcut.results import CLASS_ONLY, Results
     from vitcut.selection.search import search
 
+    run, model = Run(out), _for_images(model, images)
     if isinstance(circuit, (str, Path)):
         circuit = Circuit.load(find_circuit(Path(circuit), point))
     check_cut({"circuit": circuit, "budget": budget, "settings": settings, "model": model})
     found_under = None if circuit is None else _require(circuit, Circuit).ablation
     settings = replace(settings, ablation=settings.ablation_for(found_under))
-    run, model = Run(out), _for_images(model, images)
     costs = _costs(settings)
     chosen: dict[str, Any] = {
         "cut": as_plain(replace(settings, costs=None)),
@@ -682,6 +683,7 @@ def evaluate(model: "Model | CompactViT | Cut", images: "Images") -> "Evaluation
     from vitcut.benchmark.evaluation import evaluate as measure_accuracy
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
+    from vitcut.images.load import Images
 
     model = model.model if isinstance(model, Cut) else model
     if not isinstance(model, CompactViT):
@@ -784,6 +786,8 @@ def train(
         ConfigError: The image cannot be cut into whole patches.
         ArtefactError: ``out`` holds something else.
     """
+    from vitcut.images.load import Images
+
     vit.require_whole_patches(_require(images, Images).preprocessing.image_size)
     run = Run(out)
     own = {"vit": as_plain(vit), "train": as_plain(settings)}

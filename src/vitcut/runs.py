@@ -1,9 +1,11 @@
 """A run directory: its settings, and work that is done once and read back afterwards."""
 
 import os
+import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import yaml
@@ -35,6 +37,10 @@ class Run:
 
     Only ``once`` asks whether something is there. A command that was killed is typed again and
     does what is still to be done.
+
+    Attributes:
+        path: The directory.
+        is_temporary: Whether it is deleted with this value.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -46,17 +52,14 @@ class Run:
         Raises:
             ArtefactError: It holds something else than a run.
         """
-        self._temporary = TemporaryDirectory() if path is None else None
-        self.path = Path(self._temporary.name if self._temporary else str(path))
+        self.is_temporary = path is None
+        self.path = Path(mkdtemp(prefix="vitcut-") if path is None else path)
+        if path is None:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         if (self.path.is_file() or self._names()) and not (self.path / CONFIG_FILE).exists():
             raise ArtefactError(
                 f"{self.path} is not empty and holds no run of vitcut: choose another --out"
             )
-
-    @property
-    def is_temporary(self) -> bool:
-        """Whether the directory goes with this value."""
-        return self._temporary is not None
 
     def claim(self, settings: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> None:
         """Write the settings down; from now on the directory is this run's.
