@@ -130,8 +130,14 @@ def build_parser(name: str) -> ArgumentParser:
     verb = VERBS[name]
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     told = parse_docstring(verb.call.__doc__ or "")
-    parser = _Parser(prog=f"vitcut {name}", description=told.short_description, exit_on_error=False)
     parameters = inspect.signature(verb.call).parameters
+    parser = _Parser(
+        prog=f"vitcut {name}",
+        description=told.short_description,
+        exit_on_error=False,
+        # Recipes print themselves: jsonargparse knows nothing of their values.
+        print_config=None if "changes" in parameters else "--print_config",
+    )
     if "changes" in parameters:
         parser.description = f"{told.short_description} {_CHANGES}"
         parser.add_argument(
