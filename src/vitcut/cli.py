@@ -178,7 +178,9 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
     if default is None and numbers == [int]:
         kind = int | None
     name = f"--{parameter.name}" if flag else parameter.name
-    more: dict[str, Any] = {} if flag or parameter.default is parameter.empty else {"nargs": "?"}
+    # A missing recipe is told with the names of those that there are.
+    needed = parameter.default is parameter.empty and parameter.name != "recipe"
+    more: dict[str, Any] = {} if flag or needed else {"nargs": "?"}
     if flag or more:
         more["default"] = str(default) if isinstance(default, Path) else default
     parser.add_argument(name, type=kind, help=told, **more)
@@ -252,7 +254,7 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
 
     ``--merge`` is ``--merge true``; ``--taus 0.01,0.02`` is ``--taus "[0.01, 0.02]"``.
     """
-    defaults = parser.get_defaults().items()
+    defaults = list(parser.get_defaults().items())
     switches = {f"--{key}" for key, value in defaults if isinstance(value, bool)} - {
         "--print_config"
     }
@@ -279,6 +281,10 @@ def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], 
     words = list(words)
     while words:
         flag, equals, value = words.pop(0).partition("=")
+        if flag == "--config":
+            rest += [value] if equals else words[:1]
+            words = words if equals else words[1:]
+            continue
         if not flag.startswith("--") or ("." not in flag and flag not in top):
             rest.append(f"{flag}{equals}{value}")
             continue
