@@ -19,8 +19,7 @@ from vitcut.progress import say
 
 DATA = "--source drawn --task drawn"
 TRAIN = (
-    "--vit.patch_size 8 --vit.width 48 --vit.depth 3 --vit.num_heads 4 --vit.mlp_ratio 4 "
-    "--vit.dropout 0 --image-size 64 --epochs 24 --batch-size 32 --learning-rate 0.0015 "
+    "--patch-size 8 --width 48 --depth 3 --num-heads 4 --mlp-ratio 4 --dropout 0 --image-size 64 --epochs 24 --batch-size 32 --learning-rate 0.0015 "
     "--weight-decay 0.05 --warmup-epochs 1 --seed 0 --augmentation light --label-smoothing 0.02 "
     "--cutmix-fraction 0 --max-shift-px 4 --compile false --precision float32 --device cpu "
     "--threads 1 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"

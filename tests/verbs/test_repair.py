@@ -13,7 +13,7 @@ from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.cut import Cut
-from vitcut.compiler.planning import compile_circuit
+from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
 from vitcut.masked.fitting import zero_fill
 from vitcut.model.model import Model
