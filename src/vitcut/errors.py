@@ -39,3 +39,8 @@ class ArtefactError(VitcutError):
 
 class ExactnessError(VitcutError):
     """Two computations that must agree do not; nothing was written."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of any error in one line, as ours are."""
+    return " ".join(str(error).split())

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import ConfigError
+from vitcut.errors import ConfigError, one_line
 from vitcut.images.settings import DataSettings
 from vitcut.model.settings import VitSettings
 from vitcut.names import EdgeAblation
@@ -97,8 +97,7 @@ def read_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
     except FileNotFoundError:
         raise ConfigError(f"no recipe file at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is no readable recipe: {reason}") from None
+        raise ConfigError(f"{path} is no readable recipe: {one_line(error)}") from None
     return settings_from(content, str(path))
 
 
@@ -124,7 +123,7 @@ def settings_from(content: Any, origin: str) -> RunSettings:
     try:
         return parser.instantiate(parser.parse_object({"run": {**content, **listed}})).run
     except (ArgumentError, TypeError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         unknown = re.search(r"option '([\w.]+)'", text, re.IGNORECASE)
         if unknown is None:
             raise ConfigError(f"{origin}: {text.replace('run.', '')}") from None

@@ -1,6 +1,7 @@
 """A dense model as one value: module, weights read and checked, preprocessing, labels."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,10 @@ from vitcut.labels import Labels
 from vitcut.model.classes import find_labels, keep_rows
 from vitcut.model.saving import save_dense
 from vitcut.model.tracing import read_model
-from vitcut.model.weights import ViTWeights, hash_tensors
+from vitcut.model.weights import ViTWeights
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import say
 from vitcut.task import Task, unknown_classes
-
-_SHOWN = 3
-"""How many names a message lists."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -126,8 +124,13 @@ class Model:
         """
         if self.labels is None:
             raise ModelError(f"{self.name!r} does not name its classes: use model.for_task first")
-        taken, labels = self.preprocessing, self.labels
-        save_dense(self.module, folder, preprocessing=taken, labels=labels, card=self.card)
+        save_dense(
+            self.module,
+            folder,
+            preprocessing=self.preprocessing,
+            labels=self.labels,
+            card=self.card,
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Model":
@@ -150,16 +153,10 @@ class Model:
 
 def weight_hash(module: nn.Module) -> str:
     """The SHA-256 over names, shapes, types and values of a module's weights, in hex."""
-    return hash_tensors(module.state_dict().items())
-
-
-def listed(keys: Sequence[str]) -> str:
-    """The first few of some names."""
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
-
-
-def told_misfits(misfits: Mapping[str, Sequence[str]]) -> str:
-    """How many weights do not fit, and the first few of each kind; empty where all do."""
-    return "; ".join(
-        f"{len(keys)} {what} ({listed(keys)})" for what, keys in misfits.items() if keys
-    )
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        # As bytes, because numpy has no bfloat16.
+        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()

@@ -7,25 +7,19 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import nn
 
-from vitcut.errors import ConfigError, ModelError
+from vitcut.errors import ConfigError, ModelError, one_line
 from vitcut.labels import Labels
+from vitcut.model.foreign import told_as
 from vitcut.model.model import Model
 from vitcut.preprocessing import Framing, Preprocessing, per_channel
 from vitcut.progress import say
 
 _CONFIG = "config.json"
-_LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError,
-    SafetensorError, HfHubHTTPError,
-)  # fmt: skip
-"""What timm and its readers raise for weights or settings that do not fit."""
 _CROP_MODES = {"crop": "center", "squash": "squash"}
 """timm's word for each fit."""
 
@@ -48,11 +42,8 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
         # Built without weights first, so that a wrong size is refused before the download.
         _build_random(name, image_size)
         sizes["img_size"] = image_size
-    try:
+    with told_as(f"cannot load the model {spec!r}"):
         model: Any = timm.create_model(name, pretrained=True, **sizes)
-    except _LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
     # timm silently initialises a new classifier if the number of classes differs.
     stored = model.pretrained_cfg.get("num_classes")
     if stored is not None and stored != model.num_classes:
@@ -102,7 +93,7 @@ def create_timm(arch: str, **sizes: Any) -> nn.Module:
     try:
         return timm.create_model(arch, **sizes)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, TypeError) and "'img_size'" in reason:
             raise _takes_no_size(arch) from None
         told = ", ".join(f"{name}={size}" for name, size in sizes.items())

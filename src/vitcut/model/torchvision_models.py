@@ -20,8 +20,9 @@ from torchvision.models.vision_transformer import (
     VisionTransformer,
 )
 
-from vitcut.errors import ConfigError, ModelError, TaskError
+from vitcut.errors import ConfigError, ModelError, TaskError, one_line
 from vitcut.labels import Labels
+from vitcut.model.foreign import LOAD_ERRORS, told_as
 from vitcut.model.model import Model
 from vitcut.model.reading import Reading
 from vitcut.model.weights import Activation, AttentionWeights, BlockWeights, ViTWeights
@@ -32,7 +33,6 @@ HEAD = "heads.head.weight"
 KIND = "torchvision"
 """Entry of ``config.json`` that holds the sizes of the model."""
 _SIZES = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes")
-_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError)
 _REMEDY = "expected a torchvision VisionTransformer with a linear classifier, such as vit_b_16"
 _KNOWN = {
     "SwinTransformer": "attention in windows, with relative position bias",
@@ -138,11 +138,8 @@ def build_torchvision(name: str, weights: Mapping[str, Tensor]) -> nn.Module:
         # Positions are [1, 1 + patches, width]: the first is the class token's.
         side = math.isqrt(max(positions.shape[1] - 1, 0))
         sizes["image_size"] = side * patches.shape[-1]
-    try:
+    with told_as(f"torchvision cannot build {name} of such sizes"):
         return models.get_model(name, weights=None, **sizes)
-    except _ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"torchvision cannot build {name} of such sizes: {reason}") from None
 
 
 def torchvision_preprocessing(name: str, model: nn.Module) -> Preprocessing:
@@ -210,7 +207,6 @@ def load_torchvision_folder(folder: Path, spec: str, config: Mapping[str, Any]) 
             ids=tuple(config["class_ids"]),
             names=tuple(config["class_names"]),
         )
-    except (*_ERRORS, ConfigError, TaskError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
+    except (*LOAD_ERRORS, ConfigError, TaskError) as error:
+        raise ModelError(f"cannot load the model {spec!r}: {one_line(error)}") from None
     return Model.of(model, spec, preprocessing, labels)

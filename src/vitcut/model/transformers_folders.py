@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
 from vitcut.labels import Labels
 from vitcut.model.adapters import adapter_of, as_classifier
-from vitcut.model.model import Model, told_misfits
-from vitcut.preprocessing import Fit, Framing, Interpolation, Preprocessing, per_channel
+from vitcut.model.foreign import read_config, told_as, told_misfits
+from vitcut.model.model import Model
+from vitcut.preprocessing import Fit, Framing, Preprocessing, per_channel
 from vitcut.progress import say
 from vitcut.store import write_json
 
@@ -27,18 +28,9 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """What transformers looks for, in its order."""
-_LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError,
-    ZeroDivisionError, IndexError, SafetensorError,
-)  # fmt: skip
-"""What transformers and its readers raise for settings or weights that do not fit."""
 _PREPROCESSOR = "preprocessor_config.json"
 _TOP = 255
 """The highest value of a pixel."""
-_FILTERS: tuple[Interpolation, ...] = (
-    "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming",
-)  # fmt: skip
-"""Indexed by Pillow's number, which ``resample`` holds."""
 _PROCESSORS = ("Bit", "CLIP", "DeiT", "ViT")
 _SHORTER_SIDE = ("Bit", "CLIP")
 """Processors for which a single number as ``size`` is the shorter side; the others squash."""
@@ -127,7 +119,7 @@ def save_hf_folder(
         "image_processor_type": "ViTImageProcessor" if squashed else "BitImageProcessor",
         "do_resize": True,
         "size": {"height": scaled, "width": scaled} if squashed else {"shortest_edge": scaled},
-        "resample": _FILTERS.index(framing.interpolation),
+        "resample": Image.Resampling[framing.interpolation.upper()].value,
         "do_center_crop": not squashed or scaled != size,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
@@ -143,7 +135,7 @@ def _load_classifier(folder: Path, spec: str) -> Any:
     from transformers import AutoModelForImageClassification
 
     try:
-        with _quiet():
+        with told_as(f"cannot load the model {spec!r} with transformers"), _quiet():
             module, info = AutoModelForImageClassification.from_pretrained(
                 folder,
                 output_loading_info=True,
@@ -158,21 +150,10 @@ def _load_classifier(folder: Path, spec: str) -> Any:
             f"the weights in {folder} hold more than weights, so that loading them could run code "
             f"that they contain, or are damaged: get them as {WEIGHTS[0]}"
         ) from None
-    except _LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {spec!r} with transformers: {reason}") from None
 
     # transformers only warns of these: above all of a classifier that was never trained.
-    missing = sorted(info["missing_keys"])
-    misfits = {
-        "missing": missing,
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": [
-            f"{key} {list(stored)} instead of {list(wanted)}"
-            for key, stored, wanted in sorted(info["mismatched_keys"])
-        ],
-    }
-    if told := told_misfits(misfits):
+    missing = info["missing_keys"]
+    if told := told_misfits(missing, info["unexpected_keys"], info["mismatched_keys"]):
         remedy = "restore the folder, or correct its config.json"
         if any("classifier." in key for key in missing):
             remedy = "it has no trained classifier: give one that was fine-tuned to classify"
@@ -225,14 +206,8 @@ class _Processor:
                 f"{path.parent} holds no {path.name}, which says how images are scaled and "
                 "normalised: save the image processor that the model was trained with into it"
             )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ModelError(f"{path} is not readable JSON: {error}") from None
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            raise ModelError(f"{path} holds a {kind}, expected settings by name")
-        self._settings: dict[str, Any] = content
+        content = read_config(path)
+        self._settings = content
         names = ("image_processor_type", "feature_extractor_type")
         kind = next((content[name] for name in names if name in content), None)
         self._kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
@@ -268,9 +243,10 @@ class _Processor:
 
         fit, scaled = self._scaling()
         scaled = size if scaled is None else scaled
-        number = self._settings.get("resample", _FILTERS.index("bilinear"))
-        if number not in range(len(_FILTERS)):
+        number = self._settings.get("resample", Image.Resampling.BILINEAR.value)
+        if number not in range(6):
             raise ModelError(f"{self.path} has resample {number!r}, expected 0 to 5")
+        interpolation: Any = Image.Resampling(number).name.lower()
         if scaled < size:
             raise ModelError(
                 f"{self.path} scales images to {scaled} pixels and crops {size}, which pads "
@@ -281,7 +257,7 @@ class _Processor:
                 channels=channels,
                 fit=fit,
                 crop_fraction=size / scaled,
-                interpolation=_FILTERS[number],
+                interpolation=interpolation,
             )
         except ConfigError as error:
             raise ModelError(f"{self.path.parent}: {error}") from None
