@@ -1,6 +1,5 @@
 """A dense model as one value: module, weights read and checked, preprocessing, labels."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from vitcut.labels import Labels
 from vitcut.model.classes import find_labels, keep_rows
 from vitcut.model.saving import save_dense
 from vitcut.model.tracing import read_model
-from vitcut.model.weights import ViTWeights
+from vitcut.model.weights import ViTWeights, hash_tensors
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import say
 from vitcut.task import Task, unknown_classes
@@ -153,10 +152,4 @@ class Model:
 
 def weight_hash(module: nn.Module) -> str:
     """The SHA-256 over names, shapes, types and values of a module's weights, in hex."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        # As bytes, because numpy has no bfloat16.
-        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(plain.numpy().tobytes())
-    return digest.hexdigest()
+    return hash_tensors(module.state_dict().items())

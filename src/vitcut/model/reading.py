@@ -43,9 +43,7 @@ class Reading:
         )
 
     def require(self, module: Any, what: str, *kinds: type[nn.Module], why: str = "") -> None:
-        """Name a module that must be of one of these classes.
-
-        Subclasses are refused, because they may compute something else.
+        """Name a module that must be of one of these classes; a subclass may compute something else.
 
         Args:
             module: The module.
@@ -98,13 +96,16 @@ class Reading:
             weight, bias = weight * layer_scale[:, None], bias * layer_scale
         return weight, bias
 
-    def patches(self, module: Any) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that embeds patches side by side."""
-        what = "patch embedding"
-        self.require(module, what, nn.Conv2d, why=": a convolutional stem")
-        height, width = module.kernel_size
-        if height != width:
-            self.refuse(f"patch size {height} x {width}, which is not square")
+    def patches(self, module: Any, image_size: Any) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that embeds a square grid of square patches."""
+        self.require(module, "patch embedding", nn.Conv2d, why=": a convolutional stem")
+        sides = {"image size": to_2tuple(image_size), "patch size": module.kernel_size}
+        for name, (height, width) in sides.items():
+            if height != width:
+                self.refuse(f"{name} {height} x {width}, which is not square")
+        (size, _), (patch, _) = sides.values()
+        if size % patch:
+            self.refuse(f"image size {size}, which is no multiple of the patch size {patch}")
         # Only then is the convolution a linear map of each patch alone.
         side_by_side = (
             module.stride == module.kernel_size
@@ -113,19 +114,8 @@ class Reading:
             and module.groups == 1
         )
         if not side_by_side:
-            self.refuse(f"{what} {module}, whose patches do not lie side by side")
+            self.refuse(f"patch embedding {module}, whose patches do not lie side by side")
         return self.weight_and_bias(module)
-
-    def grid(self, image_size: Any, patch_size: Any) -> None:
-        """Refuse images that are not a square of whole square patches."""
-        height, width = to_2tuple(image_size)
-        if height != width:
-            self.refuse(f"image size {height} x {width}, which is not square")
-        patch, across = to_2tuple(patch_size)
-        if patch != across:
-            self.refuse(f"patch size {patch} x {across}, which is not square")
-        if height % patch:
-            self.refuse(f"image size {height}, which is no multiple of the patch size {patch}")
 
     def norm(self, module: Any, what: str = "norm") -> NormWeights:
         """A LayerNorm; one without affine weights gets ones and zeros."""

@@ -42,14 +42,12 @@ _REMEDY = (
     "expected a pre-norm ViT of timm that classifies from its class token or from the mean of its "
     "patches, such as deit_tiny_patch16_224"
 )
-_WINDOWS = "attention in windows, with relative position bias"
-_RELATIVE = "relative position bias"
-_KNOWN: dict[str, str] = {
-    "SwinTransformer": _WINDOWS,
-    "SwinTransformerV2": _WINDOWS,
-    "VisionTransformerRelPos": _RELATIVE,
-    "Beit": _RELATIVE,
-    "SwinTransformerV2Cr": _WINDOWS,
+_KNOWN = {
+    "SwinTransformer": "attention in windows, with relative position bias",
+    "SwinTransformerV2": "attention in windows, with relative position bias",
+    "SwinTransformerV2Cr": "attention in windows, with relative position bias",
+    "VisionTransformerRelPos": "relative position bias",
+    "Beit": "relative position bias",
     "Cait": "talking heads",
     "CoaT": "convolutions between blocks, factorised attention",
     "ConVit": "gated positional attention",
@@ -100,7 +98,7 @@ class _TimmReading(Reading):
     def weights(self) -> ViTWeights:
         vit = self.model
         self._require_understood()
-        patch_weight, patch_bias = self.patches(vit.patch_embed.proj)
+        patch_weight, patch_bias = self.patches(vit.patch_embed.proj, vit.patch_embed.img_size)
 
         # timm puts prefix tokens in this order: class, distillation, registers.
         prefix = patch_weight.new_zeros(0, vit.embed_dim)
@@ -172,7 +170,6 @@ class _TimmReading(Reading):
             self.refuse("global_pool='token' without a class token")
         embed = vit.patch_embed
         self.require(embed, "patch embedding", PatchEmbed, why=": a convolutional stem")
-        self.grid(embed.img_size, embed.patch_size)
         if not isinstance(vit.patch_drop, (nn.Identity, NoneType)):
             self.refuse(f"patch_drop ({type(vit.patch_drop).__name__}): tokens that are left out")
         for name in ("patch_drop", "pos_drop", "head_drop"):

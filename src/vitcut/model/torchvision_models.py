@@ -57,8 +57,7 @@ class _TorchvisionReading(Reading):
         vit, name = self.model, type(self.model).__name__
         if type(vit) is not VisionTransformer:
             self.refuse(f"{name} ({_KNOWN.get(name, 'only VisionTransformer is')})")
-        self.grid(vit.image_size, vit.patch_size)
-        patch_weight, patch_bias = self.patches(vit.conv_proj)
+        patch_weight, patch_bias = self.patches(vit.conv_proj, vit.image_size)
         encoder = vit.encoder
         self.require(encoder, "encoder", Encoder)
         self.require(encoder.layers, "list of blocks", nn.Sequential)

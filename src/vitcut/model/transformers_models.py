@@ -109,8 +109,7 @@ class _TransformersReading(Reading):
         self._require_own(embeddings, "Embeddings")
         patches = embeddings.patch_embeddings
         self._require_own(patches, "PatchEmbeddings")
-        self.grid(patches.image_size, patches.patch_size)
-        patch_weight, patch_bias = self.patches(patches.projection)
+        patch_weight, patch_bias = self.patches(patches.projection, patches.image_size)
         self.inert(embeddings.dropout, "embeddings.dropout")
         # Replaces masked patches in pretraining only.
         self.unused(embeddings.mask_token)
@@ -170,8 +169,7 @@ class _TransformersReading(Reading):
         self._require_own(embeddings, "VisionEmbeddings")
         self.require(embeddings.position_embedding, "positions", nn.Embedding)
         self.unused(embeddings.position_ids)
-        self.grid(embeddings.image_size, embeddings.patch_size)
-        patch_weight, patch_bias = self.patches(embeddings.patch_embedding)
+        patch_weight, patch_bias = self.patches(embeddings.patch_embedding, embeddings.image_size)
         # The first position is the class token's, which is a bare vector: [width].
         positions = self.tensor(embeddings.position_embedding.weight)
         prefix = (self.tensor(embeddings.class_embedding) + positions[0])[None]

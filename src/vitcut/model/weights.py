@@ -4,7 +4,8 @@ LayerScale is folded into the output projections, so a head or an MLP writes exa
 to the residual stream.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -260,6 +261,17 @@ class ViTWeights:
     ) -> "ViTWeights":
         """The same weights in another type or on another device."""
         return map_tensors(self, lambda tensor: tensor.to(device=device, dtype=dtype))
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, types and values of tensors, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        # As bytes, because numpy has no bfloat16.
+        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def map_tensors(value: W, change: Callable[[Tensor], Tensor]) -> W:
