@@ -1,6 +1,6 @@
 """The errors that vitcut raises on purpose.
 
-A message says in one line what was got, what was expected and what to do. The command line prints
+A message says in one line what was wrong, what was expected and what to do. The command line prints
 it and exits with code 2.
 """
 

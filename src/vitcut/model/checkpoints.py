@@ -47,8 +47,8 @@ def load_checkpoint(
     Args:
         path: A .safetensors, .pth, .pt or .bin file.
         arch: timm's name of the architecture, or torchvision:NAME.
-        mean: How images were normalised; None is what the library knows of the architecture.
-        std: Likewise.
+        mean: The mean of the images that it was trained on; None takes the library's.
+        std: Their standard deviation, likewise.
 
     Raises:
         ModelError: The file cannot be read without running code that it contains, there is no such
@@ -97,7 +97,7 @@ def _build(
     std: tuple[float, ...] | None,
     path: Path,
 ) -> tuple[nn.Module, Preprocessing]:
-    """A freshly initialised model in the sizes of the weights, and what it takes."""
+    """A freshly initialised model in the sizes of the weights, and its preprocessing."""
     if arch.startswith(_TORCHVISION):
         from vitcut.model.torchvision_models import (
             HEAD,

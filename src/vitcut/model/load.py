@@ -1,4 +1,4 @@
-"""Load a dense model from wherever it is: which reader knows what a user has given."""
+"""Load a dense model from a module, a folder, a file of weights, or a name."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -23,9 +23,9 @@ from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
 from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"
-"""Prefixes of models by name."""
+"""Prefixes of model names."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-"""Of files of bare weights."""
+"""Suffixes of files that hold bare weights."""
 
 _HF_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1]]
 _PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
@@ -40,7 +40,7 @@ def load(
     random_weights: bool = False,
     image_size: int | None = None,
 ) -> Model:
-    """Load a model as `vitcut.load_model` does, but for run directories that did not train it."""
+    """Load a model as `vitcut.load_model` does, except from runs that did not train it."""
     means, stds = numbers("mean", mean), numbers("std", std)
     for value in stds or ():
         if not value > 0:

@@ -1,22 +1,21 @@
-"""How an adapter reads a module: whatever it did not name as understood is refused by name."""
+"""How an adapter reads a module: every part that it does not name as understood is refused."""
 
 from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import nn
 
 from vitcut.errors import UnsupportedModelError
 from vitcut.model.weights import Activation, MlpWeights, NormWeights
-from vitcut.shapes import Float, Tensor
+from vitcut.shapes import Tensor
 
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
 """Module of transformers' own hooks, which only record what passes through."""
 
 
 class Reading:
-    """One module being read. `finish` refuses every part that was not named by then.
+    """One model being read. `finish` refuses every part that has not been named by then.
 
     Args:
         model: The whole model; it is not changed.
@@ -24,15 +23,15 @@ class Reading:
     """
 
     norm_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
-    """Classes of the library that compute a LayerNorm."""
+    """The library's classes that compute a LayerNorm."""
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {}
-    """Activations of the library that vitcut computes too."""
+    """The library's activations that vitcut can compute."""
 
     def __init__(self, model: nn.Module, remedy: str) -> None:
         self.model: Any = model
         self._remedy = remedy
-        # Named by identity, so that a part put in later is noticed whatever it is called. Tensors
-        # are looked at apart from modules: a known module may have been given another parameter.
+        # By identity, so that an added part is noticed whatever it is called. Tensors are tracked
+        # apart from modules, because a known module may have been given another parameter.
         self._tensors: set[int] = set()
         self._modules: set[int] = {id(model)}
 
@@ -43,7 +42,7 @@ class Reading:
         )
 
     def require(self, module: Any, what: str, *kinds: type[nn.Module], why: str = "") -> None:
-        """Name a module that must be of one of these classes; a subclass may compute something else.
+        """Name a module that must be of one of these classes: a subclass may compute otherwise.
 
         Args:
             module: The module.
@@ -203,8 +202,3 @@ class Reading:
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if id(tensor) not in self._tensors:
                 self.refuse(f"{name}, a tensor whose role in the model is unknown")
-
-
-def normed(tokens: Float[Tensor, "tokens width"], norm: NormWeights) -> Tensor:
-    """Apply a LayerNorm to tokens that are the same for every image."""
-    return F.layer_norm(tokens, norm.weight.shape, norm.weight, norm.bias, norm.eps)

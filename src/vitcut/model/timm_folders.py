@@ -16,12 +16,12 @@ from vitcut.errors import ConfigError, ModelError, one_line
 from vitcut.labels import Labels
 from vitcut.model.foreign import told_as
 from vitcut.model.model import Model
-from vitcut.preprocessing import Framing, Preprocessing, per_channel
+from vitcut.preprocessing import Fit, Framing, Preprocessing, per_channel
 from vitcut.progress import say
 
 _CONFIG = "config.json"
-_CROP_MODES = {"crop": "center", "squash": "squash"}
-"""timm's word for each fit."""
+_FITS: dict[str, Fit] = {"center": "crop", "squash": "squash"}
+"""The fit that each of timm's crop modes stands for."""
 
 
 def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
@@ -137,16 +137,13 @@ def timm_preprocessing(
             f"{len(std)}: give --mean and --std, as the model was trained with"
         )
     mean, std = per_channel(mean, channels, "mean"), per_channel(std, channels, "std")
-    fits = {mode: fit for fit, mode in _CROP_MODES.items()}
-    fit: Any = fits.get(data["crop_mode"])
-    if fit is None:
-        raise ModelError(
-            f"{spec!r} has crop_mode {data['crop_mode']!r}, expected one of {', '.join(fits)}"
-        )
+    mode = data["crop_mode"]
+    if mode not in _FITS:
+        raise ModelError(f"{spec!r} has crop_mode {mode!r}, expected one of {', '.join(_FITS)}")
     try:
         framing = Framing(
             channels=channels,
-            fit=fit,
+            fit=_FITS[mode],
             crop_fraction=data["crop_pct"],
             interpolation=data["interpolation"],
         )
@@ -177,7 +174,7 @@ def save_timm_folder(
             "mean": taken.mean,
             "std": taken.std,
             "crop_pct": framing.crop_fraction,
-            "crop_mode": _CROP_MODES[framing.fit],
+            "crop_mode": "center" if framing.fit == "crop" else framing.fit,
             "interpolation": framing.interpolation,
         },
     )

@@ -5,7 +5,6 @@
 
 from copy import deepcopy
 from dataclasses import replace
-from types import NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,8 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
-from vitcut.model.reading import Reading, normed
+from vitcut.model.forward import normalise
+from vitcut.model.reading import Reading
 from vitcut.model.weights import (
     Activation,
     AttentionWeights,
@@ -116,7 +116,7 @@ class _TimmReading(Reading):
         patch_norm = self.norm_if(vit.norm_pre, "norm_pre")
         if patch_norm is not None:
             # Prefix tokens are the same for every image, so their norm is applied here.
-            prefix = normed(prefix, patch_norm)
+            prefix = normalise(patch_norm, prefix)
 
         # `norm` is over all tokens; `fc_norm` takes its place after tokens are pooled.
         pools_first = isinstance(vit.norm, nn.Identity)
@@ -155,7 +155,7 @@ class _TimmReading(Reading):
         return type(self.model) is Eva
 
     def _require_understood(self) -> None:
-        """Refuse what is outside the blocks and not understood; name what does nothing."""
+        """Refuse what is not understood outside the blocks; name what does nothing."""
         vit, name = self.model, type(self.model).__name__
         if type(vit) not in {VisionTransformer, VisionTransformerDistilled, Eva}:
             known = "only VisionTransformer, its distilled kind and Eva are"
@@ -170,8 +170,6 @@ class _TimmReading(Reading):
             self.refuse("global_pool='token' without a class token")
         embed = vit.patch_embed
         self.require(embed, "patch embedding", PatchEmbed, why=": a convolutional stem")
-        if not isinstance(vit.patch_drop, (nn.Identity, NoneType)):
-            self.refuse(f"patch_drop ({type(vit.patch_drop).__name__}): tokens that are left out")
         for name in ("patch_drop", "pos_drop", "head_drop"):
             if getattr(vit, name) is not None:
                 self.inert(getattr(vit, name), name)

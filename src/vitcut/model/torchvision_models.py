@@ -87,7 +87,6 @@ class _TorchvisionReading(Reading):
 
     def _block(self, block: Any) -> BlockWeights:
         self.require(block, "block", EncoderBlock)
-        self.inert(block.dropout, "dropout")
         self.require(block.mlp, "MLP", MLPBlock)
         kinds = [type(layer) for layer in block.mlp]
         if kinds != [nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout]:
@@ -95,8 +94,8 @@ class _TorchvisionReading(Reading):
         first, activation, dropout, second, last_dropout = block.mlp
         if activation.approximate != "none":
             self.refuse(f"activation {activation}")
-        self.inert(dropout, "dropout")
-        self.inert(last_dropout, "dropout")
+        for one in (block.dropout, dropout, last_dropout):
+            self.inert(one, "dropout")
         return BlockWeights(
             attn_norm=self.norm(block.ln_1),
             attn=self._attention(block.self_attention),

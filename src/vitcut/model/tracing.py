@@ -1,4 +1,4 @@
-"""From a user's module to checked weights: they must reproduce the module's logits."""
+"""Read a module's weights and check them: they must reproduce its logits."""
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def read_model(model: nn.Module) -> ViTWeights:
             f"not supported: {patches} patches, which are no square; expected as many across "
             "as down"
         )
-    # What an adapter of a user's own may get wrong.
+    # Only a user's own adapter can get this wrong.
     num_parts = weights.num_read + (weights.patch_readout != "none")
     features = weights.head_weight.shape[1]
     if not 0 <= weights.num_read <= weights.num_prefix or features != num_parts * weights.width:
@@ -119,7 +119,7 @@ def _require_same_logits(model: nn.Module, weights: ViTWeights) -> None:
             f"{got.shape[1]}: mend the adapter"
         )
     difference = float((got - expected).abs().max())
-    # A bias of the classifier, large where classes are masked, says nothing of what was read.
+    # Without the classifier's bias: where classes are masked, a huge one would loosen the bound.
     allowed = tolerance(weights.dtype, expected - weights.head_bias)
     if not difference <= allowed:
         raise UnsupportedModelError(

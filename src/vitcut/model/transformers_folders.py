@@ -72,7 +72,7 @@ def load_hf_folder(folder: Path, spec: str) -> Model:
                 "and DINOv2 classifiers have"
             )
         sizes[key] = value
-    size, made = sizes["image_size"], processor.made_size()
+    size, made = sizes["image_size"], processor.made_size
     if made is not None and made != size:
         if not type(module).__name__.startswith("Dinov2"):
             raise ModelError(
@@ -209,24 +209,35 @@ class _Processor:
         content = read_config(path)
         self._settings = content
         names = ("image_processor_type", "feature_extractor_type")
-        kind = next((content[name] for name in names if name in content), None)
-        self._kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
-        if kind is not None and self._kind not in _PROCESSORS:
+        named = next((content[name] for name in names if name in content), None)
+        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named))
+        if named is not None and kind not in _PROCESSORS:
             raise ModelError(
-                f"{path} is of {self._kind}, expected one of "
+                f"{path} is of {kind}, expected one of "
                 f"{', '.join(f'{name}ImageProcessor' for name in _PROCESSORS)}"
             )
 
-    def made_size(self) -> int | None:
-        """Height and width of its images; None if they keep the picture's own size."""
-        if self._settings.get("do_center_crop"):
-            return self._square("crop_size", self._settings.get("crop_size"))
-        return self._scaling()[1]
+        # What is scaled to how many pixels before the crop; None if nothing is.
+        crops, size = content.get("do_center_crop"), content.get("size")
+        self._fit: Fit = "crop"
+        self._scaled: int | None = None
+        if content.get("do_resize", True):
+            if isinstance(size, dict) and "shortest_edge" in size:
+                size = size["shortest_edge"]
+            elif type(size) is not int or kind not in _SHORTER_SIDE:
+                self._fit = "squash"
+            self._scaled = self._square("size", size)
+        elif crops:
+            raise ModelError(f"{path} crops images that it does not scale: expected do_resize")
+        # Height and width of its images; None if they keep their own size.
+        self.made_size = (
+            self._square("crop_size", content.get("crop_size")) if crops else self._scaled
+        )
 
     def preprocessing(self, size: int, channels: int) -> Preprocessing:
-        """The same for a model that takes images of this size and so many channels."""
-        # Mean and deviation are brought to the scale 0 to 1. A processor that multiplies pixels
-        # by f and normalises by (x - m) / s does on that scale (x - m / 255f) / (s / 255f).
+        """The preprocessing for a model of this image size and number of channels."""
+        # Convert mean and deviation to the scale 0 to 1. A processor that multiplies pixels by f
+        # and normalises by (x - m) / s computes (x - m / 255f) / (s / 255f) on that scale.
         factor = 1.0
         if self._settings.get("do_rescale", True):
             factor = self._settings.get("rescale_factor", 1 / _TOP)
@@ -241,8 +252,7 @@ class _Processor:
                 found.append(tuple(value / top for value in values))
             mean, std = found
 
-        fit, scaled = self._scaling()
-        scaled = size if scaled is None else scaled
+        scaled = size if self._scaled is None else self._scaled
         number = self._settings.get("resample", Image.Resampling.BILINEAR.value)
         if number not in range(6):
             raise ModelError(f"{self.path} has resample {number!r}, expected 0 to 5")
@@ -255,27 +265,13 @@ class _Processor:
         try:
             framing = Framing(
                 channels=channels,
-                fit=fit,
+                fit=self._fit,
                 crop_fraction=size / scaled,
                 interpolation=interpolation,
             )
         except ConfigError as error:
             raise ModelError(f"{self.path.parent}: {error}") from None
         return Preprocessing(image_size=size, mean=mean, std=std, framing=framing)
-
-    def _scaling(self) -> tuple[Fit, int | None]:
-        """What is scaled to how many pixels before the crop; None if nothing is."""
-        if not self._settings.get("do_resize", True):
-            if self._settings.get("do_center_crop"):
-                raise ModelError(
-                    f"{self.path} crops images that it does not scale: expected do_resize"
-                )
-            return "crop", None
-        size = self._settings.get("size")
-        if isinstance(size, dict) and "shortest_edge" in size:
-            return "crop", self._square("size", size["shortest_edge"])
-        short = type(size) is int and self._kind in _SHORTER_SIDE
-        return "crop" if short else "squash", self._square("size", size)
 
     def _square(self, key: str, value: Any) -> int:
         if isinstance(value, dict) and value.keys() >= {"height", "width"}:

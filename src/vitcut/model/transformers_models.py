@@ -13,7 +13,8 @@ from transformers.activations import (
     SiLUActivation,
 )
 
-from vitcut.model.reading import Reading, normed
+from vitcut.model.forward import normalise
+from vitcut.model.reading import Reading
 from vitcut.model.weights import (
     Activation,
     AttentionWeights,
@@ -36,7 +37,6 @@ _FAMILIES = {
     "CLIPForImageClassification": ("clip", "CLIP"),
 }
 """Class name: (module of transformers.models, prefix of the class names of its parts)."""
-_ATTENTION = {"sdpa", "eager"}
 _NOT_YET = {
     "DINOv3ViT": "its rotary positions; timm's DINOv3 models are read",
     "Siglip": "the mean of its patches behind a norm",
@@ -128,7 +128,7 @@ class _TransformersReading(Reading):
         width, reads_patches = len(patch_weight), False
         has_teacher = type(self.model).__name__.endswith("WithTeacher")
         if has_teacher:
-            # It answers with the mean of two classifiers, one per token.
+            # Its logits are the mean of two classifiers, one per token.
             heads = (self.model.cls_classifier, self.model.distillation_classifier)
             head_weight, head_bias = self.classifiers(*heads)
         else:
@@ -178,7 +178,7 @@ class _TransformersReading(Reading):
         return ViTWeights(
             patch_weight=patch_weight,
             patch_bias=patch_bias,
-            prefix=normed(prefix, patch_norm),
+            prefix=normalise(patch_norm, prefix),
             positions=positions[1:],
             blocks=tuple(self._block(layer) for layer in tower.encoder.layers),
             norm=None,
@@ -214,7 +214,7 @@ class _TransformersReading(Reading):
                 norms = layer.layernorm_before, layer.layernorm_after
         self._require_own(attn, "Attention")
         kind = attn.config._attn_implementation
-        if kind not in _ATTENTION:
+        if kind not in {"sdpa", "eager"}:
             self.refuse(f"attention {kind!r}: model.set_attn_implementation('sdpa') sets another")
         if attn.is_causal:
             self.refuse("causal attention")
