@@ -202,10 +202,11 @@ def test_random_weights_only_on_request_and_the_same_each_time(capsys):
         load("animals", random_weights=True)
 
 
-def test_the_origin_holds_what_was_given_and_no_more(model, tmp_path):
+def test_the_origin_holds_what_was_given_and_no_more(model, tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
-    bare = vitcut.load_model(path, arch=ARCH)
+    monkeypatch.chdir(tmp_path)
+    bare = vitcut.load_model(path.name, arch=ARCH)
     assert bare.origin == {"model": str(path), "arch": ARCH}
     assert bare.weight_hash == weight_hash(model)
     random = vitcut.load_model(f"timm:{ARCH}", random_weights=True, image_size=32)
