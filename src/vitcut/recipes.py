@@ -62,7 +62,7 @@ class RunSettings:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that vitcut brings along."""
+    """The recipes that come with vitcut."""
     folder = resources.files("vitcut") / "assets" / "recipes"
     return sorted(Path(item.name).stem for item in folder.iterdir())
 
@@ -106,7 +106,7 @@ def settings_from(content: Any, origin: str) -> RunSettings:
 
     Args:
         content: Values by name; a single value may stand for a list of one.
-        origin: Where they are from, for messages.
+        origin: The file, for messages.
 
     Raises:
         ConfigError: A key is unknown, or a value is of another type or out of range.

@@ -106,7 +106,7 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
 
     Args:
         files: At least one; all belong to the same dataset.
-        root: Folder that the names of files are relative to.
+        root: The folder that file names are relative to.
         location: The source, for messages.
 
     Raises:

@@ -63,7 +63,7 @@ def fetch_tiny_imagenet() -> Path:
 
 
 def fetch(url: str, path: Path, *, md5: str) -> None:
-    """Download a file with a known MD5; on failure nothing is left at ``path``.
+    """Download a file with a known MD5; a failure leaves nothing at ``path``.
 
     Raises:
         DataError: There is no network, or the file that came is not the expected one.

@@ -19,17 +19,17 @@ class Reading:
 
     Args:
         model: The whole model; it is not changed.
-        remedy: What to use instead, at the end of every refusal.
     """
 
+    remedy: ClassVar[str]
+    """What to use instead, at the end of every refusal."""
     norm_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
     """The library's classes that compute a LayerNorm."""
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {}
     """The library's activations that vitcut can compute."""
 
-    def __init__(self, model: nn.Module, remedy: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self._remedy = remedy
         # By identity, so that an added part is noticed whatever it is called. Tensors are tracked
         # apart from modules, because a known module may have been given another parameter.
         self._tensors: set[int] = set()
@@ -38,7 +38,7 @@ class Reading:
     def refuse(self, feature: str, *, yet: bool = False) -> NoReturn:
         """Refuse a feature by name; ``yet`` if support for it is planned."""
         raise UnsupportedModelError(
-            f"not supported{' yet' if yet else ''}: {feature}; {self._remedy}"
+            f"not supported{' yet' if yet else ''}: {feature}; {self.remedy}"
         )
 
     def require(self, module: Any, what: str, *kinds: type[nn.Module], why: str = "") -> None:

@@ -38,10 +38,6 @@ from vitcut.model.weights import (
 )
 from vitcut.shapes import Float, Tensor
 
-_REMEDY = (
-    "expected a pre-norm ViT of timm that classifies from its class token or from the mean of its "
-    "patches, such as deit_tiny_patch16_224"
-)
 _KNOWN = {
     "SwinTransformer": "attention in windows, with relative position bias",
     "SwinTransformerV2": "attention in windows, with relative position bias",
@@ -81,10 +77,14 @@ def read_timm(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _TimmReading(model, _REMEDY).weights()
+    return _TimmReading(model).weights()
 
 
 class _TimmReading(Reading):
+    remedy = (
+        "expected a pre-norm ViT of timm that classifies from its class token or from the mean of "
+        "its patches, such as deit_tiny_patch16_224"
+    )
     norm_kinds = (nn.LayerNorm, LayerNorm)
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {
         nn.GELU: "gelu",

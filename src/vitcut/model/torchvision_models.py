@@ -33,7 +33,6 @@ HEAD = "heads.head.weight"
 KIND = "torchvision"
 """Entry of ``config.json`` that holds the sizes of the model."""
 _SIZES = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes")
-_REMEDY = "expected a torchvision VisionTransformer with a linear classifier, such as vit_b_16"
 _KNOWN = {
     "SwinTransformer": "attention in windows, with relative position bias",
     "MaxVit": "attention in windows, with relative position bias, and convolutions",
@@ -47,10 +46,11 @@ def read_torchvision(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _TorchvisionReading(model, _REMEDY).weights()
+    return _TorchvisionReading(model).weights()
 
 
 class _TorchvisionReading(Reading):
+    remedy = "expected a torchvision VisionTransformer with a linear classifier, such as vit_b_16"
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {nn.GELU: "gelu"}
 
     def weights(self) -> ViTWeights:

@@ -24,10 +24,6 @@ from vitcut.model.weights import (
 )
 from vitcut.shapes import Tensor
 
-_REMEDY = (
-    "expected the ForImageClassification of ViT, DeiT, Dinov2, Dinov2WithRegisters or CLIP, of "
-    "transformers 5.19 or newer"
-)
 _FAMILIES = {
     "ViTForImageClassification": ("vit", "ViT"),
     "DeiTForImageClassification": ("deit", "DeiT"),
@@ -60,10 +56,14 @@ def read_transformers(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _TransformersReading(model, _REMEDY).weights()
+    return _TransformersReading(model).weights()
 
 
 class _TransformersReading(Reading):
+    remedy = (
+        "expected the ForImageClassification of ViT, DeiT, Dinov2, Dinov2WithRegisters or CLIP, of "
+        "transformers 5.19 or newer"
+    )
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {
         GELUActivation: "gelu",
         GELUTanh: "gelu_tanh",
