@@ -114,10 +114,12 @@ def _from_hub(name: str) -> Model:
     """A repository of timm or transformers; its ``config.json`` says which."""
     repository, _, revision = name.removeprefix(HUB).partition("@")
     where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
-    with told_as(f"cannot load the model {name!r}"):
+    problem = f"cannot load the model {name!r}"
+    with told_as(problem):
         config = read_config(Path(hf_hub_download(filename=CONFIG, **where)))
-        if "architecture" in config or "model_type" not in config:
-            return load_timm(name, name)
+    if "architecture" in config or "model_type" not in config:
+        return load_timm(name, name)
+    with told_as(problem):
         folder = Path(snapshot_download(allow_patterns=_HF_FILES, **where))
         if not any((folder / file).is_file() for file in WEIGHTS):
             folder = Path(snapshot_download(allow_patterns=_PICKLED, **where))
