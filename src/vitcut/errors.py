@@ -1,6 +1,6 @@
 """The errors that vitcut raises on purpose.
 
-A message says in one line what was got, what was expected and what to do. The command line prints
+A message says in one line what was wrong, what was expected and what to do. The command line prints
 it and exits with code 2.
 """
 
@@ -39,3 +39,8 @@ class ArtefactError(VitcutError):
 
 class ExactnessError(VitcutError):
     """Two computations that must agree do not; nothing was written."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of any error in one line, as ours are."""
+    return " ".join(str(error).split())

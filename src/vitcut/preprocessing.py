@@ -1,16 +1,17 @@
 """From a picture to the tensor that a model takes: one value, for models and images alike."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
 
 from vitcut.errors import ConfigError, ModelError
+from vitcut.settings import require_one_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Fit = Literal["crop", "squash"]
-"""Scale the shorter side and crop the centre, or scale both sides alike whatever the shape."""
+"""Scale the shorter side and crop the centre, or scale both sides to the same length."""
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 """Pillow's filters."""
@@ -38,12 +39,8 @@ class Framing:
             )
         if not 0 < self.crop_fraction <= 1:
             raise ConfigError(f"crop_fraction must be > 0 and <= 1, got {self.crop_fraction}")
-        for name, kinds in (("fit", Fit), ("interpolation", Interpolation)):
-            if getattr(self, name) not in get_args(kinds):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(kinds))}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        require_one_of("fit", self.fit, get_args(Fit))
+        require_one_of("interpolation", self.interpolation, get_args(Interpolation))
 
     def shown_fraction(self, image_size: int) -> float:
         """Part of each fitted side that is kept: pictures are scaled to whole pixels, then cropped.
@@ -55,7 +52,7 @@ class Framing:
 
 
 WHOLE = Framing()
-"""Red, green and blue, the shorter side scaled, nothing cut off the square: nobody said else."""
+"""The default: RGB, the shorter side scaled, and the whole central square kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ class Preprocessing:
     """Subtracted per channel, on the scale 0 to 1."""
     std: tuple[float, ...] = IMAGENET_STD
     """Divided by per channel, on the scale 0 to 1."""
-    framing: Framing = field(default=WHOLE)
+    framing: Framing = WHOLE
     """Which part of the picture is kept, in which colours, and how it is scaled."""
 
 
@@ -76,7 +73,7 @@ def per_channel(values: Any, channels: int, what: str) -> tuple[float, ...]:
     """One number per channel; a single one holds for all.
 
     Raises:
-        ModelError: They are no numbers, or not as many as there are channels.
+        ModelError: They are not numbers, or not as many as there are channels.
     """
     found: list[Any] = list(values) if isinstance(values, (list, tuple)) else [values]
     if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in found):
@@ -92,7 +89,7 @@ def numbers(name: str, given: Any) -> tuple[float, ...] | None:
     """One number or one per channel, typed or from Python, as a tuple.
 
     Raises:
-        ConfigError: They are no finite numbers.
+        ConfigError: They are not finite numbers.
     """
     if given is None:
         return None

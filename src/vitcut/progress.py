@@ -21,7 +21,7 @@ _LINE_EVERY_S = 15.0
 
 
 def say(text: str) -> None:
-    """Tell the user one line, on standard error, so that standard output stays for results."""
+    """Print one line for the user on standard error; standard output is for results."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(text)
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import ConfigError
+from vitcut.errors import ConfigError, one_line
 from vitcut.images.settings import DataSettings
 from vitcut.inputs import OWN, for_images, load_images, plain_images, require
 from vitcut.labels import Labels
@@ -73,7 +73,7 @@ class RunSettings:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that vitcut brings along."""
+    """The recipes that come with vitcut."""
     folder = resources.files("vitcut") / "assets" / "recipes"
     return sorted(Path(item.name).stem for item in folder.iterdir())
 
@@ -108,8 +108,7 @@ def read_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
     except FileNotFoundError:
         raise ConfigError(f"no recipe file at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is no readable recipe: {reason}") from None
+        raise ConfigError(f"{path} is no readable recipe: {one_line(error)}") from None
     return settings_from(content, str(path))
 
 
@@ -118,7 +117,7 @@ def settings_from(content: Any, origin: str) -> RunSettings:
 
     Args:
         content: Values by name; a single value may stand for a list of one.
-        origin: Where they are from, for messages.
+        origin: The file, for messages.
 
     Raises:
         ConfigError: A key is unknown, or a value is of another type or out of range.
@@ -135,7 +134,7 @@ def settings_from(content: Any, origin: str) -> RunSettings:
     try:
         return parser.instantiate(parser.parse_object({"run": {**content, **listed}})).run
     except (ArgumentError, TypeError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         unknown = re.search(r"option '([\w.]+)'", text, re.IGNORECASE)
         if unknown is None:
             raise ConfigError(f"{origin}: {text.replace('run.', '')}") from None

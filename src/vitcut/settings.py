@@ -1,5 +1,6 @@
 """Settings: checks that several stages share, and a hash that names a configuration."""
 
+import json
 import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
@@ -56,17 +57,9 @@ def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
 
 def as_plain(settings: "DataclassInstance") -> dict[str, Any]:
     """A dataclass as JSON values; tuples become lists."""
-    return {key: _plain(value) for key, value in asdict(settings).items()}
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def config_hash(*parts: Any) -> str:
     """A short name of a configuration: equal settings, equal hash."""
-    return sha256_json([_plain(part) for part in parts])[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    return sha256_json(parts)[:16]

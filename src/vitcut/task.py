@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from vitcut.errors import TaskError
+from vitcut.errors import TaskError, one_line
 from vitcut.labels import Labels
 
 _FORMS = ("groups", "classes", "one")
@@ -197,7 +197,7 @@ def parse_task(text: str, *, origin: str) -> Task:
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise TaskError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise TaskError(f"{origin} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise TaskError(f"{origin} is not a label file: expected 'groups: {{group: {{id: name}}}}'")
     for entry in content:

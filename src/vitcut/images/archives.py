@@ -30,7 +30,7 @@ class FileTree:
     """
 
     location: str
-    """The path of the folder or archive, for messages."""
+    """Path of the folder or archive, for messages."""
     names: tuple[str, ...]
     """Sorted names with "/" between folders, without a top folder that holds all files."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from vitcut.errors import DataError
+from vitcut.errors import DataError, one_line
 from vitcut.preprocessing import WHOLE, Framing
 
 _MAX_PIXELS = 89_478_485
@@ -70,4 +70,4 @@ def decode(content: bytes, image_size: int, framing: Framing = WHOLE) -> NDArray
         # Pillow's own message contains a memory address.
         raise DataError("not an image of a known format") from None
     except _PILLOW_ERRORS as error:
-        raise DataError(" ".join(str(error).split())) from None
+        raise DataError(one_line(error)) from None

@@ -1,6 +1,6 @@
 """Drawn pictures for demonstrations and tests: twelve shapes in four groups, without any files.
 
-Colours, position, size, angle, background and noise are random; only the shape tells the class.
+Colours, position, size, angle, background and noise are random; only the shape shows the class.
 The shipped label file ``drawn.yaml`` lists the groups.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SOURCE_WORD = "drawn"
-"""What a user gives as the source to get these pictures."""
+"""The source that selects these pictures."""
 
 _SHAPES = (
     "crescent", "disc", "grid", "necklace", "ring", "scatter", "square", "star", "stripes",
@@ -42,7 +42,7 @@ def drawn_images(
     pictures: list[NDArray[np.uint8]] = []
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) * (2 / image_size) - 1
     down, right = np.meshgrid(axis, axis, indexing="ij")
-    # The order of the random draws is part of the pictures: with another one they are others.
+    # The pictures depend on the order of the random draws: do not change it.
     for number, shape in enumerate(_SHAPES):
         rng = np.random.default_rng([seed, number])
         for start in range(0, images_per_class, _BATCH):

@@ -74,12 +74,12 @@ class Images:
     fingerprint: str
     """Hex; of content, image size, task and splits."""
     origin: Mapping[str, Any]
-    """The settings, and the task by its classes' ids, that give these images again."""
+    """The settings and the task, with its classes' ids, that load these images again."""
 
     def calibration(self, count: int, *, seed: int) -> ImageSet:
-        """Training images for discovery, as many of each fine class as of any other.
+        """Training images for discovery, equally many of each fine class.
 
-        The rest, where the task has one, counts as one class, whatever it is made of.
+        The task's rest, if it has one, counts as a single class.
 
         Raises:
             ConfigError: Fewer than one, or more than there are.
@@ -105,14 +105,14 @@ def split(
 ) -> Images:
     """Split prepared images for a task whose classes are named by their ids.
 
-    The splits are made class by class before the task picks its classes: whatever the task, an
-    image that one task is chosen or tested on trains no other.
+    The splits are made class by class, before the task picks its classes. So no image that is used
+    for validation or test in one task is used for training in another.
 
     Args:
         prepared: All images of the source.
         settings: The source, the image size and the splits.
         task: Its classes are named by the data's ids.
-        preprocessing: How the images were made.
+        preprocessing: How the images were prepared.
 
     Raises:
         DataError: A class has too few images to be split.
@@ -143,6 +143,10 @@ def split(
         rows = np.flatnonzero(chosen & (labels >= 0))
         sets[name] = ImageSet(array=prepared.images, rows=rows, labels=labels[rows])
         _refuse_missing_classes(sets[name], task, name)
+    # An absolute path, because run directories are also read from other working directories.
+    source = settings.source
+    if source is not None and Path(source).exists():
+        source = str(Path(source).resolve())
     return Images(
         task=task,
         preprocessing=preprocessing,
@@ -157,7 +161,7 @@ def split(
             task.groups,
             *([] if preprocessing.framing == WHOLE else [asdict(preprocessing.framing)]),
         ),
-        origin={**_located(settings), "task": task.to_dict()},
+        origin={**asdict(settings), "source": source, "task": task.to_dict()},
         **sets,
     )
 
@@ -185,14 +189,6 @@ def normalise(
     return scaled.div_(255).sub_(shift).div_(scale).to(dtype)
 
 
-def _located(settings: DataSettings) -> dict[str, Any]:
-    """Settings with an absolute path: a run directory is read from other places too."""
-    source = settings.source
-    if source is not None and Path(source).exists():
-        source = str(Path(source).resolve())
-    return {**asdict(settings), "source": source}
-
-
 def _refuse_missing_classes(images: ImageSet, task: Task, name: str) -> None:
     rest = _in_rest(task)
     missing = np.setdiff1d(np.flatnonzero(~rest), images.labels)
@@ -210,5 +206,5 @@ def _refuse_missing_classes(images: ImageSet, task: Task, name: str) -> None:
 
 
 def _in_rest(task: Task) -> NDArray[np.bool_]:
-    """Whether each fine class is of the rest, which the data may lack."""
+    """Whether each fine class belongs to the rest, which the data may lack."""
     return np.array([item.group == task.rest for item in task.classes])

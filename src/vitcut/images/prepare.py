@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from vitcut.errors import ArtefactError, DataError
 from vitcut.images.decoding import decode
 from vitcut.images.drawn import SOURCE_WORD, drawn_images
-from vitcut.images.readers import ImageSource, Record
+from vitcut.images.readers import ImageSource
 from vitcut.images.settings import DataSettings
 from vitcut.images.sources import open_source
 from vitcut.labels import Labels
@@ -53,7 +53,7 @@ class PreparedData:
     paths: NDArray[np.character]
     """Unique names inside the source, shape [images]."""
     class_names: dict[str, str]
-    """What a person calls each class id."""
+    """The name for people of each class id."""
     fingerprint: str
     """Hex, of the source's content."""
     skipped: dict[str, str]
@@ -76,7 +76,7 @@ def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
 
     Args:
         settings: The source and the size.
-        framing: What is kept of each picture. Drawn ones are drawn to fit; it gives their colours.
+        framing: Which part of each picture is kept. Of drawn pictures it sets only the channels.
 
     Raises:
         DataError: The source cannot be used, images do not decode, or the disk is full.
@@ -84,7 +84,7 @@ def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
     if settings.source == SOURCE_WORD:
         return _drawn(settings, framing.channels)
     with open_source(settings.source) as source:
-        # The default framing is left out, as in keys that knew no other.
+        # The default framing is left out, so that keys of earlier versions still hold.
         key = config_hash(
             FORMAT_VERSION,
             source.fingerprint,
@@ -159,7 +159,26 @@ def _build(source: ImageSource, folder: Path, settings: DataSettings, framing: F
             skipped = {source.records[row].path: reason for row, reason in bad.items()}
             kept = [record for row, record in enumerate(source.records) if row not in bad]
             _refuse_bad_images(skipped, len(kept), settings)
-            _write_index(part, source, kept=kept, image_size=side, skipped=skipped)
+            columns = {
+                "split": [record.split or "" for record in kept],
+                "class_id": [record.class_id for record in kept],
+                "path": [record.path for record in kept],
+            }
+            pq.write_table(
+                pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()}),
+                part / _INDEX_FILE,
+            )
+            counts = Counter(record.split or "undivided" for record in kept)
+            meta = {
+                "format_version": FORMAT_VERSION,
+                "source_fingerprint": source.fingerprint,
+                "image_size": side,
+                "images": len(kept),
+                "images_per_split": dict(sorted(counts.items())),
+                "class_names": dict(sorted(source.class_names.items())),
+                "skipped": skipped,
+            }
+            write_json(part / _META_FILE, meta)
     except OSError as error:
         raise DataError(
             f"cannot write the decoded images into {folder.parent} ({error}): free some space, or "
@@ -186,43 +205,8 @@ def _decoded(
 
 def _write_header(stream: BinaryIO, shape: tuple[int, int, int, int]) -> None:
     """Write the head of a .npy file of images; numpy pads it, so it can be rewritten."""
-    description = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
-        "fortran_order": False,
-        "shape": shape,
-    }
-    np.lib.format.write_array_header_1_0(stream, description)
-
-
-def _write_index(
-    folder: Path,
-    source: ImageSource,
-    *,
-    kept: list[Record],
-    image_size: int,
-    skipped: dict[str, str],
-) -> None:
-    """Write what belongs to the images: one row for each that was kept, and the meta file."""
-    columns = {
-        "split": [record.split or "" for record in kept],
-        "class_id": [record.class_id for record in kept],
-        "path": [record.path for record in kept],
-    }
-    pq.write_table(
-        pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()}),
-        folder / _INDEX_FILE,
-    )
-    counts = Counter(record.split or "undivided" for record in kept)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "source_fingerprint": source.fingerprint,
-        "image_size": image_size,
-        "images": len(kept),
-        "images_per_split": dict(sorted(counts.items())),
-        "class_names": dict(sorted(source.class_names.items())),
-        "skipped": skipped,
-    }
-    write_json(folder / _META_FILE, meta)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -254,7 +238,7 @@ def open_prepared(folder: Path) -> PreparedData:
 
 
 def _refuse_bad_images(bad: dict[str, str], good: int, settings: DataSettings) -> None:
-    """Bad images stop the run, unless the user said to skip them and some are left."""
+    """Stop at bad images, unless the user chose to skip them and good ones are left."""
     if bad and not (settings.skip_bad_images and good):
         raise DataError(
             f"{_bad_images(bad, good)}: repair them, or leave them out with --skip-bad-images"

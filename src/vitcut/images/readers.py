@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitcut.errors import DataError
+from vitcut.errors import DataError, one_line
 from vitcut.images.archives import FileTree
 from vitcut.progress import say
 from vitcut.store import sha256_file, sha256_json
@@ -106,7 +106,7 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
 
     Args:
         files: At least one; all belong to the same dataset.
-        root: Folder that the names of files are relative to.
+        root: The folder that file names are relative to.
         location: The source, for messages.
 
     Raises:
@@ -232,8 +232,7 @@ def _open_parquet(path: Path) -> Generator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} is not a complete parquet file: {reason}") from None
+        raise DataError(f"{path} is not a complete parquet file: {one_line(error)}") from None
 
 
 def _splits(files: list[Path], *, root: Path, location: str) -> dict[Path, RecordSplit | None]:

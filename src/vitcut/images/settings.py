@@ -1,4 +1,4 @@
-"""Settings of the data stage; loads neither torch nor numpy. What they do stands in the readers."""
+"""Settings of the data stage. Loads neither torch nor numpy."""
 
 from dataclasses import dataclass
 

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vitcut.errors import DataError
+from vitcut.errors import DataError, one_line
 from vitcut.images.archives import open_tree
 from vitcut.images.readers import ImageSource, read_parquet, read_tree
 from vitcut.progress import Meter, say
@@ -63,7 +63,7 @@ def fetch_tiny_imagenet() -> Path:
 
 
 def fetch(url: str, path: Path, *, md5: str) -> None:
-    """Download a file with a known MD5; on failure nothing is left at ``path``.
+    """Download a file with a known MD5; a failure leaves nothing at ``path``.
 
     Raises:
         DataError: There is no network, or the file that came is not the expected one.
@@ -115,9 +115,8 @@ def fetch_parquet_files(dataset: str) -> tuple[Path, list[Path]]:
             if files := sorted(folder.rglob("*.parquet")):
                 return folder, files
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())
         raise DataError(
             f"source {dataset!r} is no file or folder here, and cannot be downloaded as a Hugging "
-            f"Face dataset: {reason}"
+            f"Face dataset: {one_line(error)}"
         ) from None
     raise DataError(f"dataset {dataset!r} has no .parquet files: expected images in parquet")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitcut.errors import ModelError
-from vitcut.model.model import Model, listed, told_misfits
+from vitcut.errors import ModelError, one_line
+from vitcut.model.foreign import LOAD_ERRORS, listed, told_misfits
+from vitcut.model.model import Model
 from vitcut.model.timm_folders import create_timm, timm_preprocessing
 from vitcut.preprocessing import Preprocessing, per_channel
 from vitcut.progress import say
@@ -30,11 +30,6 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 """Put before every name by DataParallel, torch.compile and Lightning."""
 _TORCHVISION = "torchvision:"
 _HEAD, _PATCHES, _POSITIONS = "head.weight", "patch_embed.proj.weight", "pos_embed"
-_READ_ERRORS = (
-    OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-    AssertionError, SafetensorError,
-)  # fmt: skip
-"""What the readers raise for a damaged file."""
 
 
 def load_checkpoint(
@@ -52,8 +47,8 @@ def load_checkpoint(
     Args:
         path: A .safetensors, .pth, .pt or .bin file.
         arch: timm's name of the architecture, or torchvision:NAME.
-        mean: How images were normalised; None is what the library knows of the architecture.
-        std: Likewise.
+        mean: The mean of the images that it was trained on; None takes the library's.
+        std: Their standard deviation, likewise.
 
     Raises:
         ModelError: The file cannot be read without running code that it contains, there is no such
@@ -70,16 +65,13 @@ def load_checkpoint(
     with torch.random.fork_rng(devices=[]):
         model, taken = _build(arch, weights, mean, std, path)
     own = model.state_dict()
-    misfits = {
-        "missing": sorted(own.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - own.keys()),
-        "of another shape": [
-            f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"
-            for key in sorted(own.keys() & weights.keys())
-            if own[key].shape != weights[key].shape
-        ],
-    }
-    if told := told_misfits(misfits):
+    mismatched = [
+        (key, weights[key].shape, own[key].shape)
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+    if told := told_misfits(missing, unexpected, mismatched):
         raise ModelError(
             f"{path} does not fit {arch}: {told}: give the architecture that it was trained as"
         )
@@ -105,7 +97,7 @@ def _build(
     std: tuple[float, ...] | None,
     path: Path,
 ) -> tuple[nn.Module, Preprocessing]:
-    """A freshly initialised model in the sizes of the weights, and what it takes."""
+    """A freshly initialised model in the sizes of the weights, and its preprocessing."""
     if arch.startswith(_TORCHVISION):
         from vitcut.model.torchvision_models import (
             HEAD,
@@ -170,9 +162,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than weights, so that loading it could run code that it contains, "
             "or is damaged: save model.state_dict() alone, best as .safetensors"
         ) from None
-    except _READ_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot read {path} ({reason}): download or copy it again") from None
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"cannot read {path} ({one_line(error)}): download or copy it again"
+        ) from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, expected a state dict")
 

@@ -1,8 +1,7 @@
-"""What a model's logits stand for, and copies of a model that give some of them alone."""
+"""What a model's logits stand for, and copies of a model that give only some of them."""
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,20 +17,20 @@ from vitcut.wordnet import imagenet_names
 def find_labels(
     labels: Labels | None, name: str, num_classes: int, data: Labels, task: Task
 ) -> tuple[Labels, str | None]:
-    """The classes of a model's logits, and how they were told where the model does not say.
+    """The classes of a model's logits, and how they were guessed if the model does not say.
 
     Args:
-        labels: What the model says of its classes, if anything.
-        name: Of the model, for messages.
-        num_classes: How many logits it gives.
+        labels: The classes that the model names, if it does.
+        name: The model's name, for messages.
+        num_classes: The number of its logits.
         data: The classes of the data.
-        task: May name classes by position, or be of as many classes as the model.
+        task: May name classes by position, or have as many classes as the model.
 
     Raises:
         ModelError: The model names more or fewer classes than it has logits.
         TaskError: Nothing says what the logits stand for.
     """
-    owner, logits = f"model {name!r}", f"its {num_classes} logits"
+    owner = f"model {name!r}"
     if labels is not None:
         if len(labels.ids) != num_classes:
             raise ModelError(
@@ -39,19 +38,19 @@ def find_labels(
                 "as many; correct its config.json"
             )
         return Labels(owner=owner, ids=_data_ids(labels.ids, data, task), names=labels.names), None
+    own, imagenet = set(data.ids), imagenet_names()
+    positions = tuple(map(str, range(num_classes)))
     if len(data.ids) == num_classes:
-        told = f"{logits} are taken as the data's classes, in the order of their ids"
-        return Labels(owner=owner, ids=data.ids, names=data.names), told
-    own = set(data.ids)
-    if len(task.classes) == num_classes and own.issuperset(task.class_ids):
-        told = f"{logits} are taken as the task's classes, in the order of their ids"
-        return Labels(owner=owner, ids=task.class_ids, names=task.class_names), told
-    imagenet = imagenet_names()
-    if len(imagenet) == num_classes and not own.isdisjoint(imagenet):
-        told = f"{logits} are taken as ImageNet-1k's classes, in the usual order"
-        return Labels(owner=owner, ids=tuple(imagenet), names=tuple(imagenet.values())), told
-    numbers = tuple(map(str, range(num_classes)))
-    if own.isdisjoint(numbers):
+        ids, names, whose = data.ids, data.names, "the data's classes, in the order of their ids"
+    elif len(task.classes) == num_classes and own.issuperset(task.class_ids):
+        ids, names = task.class_ids, task.class_names
+        whose = "the task's classes, in the order of their ids"
+    elif len(imagenet) == num_classes and not own.isdisjoint(imagenet):
+        ids, names = tuple(imagenet), tuple(imagenet.values())
+        whose = "ImageNet-1k's classes, in the usual order"
+    elif not own.isdisjoint(positions):
+        ids, names, whose = positions, positions, "the data's classes named by position"
+    else:
         also = ", or by ImageNet's WordNet ids" if num_classes == len(imagenet) else ""
         raise TaskError(
             f"{owner} does not say what its classes are: it has {num_classes} classes, task "
@@ -59,8 +58,8 @@ def find_labels(
             f"data of as many classes, or name the data's classes by position, 0 to "
             f"{num_classes - 1}{also}"
         )
-    told = f"{logits} are taken as the data's classes named by position"
-    return Labels(owner=owner, ids=numbers, names=numbers), told
+    told = f"its {num_classes} logits are taken as {whose}"
+    return Labels(owner=owner, ids=ids, names=names), told
 
 
 def _data_ids(ids: tuple[str, ...], data: Labels, task: Task) -> tuple[str, ...]:
@@ -74,15 +73,15 @@ def _data_ids(ids: tuple[str, ...], data: Labels, task: Task) -> tuple[str, ...]
 
 
 def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.Module:
-    """A copy of a model that gives some of its logits alone, in the order of ``rows``.
+    """A copy of a model that gives only some of its logits, in the order of ``rows``.
 
     Args:
-        model: Of any library, or of your own.
-        weights: What was read of it.
-        rows: Positions of the logits that stay.
+        model: A model of any library, or your own.
+        weights: The weights read from it.
+        rows: Positions of the logits to keep.
 
     Raises:
-        UnsupportedModelError: The classifier is no linear layer with the rows that were read.
+        UnsupportedModelError: The classifier is not a linear layer with the rows that were read.
     """
     head, width, kept = weights.head_weight, weights.width, list(rows)
     fewer = deepcopy(model)
@@ -100,8 +99,8 @@ def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.
     ]
     for layer in found:
         for name, old in list(layer.named_parameters()):
-            rows_of = nn.Parameter(old.detach()[kept].clone(), requires_grad=old.requires_grad)
-            setattr(layer, name, rows_of)
+            fresh = nn.Parameter(old.detach()[kept].clone(), requires_grad=old.requires_grad)
+            setattr(layer, name, fresh)
         layer.out_features = len(kept)
     again = read_weights(fewer) if found else weights
     if not torch.equal(again.head_weight, head[kept]) or not torch.equal(
@@ -113,6 +112,5 @@ def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.
             "label file, or give it a 'rest'"
         )
     if isinstance(getattr(fewer, "num_classes", None), int):
-        said: Any = fewer
-        said.num_classes = len(kept)
+        setattr(fewer, "num_classes", len(kept))  # noqa: B010 - torch types attributes as modules
     return fewer

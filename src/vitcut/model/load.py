@@ -1,6 +1,5 @@
-"""Load a dense model from wherever it is: which reader knows what a user has given."""
+"""Load a dense model from a module, a folder, a file of weights, or a name."""
 
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
+from vitcut.model.foreign import read_config, told_as
 from vitcut.model.model import Model
 from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
 from vitcut.model.timm_folders import load_random, load_timm
@@ -24,13 +23,12 @@ from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
 from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"
-"""Prefixes of models by name."""
+"""Prefixes of model names."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-"""Of files of bare weights."""
+"""Suffixes of files that hold bare weights."""
 
 _HF_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1]]
 _PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
-_HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
 def load(
@@ -42,35 +40,39 @@ def load(
     random_weights: bool = False,
     image_size: int | None = None,
 ) -> Model:
-    """Load a model as `vitcut.load_model` does, but for run directories that did not train it."""
+    """Load a model as `vitcut.load_model` does, except from runs that did not train it."""
     means, stds = numbers("mean", mean), numbers("std", std)
     for value in stds or ():
         if not value > 0:
             raise ConfigError(f"std must be a finite number > 0, got {value:g}")
     if image_size is not None and image_size < 1:
         raise ConfigError(f"image-size must be >= 1, got {image_size}")
-    given = {
+    flags = {
         "arch": arch,
         "mean": means,
         "std": stds,
-        "random-weights": random_weights,
+        "random-weights": random_weights or None,
         "image-size": image_size,
     }
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = [flag for flag, value in flags.items() if value is not None]
     if isinstance(model, nn.Module):
-        return _wrap(model, means, stds, given)
+        for flag in given:
+            if flag not in {"mean", "std"}:
+                said = flag.replace("-", "_")
+                raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
+        return _wrap(model, means, stds)
     name, path = str(model), Path(model)
     is_file = path.suffix in WEIGHT_SUFFIXES and path.is_file()
-    if not is_file and given.keys() & {"arch", "mean", "std"}:
-        first = next(key for key in ("arch", "mean", "std") if key in given)
-        raise ConfigError(
-            f"{first} is for a file of bare weights ({', '.join(WEIGHT_SUFFIXES)}), got it with "
-            f"{name!r}: leave it out, or correct the path"
-        )
-    if not name.startswith(TIMM) and given.keys() & {"random-weights", "image-size"}:
-        first = next(key for key in ("random-weights", "image-size") if key in given)
-        why = ", whose weights or configuration say the size" if first == "image-size" else ""
-        raise ConfigError(f"{first} is for timm:NAME, got it with {name!r}{why}: leave it out")
+    for flag in given:
+        if flag in {"arch", "mean", "std"}:
+            if not is_file:
+                raise ConfigError(
+                    f"{flag} is for a file of bare weights ({', '.join(WEIGHT_SUFFIXES)}), got it "
+                    f"with {name!r}: leave it out, or correct the path"
+                )
+        elif not name.startswith(TIMM):
+            why = ", whose weights or configuration say the size" if flag == "image-size" else ""
+            raise ConfigError(f"{flag} is for timm:NAME, got it with {name!r}{why}: leave it out")
     if is_file:
         return load_checkpoint(path, arch=arch, mean=means, std=stds)
     if name.startswith(TIMM):
@@ -84,15 +86,9 @@ def load(
 
 
 def _wrap(
-    module: nn.Module,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    given: dict[str, Any],
+    module: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Model:
     """A copy of a user's module, in float32 on the CPU."""
-    for name in given.keys() - {"mean", "std"}:
-        said = name.replace("-", "_")
-        raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
     if mean is None or std is None:
         raise ConfigError(
             "a module needs mean and std, on the scale 0 to 1, one number each or one per channel: "
@@ -118,16 +114,15 @@ def _from_hub(name: str) -> Model:
     """A repository of timm or transformers; its ``config.json`` says which."""
     repository, _, revision = name.removeprefix(HUB).partition("@")
     where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
-    try:
-        config = _read_config(Path(hf_hub_download(filename=CONFIG, **where)))
-        if "architecture" in config or "model_type" not in config:
-            return load_timm(name, name)
+    problem = f"cannot load the model {name!r}"
+    with told_as(problem):
+        config = read_config(Path(hf_hub_download(filename=CONFIG, **where)))
+    if "architecture" in config or "model_type" not in config:
+        return load_timm(name, name)
+    with told_as(problem):
         folder = Path(snapshot_download(allow_patterns=_HF_FILES, **where))
         if not any((folder / file).is_file() for file in WEIGHTS):
             folder = Path(snapshot_download(allow_patterns=_PICKLED, **where))
-    except _HUB_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {name!r}: {reason}") from None
     return load_hf_folder(folder, name)
 
 
@@ -150,7 +145,7 @@ def _from_folder(name: str) -> Model:
             f"{folder} holds no {CONFIG}: expected a folder of timm or transformers, with "
             f"{CONFIG} and {TENSORS}"
         )
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     hugging_face = "model_type" in config and "architecture" not in config
     if not (hugging_face or (folder / TENSORS).is_file()):
         raise ModelError(f"{folder} holds no {TENSORS}: expected it beside its {CONFIG}")
@@ -173,16 +168,6 @@ def _from_folder(name: str) -> Model:
         f"{folder / CONFIG} names no architecture: expected a dense model of timm (architecture) "
         "or transformers (model_type)"
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}, expected settings by name")
-    return config
 
 
 def _check_own(folder: Path, config: dict[str, Any]) -> None:

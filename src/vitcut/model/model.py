@@ -1,6 +1,6 @@
-"""A dense model as one value: module, weights read and checked, preprocessing, labels."""
+"""A dense model as one value: module, checked weights, preprocessing and labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,6 @@ from vitcut.preprocessing import Preprocessing
 from vitcut.progress import say
 from vitcut.task import Task, unknown_classes
 
-_SHOWN = 3
-"""How many names a message lists."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Model:
@@ -33,27 +30,27 @@ class Model:
     module: nn.Module
     """From normalised pixels to logits; in eval mode, on the CPU."""
     name: str
-    """What was asked for."""
+    """How the user named it."""
     weights: ViTWeights
     preprocessing: Preprocessing
     labels: Labels | None
-    """What the logits stand for, in their order; None where the source does not say."""
+    """The class of each logit; None if the source does not say."""
     weight_hash: str
     """SHA-256 over names, shapes, types and values of the weights, in hex."""
     origin: Mapping[str, Any] | None = None
-    """The arguments of `load_model` that give this model again; None for a module."""
+    """Arguments of `load_model` that load this model again; None for a module."""
     run: Path | None = None
-    """The run directory that it was loaded from."""
+    """The run directory that it was loaded from, if any."""
     card: str = "A Vision Transformer, saved by vitcut.\n"
-    """What its folder says in README.md."""
+    """The text of README.md in its folder."""
     kept_classes: tuple[str, ...] | None = None
-    """The ids of a task's classes, once `for_task` has left out all other logits."""
+    """The ids of the task's classes, once `for_task` has dropped all other logits."""
 
     @classmethod
     def of(
         cls, module: nn.Module, name: str, preprocessing: Preprocessing, labels: Labels | None
     ) -> "Model":
-        """Read and check a module, which is put into eval mode and otherwise left as it is.
+        """Read and check a module; it is put into eval mode and otherwise not changed.
 
         Raises:
             ModelError: A weight is NaN or infinite.
@@ -75,14 +72,14 @@ class Model:
         )
 
     def for_task(self, task: Task, data: Labels) -> "Model":
-        """The same model with the logits of a task's fine classes alone, in the task's order.
+        """The same model with only the logits of a task's fine classes, in the task's order.
 
         Its weight hash stays that of the whole model.
 
         Args:
-            task: Its classes are called by their ids.
-            data: The classes of the data, which decide what the logits stand for where the model
-                does not say.
+            task: A task that names its classes by their ids.
+            data: The classes of the data. They tell what the logits stand for if the model does
+                not.
 
         Raises:
             TaskError: The task has a class that the model lacks.
@@ -126,8 +123,13 @@ class Model:
         """
         if self.labels is None:
             raise ModelError(f"{self.name!r} does not name its classes: use model.for_task first")
-        taken, labels = self.preprocessing, self.labels
-        save_dense(self.module, folder, preprocessing=taken, labels=labels, card=self.card)
+        save_dense(
+            self.module,
+            folder,
+            preprocessing=self.preprocessing,
+            labels=self.labels,
+            card=self.card,
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Model":
@@ -151,15 +153,3 @@ class Model:
 def weight_hash(module: nn.Module) -> str:
     """The SHA-256 over names, shapes, types and values of a module's weights, in hex."""
     return hash_tensors(module.state_dict().items())
-
-
-def listed(keys: Sequence[str]) -> str:
-    """The first few of some names."""
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
-
-
-def told_misfits(misfits: Mapping[str, Sequence[str]]) -> str:
-    """How many weights do not fit, and the first few of each kind; empty where all do."""
-    return "; ".join(
-        f"{len(keys)} {what} ({listed(keys)})" for what, keys in misfits.items() if keys
-    )

@@ -1,51 +1,48 @@
-"""How an adapter reads a module: whatever it did not name as understood is refused by name."""
+"""How an adapter reads a module: every part that it does not name as understood is refused."""
 
 from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import nn
 
 from vitcut.errors import UnsupportedModelError
 from vitcut.model.weights import Activation, MlpWeights, NormWeights
-from vitcut.shapes import Float, Tensor
+from vitcut.shapes import Tensor
 
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
 """Module of transformers' own hooks, which only record what passes through."""
 
 
 class Reading:
-    """One module being read. `finish` refuses every part that was not named by then.
+    """One model being read. `finish` refuses every part that has not been named by then.
 
     Args:
         model: The whole model; it is not changed.
-        remedy: What to use instead, at the end of every refusal.
     """
 
+    remedy: ClassVar[str]
+    """What to use instead, at the end of every refusal."""
     norm_kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
-    """Classes of the library that compute a LayerNorm."""
+    """The library's classes that compute a LayerNorm."""
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {}
-    """Activations of the library that vitcut computes too."""
+    """The library's activations that vitcut can compute."""
 
-    def __init__(self, model: nn.Module, remedy: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self._remedy = remedy
-        # Named by identity, so that a part put in later is noticed whatever it is called. Tensors
-        # are looked at apart from modules: a known module may have been given another parameter.
+        # By identity, so that an added part is noticed whatever it is called. Tensors are tracked
+        # apart from modules, because a known module may have been given another parameter.
         self._tensors: set[int] = set()
         self._modules: set[int] = {id(model)}
 
     def refuse(self, feature: str, *, yet: bool = False) -> NoReturn:
         """Refuse a feature by name; ``yet`` if support for it is planned."""
         raise UnsupportedModelError(
-            f"not supported{' yet' if yet else ''}: {feature}; {self._remedy}"
+            f"not supported{' yet' if yet else ''}: {feature}; {self.remedy}"
         )
 
     def require(self, module: Any, what: str, *kinds: type[nn.Module], why: str = "") -> None:
-        """Name a module that must be of one of these classes.
-
-        Subclasses are refused, because they may compute something else.
+        """Name a module that must be of one of these classes: a subclass may compute otherwise.
 
         Args:
             module: The module.
@@ -98,13 +95,16 @@ class Reading:
             weight, bias = weight * layer_scale[:, None], bias * layer_scale
         return weight, bias
 
-    def patches(self, module: Any) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that embeds patches side by side."""
-        what = "patch embedding"
-        self.require(module, what, nn.Conv2d, why=": a convolutional stem")
-        height, width = module.kernel_size
-        if height != width:
-            self.refuse(f"patch size {height} x {width}, which is not square")
+    def patches(self, module: Any, image_size: Any) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that embeds a square grid of square patches."""
+        self.require(module, "patch embedding", nn.Conv2d, why=": a convolutional stem")
+        sides = {"image size": to_2tuple(image_size), "patch size": module.kernel_size}
+        for name, (height, width) in sides.items():
+            if height != width:
+                self.refuse(f"{name} {height} x {width}, which is not square")
+        (size, _), (patch, _) = sides.values()
+        if size % patch:
+            self.refuse(f"image size {size}, which is no multiple of the patch size {patch}")
         # Only then is the convolution a linear map of each patch alone.
         side_by_side = (
             module.stride == module.kernel_size
@@ -113,19 +113,8 @@ class Reading:
             and module.groups == 1
         )
         if not side_by_side:
-            self.refuse(f"{what} {module}, whose patches do not lie side by side")
+            self.refuse(f"patch embedding {module}, whose patches do not lie side by side")
         return self.weight_and_bias(module)
-
-    def grid(self, image_size: Any, patch_size: Any) -> None:
-        """Refuse images that are not a square of whole square patches."""
-        height, width = to_2tuple(image_size)
-        if height != width:
-            self.refuse(f"image size {height} x {width}, which is not square")
-        patch, across = to_2tuple(patch_size)
-        if patch != across:
-            self.refuse(f"patch size {patch} x {across}, which is not square")
-        if height % patch:
-            self.refuse(f"image size {height}, which is no multiple of the patch size {patch}")
 
     def norm(self, module: Any, what: str = "norm") -> NormWeights:
         """A LayerNorm; one without affine weights gets ones and zeros."""
@@ -213,8 +202,3 @@ class Reading:
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if id(tensor) not in self._tensors:
                 self.refuse(f"{name}, a tensor whose role in the model is unknown")
-
-
-def normed(tokens: Float[Tensor, "tokens width"], norm: NormWeights) -> Tensor:
-    """Apply a LayerNorm to tokens that are the same for every image."""
-    return F.layer_norm(tokens, norm.weight.shape, norm.weight, norm.bias, norm.eps)

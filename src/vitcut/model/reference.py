@@ -1,10 +1,11 @@
 """The model of the reference experiment: a small class-token ViT."""
 
+from typing import Any
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vitcut.errors import ModelError
 from vitcut.model.settings import VitSettings
 
 
@@ -25,7 +26,7 @@ def build_reference(
     config.require_whole_patches(image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = timm.create_model(
+        model: Any = timm.create_model(
             "vit_tiny_patch16_224",  # any plain ViT: every size is overridden below
             img_size=image_size,
             patch_size=config.patch_size,
@@ -37,6 +38,4 @@ def build_reference(
             pos_drop_rate=config.dropout,
             proj_drop_rate=config.dropout,
         )
-    if not isinstance(model, VisionTransformer):
-        raise ModelError(f"timm built a {type(model).__name__}, expected a VisionTransformer")
     return model

@@ -1,4 +1,4 @@
-"""Writes dense models to disk, as folders in their library's own format."""
+"""Write dense models to disk, as folders in their library's own format."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def save_dense(
     Args:
         model: A model of timm, torchvision or transformers.
         folder: Where ``config.json``, ``model.safetensors`` and ``README.md`` go.
-        preprocessing: What the model takes.
+        preprocessing: The model's preprocessing.
         labels: The classes, in the order of the logits.
         card: The model card, which becomes README.md.
 

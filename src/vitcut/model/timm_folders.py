@@ -7,27 +7,21 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import nn
 
-from vitcut.errors import ConfigError, ModelError
+from vitcut.errors import ConfigError, ModelError, one_line
 from vitcut.labels import Labels
+from vitcut.model.foreign import told_as
 from vitcut.model.model import Model
-from vitcut.preprocessing import Framing, Preprocessing, per_channel
+from vitcut.preprocessing import Fit, Framing, Preprocessing, per_channel
 from vitcut.progress import say
 
 _CONFIG = "config.json"
-_LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError,
-    SafetensorError, HfHubHTTPError,
-)  # fmt: skip
-"""What timm and its readers raise for weights or settings that do not fit."""
-_CROP_MODES = {"crop": "center", "squash": "squash"}
-"""timm's word for each fit."""
+_FITS: dict[str, Fit] = {"center": "crop", "squash": "squash"}
+"""The fit that each of timm's crop modes stands for."""
 
 
 def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
@@ -48,11 +42,8 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
         # Built without weights first, so that a wrong size is refused before the download.
         _build_random(name, image_size)
         sizes["img_size"] = image_size
-    try:
+    with told_as(f"cannot load the model {spec!r}"):
         model: Any = timm.create_model(name, pretrained=True, **sizes)
-    except _LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
     # timm silently initialises a new classifier if the number of classes differs.
     stored = model.pretrained_cfg.get("num_classes")
     if stored is not None and stored != model.num_classes:
@@ -102,7 +93,7 @@ def create_timm(arch: str, **sizes: Any) -> nn.Module:
     try:
         return timm.create_model(arch, **sizes)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, TypeError) and "'img_size'" in reason:
             raise _takes_no_size(arch) from None
         told = ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -146,16 +137,13 @@ def timm_preprocessing(
             f"{len(std)}: give --mean and --std, as the model was trained with"
         )
     mean, std = per_channel(mean, channels, "mean"), per_channel(std, channels, "std")
-    fits = {mode: fit for fit, mode in _CROP_MODES.items()}
-    fit: Any = fits.get(data["crop_mode"])
-    if fit is None:
-        raise ModelError(
-            f"{spec!r} has crop_mode {data['crop_mode']!r}, expected one of {', '.join(fits)}"
-        )
+    mode = data["crop_mode"]
+    if mode not in _FITS:
+        raise ModelError(f"{spec!r} has crop_mode {mode!r}, expected one of {', '.join(_FITS)}")
     try:
         framing = Framing(
             channels=channels,
-            fit=fit,
+            fit=_FITS[mode],
             crop_fraction=data["crop_pct"],
             interpolation=data["interpolation"],
         )
@@ -186,7 +174,7 @@ def save_timm_folder(
             "mean": taken.mean,
             "std": taken.std,
             "crop_pct": framing.crop_fraction,
-            "crop_mode": _CROP_MODES[framing.fit],
+            "crop_mode": "center" if framing.fit == "crop" else framing.fit,
             "interpolation": framing.interpolation,
         },
     )

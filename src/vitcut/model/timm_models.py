@@ -5,7 +5,6 @@
 
 from copy import deepcopy
 from dataclasses import replace
-from types import NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,8 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
-from vitcut.model.reading import Reading, normed
+from vitcut.model.forward import normalise
+from vitcut.model.reading import Reading
 from vitcut.model.weights import (
     Activation,
     AttentionWeights,
@@ -38,18 +38,12 @@ from vitcut.model.weights import (
 )
 from vitcut.shapes import Float, Tensor
 
-_REMEDY = (
-    "expected a pre-norm ViT of timm that classifies from its class token or from the mean of its "
-    "patches, such as deit_tiny_patch16_224"
-)
-_WINDOWS = "attention in windows, with relative position bias"
-_RELATIVE = "relative position bias"
-_KNOWN: dict[str, str] = {
-    "SwinTransformer": _WINDOWS,
-    "SwinTransformerV2": _WINDOWS,
-    "VisionTransformerRelPos": _RELATIVE,
-    "Beit": _RELATIVE,
-    "SwinTransformerV2Cr": _WINDOWS,
+_KNOWN = {
+    "SwinTransformer": "attention in windows, with relative position bias",
+    "SwinTransformerV2": "attention in windows, with relative position bias",
+    "SwinTransformerV2Cr": "attention in windows, with relative position bias",
+    "VisionTransformerRelPos": "relative position bias",
+    "Beit": "relative position bias",
     "Cait": "talking heads",
     "CoaT": "convolutions between blocks, factorised attention",
     "ConVit": "gated positional attention",
@@ -83,10 +77,14 @@ def read_timm(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _TimmReading(model, _REMEDY).weights()
+    return _TimmReading(model).weights()
 
 
 class _TimmReading(Reading):
+    remedy = (
+        "expected a pre-norm ViT of timm that classifies from its class token or from the mean of "
+        "its patches, such as deit_tiny_patch16_224"
+    )
     norm_kinds = (nn.LayerNorm, LayerNorm)
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {
         nn.GELU: "gelu",
@@ -100,7 +98,7 @@ class _TimmReading(Reading):
     def weights(self) -> ViTWeights:
         vit = self.model
         self._require_understood()
-        patch_weight, patch_bias = self.patches(vit.patch_embed.proj)
+        patch_weight, patch_bias = self.patches(vit.patch_embed.proj, vit.patch_embed.img_size)
 
         # timm puts prefix tokens in this order: class, distillation, registers.
         prefix = patch_weight.new_zeros(0, vit.embed_dim)
@@ -118,7 +116,7 @@ class _TimmReading(Reading):
         patch_norm = self.norm_if(vit.norm_pre, "norm_pre")
         if patch_norm is not None:
             # Prefix tokens are the same for every image, so their norm is applied here.
-            prefix = normed(prefix, patch_norm)
+            prefix = normalise(patch_norm, prefix)
 
         # `norm` is over all tokens; `fc_norm` takes its place after tokens are pooled.
         pools_first = isinstance(vit.norm, nn.Identity)
@@ -157,7 +155,7 @@ class _TimmReading(Reading):
         return type(self.model) is Eva
 
     def _require_understood(self) -> None:
-        """Refuse what is outside the blocks and not understood; name what does nothing."""
+        """Refuse what is not understood outside the blocks; name what does nothing."""
         vit, name = self.model, type(self.model).__name__
         if type(vit) not in {VisionTransformer, VisionTransformerDistilled, Eva}:
             known = "only VisionTransformer, its distilled kind and Eva are"
@@ -172,9 +170,6 @@ class _TimmReading(Reading):
             self.refuse("global_pool='token' without a class token")
         embed = vit.patch_embed
         self.require(embed, "patch embedding", PatchEmbed, why=": a convolutional stem")
-        self.grid(embed.img_size, embed.patch_size)
-        if not isinstance(vit.patch_drop, (nn.Identity, NoneType)):
-            self.refuse(f"patch_drop ({type(vit.patch_drop).__name__}): tokens that are left out")
         for name in ("patch_drop", "pos_drop", "head_drop"):
             if getattr(vit, name) is not None:
                 self.inert(getattr(vit, name), name)

@@ -20,8 +20,9 @@ from torchvision.models.vision_transformer import (
     VisionTransformer,
 )
 
-from vitcut.errors import ConfigError, ModelError, TaskError
+from vitcut.errors import ConfigError, ModelError, TaskError, one_line
 from vitcut.labels import Labels
+from vitcut.model.foreign import LOAD_ERRORS, told_as
 from vitcut.model.model import Model
 from vitcut.model.reading import Reading
 from vitcut.model.weights import Activation, AttentionWeights, BlockWeights, ViTWeights
@@ -32,8 +33,6 @@ HEAD = "heads.head.weight"
 KIND = "torchvision"
 """Entry of ``config.json`` that holds the sizes of the model."""
 _SIZES = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes")
-_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError)
-_REMEDY = "expected a torchvision VisionTransformer with a linear classifier, such as vit_b_16"
 _KNOWN = {
     "SwinTransformer": "attention in windows, with relative position bias",
     "MaxVit": "attention in windows, with relative position bias, and convolutions",
@@ -47,18 +46,18 @@ def read_torchvision(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _TorchvisionReading(model, _REMEDY).weights()
+    return _TorchvisionReading(model).weights()
 
 
 class _TorchvisionReading(Reading):
+    remedy = "expected a torchvision VisionTransformer with a linear classifier, such as vit_b_16"
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {nn.GELU: "gelu"}
 
     def weights(self) -> ViTWeights:
         vit, name = self.model, type(self.model).__name__
         if type(vit) is not VisionTransformer:
             self.refuse(f"{name} ({_KNOWN.get(name, 'only VisionTransformer is')})")
-        self.grid(vit.image_size, vit.patch_size)
-        patch_weight, patch_bias = self.patches(vit.conv_proj)
+        patch_weight, patch_bias = self.patches(vit.conv_proj, vit.image_size)
         encoder = vit.encoder
         self.require(encoder, "encoder", Encoder)
         self.require(encoder.layers, "list of blocks", nn.Sequential)
@@ -88,7 +87,6 @@ class _TorchvisionReading(Reading):
 
     def _block(self, block: Any) -> BlockWeights:
         self.require(block, "block", EncoderBlock)
-        self.inert(block.dropout, "dropout")
         self.require(block.mlp, "MLP", MLPBlock)
         kinds = [type(layer) for layer in block.mlp]
         if kinds != [nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout]:
@@ -96,8 +94,8 @@ class _TorchvisionReading(Reading):
         first, activation, dropout, second, last_dropout = block.mlp
         if activation.approximate != "none":
             self.refuse(f"activation {activation}")
-        self.inert(dropout, "dropout")
-        self.inert(last_dropout, "dropout")
+        for one in (block.dropout, dropout, last_dropout):
+            self.inert(one, "dropout")
         return BlockWeights(
             attn_norm=self.norm(block.ln_1),
             attn=self._attention(block.self_attention),
@@ -138,11 +136,8 @@ def build_torchvision(name: str, weights: Mapping[str, Tensor]) -> nn.Module:
         # Positions are [1, 1 + patches, width]: the first is the class token's.
         side = math.isqrt(max(positions.shape[1] - 1, 0))
         sizes["image_size"] = side * patches.shape[-1]
-    try:
+    with told_as(f"torchvision cannot build {name} of such sizes"):
         return models.get_model(name, weights=None, **sizes)
-    except _ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"torchvision cannot build {name} of such sizes: {reason}") from None
 
 
 def torchvision_preprocessing(name: str, model: nn.Module) -> Preprocessing:
@@ -210,7 +205,6 @@ def load_torchvision_folder(folder: Path, spec: str, config: Mapping[str, Any]) 
             ids=tuple(config["class_ids"]),
             names=tuple(config["class_names"]),
         )
-    except (*_ERRORS, ConfigError, TaskError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {spec!r}: {reason}") from None
+    except (*LOAD_ERRORS, ConfigError, TaskError) as error:
+        raise ModelError(f"cannot load the model {spec!r}: {one_line(error)}") from None
     return Model.of(model, spec, preprocessing, labels)

@@ -1,4 +1,4 @@
-"""From a user's module to checked weights: they must reproduce the module's logits."""
+"""Read a module's weights and check them: they must reproduce its logits."""
 
 import torch
 from torch import nn
@@ -23,11 +23,39 @@ def read_model(model: nn.Module) -> ViTWeights:
         ModelError: A weight is NaN or infinite.
     """
     weights = read_weights(model)
-    _require_one_dtype(weights)
-    _require_finite(weights)
+    tensors: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_tensors(weights, collect)
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= _TOLERANCE.keys():
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UnsupportedModelError(
+            f"not supported: weights of type {names}; expected all float32 or all float64: "
+            "convert the model with model.float()"
+        )
+    bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
+    if bad:
+        raise ModelError(f"the model has {bad} NaN or infinite weights: load a sound checkpoint")
     _require_alike_blocks(weights)
-    _require_square(weights)
-    _require_readout(weights)
+    patches = len(weights.positions)
+    if round(patches**0.5) ** 2 != patches:
+        raise UnsupportedModelError(
+            f"not supported: {patches} patches, which are no square; expected as many across "
+            "as down"
+        )
+    # Only a user's own adapter can get this wrong.
+    num_parts = weights.num_read + (weights.patch_readout != "none")
+    features = weights.head_weight.shape[1]
+    if not 0 <= weights.num_read <= weights.num_prefix or features != num_parts * weights.width:
+        raise UnsupportedModelError(
+            f"not supported: a classifier of {features} features that reads {weights.num_read} of "
+            f"{weights.num_prefix} prefix tokens and of the patches {weights.patch_readout!r}; "
+            f"expected {weights.width} features for each token, and for the patches' mean"
+        )
     _require_same_logits(model, weights)
     return weights
 
@@ -35,22 +63,6 @@ def read_model(model: nn.Module) -> ViTWeights:
 def tolerance(dtype: torch.dtype, logits: Float[Tensor, "..."]) -> float:
     """How far two computations of the same logits may be apart."""
     return _TOLERANCE[dtype] * max(1.0, float(logits.abs().max()))
-
-
-def _require_one_dtype(weights: ViTWeights) -> None:
-    dtypes: set[torch.dtype] = set()
-
-    def collect(tensor: Tensor) -> Tensor:
-        dtypes.add(tensor.dtype)
-        return tensor
-
-    map_tensors(weights, collect)
-    if len(dtypes) > 1 or not dtypes <= _TOLERANCE.keys():
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise UnsupportedModelError(
-            f"not supported: weights of type {names}; expected all float32 or all float64: "
-            "convert the model with model.float()"
-        )
 
 
 def _require_alike_blocks(weights: ViTWeights) -> None:
@@ -88,40 +100,6 @@ def _require_alike_blocks(weights: ViTWeights) -> None:
             )
 
 
-def _require_readout(weights: ViTWeights) -> None:
-    """What an adapter of a user's own may get wrong."""
-    read = weights.num_read + (weights.patch_readout != "none")
-    features = weights.head_weight.shape[1]
-    if not 0 <= weights.num_read <= weights.num_prefix or features != read * weights.width:
-        raise UnsupportedModelError(
-            f"not supported: a classifier of {features} features that reads {weights.num_read} of "
-            f"{weights.num_prefix} prefix tokens and of the patches {weights.patch_readout!r}; "
-            f"expected {weights.width} features for each token, and for the patches' mean"
-        )
-
-
-def _require_square(weights: ViTWeights) -> None:
-    patches = len(weights.positions)
-    if round(patches**0.5) ** 2 != patches:
-        raise UnsupportedModelError(
-            f"not supported: {patches} patches, which are no square; expected as many across as "
-            "down"
-        )
-
-
-def _require_finite(weights: ViTWeights) -> None:
-    bad = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal bad
-        bad += int((~torch.isfinite(tensor)).sum())
-        return tensor
-
-    map_tensors(weights, count)
-    if bad:
-        raise ModelError(f"the model has {bad} NaN or infinite weights: load a sound checkpoint")
-
-
 def _require_same_logits(model: nn.Module, weights: ViTWeights) -> None:
     generator = torch.Generator().manual_seed(0)
     side = weights.image_size
@@ -141,7 +119,7 @@ def _require_same_logits(model: nn.Module, weights: ViTWeights) -> None:
             f"{got.shape[1]}: mend the adapter"
         )
     difference = float((got - expected).abs().max())
-    # A bias of the classifier, large where classes are masked, says nothing of what was read.
+    # Without the classifier's bias: where classes are masked, a huge one would loosen the bound.
     allowed = tolerance(weights.dtype, expected - weights.head_bias)
     if not difference <= allowed:
         raise UnsupportedModelError(

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
 from vitcut.labels import Labels
 from vitcut.model.adapters import adapter_of, as_classifier
-from vitcut.model.model import Model, told_misfits
-from vitcut.preprocessing import Fit, Framing, Interpolation, Preprocessing, per_channel
+from vitcut.model.foreign import read_config, told_as, told_misfits
+from vitcut.model.model import Model
+from vitcut.preprocessing import Fit, Framing, Preprocessing, per_channel
 from vitcut.progress import say
 from vitcut.store import write_json
 
@@ -27,18 +28,9 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """What transformers looks for, in its order."""
-_LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError,
-    ZeroDivisionError, IndexError, SafetensorError,
-)  # fmt: skip
-"""What transformers and its readers raise for settings or weights that do not fit."""
 _PREPROCESSOR = "preprocessor_config.json"
 _TOP = 255
 """The highest value of a pixel."""
-_FILTERS: tuple[Interpolation, ...] = (
-    "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming",
-)  # fmt: skip
-"""Indexed by Pillow's number, which ``resample`` holds."""
 _PROCESSORS = ("Bit", "CLIP", "DeiT", "ViT")
 _SHORTER_SIDE = ("Bit", "CLIP")
 """Processors for which a single number as ``size`` is the shorter side; the others squash."""
@@ -80,7 +72,7 @@ def load_hf_folder(folder: Path, spec: str) -> Model:
                 "and DINOv2 classifiers have"
             )
         sizes[key] = value
-    size, made = sizes["image_size"], processor.made_size()
+    size, made = sizes["image_size"], processor.made_size
     if made is not None and made != size:
         if not type(module).__name__.startswith("Dinov2"):
             raise ModelError(
@@ -127,7 +119,7 @@ def save_hf_folder(
         "image_processor_type": "ViTImageProcessor" if squashed else "BitImageProcessor",
         "do_resize": True,
         "size": {"height": scaled, "width": scaled} if squashed else {"shortest_edge": scaled},
-        "resample": _FILTERS.index(framing.interpolation),
+        "resample": Image.Resampling[framing.interpolation.upper()].value,
         "do_center_crop": not squashed or scaled != size,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
@@ -143,7 +135,7 @@ def _load_classifier(folder: Path, spec: str) -> Any:
     from transformers import AutoModelForImageClassification
 
     try:
-        with _quiet():
+        with told_as(f"cannot load the model {spec!r} with transformers"), _quiet():
             module, info = AutoModelForImageClassification.from_pretrained(
                 folder,
                 output_loading_info=True,
@@ -158,21 +150,10 @@ def _load_classifier(folder: Path, spec: str) -> Any:
             f"the weights in {folder} hold more than weights, so that loading them could run code "
             f"that they contain, or are damaged: get them as {WEIGHTS[0]}"
         ) from None
-    except _LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load the model {spec!r} with transformers: {reason}") from None
 
     # transformers only warns of these: above all of a classifier that was never trained.
-    missing = sorted(info["missing_keys"])
-    misfits = {
-        "missing": missing,
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": [
-            f"{key} {list(stored)} instead of {list(wanted)}"
-            for key, stored, wanted in sorted(info["mismatched_keys"])
-        ],
-    }
-    if told := told_misfits(misfits):
+    missing = info["missing_keys"]
+    if told := told_misfits(missing, info["unexpected_keys"], info["mismatched_keys"]):
         remedy = "restore the folder, or correct its config.json"
         if any("classifier." in key for key in missing):
             remedy = "it has no trained classifier: give one that was fine-tuned to classify"
@@ -225,33 +206,38 @@ class _Processor:
                 f"{path.parent} holds no {path.name}, which says how images are scaled and "
                 "normalised: save the image processor that the model was trained with into it"
             )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ModelError(f"{path} is not readable JSON: {error}") from None
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            raise ModelError(f"{path} holds a {kind}, expected settings by name")
-        self._settings: dict[str, Any] = content
+        content = read_config(path)
+        self._settings = content
         names = ("image_processor_type", "feature_extractor_type")
-        kind = next((content[name] for name in names if name in content), None)
-        self._kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind))
-        if kind is not None and self._kind not in _PROCESSORS:
+        named = next((content[name] for name in names if name in content), None)
+        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named))
+        if named is not None and kind not in _PROCESSORS:
             raise ModelError(
-                f"{path} is of {self._kind}, expected one of "
+                f"{path} is of {kind}, expected one of "
                 f"{', '.join(f'{name}ImageProcessor' for name in _PROCESSORS)}"
             )
 
-    def made_size(self) -> int | None:
-        """Height and width of its images; None if they keep the picture's own size."""
-        if self._settings.get("do_center_crop"):
-            return self._square("crop_size", self._settings.get("crop_size"))
-        return self._scaling()[1]
+        # What is scaled to how many pixels before the crop; None if nothing is.
+        crops, size = content.get("do_center_crop"), content.get("size")
+        self._fit: Fit = "crop"
+        self._scaled: int | None = None
+        if content.get("do_resize", True):
+            if isinstance(size, dict) and "shortest_edge" in size:
+                size = size["shortest_edge"]
+            elif type(size) is not int or kind not in _SHORTER_SIDE:
+                self._fit = "squash"
+            self._scaled = self._square("size", size)
+        elif crops:
+            raise ModelError(f"{path} crops images that it does not scale: expected do_resize")
+        # Height and width of its images; None if they keep their own size.
+        self.made_size = (
+            self._square("crop_size", content.get("crop_size")) if crops else self._scaled
+        )
 
     def preprocessing(self, size: int, channels: int) -> Preprocessing:
-        """The same for a model that takes images of this size and so many channels."""
-        # Mean and deviation are brought to the scale 0 to 1. A processor that multiplies pixels
-        # by f and normalises by (x - m) / s does on that scale (x - m / 255f) / (s / 255f).
+        """The preprocessing for a model of this image size and number of channels."""
+        # Convert mean and deviation to the scale 0 to 1. A processor that multiplies pixels by f
+        # and normalises by (x - m) / s computes (x - m / 255f) / (s / 255f) on that scale.
         factor = 1.0
         if self._settings.get("do_rescale", True):
             factor = self._settings.get("rescale_factor", 1 / _TOP)
@@ -266,11 +252,11 @@ class _Processor:
                 found.append(tuple(value / top for value in values))
             mean, std = found
 
-        fit, scaled = self._scaling()
-        scaled = size if scaled is None else scaled
-        number = self._settings.get("resample", _FILTERS.index("bilinear"))
-        if number not in range(len(_FILTERS)):
+        scaled = size if self._scaled is None else self._scaled
+        number = self._settings.get("resample", Image.Resampling.BILINEAR.value)
+        if number not in range(6):
             raise ModelError(f"{self.path} has resample {number!r}, expected 0 to 5")
+        interpolation: Any = Image.Resampling(number).name.lower()
         if scaled < size:
             raise ModelError(
                 f"{self.path} scales images to {scaled} pixels and crops {size}, which pads "
@@ -279,27 +265,13 @@ class _Processor:
         try:
             framing = Framing(
                 channels=channels,
-                fit=fit,
+                fit=self._fit,
                 crop_fraction=size / scaled,
-                interpolation=_FILTERS[number],
+                interpolation=interpolation,
             )
         except ConfigError as error:
             raise ModelError(f"{self.path.parent}: {error}") from None
         return Preprocessing(image_size=size, mean=mean, std=std, framing=framing)
-
-    def _scaling(self) -> tuple[Fit, int | None]:
-        """What is scaled to how many pixels before the crop; None if nothing is."""
-        if not self._settings.get("do_resize", True):
-            if self._settings.get("do_center_crop"):
-                raise ModelError(
-                    f"{self.path} crops images that it does not scale: expected do_resize"
-                )
-            return "crop", None
-        size = self._settings.get("size")
-        if isinstance(size, dict) and "shortest_edge" in size:
-            return "crop", self._square("size", size["shortest_edge"])
-        short = type(size) is int and self._kind in _SHORTER_SIDE
-        return "crop" if short else "squash", self._square("size", size)
 
     def _square(self, key: str, value: Any) -> int:
         if isinstance(value, dict) and value.keys() >= {"height", "width"}:

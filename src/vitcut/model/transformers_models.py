@@ -13,7 +13,8 @@ from transformers.activations import (
     SiLUActivation,
 )
 
-from vitcut.model.reading import Reading, normed
+from vitcut.model.forward import normalise
+from vitcut.model.reading import Reading
 from vitcut.model.weights import (
     Activation,
     AttentionWeights,
@@ -23,10 +24,6 @@ from vitcut.model.weights import (
 )
 from vitcut.shapes import Tensor
 
-_REMEDY = (
-    "expected the ForImageClassification of ViT, DeiT, Dinov2, Dinov2WithRegisters or CLIP, of "
-    "transformers 5.19 or newer"
-)
 _FAMILIES = {
     "ViTForImageClassification": ("vit", "ViT"),
     "DeiTForImageClassification": ("deit", "DeiT"),
@@ -36,7 +33,6 @@ _FAMILIES = {
     "CLIPForImageClassification": ("clip", "CLIP"),
 }
 """Class name: (module of transformers.models, prefix of the class names of its parts)."""
-_ATTENTION = {"sdpa", "eager"}
 _NOT_YET = {
     "DINOv3ViT": "its rotary positions; timm's DINOv3 models are read",
     "Siglip": "the mean of its patches behind a norm",
@@ -60,10 +56,14 @@ def read_transformers(model: nn.Module) -> ViTWeights:
     Raises:
         UnsupportedModelError: The model has a feature that is not understood.
     """
-    return _TransformersReading(model, _REMEDY).weights()
+    return _TransformersReading(model).weights()
 
 
 class _TransformersReading(Reading):
+    remedy = (
+        "expected the ForImageClassification of ViT, DeiT, Dinov2, Dinov2WithRegisters or CLIP, of "
+        "transformers 5.19 or newer"
+    )
     activation_kinds: ClassVar[dict[type[nn.Module], Activation]] = {
         GELUActivation: "gelu",
         GELUTanh: "gelu_tanh",
@@ -109,8 +109,7 @@ class _TransformersReading(Reading):
         self._require_own(embeddings, "Embeddings")
         patches = embeddings.patch_embeddings
         self._require_own(patches, "PatchEmbeddings")
-        self.grid(patches.image_size, patches.patch_size)
-        patch_weight, patch_bias = self.patches(patches.projection)
+        patch_weight, patch_bias = self.patches(patches.projection, patches.image_size)
         self.inert(embeddings.dropout, "embeddings.dropout")
         # Replaces masked patches in pretraining only.
         self.unused(embeddings.mask_token)
@@ -129,7 +128,7 @@ class _TransformersReading(Reading):
         width, reads_patches = len(patch_weight), False
         has_teacher = type(self.model).__name__.endswith("WithTeacher")
         if has_teacher:
-            # It answers with the mean of two classifiers, one per token.
+            # Its logits are the mean of two classifiers, one per token.
             heads = (self.model.cls_classifier, self.model.distillation_classifier)
             head_weight, head_bias = self.classifiers(*heads)
         else:
@@ -170,8 +169,7 @@ class _TransformersReading(Reading):
         self._require_own(embeddings, "VisionEmbeddings")
         self.require(embeddings.position_embedding, "positions", nn.Embedding)
         self.unused(embeddings.position_ids)
-        self.grid(embeddings.image_size, embeddings.patch_size)
-        patch_weight, patch_bias = self.patches(embeddings.patch_embedding)
+        patch_weight, patch_bias = self.patches(embeddings.patch_embedding, embeddings.image_size)
         # The first position is the class token's, which is a bare vector: [width].
         positions = self.tensor(embeddings.position_embedding.weight)
         prefix = (self.tensor(embeddings.class_embedding) + positions[0])[None]
@@ -180,7 +178,7 @@ class _TransformersReading(Reading):
         return ViTWeights(
             patch_weight=patch_weight,
             patch_bias=patch_bias,
-            prefix=normed(prefix, patch_norm),
+            prefix=normalise(patch_norm, prefix),
             positions=positions[1:],
             blocks=tuple(self._block(layer) for layer in tower.encoder.layers),
             norm=None,
@@ -216,7 +214,7 @@ class _TransformersReading(Reading):
                 norms = layer.layernorm_before, layer.layernorm_after
         self._require_own(attn, "Attention")
         kind = attn.config._attn_implementation
-        if kind not in _ATTENTION:
+        if kind not in {"sdpa", "eager"}:
             self.refuse(f"attention {kind!r}: model.set_attn_implementation('sdpa') sets another")
         if attn.is_causal:
             self.refuse("causal attention")
