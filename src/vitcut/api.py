@@ -29,10 +29,10 @@ from vitcut.inputs import (
 from vitcut.names import SHIPPED_MODEL
 from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Point, Results
 from vitcut.runs import (
-    CIRCUIT_FILE,
     REPAIR_FILE,
     RESULTS_FILE,
     Run,
+    circuits_in,
     find_circuit,
     find_cut,
     find_run,
@@ -401,7 +401,7 @@ def bench(
         around = find_run(path)
         if around is not None and (around / RESULTS_FILE).is_file():
             remedy = f"give the run directory that it lies in, {around}"
-        elif next(path.glob(f"points/*/{CIRCUIT_FILE}"), None) is not None:
+        elif circuits_in(path):
             remedy = f"a circuit is measured when it is cut: vitcut cut {path}"
         raise ArtefactError(f"nothing was measured in {path}: {remedy}")
     earlier = Results.load(path / RESULTS_FILE)

@@ -136,13 +136,10 @@ def find_circuit(path: Path, point: str | None) -> Path:
     """
     if path.is_file():
         return path
-    # Those on the way to a budget are found by name only.
-    folders = ("points",) if point is None else ("points", "path")
-    found = {
-        item.parent.name: item
-        for folder in folders
-        for item in sorted(path.glob(f"{folder}/*/{CIRCUIT_FILE}"))
-    }
+    found = circuits_in(path)
+    if point is not None:
+        # Those on the way to a budget are found by name only.
+        found |= {item.parent.name: item for item in sorted(path.glob(f"path/*/{CIRCUIT_FILE}"))}
     own = path / "model" / CIRCUIT_FILE
     if point is None and not found and own.exists():
         return own
@@ -151,6 +148,15 @@ def find_circuit(path: Path, point: str | None) -> Path:
             f"no circuit at {path}: expected a circuit.json, or a run directory with points"
         )
     return _choose_point(found, point, path)
+
+
+def circuits_in(run: Path) -> dict[str, Path]:
+    """The circuit of each point of a run directory: as it was found, else as it was cut."""
+    cut = {
+        item.parents[1].name: item for item in sorted(run.glob(f"points/*/model/{CIRCUIT_FILE}"))
+    }
+    found = {item.parent.name: item for item in sorted(run.glob(f"points/*/{CIRCUIT_FILE}"))}
+    return cut | found
 
 
 def find_cut(path: Path, point: str | None) -> Path:

@@ -399,7 +399,7 @@ def test_a_run_ends_with_a_budget_and_its_repair(run_to_budget, tmp_path, capsys
         CompactViT.from_pretrained(out / point.model)
         card = (out / point.model / "README.md").read_text()
         assert ("It no longer computes" in card) == (point is after)
-    assert find_circuit(out, NAME) == out / "points" / NAME / "circuit.json"
+    assert find_circuit(out, NAME) == out / "points" / NAME / "model" / "circuit.json"
     assert main(["show", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "circuit by fisher, linear ablation" in shown
@@ -433,8 +433,8 @@ def test_a_run_to_an_impossible_budget_stops_before_it_trains(run_to_budget, tmp
 
 
 def test_a_folder_of_another_budget_is_refused(finished, cut, tmp_path):
-    with pytest.raises(ArtefactError, match=r"select\.target_macs was 0\.55, now 0\.3"):
-        _cut(finished, cut, replace(SELECT, target_macs=0.3))
+    with pytest.raises(ArtefactError, match=r"select\.target_macs was 0\.55, now 0\.5"):
+        _cut(finished, cut, replace(SELECT, target_macs=0.5))
     moved = tmp_path / "moved"
     shutil.copytree(cut, moved)
     assert Results.load(moved / "results.json") == Results.load(cut / "results.json")

@@ -225,8 +225,8 @@ def test_images_of_another_size_than_the_models_are_refused(shuffled):
 
 
 TRAIN = (
-    *("--source", "drawn", "--image-size", "16", "--vit.patch-size", "8", "--vit.width", "16"),
-    *("--vit.depth", "1", "--vit.num-heads", "2", "--epochs", "1", "--warmup-epochs", "0"),
+    *("--source", "drawn", "--image-size", "16", "--patch-size", "8", "--width", "16"),
+    *("--depth", "1", "--num-heads", "2", "--epochs", "1", "--warmup-epochs", "0"),
     *("--batch-size", "64", "--augmentation", "none", "--precision", "float32", "--device", "cpu"),
     *("--compile", "false"),
 )

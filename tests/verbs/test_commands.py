@@ -187,13 +187,14 @@ def test_a_relative_model_is_found_from_everywhere(finished, monkeypatch):
         assert vitcut.load_model(model).origin == {"model": str(finished / "dense")}
 
 
-def test_a_source_typed_for_a_cut_keeps_the_task_of_the_run(finished):
+def test_a_source_typed_for_a_cut_keeps_the_task_of_the_run(finished, tmp_path):
     own = vitcut.load_model(finished)
     images = vitcut.load_images("drawn", model=own, skip_bad_images=True)
     assert images.task.name == "shapes"
     assert (images.origin["source"], images.origin["skip_bad_images"]) == ("drawn", True)
-    other = vitcut.load_images(task="drawn", model=own)
-    assert other.task.name == "drawn"
+    (tmp_path / "pair.yaml").write_text("groups: {a: [disc], b: [square]}")
+    other = vitcut.load_images(task=tmp_path / "pair.yaml", model=own)
+    assert other.task.name == "pair"
 
 
 def test_a_model_typed_for_a_cut_takes_the_place_of_the_runs(finished, found, tmp_path):

@@ -299,7 +299,7 @@ def test_a_damaged_record_of_a_repair_is_refused(repaired, tmp_path):
     content = json.loads((repaired / REPAIR_FILE).read_text())
     for change in ({"paired": [{"point": 1}]}, {"training": None}, {"dense_training": 3}):
         (tmp_path / REPAIR_FILE).write_text(json.dumps(content | change))
-        with pytest.raises(ArtefactError, match=r"repair\.json is damaged"):
+        with pytest.raises(ArtefactError, match=r"repair\.json is not a repair file"):
             Repair.load(tmp_path / REPAIR_FILE)
 
 

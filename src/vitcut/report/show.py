@@ -13,7 +13,7 @@ from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
 from vitcut.report.tables import point_table, print_table
 from vitcut.results import Results
-from vitcut.runs import REPAIR_FILE, RESULTS_FILE
+from vitcut.runs import REPAIR_FILE, RESULTS_FILE, circuits_in
 
 if TYPE_CHECKING:
     from vitcut.compact.plan import Plan
@@ -35,7 +35,7 @@ def show_path(path: Path) -> None:
         ArtefactError: It holds none of these.
     """
     results, model = path / RESULTS_FILE, _model_folder(path)
-    circuits = [path] if path.is_file() else sorted(path.glob("points/*/circuit.json"))
+    circuits = [path] if path.is_file() else list(circuits_in(path).values())
     if model is not None:
         circuits = [model / "circuit.json"] if (model / "circuit.json").exists() else []
     for item in circuits:
