@@ -152,11 +152,9 @@ def find_circuit(path: Path, point: str | None) -> Path:
 
 def circuits_in(run: Path) -> dict[str, Path]:
     """The circuit of each point of a run directory: as it was found, else as it was cut."""
-    cut = {
-        item.parents[1].name: item for item in sorted(run.glob(f"points/*/model/{CIRCUIT_FILE}"))
-    }
-    found = {item.parent.name: item for item in sorted(run.glob(f"points/*/{CIRCUIT_FILE}"))}
-    return cut | found
+    files = [*run.glob(f"points/*/model/{CIRCUIT_FILE}"), *run.glob(f"points/*/{CIRCUIT_FILE}")]
+    found = {item.relative_to(run).parts[1]: item for item in files}
+    return dict(sorted(found.items()))
 
 
 def find_cut(path: Path, point: str | None) -> Path:

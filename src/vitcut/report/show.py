@@ -38,8 +38,10 @@ def show_path(path: Path) -> None:
     circuits = [path] if path.is_file() else list(circuits_in(path).values())
     if model is not None:
         circuits = [model / "circuit.json"] if (model / "circuit.json").exists() else []
-    for item in circuits:
-        show_circuit(Circuit.load(item))
+    # A repaired model has the circuit of the cut that it was made from.
+    found = {circuit.fingerprint: circuit for circuit in map(Circuit.load, circuits)}
+    for circuit in found.values():
+        show_circuit(circuit)
     if model is not None:
         from vitcut.compact.model import CompactViT
 
