@@ -9,7 +9,7 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import Rows
-from vitcut.compiler.liveness import EMBED, Mask, Reads
+from vitcut.compiler.liveness import EMBED, NOTHING, Mask, Reads
 from vitcut.compiler.streams import DraftStream
 from vitcut.masked.fill import Fill
 from vitcut.model.forward import (
@@ -136,7 +136,7 @@ class FilledWeights:
     def _input(self, target: int, kind: int) -> Float[Tensor, "tokens width"]:
         """What a constant target reads, before its LayerNorm."""
         num_sources = self._reads.graph.num_written(target)
-        return self._sum(self._reads.masks[kind][target], Mask(), num_sources, kind)
+        return self._sum(self._reads.masks[kind][target], NOTHING, num_sources, kind)
 
     def _sum(
         self, kept: Mask, live: Mask, num_sources: int, kind: int
@@ -153,7 +153,7 @@ class FilledWeights:
         # Summed in the order of writing, as in the masked model.
         total = output_bias(self._weights, num_sources).expand_as(self._embedding[rows])
         for number in range(num_sources):
-            source = Mask(1 << number)
+            source = 1 << number
             if not kept & source:
                 total = total + self._fill.sources[number][rows]
             elif not live & source or source == EMBED:
