@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import ModelInfo
@@ -112,18 +110,32 @@ class Cut:
         Args:
             run: The directory that the point's paths are relative to; None leaves them out.
         """
-        circuit = self.circuit
-        known = Point(name=self.name) if circuit is None else circuit_point(self.name, circuit)
-        folder = None if run is None or self.folder is None else _relative(self.folder, run)
+        circuit, point, place = self.circuit, Point(name=self.name), None
+        if run is not None and self.folder is not None:
+            place = Path(os.path.relpath(self.folder, run)).as_posix()
+        if circuit is not None:
+            graph = circuit.graph
+            point = replace(
+                point,
+                method=circuit.method,
+                granularity="edge" if circuit.neurons is None else "part",
+                ablation=circuit.ablation,
+                tau=circuit.tau,
+                edges_total=graph.num_useful_edges,
+                edges_kept=circuit.num_kept,
+                heads_total=graph.num_layers * graph.num_heads,
+                heads_kept=circuit.num_heads_kept,
+                neurons_kept_fraction=circuit.neurons_kept_fraction,
+                circuit=None if place is None else f"{place}/{CIRCUIT_FILE}",
+            )
         return replace(
-            known,
+            point,
             macs=count_macs(self.model.plan),
             max_abs_diff=None if self.exactness is None else self.exactness.max_abs_diff,
             seconds=self.seconds,
             faithfulness=self.faithfulness,
             budget=self.budget,
-            circuit=None if folder is None or circuit is None else f"{folder}/{CIRCUIT_FILE}",
-            model=folder,
+            model=place,
             params=sum(tensor.numel() for tensor in self.model.parameters()),
             bytes=sum(t.numel() * t.element_size() for t in self.model.state_dict().values()),
         )
@@ -235,23 +247,6 @@ def point_name(circuit: Circuit) -> str:
     return f"{circuit.method}-{circuit.discovered_under}{tau}"
 
 
-def circuit_point(name: str, circuit: Circuit) -> Point:
-    """What a circuit says of itself."""
-    graph = circuit.graph
-    return Point(
-        name=name,
-        method=circuit.method,
-        granularity="edge" if circuit.neurons is None else "part",
-        ablation=circuit.ablation,
-        tau=circuit.tau,
-        edges_total=graph.num_useful_edges,
-        edges_kept=circuit.num_kept,
-        heads_total=graph.num_layers * graph.num_heads,
-        heads_kept=circuit.num_heads_kept,
-        neurons_kept_fraction=circuit.neurons_kept_fraction,
-    )
-
-
 def _faithfulness(
     model: Model, images: Images, found: Circuit, final: Circuit, compact: CompactViT
 ) -> dict[str, Any]:
@@ -271,14 +266,6 @@ def _kls(
     model: Model, images: Images, compact: list[CompactViT], *, on: ImageSet | None = None
 ) -> list[float | None]:
     """Mean KL(dense || compact) of compact models, on val images unless others are given."""
-    on = on or images.val
-    dense = evaluate(model.module, on, images.task, model.preprocessing)
-    modules: list[nn.Module] = list(compact)
-    return [
-        evaluate(module, on, images.task, model.preprocessing, reference=dense).kl
-        for module in modules
-    ]
-
-
-def _relative(folder: Path, run: Path) -> str:
-    return Path(os.path.relpath(folder, run)).as_posix()
+    on, task, preprocessing = on or images.val, images.task, model.preprocessing
+    dense = evaluate(model.module, on, task, preprocessing)
+    return [evaluate(each, on, task, preprocessing, reference=dense).kl for each in compact]

@@ -93,6 +93,7 @@ class DecisionLog:
 
     def _read(self, path: Path) -> None:
         complete, size, decisions = 0, 0, list[Decision]()
+        not_a_log = f"{path} is not a decision log: delete it, or choose another --out"
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break  # A kill cut this line short.
@@ -101,10 +102,22 @@ class DecisionLog:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise ArtefactError(_not_a_log(path))
+                raise ArtefactError(not_a_log)
             size += len(line)
             if complete == 0:
-                self._check_header(path, row)
+                version = row.get("format_version")
+                if not isinstance(version, int):
+                    raise ArtefactError(not_a_log)
+                if version > FORMAT_VERSION:
+                    raise ArtefactError(
+                        f"{path} has format_version {version}, this vitcut reads up to "
+                        f"{FORMAT_VERSION}: upgrade vitcut"
+                    )
+                if row != self._header:
+                    raise ArtefactError(
+                        f"{path} logs another search, with another model, other images or other "
+                        "settings: delete it, or choose another --out"
+                    )
                 complete = size
                 continue
             try:
@@ -121,22 +134,3 @@ class DecisionLog:
             return
         with path.open("r+b") as stream:
             stream.truncate(complete)
-
-    def _check_header(self, path: Path, row: dict[str, Any]) -> None:
-        version = row.get("format_version")
-        if not isinstance(version, int):
-            raise ArtefactError(_not_a_log(path))
-        if version > FORMAT_VERSION:
-            raise ArtefactError(
-                f"{path} has format_version {version}, this vitcut reads up to {FORMAT_VERSION}: "
-                "upgrade vitcut"
-            )
-        if row != self._header:
-            raise ArtefactError(
-                f"{path} logs another search, with another model, other images or other settings: "
-                "delete it, or choose another --out"
-            )
-
-
-def _not_a_log(path: Path) -> str:
-    return f"{path} is not a decision log: delete it, or choose another --out"
