@@ -30,14 +30,7 @@ class FilledWeights:
     """A model's output weights with the maps of a fill, and its constants under a circuit."""
 
     def __init__(self, weights: ViTWeights, circuit: Circuit, reads: Reads, fill: Fill) -> None:
-        """Prepare them.
-
-        Args:
-            weights: The model.
-            circuit: The circuit, over the token kinds of the model.
-            reads: What its targets read.
-            fill: What stands in for cut parts, in the precision of the weights.
-        """
+        """``circuit`` is over the model's token kinds, ``fill`` in the precision of the weights."""
         self._weights = weights
         self._neurons = circuit.neurons
         self._reads = reads

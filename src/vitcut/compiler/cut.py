@@ -33,7 +33,7 @@ _VERSION = 2
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Cut:
-    """A compact model and what is known of it."""
+    """A compact model and what is known about it."""
 
     model: CompactViT
     circuit: Circuit | None
@@ -44,21 +44,21 @@ class Cut:
     exactness: Exactness | None = None
     """How far it is from the masked model; None for a repaired model, which computes another."""
     faithfulness: dict[str, Any] | None = None
-    """KL on the calibration images under the ablations of discovery and of the cut; what merging
-    came to, where that was asked for."""
+    """KL on the calibration images under the ablations of discovery and of the cut, and the effect
+    of merging if it was asked for."""
     name: str = "cut"
-    """Of its point in results."""
+    """Name of its point in results."""
     budget: dict[str, Any] | None = None
     """What the circuit was searched for: {"macs": 0.2}, or {"latency": 0.25, ...}."""
     seconds: float | None = None
-    """That finding and cutting it took; None where that is not known."""
+    """How long finding and cutting it took; None if unknown."""
     folder: Path | None = None
     """The model directory, once it is on disk."""
     results: Results | None = None
-    """What was measured of it, beside the dense model; None where nothing was."""
+    """Measurements of it beside the dense model; None if it was not measured."""
 
     def save(self, folder: Path) -> None:
-        """Write a model directory with the circuit, a linear fill and what is known of the cut."""
+        """Write a model directory with the circuit, a linear fill and what is known about the cut."""
         with atomic_folder(folder) as fresh:
             circuit = None if self.circuit is None else json.dumps(self.circuit.to_dict(), indent=1)
             self.model.save_pretrained(fresh, circuit=circuit)
@@ -105,7 +105,7 @@ class Cut:
             ) from None
 
     def point(self, run: Path | None = None) -> Point:
-        """What is known of the compact model before it is measured.
+        """What is known about the compact model before it is measured.
 
         Args:
             run: The directory that the point's paths are relative to; None leaves them out.
@@ -171,7 +171,7 @@ def cut_circuit(
         settings: The ablation of the cut, and on how many images it is checked.
         fitter: Gives fills; shared by circuits of one model, since all need the same means.
         costs: Decide between ways to compute the same.
-        name: Of the cut's point; None takes it from how the circuit was found.
+        name: Name of the cut's point; None derives it from how the circuit was found.
         budget: What the circuit was searched for.
 
     Raises:
@@ -250,7 +250,7 @@ def point_name(circuit: Circuit) -> str:
 def _faithfulness(
     model: Model, images: Images, found: Circuit, final: Circuit, compact: CompactViT
 ) -> dict[str, Any]:
-    """KL on the images of discovery, then and as cut; None where they are not known."""
+    """KL on the images of discovery, as found and as cut; None if unknown."""
     settings, kl = found.provenance.get("settings"), found.provenance.get("kl")
     if settings is None or kl is None:
         return {"discovery": None, "cut": None}

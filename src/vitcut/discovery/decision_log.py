@@ -1,4 +1,4 @@
-"""``decisions.jsonl``: what became of every edge, so that a killed search can go on.
+"""``decisions.jsonl``: the decision on every edge, so that a killed search can go on.
 
 The first line names the search. Every stage then has one line per edge and a line that ends it. A
 stage without that line was interrupted and is decided again.
@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What became of one edge."""
+    """The decision on one edge."""
 
     source: str
     target: str
@@ -35,7 +35,7 @@ class Stage:
 
     decisions: tuple[Decision, ...]
     precision: str
-    """Of the fast path: ``float32`` or ``float64``."""
+    """Precision of the fast path: ``float32`` or ``float64``."""
     node_evaluations: int
     """Sources recomputed."""
     oracle_calls: int
