@@ -1,4 +1,4 @@
-"""Make docs/benchmarks/animals-quick and the README's table again from one run.
+"""Make docs/benchmarks/animals-quick again from one run.
 
     OMP_NUM_THREADS=1 uv run python benchmarks/animals_quick.py --source tiny-imagenet-200.zip
 
@@ -10,15 +10,13 @@ import json
 import shutil
 from pathlib import Path
 
-from vitcut.benchmark.tables import point_table, to_markdown
-
-from vitcut import cli
+import vitcut
 from vitcut.circuit import Circuit
+from vitcut.report.tables import point_table, to_markdown
 from vitcut.results import Comparison, Point, Results
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "animals-quick"
-START, END = "<!-- table: animals-quick -->\n", "<!-- end -->\n"
 
 
 def main() -> None:
@@ -27,9 +25,8 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="The Tiny ImageNet archive or folder.")
     parser.add_argument("--out", type=Path, default=Path("runs/animals"), help="Run directory.")
     arguments = parser.parse_args()
-    command = ["run", "animals-quick", "--source", arguments.source, "--out", str(arguments.out)]
-    if cli.main(command):
-        raise SystemExit("the run failed: see the message above")
+    changes = {"data.source": arguments.source}
+    vitcut.run("animals-quick", changes=changes, out=arguments.out)
     write_page(arguments.out)
 
 
@@ -41,12 +38,6 @@ def write_page(run: Path) -> None:
     shutil.copyfile(run / "metrics.jsonl", PAGE / "training.jsonl")
     circuits = {path.parent.name: Circuit.load(path) for path in run.glob("points/*/circuit.json")}
     (PAGE / "README.md").write_text(page(results, circuits, run), encoding="utf-8")
-    readme = ROOT / "README.md"
-    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise SystemExit(f"{readme} lacks the marks {START.strip()} and {END.strip()}")
-    readme.write_text(before + START + summary(results) + END + after, encoding="utf-8")
 
 
 def page(results: Results, circuits: dict[str, Circuit], run: Path) -> str:
@@ -175,17 +166,6 @@ def training(run: Path) -> str:
         f"best epoch {best['epoch']}: {best['accuracy_fine']:.1%} fine and "
         f"{best['accuracy_coarse']:.1%} coarse on the val images."
     )
-
-
-def summary(results: Results) -> str:
-    """The README's part."""
-    return f"""
-{to_markdown(point_table(results))}
-{conditions(results)} Tiny ImageNet's 58 animal classes in 6 groups; a ViT of 0.32 M parameters;
-ACDC on 128 calibration images, cut under mean ablation, no repair. One command makes it again:
-[docs/benchmarks/animals-quick](docs/benchmarks/animals-quick/README.md).
-
-"""
 
 
 if __name__ == "__main__":

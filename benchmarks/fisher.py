@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from part_scores import PartScores, exact_edges, exact_heads, exact_neurons, fisher_scores
-from vitcut.pipeline.commands import resolve_origin
-from vitcut.pipeline.stages import examples_of
-from vitcut.pipeline.subject import Subject
 
+import vitcut
+from vitcut.discovery.search import make_examples
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.images.settings import DataSettings
+from vitcut.graph import Graph
+from vitcut.images.load import Images, normalise
 from vitcut.masked.masking import full_run
 from vitcut.masked.oracle import Examples, Oracle
 from vitcut.metrics import coarse_log_probs
@@ -45,27 +45,42 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="The Tiny ImageNet archive or folder.")
     parser.add_argument("--only-times", action="store_true", help="Keep the scores that are there.")
     arguments = parser.parse_args()
-    data = DataSettings(source=str(Path(arguments.source).resolve()))
-    subject = resolve_origin("animals", "animals", data).load_subject()
-    examples = examples_of(subject, DiscoverSettings(images=IMAGES))
+    model = vitcut.load_model("animals")
+    images = vitcut.load_images(arguments.source, task="animals", model=model)
+    model = model.for_task(images.task, images.labels)
+    examples = examples_of(images)
     PAGE.mkdir(parents=True, exist_ok=True)
     if not arguments.only_times:
-        found = [row for ablation in ABLATIONS for row in compare(subject, examples, ablation)]
+        found = [
+            row for ablation in ABLATIONS for row in compare(model.weights, examples, ablation)
+        ]
         with (PAGE / "scores.csv").open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(["ablation", "kind", "part", "fisher", "exact"])
             writer.writerows(found)
     with (PAGE / "scores.csv").open(newline="", encoding="utf-8") as stream:
         _, *lines = csv.reader(stream)
-    rows = [(*line[:3], float(line[3]), float(line[4])) for line in lines]
+    rows = [
+        (ablation, kind, name, float(fisher), float(exact))
+        for ablation, kind, name, fisher, exact in lines
+    ]
     draw(rows, PAGE / "scatter.svg")
-    times = timings(subject.weights, examples)
+    times = timings(model.weights, examples)
     (PAGE / "README.md").write_text(page(rows, times), encoding="utf-8")
 
 
-def compare(subject: Subject, examples: Examples, ablation: Ablation) -> list[Row]:
+def examples_of(images: Images) -> Examples:
+    """The pairs that `vitcut discover` would search on."""
+    settings = DiscoverSettings(images=IMAGES)
+    chosen = images.calibration(settings.images, seed=settings.seed)
+    groups = images.task.group_of_class
+    pixels = normalise(chosen.all(), images.preprocessing)
+    return make_examples(pixels, groups[chosen.labels], torch.from_numpy(groups), settings)
+
+
+def compare(weights: ViTWeights, examples: Examples, ablation: Ablation) -> list[Row]:
     """Fisher and exact scores of the same parts."""
-    weights = subject.weights.to(torch.float64)
+    weights = weights.to(torch.float64)
     oracle = Oracle(weights, examples, ablation, tokens="split")
     graph = oracle.graph
     fisher = fisher_scores(weights, examples, ablation, tokens="split", edges=True)
@@ -86,8 +101,8 @@ def compare(subject: Subject, examples: Examples, ablation: Ablation) -> list[Ro
     for kind, mask in masks.items():
         for place in np.argwhere(mask):
             index = tuple(place)
-            scores = (float(getattr(which, kind)[index]) for which in (fisher, exact))
-            rows.append((ablation, kind, name_of(kind, place, graph), *scores))
+            predicted, measured = (float(getattr(x, kind)[index]) for x in (fisher, exact))
+            rows.append((ablation, kind, name_of(kind, place, graph), predicted, measured))
     return rows
 
 
@@ -99,7 +114,7 @@ def drawn(mask: np.ndarray, count: int, random: np.random.Generator) -> np.ndarr
     return found
 
 
-def name_of(kind: str, place: np.ndarray, graph) -> str:
+def name_of(kind: str, place: np.ndarray, graph: Graph) -> str:
     """A part's name."""
     first, second, *third = (int(number) for number in place)
     if kind == "heads":

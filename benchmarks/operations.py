@@ -20,8 +20,8 @@ import onnxruntime
 import torch
 from torch import nn
 from torch.export import Dim
-from vitcut.model.loading import load_model
 
+import vitcut
 from vitcut.compact.model import CompactViT, centred
 from vitcut.runtime import describe_machine
 from vitcut.runtimes.onnx_runtime import export_onnx
@@ -40,7 +40,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, model: CompactViT) -> None:
         super().__init__()
-        self.embed = deepcopy(model.patch_embed)
+        self.embed = deepcopy(model.get_submodule("patch_embed"))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """The first number of each image, so that the output is small."""
@@ -68,7 +68,7 @@ def main() -> None:
 
 def page(out: Path, folder: Path) -> str:
     """The page's text."""
-    models: dict[str, nn.Module] = {"dense": load_model("animals").model.eval()}
+    models: dict[str, nn.Module] = {"dense": vitcut.load_model("animals").module}
     for batch, name in CHOSEN.items():
         models[f"cut for batch {batch}"] = CompactViT.from_pretrained(
             out / "points" / name / "model"

@@ -1,6 +1,7 @@
 """Make docs/benchmarks/parts again: circuits of token kinds, heads and neurons, cut and repaired.
 
-    OMP_NUM_THREADS=1 uv run python benchmarks/parts.py --source tiny-imagenet-200.zip
+    OMP_NUM_THREADS=1 uv run --with matplotlib python benchmarks/parts.py \
+        --source tiny-imagenet-200.zip
 
 Searches every variant's path of budgets, repairs some points, then measures all of them together,
 and writes results.json and the page. What is finished is not done again; `--only search`,
@@ -11,40 +12,29 @@ import argparse
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from parts_page import write_page
 from torch import nn
-from vitcut.pipeline.budget import cut_to_budget
-from vitcut.pipeline.commands import resolve_origin
-from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.path import PATH_FILE, load_path
-from vitcut.pipeline.points import MODEL_FOLDER, PointMaker
-from vitcut.pipeline.repair import repair, repair_compact
-from vitcut.pipeline.stages import (
-    CLASS_ONLY,
-    class_only,
-    dense_point,
-    evaluate_points,
-    measure,
-)
-from vitcut.pipeline.stored import StoredCut
-from vitcut.pipeline.subject import Subject
 
-from vitcut.benchmark.settings import BenchSettings
+import vitcut
+from vitcut import BenchSettings, Budget, CutSettings, DiscoverSettings, FinetuneSettings
+from vitcut.benchmark.points import Points, dense_point, evaluate_points, measure
 from vitcut.circuit import Circuit
-from vitcut.compact.model import CompactViT
-from vitcut.compiler.settings import CutSettings
-from vitcut.discovery.settings import DiscoverSettings
-from vitcut.images.settings import DataSettings
+from vitcut.compiler.cut import Cut
+from vitcut.compiler.settings import CutAblation
+from vitcut.images.load import Images
+from vitcut.model.model import Model
 from vitcut.progress import say
-from vitcut.results import Point
-from vitcut.selection.settings import Budget
-from vitcut.training.settings import FinetuneSettings
+from vitcut.results import CLASS_ONLY, Point
+from vitcut.runs import CIRCUIT_FILE, Run
+from vitcut.selection.search import PATH_FILE, SearchPath
+from vitcut.training.distillation import repair
 
 TARGET, ROUNDS, SCORE_IMAGES = 0.05, 10, 290
-ONE_ROUND = {"joint": False, "rescore": False}
+ONE_ROUND: dict[str, Any] = {"joint": False, "rescore": False}
 CONTROL = {**ONE_ROUND, "refresh_fraction": 0.0}
 
 
@@ -53,8 +43,8 @@ class Variant:
     """One way to choose and to fill."""
 
     name: str
-    ablation: str
-    settings: dict
+    ablation: CutAblation
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 VARIANTS = (
@@ -62,9 +52,9 @@ VARIANTS = (
     Variant(name="magnitude", ablation="linear", settings={**CONTROL, "scores": "magnitude"}),
     Variant(name="one-round-mean", ablation="mean", settings=ONE_ROUND),
     Variant(name="one-round-linear", ablation="linear", settings=CONTROL),
-    Variant(name="joint-mean", ablation="mean", settings={}),
+    Variant(name="joint-mean", ablation="mean"),
     Variant(name="joint-linear", ablation="linear", settings={"refresh_fraction": 0.0}),
-    Variant(name="joint-linear-obs", ablation="linear", settings={}),
+    Variant(name="joint-linear-obs", ablation="linear"),
 )
 BEST = "joint-linear-obs"
 WHOLE = (BEST, "joint-linear")
@@ -84,119 +74,101 @@ def main() -> None:
     arguments = parser.parse_args()
     out, only = arguments.out, arguments.only
     if only != "page":
-        data = DataSettings(source=str(Path(arguments.source).resolve()))
-        subject = resolve_origin("animals", "animals", data).load_subject()
-        claimed(out, settings_of(subject))
+        model = vitcut.load_model("animals")
+        images = vitcut.load_images(arguments.source, task="animals", model=model)
+        model = model.for_task(images.task, images.labels)
+        Run(out).claim(
+            {"benchmark": "parts", "weights": model.weight_hash, "images": images.fingerprint}
+        )
         if only in {None, "search"}:
             for variant in VARIANTS:
                 if arguments.variant in {None, variant.name}:
-                    search(subject, variant, out)
+                    search(model, images, variant, out)
             if arguments.variant in {None, "acdc"}:
-                search_acdc(subject, out)
+                search_acdc(model, images, out)
         if only in {None, "repair"}:
-            repair_all(subject, out)
+            for _ in repairs(model, images, out):
+                pass
         if only in {None, "measure"}:
-            measure_all(subject, out)
+            measure_all(model, images, out)
     if only in {None, "page"}:
         write_page(out)
 
 
-def settings_of(subject: Subject) -> dict:
-    """What every figure depends on."""
-    return {
-        "benchmark": "parts",
-        "weights": subject.model.weight_hash,
-        "images": subject.images.fingerprint,
-    }
-
-
-def search(subject: Subject, variant: Variant, out: Path) -> None:
+def search(model: Model, images: Images, variant: Variant, out: Path) -> None:
     """One variant's path of budgets; its last point is compiled, too."""
-    select = Budget(
+    budget = Budget(
         target_macs=TARGET, rounds=ROUNDS, score_images=SCORE_IMAGES, **variant.settings
     )
-    folder = claimed(out / variant.name, {"variant": variant.name, "select": str(select)})
-    if not (folder.path / PATH_FILE).exists():
-        say(f"searching {variant.name}")
-        cut_to_budget(subject, folder, select, CutSettings(ablation=variant.ablation))
+    settings = CutSettings(ablation=variant.ablation)
+    say(f"searching {variant.name}")
+    vitcut.cut(model, images, budget=budget, settings=settings, bench=None, out=out / variant.name)
 
 
-def search_acdc(subject: Subject, out: Path) -> None:
+def search_acdc(model: Model, images: Images, out: Path) -> None:
     """ACDC's circuits over whole tokens, searched under mean ablation."""
-    folder = claimed(out / "acdc", {"taus": list(TAUS)})
-    config = DiscoverSettings(ablation="mean")
-    for _, _ in PointMaker(subject, folder, CutSettings()).find(config, TAUS):
-        pass
+    for tau in TAUS:
+        settings = DiscoverSettings(ablation="mean", tau=tau)
+        vitcut.discover(model, images, settings=settings, out=out / "acdc")
 
 
-def claimed(path: Path, settings: dict) -> RunFolder:
-    """A run directory of these settings."""
-    folder = RunFolder(path, settings)
-    folder.claim()
-    return folder
+def made(model: Model, images: Images, path: Path, name: str, out: Path) -> Cut:
+    """A circuit, compiled under its own ablation or read again."""
+    circuit, into = Circuit.load(path), out / "points" / name
+    return replace(vitcut.cut(model, images, circuit, bench=None, out=into), name=name)
 
 
-def cuts(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
+def cuts(model: Model, images: Images, out: Path) -> Iterator[Cut]:
     """The circuits of two variants and half of the others', compiled or read again."""
     for variant in VARIANTS:
-        cut = CutSettings(ablation=variant.ablation)
-        maker = PointMaker(subject, claimed(out, settings_of(subject)), cut)
-        steps = load_path(out / variant.name / PATH_FILE)
+        steps = SearchPath.load(out / variant.name / PATH_FILE).steps
         for step in steps if variant.name in WHOLE else steps[1::2]:
-            circuit = Circuit.load(out / variant.name / step.circuit)
-            name = f"{variant.name}-{step.name}"
-            yield maker.cut(name, circuit, into=out / "points" / name)
-    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutSettings())
-    for path in sorted((out / "acdc" / "points").glob("*/circuit.json")):
-        name = path.parent.name
-        yield maker.cut(name, Circuit.load(path), into=out / "points" / name)
+            path = out / variant.name / step.circuit
+            yield made(model, images, path, f"{variant.name}-{step.name}", out)
+    for path in sorted((out / "acdc" / "points").glob(f"*/{CIRCUIT_FILE}")):
+        yield made(model, images, path, path.parent.name, out)
 
 
-def repair_all(subject: Subject, out: Path) -> None:
-    """Every repair; each goes on where it was."""
-    for _ in repairs(subject, out):
-        pass
-    for seed in DENSE_SEEDS:
-        repaired_dense(subject, out, seed)
-
-
-def repair_config(seed: int) -> FinetuneSettings:
+def repair_settings(seed: int) -> FinetuneSettings:
     """What the page's repairs were trained with: once the defaults."""
     return FinetuneSettings(seed=seed, batch_size=256, learning_rate=2e-3)
 
 
-def repaired_dense(subject: Subject, out: Path, seed: int) -> tuple[Point, nn.Module]:
-    """The dense model after the repair that the cuts get."""
-    say(f"repairing the dense model, seed {seed}")
-    model = deepcopy(subject.model.model)
-    repair(subject, model, repair_config(seed), out / "repairs" / f"dense-{seed}")
-    return replace(dense_point(subject), name=f"dense-repaired-{seed}"), model
-
-
-def repairs(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
-    """The repaired cuts."""
-    maker = PointMaker(subject, claimed(out, settings_of(subject)), CutSettings(ablation="linear"))
+def repairs(model: Model, images: Images, out: Path) -> Iterator[tuple[Point, nn.Module]]:
+    """The repaired cuts and the dense model after the same repair; each goes on where it was."""
     for step, seeds in REPAIRED.items():
-        name = f"{BEST}-{step}"
-        into = out / "points" / name
-        maker.cut(name, Circuit.load(out / BEST / "path" / step / "circuit.json"), into=into)
-        stored = StoredCut.load(into / MODEL_FOLDER)
+        path = out / BEST / "path" / step / CIRCUIT_FILE
+        cut = made(model, images, path, f"{BEST}-{step}", out)
         for seed in seeds:
-            say(f"repairing {name}, seed {seed}")
-            folder = out / "repairs" / f"{name}-{seed}"
-            point, model, _ = repair_compact(subject, stored, repair_config(seed), folder, base=out)
-            yield replace(point, name=f"{name}-repaired-{seed}"), model
+            repaired = vitcut.finetune(
+                cut,
+                model,
+                images,
+                settings=repair_settings(seed),
+                repair_dense=False,
+                bench=None,
+                out=out / "repairs" / f"{cut.name}-{seed}",
+            ).cut
+            yield replace(repaired, name=f"{repaired.name}-{seed}").point(out), repaired.model
+    for seed in DENSE_SEEDS:
+        say(f"repairing the dense model, seed {seed}")
+        dense, folder = deepcopy(model.module), out / "repairs" / f"dense-{seed}"
+        settings, taken = repair_settings(seed), model.preprocessing
+        repair(dense, model.module, images, settings, folder, preprocessing=taken)
+        yield replace(dense_point(model), name=f"dense-repaired-{seed}"), dense
 
 
-def measure_all(subject: Subject, out: Path) -> None:
+def measure_all(model: Model, images: Images, out: Path) -> None:
     """Accuracy and latency of everything, in one go."""
-    points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: class_only(subject)}
-    made = [*cuts(subject, out), *repairs(subject, out)]
-    made += [repaired_dense(subject, out, seed) for seed in DENSE_SEEDS]
-    points |= {point.name: (point, model) for point, model in made}
-    evaluations = evaluate_points(subject, points)
+    uncut = Circuit.full(model.weights.graph, ablation="zero")
+    baseline = replace(vitcut.cut(model, images, uncut, bench=None), name=CLASS_ONLY)
+    made: list[tuple[Point, nn.Module]] = [(baseline.point(), baseline.model)]
+    made.extend((cut.point(out), cut.model) for cut in cuts(model, images, out))
+    made.extend(repairs(model, images, out))
+    points: Points = {point.name: (point, module) for point, module in made}
+    evaluations = evaluate_points(model, images, points)
     bench = BenchSettings(runtimes=("onnxruntime",), seconds=0.7)
-    results = measure(subject, points, bench, evaluations=evaluations)
+    results = measure(model, images, points, bench, evaluations=evaluations)
     results.save(out / "results.json")
     correct = {name: found.correct_coarse.tolist() for name, found in evaluations.items()}
     (out / "correct.json").write_text(json.dumps(correct))

@@ -1,6 +1,6 @@
 """Make docs/benchmarks/speed again: cuts by predicted latency, repaired, in every runtime.
 
-    uv run python benchmarks/speed.py --source tiny-imagenet-200.zip
+    uv run --with matplotlib python benchmarks/speed.py --source tiny-imagenet-200.zip
 
 Searches one path for batch 64 and one for batch 1, repairs some of their points and the dense model
 with three seeds each, and times all of them on one thread and on two. Searches and repairs that
@@ -18,29 +18,29 @@ import numpy as np
 import torch
 from speed_page import write_page
 from torch import nn
-from vitcut.pipeline.budget import BudgetSearch
-from vitcut.pipeline.commands import resolve_origin
-from vitcut.pipeline.fills import Fills
-from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.path import PATH_FILE, PATH_FOLDER, save_path
-from vitcut.pipeline.points import CIRCUIT_FILE, MODEL_FOLDER, PointMaker
-from vitcut.pipeline.repair import repair, repair_compact
-from vitcut.pipeline.stages import CLASS_ONLY, class_only, dense_point, evaluate_points, measure
-from vitcut.pipeline.stored import StoredCut
-from vitcut.pipeline.subject import Subject
 
-from vitcut.benchmark.settings import BenchSettings
+import vitcut
+from vitcut import (
+    BenchSettings,
+    Budget,
+    CompactViT,
+    CutSettings,
+    DiscoverSettings,
+    FinetuneSettings,
+)
+from vitcut.benchmark.points import Points, dense_point, evaluate_points, measure
 from vitcut.circuit import Circuit
-from vitcut.compact.model import CompactViT
 from vitcut.compiler.calibrate import Measured, fit_costs
 from vitcut.compiler.cost import CostModel
-from vitcut.compiler.settings import CutSettings
-from vitcut.discovery.settings import DiscoverSettings
-from vitcut.images.settings import DataSettings
+from vitcut.compiler.cut import Cut
+from vitcut.images.load import Images, normalise
+from vitcut.masked.fitting import Fitter
+from vitcut.model.model import Model
 from vitcut.progress import say
-from vitcut.results import Point, Results
-from vitcut.selection.settings import Budget
-from vitcut.training.settings import FinetuneSettings
+from vitcut.results import CLASS_ONLY, Point, Results
+from vitcut.runs import CIRCUIT_FILE, Run
+from vitcut.selection.search import search
+from vitcut.training.distillation import repair
 
 PATHS = {
     64: (0.5, 0.36, 0.27, 0.215, 0.175, 0.15, 0.13, 0.11, 0.095, 0.08, 0.07, 0.06),
@@ -70,117 +70,103 @@ def main() -> None:
     out, only = arguments.out, arguments.only
     torch.set_num_threads(1)
     if only != "page":
-        data = DataSettings(source=str(Path(arguments.source).resolve()))
-        subject = resolve_origin("animals", "animals", data).load_subject()
-        home(subject, out)
+        model = vitcut.load_model("animals")
+        images = vitcut.load_images(arguments.source, task="animals", model=model)
+        model = model.for_task(images.task, images.labels)
+        Run(out).claim({"weights": model.weight_hash, "images": images.fingerprint})
         if only in {None, "search"}:
             for batch in PATHS:
-                search(subject, batch, out)
-            search_acdc(subject, out)
+                search_path(model, images, batch, out)
+            search_acdc(model, images, out)
         if only in {None, "repair"}:
-            for _ in repairs(subject, out):
+            for _ in repairs(model, images, out):
                 pass
         if only in {None, "measure"}:
-            measure_all(subject, out)
+            measure_all(model, images, out)
             measure_costs(out)
     if only in {None, "page"}:
         write_page(out)
 
 
-def claimed(path: Path, settings: dict) -> RunFolder:
-    """A run directory of these settings."""
-    folder = RunFolder(path, settings)
-    folder.claim()
-    return folder
-
-
-def home(subject: Subject, out: Path) -> RunFolder:
-    """The run directory."""
-    images = subject.images.fingerprint
-    return claimed(out, {"weights": subject.model.weight_hash, "images": images})
-
-
-def cut_config(batch: int) -> CutSettings:
+def cut_settings(batch: int) -> CutSettings:
     """How the cuts of a path are compiled."""
     return CutSettings(ablation="linear", batch=batch)
 
 
-def search(subject: Subject, batch: int, out: Path) -> None:
+def search_path(model: Model, images: Images, batch: int, out: Path) -> None:
     """The path of one batch size."""
-    folder = claimed(path_folder(out, batch), {"batch": batch, "fractions": list(PATHS[batch])})
-    if not (folder.path / PATH_FILE).exists():
-        cut = cut_config(batch)
-        found = BudgetSearch(subject, folder, SELECT, cut, Fills(subject, cut))
-        save_path(list(found.walk(PATHS[batch])), folder.path / PATH_FILE)
+    run, settings = Run(out / f"batch-{batch}"), cut_settings(batch)
+    run.claim({"batch": batch, "fractions": list(PATHS[batch])})
+    chosen = images.calibration(min(settings.images, len(images.train)), seed=settings.seed)
+    fitter = Fitter(
+        model.weights,
+        lambda: normalise(chosen.all(), model.preprocessing),
+        ridge=settings.ridge,
+        memory_gib=settings.memory_gib,
+    )
+    costs = CostModel(batch=batch)
+    search(model, images, SELECT, settings, fitter, costs, run, fractions=PATHS[batch])
 
 
-def path_folder(out: Path, batch: int) -> Path:
-    """Where the path of a batch size is."""
-    return out / f"batch-{batch}"
-
-
-def search_acdc(subject: Subject, out: Path) -> None:
+def search_acdc(model: Model, images: Images, out: Path) -> None:
     """ACDC's circuits over whole tokens, searched under mean ablation."""
-    folder = claimed(out / "acdc", {"taus": list(TAUS)})
-    for _ in PointMaker(subject, folder, CutSettings()).find(
-        DiscoverSettings(ablation="mean"), TAUS
-    ):
-        pass
+    for tau in TAUS:
+        settings = DiscoverSettings(ablation="mean", tau=tau)
+        vitcut.discover(model, images, settings=settings, out=out / "acdc")
 
 
-def cuts(subject: Subject, out: Path) -> Iterator[tuple[Point, CompactViT]]:
+def made(
+    model: Model, images: Images, path: Path, settings: CutSettings, name: str, out: Path
+) -> Cut:
+    """A circuit, compiled or read again."""
+    circuit, into = Circuit.load(path), out / "points" / name
+    cut = vitcut.cut(model, images, circuit, settings=settings, bench=None, out=into)
+    return replace(cut, name=name)
+
+
+def path_cut(model: Model, images: Images, batch: int, step: str, out: Path) -> Cut:
+    """A point of a path."""
+    path = out / f"batch-{batch}" / "path" / step / CIRCUIT_FILE
+    return made(model, images, path, cut_settings(batch), f"batch-{batch}-{step}", out)
+
+
+def cuts(model: Model, images: Images, out: Path) -> Iterator[Cut]:
     """Every circuit, compiled or read again; ACDC's without and with merged streams."""
-    folder = home(subject, out)
     for batch, fractions in PATHS.items():
-        maker = PointMaker(subject, folder, cut_config(batch))
         for fraction in fractions:
-            step = f"predicted-{fraction:.4f}"
-            path = path_folder(out, batch) / PATH_FOLDER / step / CIRCUIT_FILE
-            name = f"batch-{batch}-{step}"
-            yield maker.cut(name, Circuit.load(path), into=out / "points" / name)
+            yield path_cut(model, images, batch, f"predicted-{fraction:.4f}", out)
     for merge in (False, True):
-        maker = PointMaker(subject, folder, CutSettings(merge=merge))
         for path in sorted((out / "acdc" / "points").glob(f"*/{CIRCUIT_FILE}")):
             name = path.parent.name + ("-merged" if merge else "")
-            yield maker.cut(name, Circuit.load(path), into=out / "points" / name)
+            yield made(model, images, path, CutSettings(merge=merge), name, out)
 
 
-def repairs(subject: Subject, out: Path) -> Iterator[tuple[Point, nn.Module]]:
+def repairs(model: Model, images: Images, out: Path) -> Iterator[tuple[Point, nn.Module]]:
     """The repaired cuts and the dense model after the same repair; each goes on where it was."""
     for seed in SEEDS:
+        settings = FinetuneSettings(seed=seed)
         for batch, step in REPAIRED:
-            yield repaired_cut(subject, out, batch, step, seed)
-        yield repaired_dense(subject, out, seed)
+            cut = path_cut(model, images, batch, step, out)
+            into = out / "repairs" / f"{cut.name}-{seed}"
+            repaired = vitcut.finetune(
+                cut, model, images, settings=settings, repair_dense=False, bench=None, out=into
+            ).cut
+            yield replace(repaired, name=f"{repaired.name}-{seed}").point(out), repaired.model
+        say(f"repairing the dense model, seed {seed}")
+        dense, folder = deepcopy(model.module), out / "repairs" / f"dense-{seed}"
+        repair(dense, model.module, images, settings, folder, preprocessing=model.preprocessing)
+        yield replace(dense_point(model), name=f"dense-repaired-{seed}"), dense
 
 
-def repaired_cut(
-    subject: Subject, out: Path, batch: int, step: str, seed: int
-) -> tuple[Point, nn.Module]:
-    """A cut after repair."""
-    name = f"batch-{batch}-{step}"
-    circuit = Circuit.load(path_folder(out, batch) / PATH_FOLDER / step / CIRCUIT_FILE)
-    maker = PointMaker(subject, home(subject, out), cut_config(batch))
-    maker.cut(name, circuit, into=out / "points" / name)
-    stored = StoredCut.load(out / "points" / name / MODEL_FOLDER)
-    folder = out / "repairs" / f"{name}-{seed}"
-    point, model, _ = repair_compact(subject, stored, FinetuneSettings(seed=seed), folder, base=out)
-    return replace(point, name=f"{name}-repaired-{seed}"), model
-
-
-def repaired_dense(subject: Subject, out: Path, seed: int) -> tuple[Point, nn.Module]:
-    """The dense model after the repair that the cuts get."""
-    say(f"repairing the dense model, seed {seed}")
-    model = deepcopy(subject.model.model)
-    repair(subject, model, FinetuneSettings(seed=seed), out / "repairs" / f"dense-{seed}")
-    return replace(dense_point(subject), name=f"dense-repaired-{seed}"), model
-
-
-def measure_all(subject: Subject, out: Path) -> None:
+def measure_all(model: Model, images: Images, out: Path) -> None:
     """Accuracy of everything, and its latency in every runtime on one thread and on two."""
-    points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: class_only(subject)}
-    made = [*cuts(subject, out), *repairs(subject, out)]
-    points |= {point.name: (point, model) for point, model in made}
-    evaluations = evaluate_points(subject, points)
+    uncut = Circuit.full(model.weights.graph, ablation="zero")
+    baseline = replace(vitcut.cut(model, images, uncut, bench=None), name=CLASS_ONLY)
+    made: list[tuple[Point, nn.Module]] = [(baseline.point(), baseline.model)]
+    made.extend((cut.point(out), cut.model) for cut in cuts(model, images, out))
+    made.extend(repairs(model, images, out))
+    points: Points = {point.name: (point, module) for point, module in made}
+    evaluations = evaluate_points(model, images, points)
     correct = {
         name: "".join(str(int(right)) for right in found.correct_coarse)
         for name, found in evaluations.items()
@@ -191,12 +177,12 @@ def measure_all(subject: Subject, out: Path) -> None:
     few = {name: item for name, item in timed.items() if is_shown_everywhere(name)}
     for threads in (1, 2):
         bench = BenchSettings(runtimes=("onnxruntime",), threads=threads, seconds=1.0)
-        results = measure(subject, timed, bench, evaluations=evaluations)
+        results = measure(model, images, timed, bench, evaluations=evaluations)
         results.save(out / f"onnxruntime-{threads}.json")
         others = BenchSettings(
             runtimes=("openvino", "torch", "torch-compile"), threads=threads, seconds=1.0
         )
-        results = measure(subject, few, others, evaluations=evaluations)
+        results = measure(model, images, few, others, evaluations=evaluations)
         results.save(out / f"others-{threads}.json")
 
 

@@ -1,18 +1,25 @@
-"""The page of benchmarks/speed.py: tables from what it measured."""
+"""The page of benchmarks/speed.py, and the table and the figure that README.md shows.
+
+    uv run --with matplotlib python benchmarks/speed_page.py
+
+writes them again from the committed raw files.
+"""
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from vitcut.benchmark.evaluation import mean_interval
+from vitcut.benchmark.bootstrap import bootstrap_interval
+from vitcut.names import RuntimeName
 from vitcut.results import Comparison, Point, Results
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "speed"
 START, END = "<!-- table: speed -->\n", "<!-- end of speed -->\n"
-RUNTIMES = {
+RUNTIMES: Mapping[RuntimeName, str] = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "torch": "torch",
@@ -38,7 +45,7 @@ def write_page(out: Path) -> None:
         raise SystemExit(f"{readme} lacks the marks {START.strip()} and {END.strip()}")
     PAGE.mkdir(parents=True, exist_ok=True)
     for name in (*FILES, "operations.md"):
-        if (out / name).exists():
+        if (out / name).exists() and out != PAGE:
             shutil.copyfile(out / name, PAGE / name)
     stored = json.loads((out / "correct.json").read_text())
     correct = {name: np.array([*map(int, bits)], dtype=float) for name, bits in stored.items()}
@@ -62,7 +69,7 @@ def page(out: Path, results: Results, correct: Correct) -> str:
     worst = max(point.max_abs_diff or 0 for point in results.points)
     return f"""# Speed: cuts by predicted latency, in every runtime
 
-    uv run python benchmarks/speed.py --source tiny-imagenet-200.zip
+    uv run --with matplotlib python benchmarks/speed.py --source tiny-imagenet-200.zip
 
 The shipped model (`--model animals`), 58 animals in 6 groups. {conditions(results)} A name says which
 batch size a path was searched for, and the predicted latency as a fraction of the uncut compact
@@ -103,12 +110,12 @@ brackets the dense model's milliseconds.
 
 
 SUMMARY = (
-    ("class-only", "uncut, its last block for the class token alone"),
+    ("class-only", "not cut: the last block, for the class token alone"),
     ("batch-64-predicted-0.3600", "cut, no training"),
     ("batch-64-predicted-0.2700", "cut, no training"),
-    ("batch-1-predicted-0.3400-repaired-", "cut for batch 1, repaired"),
-    ("batch-64-predicted-0.1500-repaired-", "cut for batch 64, repaired"),
-    ("batch-64-predicted-0.1300-repaired-", "cut for batch 64, repaired"),
+    ("batch-1-predicted-0.3400-repaired-", "cut for single images, repaired"),
+    ("batch-64-predicted-0.1500-repaired-", "cut for batches of 64, repaired"),
+    ("batch-64-predicted-0.1300-repaired-", "cut for batches of 64, repaired"),
 )
 """The points that README shows, and what they are; a repair's name lacks its seed."""
 
@@ -116,7 +123,7 @@ SUMMARY = (
 def summary(results: Results, correct: Correct) -> str:
     """The README's table: at most six rows."""
     lines = [
-        "| model | work | faster, batch 64 | faster, batch 1 | accuracy, points |",
+        "| model | work | batch 64 | batch 1 | accuracy, points |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     dense_repaired = over_seeds(correct, "dense-repaired-")
@@ -127,20 +134,22 @@ def summary(results: Results, correct: Correct) -> str:
         speeds = [comparison(results, point.name, batch) for batch in (64, 1)]
         cells = (
             label,
-            f"{macs_fraction(results, point):.0%}",
-            *(f"{found.ratio:.1f}x" if found else "-" for found in speeds),
+            f"{100 * macs_fraction(results, point):.0f} %",
+            *(f"{found.ratio:.1f}x faster" if found else "-" for found in speeds),
             difference(own, dense_repaired if repaired else correct["dense"]),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    machine = results.machine
+    machine, dense = results.machine, results.dense
+    accuracy, repaired = (100 * found.mean() for found in (correct["dense"], dense_repaired))
     return f"""
 {chr(10).join(lines)}
 
-*Work*: multiply-accumulates of the compact model as a part of the dense model's. *Accuracy*: over the
-six groups, against the dense model given the same repair (72.4 %; without repair against the untouched
-one, 72.3 %), on {results.dense and results.dense.images} test images, with its 95 % interval; repairs are six epochs of distillation, means of
-three seeds. *Faster*: ONNX Runtime {machine["versions"]["onnxruntime"]}, float32, one thread of an {machine["cpu"]} with AVX-512, interleaved, against the
-untouched dense export in the same runtime. Intervals, other runtimes, raw files and the command that
+*Work* is multiply-accumulates, compared with the dense model's. *Faster* is against the untouched dense
+model in the same runtime: ONNX Runtime {machine["versions"]["onnxruntime"]}, float32, one thread of an {machine["cpu"]} with
+AVX-512, all models timed in turn. *Accuracy* is over the six groups, on {dense and dense.images:,} test images, with
+its 95 % interval: a cut without training against the untouched dense model ({accuracy:.1f} %); a repaired
+one, the mean of three seeds, against the dense model after the same six epochs of distillation
+({repaired:.1f} %). Intervals of the speed-ups, other runtimes, raw files and the command that
 makes it again: [docs/benchmarks/speed](docs/benchmarks/speed/README.md).
 
 """
@@ -209,7 +218,7 @@ def conditions(results: Results) -> str:
 
 
 def comparison(
-    results: Results, name: str, batch: int, runtime: str = "onnxruntime"
+    results: Results, name: str, batch: int, runtime: RuntimeName = "onnxruntime"
 ) -> Comparison | None:
     """The speed-up against the untouched dense model."""
     return results.find_comparison(name, runtime=runtime, batch=batch)
@@ -234,7 +243,7 @@ def efficiency(results: Results, point: Point) -> str:
 
 def difference(own: np.ndarray, other: np.ndarray) -> str:
     """Of two accuracies on the same images, in points."""
-    low, high = mean_interval(own - other, seed=0)
+    low, high = bootstrap_interval(own - other, np.mean, seed=0)
     return f"{100 * (own - other).mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
@@ -280,7 +289,7 @@ def repaired_table(results: Results, correct: Correct) -> str:
         start = point.name[:-1]
         own = over_seeds(correct, start)
         seeds = [100 * values.mean() for name, values in correct.items() if name.startswith(start)]
-        keeps = mean_interval(own - better, seed=0)[0] > -0.01
+        keeps = bootstrap_interval(own - better, np.mean, seed=0)[0] > -0.01
         compact = not point.name.startswith("dense")
         cells = (
             start.removesuffix("-"),
@@ -300,7 +309,7 @@ def repaired_table(results: Results, correct: Correct) -> str:
 
 def runtimes_table(found: dict[str, Results]) -> str:
     """Speed-ups in every runtime, at both batch sizes, on one thread and on two."""
-    columns: list[tuple[Results, str, int]] = []
+    columns: list[tuple[Results, RuntimeName, int]] = []
     heads: list[str] = []
     for threads in (1, 2):
         for runtime, label in RUNTIMES.items():
@@ -343,3 +352,7 @@ that a prediction is not of; the shipped ones are from a machine of this kind an
 | ---: | ---: | ---: |
 {rows}
 """
+
+
+if __name__ == "__main__":
+    write_page(PAGE)

@@ -1,4 +1,4 @@
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,13 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from vitcut.images.images import ImageSet, to_float
 
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
+from vitcut.images.load import ImageSet
+from vitcut.preprocessing import Preprocessing
+from vitcut.task import Task, TaskClass
 
-GROUPS = np.array([0, 0, 1])
-TO_FLOAT = partial(to_float, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+TASK = Task(
+    name="tiny",
+    classes=tuple(TaskClass(id=f"n{i}", name=f"class {i}", group="aab"[i]) for i in range(3)),
+    groups=("a", "b"),
+)
+PREPROCESSING = Preprocessing(image_size=4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def image_set(labels: list[int], seed: int = 0) -> ImageSet:
@@ -34,7 +40,7 @@ def linear_model(seed: int = 0) -> nn.Module:
 
 
 def run(model, images: ImageSet, **more):
-    return evaluate(model, images, group_of_class=GROUPS, preprocess=TO_FLOAT, **more)
+    return evaluate(model, images, TASK, PREPROCESSING, **more)
 
 
 def test_coarse_accuracy_sums_probabilities_and_not_the_best_class():
@@ -63,8 +69,8 @@ def test_the_batch_size_changes_nothing(count, batch, seed):
 def test_a_model_does_not_diverge_from_itself_and_does_from_another():
     images = image_set([0, 1, 2, 2])
     dense = run(linear_model(0), images)
-    same = run(linear_model(0), images, reference_log_probs=dense.log_probs)
-    other = run(linear_model(1), images, reference_log_probs=dense.log_probs)
+    same = run(linear_model(0), images, reference=dense)
+    other = run(linear_model(1), images, reference=dense)
     p, q = dense.log_probs, other.log_probs
     assert dense.kl is None
     assert same.kl == 0
@@ -89,7 +95,7 @@ def test_every_part_of_a_model_gets_its_own_mode_back():
 def test_the_mode_comes_back_after_an_error():
     model = linear_model().train()
     with pytest.raises(TaskError):
-        evaluate(model, image_set([0]), group_of_class=np.array([0, 1]), preprocess=TO_FLOAT)
+        evaluate(model, image_set([0]), replace(TASK, classes=TASK.classes[1:]), PREPROCESSING)
     assert model.training
     assert model[1].training
 
@@ -112,5 +118,6 @@ def test_no_images_are_refused():
 
 
 def test_a_reference_of_other_images_is_refused():
-    with pytest.raises(ConfigError, match=r"shape \[2, 2\]"):
-        run(linear_model(), image_set([0, 1]), reference_log_probs=torch.zeros(3, 2))
+    three = run(linear_model(), image_set([0, 1, 2]))
+    with pytest.raises(ConfigError, match=r"shape \[2, 2\] .*, got \[3, 2\]"):
+        run(linear_model(), image_set([0, 1]), reference=three)

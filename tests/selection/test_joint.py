@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from nudges import GROUPS, Nudged, alive_of, circuit_of, fitted, log_probs, random_parts
 from strategies import undisturbed, vits
 from tiny import random_pixels, random_vit
-from vitcut.masked.ablation import fixed_fill
 
 from vitcut.errors import CircuitError, ModelError
 from vitcut.masked.fill import Fill
+from vitcut.masked.fitting import fixed_fill
 from vitcut.masked.masking import full_run, masked_run
 from vitcut.selection.greedy import Additive, Alive, cut_down
 from vitcut.selection.joint import Joint, Objective, Site, trace_sites

@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from vitcut.circuit import Circuit
 from vitcut.discovery.controls import magnitude_scores
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
+from vitcut.masked.fitting import Fitter
 from vitcut.masked.masking import full_run, masked_run
 from vitcut.masked.oracle import Examples, Oracle
 from vitcut.selection.greedy import Alive, by_site
@@ -26,12 +26,6 @@ def num_features(circuit: Circuit) -> float:
     return 3.0 * circuit.heads_on_path.sum() + circuit.neurons.sum()
 
 
-class Fitter:
-    def fit(self, circuit: Circuit) -> SimpleNamespace:
-        fill, statistics = fitted(WEIGHTS, circuit, PIXELS)
-        return SimpleNamespace(fill=fill, statistics=statistics)
-
-
 def selection(ablation="mean", cost=num_features, **config) -> Selection:
     return Selection(
         WEIGHTS,
@@ -39,7 +33,7 @@ def selection(ablation="mean", cost=num_features, **config) -> Selection:
         ablation=ablation,
         pixels=PIXELS[:8],
         group_of_class=GROUPS,
-        fitter=Fitter(),
+        fitter=Fitter(WEIGHTS, lambda: PIXELS, ridge=0.1, memory_gib=1.0),
         cost=cost,
     )
 

@@ -1,103 +1,102 @@
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from nudges import fitted
+import torch
 from tiny import random_vit
-from vitcut.images.images import ImageSet, to_float
-from vitcut.masked.ablation import zero_fill
 
 from vitcut.circuit import Circuit
 from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit
+from vitcut.compiler.settings import CutSettings
+from vitcut.images.load import Images, ImageSet, normalise
+from vitcut.labels import Labels
+from vitcut.masked.fill import zero_fill
+from vitcut.masked.fitting import Fitter
+from vitcut.model.model import Model
+from vitcut.preprocessing import Preprocessing
+from vitcut.runs import Run
 from vitcut.selection import search as searching
 from vitcut.selection.search import PathStep, SearchPath, search
 from vitcut.selection.settings import Budget
+from vitcut.settings import as_plain
 from vitcut.task import Task, TaskClass
 
 WEIGHTS = random_vit(2, num_heads=3, hidden=6)
-HALF = (0.5, 0.5, 0.5)
 COSTS = CostModel(batch=8)
 MACS = Budget(target_macs=0.4, rounds=3, score_images=8)
 LATENCY = Budget(target_latency=0.5, score_images=8)
+LINEAR = CutSettings(ablation="linear", images=16, memory_gib=1.0)
+TASK = Task(
+    name="tiny",
+    classes=tuple(TaskClass(id=n, name=n, group="ab"[n > "1"]) for n in "0123"),
+    groups=("a", "b"),
+)
+TAKEN = Preprocessing(image_size=WEIGHTS.image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+MODEL = Model(
+    module=compile_circuit(
+        WEIGHTS, Circuit.full(WEIGHTS.graph, ablation="zero"), zero_fill(WEIGHTS)
+    ),
+    name="tiny",
+    weights=WEIGHTS,
+    preprocessing=TAKEN,
+    labels=None,
+    weight_hash="0123",
+)
 
 
-class Images:
-    """Random images, the first half for training."""
-
-    task = Task(
-        name="tiny",
-        classes=tuple(TaskClass(id=n, name=n, group="ab"[n > "1"]) for n in "0123"),
-        groups=("a", "b"),
+def random_images(count: int = 40) -> Images:
+    """As many for training as for choosing."""
+    side = WEIGHTS.image_size
+    array = np.random.default_rng(0).integers(0, 256, (2 * count, side, side, 3), np.uint8)
+    labels = np.arange(2 * count) % 4
+    train, val = (
+        ImageSet(array=array, rows=rows, labels=labels[rows])
+        for rows in np.split(np.arange(2 * count), 2)
     )
-    fingerprint = "tiny images"
-
-    def __init__(self, count: int = 40) -> None:
-        side = WEIGHTS.image_size
-        array = np.random.default_rng(0).integers(0, 256, (2 * count, side, side, 3), np.uint8)
-        labels = np.arange(2 * count) % 4
-        self.train, self.val = (
-            ImageSet(array=array, rows=rows, labels=labels[rows])
-            for rows in np.split(np.arange(2 * count), 2)
-        )
-
-    def calibration(self, count: int, *, seed: int) -> ImageSet:
-        return self.train.take(np.random.default_rng(seed).permutation(len(self.train))[:count])
+    return Images(
+        task=TASK,
+        train=train,
+        val=val,
+        test=val,
+        preprocessing=TAKEN,
+        labels=Labels(owner="the data", ids=TASK.class_ids, names=TASK.class_names),
+        fingerprint="tiny images",
+        origin={},
+    )
 
 
-class Run:
+class NotedRun(Run):
+    """Notes what was made, not read back."""
+
     def __init__(self, path) -> None:
-        self.path, self.made = path, []
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").touch()
+        super().__init__(path)
+        self.made = []
 
-    def once(self, name, make, kind):
-        file = self.path / name
-        if not file.exists():
-            make().save(file)
+    def once(self, name, make, load):
+        def noted():
+            value = make()
             self.made.append(name)
-        return kind.load(file)
+            return value
+
+        return super().once(name, noted, load)
 
 
-class Fitter:
-    """Fits to 16 images."""
-
-    def __init__(self, images: Images) -> None:
-        drawn = images.calibration(16, seed=0).all()
-        self.pixels = to_float(drawn, mean=HALF, std=HALF).double()
-
-    def fit(self, circuit: Circuit) -> SimpleNamespace:
-        fill, statistics = fitted(WEIGHTS, circuit, self.pixels)
-        return SimpleNamespace(fill=fill, statistics=statistics)
+def fitted_pixels(images: Images) -> torch.Tensor:
+    return normalise(images.calibration(16, seed=0).all(), TAKEN)
 
 
-def found(path, budget=MACS, *, ablation="linear", images=None, fractions=None):
+def found(path, budget=MACS, settings=LINEAR, *, images=None, fractions=None):
     """The circuit of a search, and the run."""
-    images, run = images or Images(), Run(path)
-    uncut = Circuit.full(WEIGHTS.graph, ablation="zero")
-    model = SimpleNamespace(
-        weights=WEIGHTS,
-        module=compile_circuit(WEIGHTS, uncut, zero_fill(WEIGHTS)),
-        name="tiny",
-        weight_hash="0123",
-        preprocessing=SimpleNamespace(mean=HALF, std=HALF),
-    )
+    images, run = images or random_images(), NotedRun(path)
+    fitter = Fitter(WEIGHTS, lambda: fitted_pixels(images), ridge=0.1, memory_gib=1.0)
     circuit = search(
-        model,
-        images,
-        budget,
-        ablation=ablation,
-        num_images=16,
-        fitter=Fitter(images),
-        costs=COSTS,
-        run=run,
-        threads=1,
-        memory_gib=1.0,
-        seed=0,
-        cut={"ablation": ablation},
-        fractions=fractions,
+        MODEL, images, budget, settings, fitter, COSTS, run, threads=1, fractions=fractions
     )
     return circuit, run
 
@@ -114,7 +113,7 @@ def test_a_search_ends_within_its_budget_and_says_where_it_comes_from(tmp_path):
     assert (facts["model"], facts["weight_hash"]) == ("tiny", "0123")
     assert facts["images_fingerprint"] == "tiny images"
     assert facts["selection"]["target_macs"] == 0.4
-    assert facts["cut"] == {"ablation": "linear"}
+    assert facts["cut"] == as_plain(replace(LINEAR, costs=None))
     steps = SearchPath.load(tmp_path / "path.json").steps
     assert len(steps) == 3
     assert [step.macs_fraction for step in steps] == sorted(
@@ -153,7 +152,7 @@ def test_a_search_that_is_done_is_not_done_again(tmp_path, monkeypatch):
 
 def test_a_walk_stops_at_predicted_latencies_and_times_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "measure_latency", None)
-    circuit, _ = found(tmp_path, LATENCY, ablation="mean", fractions=(0.9, 0.8))
+    circuit, _ = found(tmp_path, LATENCY, replace(LINEAR, ablation="mean"), fractions=(0.9, 0.8))
     steps = SearchPath.load(tmp_path / "path.json").steps
     assert [step.name for step in steps] == ["predicted-0.9000", "predicted-0.8000"]
     assert [step.latency_fraction for step in steps] == [None, None]
@@ -177,10 +176,10 @@ def test_parts_are_scored_on_images_that_no_fill_is_fitted_to(tmp_path, monkeypa
         return real(*args, pixels=pixels, **settings)
 
     monkeypatch.setattr(searching, "Selection", selection)
-    images = Images(count)
+    images = random_images(count)
     found(tmp_path, replace(MACS, rounds=1), images=images)
-    fit = Fitter(images).pixels
-    both = sum(bool((fit == pixels.double()).flatten(1).all(1).any()) for pixels in seen[0])
+    fit = fitted_pixels(images)
+    both = sum(bool((fit == pixels).flatten(1).all(1).any()) for pixels in seen[0])
     assert len(seen[0]) == 8
     assert (both == 0) == (count == 24)
     assert ("too few training images to score parts on 8 others" in capsys.readouterr().err) == (

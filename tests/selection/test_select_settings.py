@@ -32,7 +32,7 @@ def test_bad_settings_are_refused(given, match):
 
 
 @pytest.mark.parametrize(
-    ("given", "has_budget"),
+    ("given", "is_given"),
     [
         ({}, False),
         ({"target_macs": 0.2}, True),
@@ -41,8 +41,8 @@ def test_bad_settings_are_refused(given, match):
         ({"refresh_fraction": 1.0, "rounds": 1, "score_images": 1}, False),
     ],
 )
-def test_good_settings_are_taken(given, has_budget):
-    assert Budget(**given).has_budget == has_budget
+def test_good_settings_are_taken(given, is_given):
+    assert Budget(**given).is_given == is_given
 
 
 @pytest.mark.parametrize(

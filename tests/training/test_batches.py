@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_training import MEAN, SETTINGS, STD, tiny_images
-from vitcut.images.images import ImageSet
+from tiny_training import SETTINGS, tiny_images
 
 from vitcut.errors import ConfigError
+from vitcut.images.load import ImageSet
 from vitcut.training.batches import (
     TrainingBatches,
     cutmix,
@@ -28,8 +28,8 @@ def _batches(
     return TrainingBatches(
         images or tiny_images().train,
         settings,
-        mean=MEAN,
-        std=STD,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
         num_classes=4,
         device=torch.device("cpu"),
         **share,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import MEAN, SETTINGS, STD, TASK, tiny_images, tiny_model
-from vitcut.model.loading import weight_hash
+from tiny_training import PREPROCESSING, SETTINGS, TASK, tiny_images, tiny_model
 
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.model.model import weight_hash
 from vitcut.settings import as_plain
 from vitcut.training.batches import Batch
 from vitcut.training.distillation import Distillation, repair
@@ -133,7 +133,7 @@ def _repair(out: Path, *, steps: int = 1000) -> str:
     teacher[1].weight.data.mul_(3)
     loss = Dying(teacher, GROUPS, FINE)
     loss.steps_left = steps
-    train(model, tiny_images(), FINE, out, mean=MEAN, std=STD, loss=loss)
+    train(model, tiny_images(), FINE, out, preprocessing=PREPROCESSING, loss=loss)
     return weight_hash(model)
 
 
@@ -156,7 +156,7 @@ def test_a_repair_is_a_training_under_the_loss_of_distillation(tmp_path):
     model, teacher = tiny_model(), tiny_model()
     teacher[1].weight.data.mul_(3)
     before = weight_hash(teacher)
-    repair(model, teacher, tiny_images(), FINE, tmp_path / "repaired", mean=MEAN, std=STD)
+    repair(model, teacher, tiny_images(), FINE, tmp_path / "repaired", preprocessing=PREPROCESSING)
     assert weight_hash(model) == expected
     assert weight_hash(teacher) == before
 
@@ -164,7 +164,9 @@ def test_a_repair_is_a_training_under_the_loss_of_distillation(tmp_path):
 def test_a_repair_by_another_teacher_is_refused(tmp_path):
     _repair(tmp_path)
     with pytest.raises(ArtefactError, match="other settings"):
-        repair(tiny_model(), tiny_model(), tiny_images(), FINE, tmp_path, mean=MEAN, std=STD)
+        repair(
+            tiny_model(), tiny_model(), tiny_images(), FINE, tmp_path, preprocessing=PREPROCESSING
+        )
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import MEAN, SETTINGS, STD, tiny_images, tiny_model
-from vitcut.model.loading import weight_hash
+from tiny_training import PREPROCESSING, SETTINGS, tiny_images, tiny_model
 
 from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut.model.model import weight_hash
 from vitcut.model.reference import build_reference
 from vitcut.model.settings import VitSettings
 from vitcut.training import checkpoint, loop
@@ -24,7 +24,7 @@ from vitcut.training.settings import TrainSettings
 
 
 def train(*arguments, **options) -> TrainResult:
-    return loop.train(*arguments, **{"mean": MEAN, "std": STD, **options})
+    return loop.train(*arguments, **{"preprocessing": PREPROCESSING, **options})
 
 
 class Killed(BaseException):
@@ -183,12 +183,12 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, change):
 def test_a_folder_of_another_preprocessing_is_refused(tmp_path, change):
     _train(tmp_path)
     with pytest.raises(ArtefactError, match="other settings"):
-        _train(tmp_path, **change)
+        _train(tmp_path, preprocessing=replace(PREPROCESSING, **change))
 
 
 def test_a_std_of_zero_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"std must be a finite number > 0, got 0\.0"):
-        _train(tmp_path, std=(1.0, 0.0, 1.0))
+        _train(tmp_path, preprocessing=replace(PREPROCESSING, std=(1.0, 0.0, 1.0)))
 
 
 def test_a_folder_of_another_starting_model_is_refused(tmp_path):

@@ -20,7 +20,7 @@ SETTINGS = TrainSettings(
     epochs=3, batch_size=8, warmup_epochs=1, compile=False, precision="float32", device="cpu"
 )
 """Three epochs of four steps."""
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSING = Preprocessing(image_size=8)
 
 
 def tiny_images(*, train: int = 36, side: int = 8) -> Images:
