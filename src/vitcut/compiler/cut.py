@@ -58,7 +58,7 @@ class Cut:
     """Measurements of it beside the dense model; None if it was not measured."""
 
     def save(self, folder: Path) -> None:
-        """Write a model directory with the circuit, a linear fill and what is known about the cut."""
+        """Write a model directory with the circuit, a linear fill and the facts of the cut."""
         with atomic_folder(folder) as fresh:
             circuit = None if self.circuit is None else json.dumps(self.circuit.to_dict(), indent=1)
             self.model.save_pretrained(fresh, circuit=circuit)
