@@ -167,14 +167,14 @@ PREAMBLE = """\
 
     OMP_NUM_THREADS=1 uv run python benchmarks/registry.py
 
-Every name of timm {version} that stands in a file of vision transformers, built with random weights
-in float64 (models of over 100 M parameters with two blocks in float32; images of four by four
-patches where the model takes such): {total} names, {counts}.
+Every name in timm {version}'s files of vision transformers, built with random weights
+in float64 (models of over 100 M parameters with two blocks, in float32; images of four by four
+patches if the model takes them): {total} names, {counts}.
 
 *exact*: the traced logits are the model's own, and the compact models of three circuits (all of it,
 random heads and neurons per token kind, random edges) compute what their masked models do; the
-largest difference of these is given. *refused*: with the reason. Other libraries' models stand in
-[bring your own model](how-to/bring-a-model.md).
+largest difference of these is given. *refused*: with the reason. For models of other libraries see
+[bring a model](how-to/bring-a-model.md).
 
 | model | outcome | |
 | --- | --- | --- |

@@ -1,22 +1,22 @@
-import inspect
 import os
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 import yaml
 from PIL import Image
 
-from vitcut import api, cli
+from vitcut import cli
 from vitcut.circuit import Circuit
-from vitcut.cli import VERBS, build_parser, main
+from vitcut.cli import LOADERS, VERBS, build_parser, main
 from vitcut.graph import Graph
 from vitcut.preprocessing import numbers
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
-NUM_FLAGS = 90
+NUM_FLAGS = 73
 DRAWN = ["--source", "drawn", "--task", "drawn"]
 
 
@@ -260,18 +260,27 @@ def test_debug_shows_the_traceback_of_an_error_that_can_be_mended(capsys):
 def taken(monkeypatch):
     """What the functions would be called with, by the verb's name; nothing is run or loaded."""
     found = {}
-    monkeypatch.setattr(api, "load_model", lambda **given: found.setdefault("load_model", given))
-    monkeypatch.setattr(api, "load_images", lambda **given: found.setdefault("load_images", given))
+
+    def taking(name, call):
+        @wraps(call)
+        def take(**given):
+            found[name] = given
+
+        return take
+
+    for kind, call in LOADERS.items():
+        monkeypatch.setitem(LOADERS, kind, taking(call.__name__, call))
     for name, verb in VERBS.items():
-
-        def take(_name=name, **given):
-            found[_name] = given
-
-        take.__signature__ = inspect.signature(verb.call)
-        take.__doc__ = verb.call.__doc__
-        bare = replace(verb, call=take, show=None, check=None)
+        bare = replace(verb, call=taking(name, verb.call), show=None, check=None)
         monkeypatch.setitem(VERBS, name, bare)
     return found
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Neither models nor images are loaded."""
+    for kind, call in LOADERS.items():
+        monkeypatch.setitem(LOADERS, kind, wraps(call)(lambda **_: None))
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -399,31 +408,24 @@ def test_the_step_after_checks_names_the_images(model, flags, place, monkeypatch
 def _silent(name, result=None):
     """A verb that does nothing, and gives what a real one would give."""
     verb = VERBS[name]
-
-    def call(**_given):
-        return result
-
-    call.__signature__, call.__doc__ = inspect.signature(verb.call), verb.call.__doc__
+    call = wraps(verb.call)(lambda **_given: result)
     return replace(verb, call=call, show=None if result is None else verb.show, check=None)
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])
 def test_the_step_after_a_search_fills_as_it_did_or_says_how_to_search(
-    ablation, monkeypatch, capsys
+    ablation, unloaded, monkeypatch, capsys
 ):
     circuit = Circuit.full(Graph(num_layers=1, num_heads=1), ablation=ablation)
     monkeypatch.setattr(cli, "VERBS", {"discover": _silent("discover", circuit)})
-    monkeypatch.setattr(api, "load_model", lambda **_: None)
-    monkeypatch.setattr(api, "load_images", lambda **_: None)
     assert main(["discover", "--ablation", ablation, "--out", "found"]) == 0
     out, _ = capsys.readouterr()
     assert out.endswith(f"next: vitcut cut found --point acdc-{ablation}-0.01\n")
     assert ("for a cut, search with --ablation mean" in out) == (ablation == "resample")
 
 
-def test_the_step_after_a_training_is_a_search(monkeypatch, capsys):
+def test_the_step_after_a_training_is_a_search(unloaded, monkeypatch, capsys):
     monkeypatch.setattr(cli, "VERBS", {"train": _silent("train")})
-    monkeypatch.setattr(api, "load_images", lambda **_: None)
     assert main(["train", *DRAWN, "--out", "out"]) == 0
     assert capsys.readouterr().out.endswith("next: vitcut discover --model out\n")
 
@@ -529,7 +531,7 @@ def _help(name, capsys):
 def test_help_loads_no_torch():
     code = """
 import sys
-from vitcut.cli import VERBS, main
+from vitcut.cli import LOADERS, VERBS, main
 for words in [["--help"], *([name, "--help"] for name in VERBS)]:
     assert main(words) == 0
 heavy = {"torch", "timm", "accelerate", "onnxruntime", "openvino", "pyarrow"} & set(sys.modules)

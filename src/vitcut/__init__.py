@@ -9,17 +9,12 @@ if TYPE_CHECKING:
         bench,
         checks,
         cut,
-        demo,
         discover,
         evaluate,
         finetune,
-        load_images,
-        load_model,
         prepare,
-        run,
         show,
         suggest,
-        train,
     )
     from vitcut.benchmark.settings import BenchSettings
     from vitcut.circuit import Circuit
@@ -27,9 +22,10 @@ if TYPE_CHECKING:
     from vitcut.compiler.settings import CutSettings
     from vitcut.discovery.settings import DiscoverSettings
     from vitcut.errors import VitcutError
+    from vitcut.inputs import load_images, load_model
     from vitcut.model.adapters import register_adapter
     from vitcut.model.settings import VitSettings
-    from vitcut.recipes import RunSettings
+    from vitcut.recipes import RunSettings, demo, run, train
     from vitcut.selection.settings import Budget
     from vitcut.task import Task, load_task
     from vitcut.training.settings import FinetuneSettings, TrainSettings
@@ -52,19 +48,19 @@ _HOMES = {
     "bench": "api",
     "checks": "api",
     "cut": "api",
-    "demo": "api",
+    "demo": "recipes",
     "discover": "api",
     "evaluate": "api",
     "finetune": "api",
-    "load_images": "api",
-    "load_model": "api",
+    "load_images": "inputs",
+    "load_model": "inputs",
     "load_task": "task",
     "prepare": "api",
     "register_adapter": "model.adapters",
-    "run": "api",
+    "run": "recipes",
     "show": "api",
     "suggest": "api",
-    "train": "api",
+    "train": "recipes",
 }
 """The module that each public name lives in."""
 

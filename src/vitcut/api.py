@@ -5,220 +5,55 @@ directory: called again after a kill, with the same arguments, it goes on from w
 are imported when a verb runs, so that reading signatures loads no torch.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from vitcut.benchmark.settings import BenchSettings
+from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.images.settings import DataSettings
-from vitcut.model.settings import VitSettings
+from vitcut.inputs import (
+    for_images,
+    load_images,
+    load_model,
+    require,
+    require_made_for,
+    subject,
+)
 from vitcut.names import SHIPPED_MODEL
-from vitcut.progress import say
-from vitcut.recipes import RunSettings, read_recipe
+from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Point, Results
 from vitcut.runs import (
     CIRCUIT_FILE,
-    CONFIG_FILE,
     REPAIR_FILE,
     RESULTS_FILE,
     Run,
     find_circuit,
     find_cut,
     find_run,
-    read_settings,
 )
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
-from vitcut.task import Task, all_classes_task, load_task, parse_task
-from vitcut.training.settings import FinetuneSettings, TrainSettings
+from vitcut.store import write_text
+from vitcut.task import Task
+from vitcut.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from torch import nn
 
     from vitcut.benchmark.evaluation import Evaluation
-    from vitcut.circuit import Circuit
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.calibrate import Calibration
-    from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images
     from vitcut.images.prepare import PreparedData
-    from vitcut.masked.fitting import Fitter
     from vitcut.model.model import Model
-    from vitcut.preprocessing import Preprocessing
-    from vitcut.results import Point, Results
     from vitcut.training.repair import Repaired
-
-T = TypeVar("T")
-
-_OWN = "."
-"""A run's model that lies in the run directory itself, wherever that is moved."""
-
-
-def load_model(
-    model: "str | Path | nn.Module",
-    *,
-    arch: str | None = None,
-    mean: float | Sequence[float] | str | None = None,
-    std: float | Sequence[float] | str | None = None,
-    random_weights: bool = False,
-    image_size: int | None = None,
-) -> "Model":
-    """Load a dense model, read its weights, and check that they reproduce its logits.
-
-    Args:
-        model: "animals" (the shipped model), a run directory (the model that it trained or is
-            about), a folder of timm or transformers, "timm:NAME", "hf-hub:REPOSITORY", or a file
-            of bare weights (.safetensors, .pth). In Python also a ViT of timm, torchvision,
-            transformers or a class with an adapter, which is copied, not changed.
-        arch: Architecture of a file of bare weights: timm's name, or "torchvision:NAME".
-        mean: On the scale 0 to 1: what pixels are shifted by, one number or one per channel
-            (0.485,0.456,0.406). Needed with a module, possible with bare weights, refused with all
-            else.
-        std: What pixels are divided by afterwards; likewise.
-        random_weights: Build "timm:NAME" with random weights, without network.
-        image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
-            position embeddings are resized. None is the size of its weights.
-
-    Raises:
-        ModelError: There is no such model, it is damaged, or its weights are not finite.
-        UnsupportedModelError: The model has a feature that is not understood.
-        ConfigError: Something is given that is for another kind of model, or is out of range.
-        ArtefactError: The run directory is damaged, or of another version.
-    """
-    from vitcut.model.load import load
-    from vitcut.preprocessing import numbers
-
-    given: dict[str, Any] = {
-        "arch": arch,
-        "mean": numbers("mean", mean),
-        "std": numbers("std", std),
-        "random_weights": random_weights,
-        "image_size": image_size,
-    }
-    typed = {
-        name: value for name, value in given.items() if value is not None and value is not False
-    }
-    run, path = None, None
-    if isinstance(model, (str, Path)):
-        path = Path(model)
-        if str(model) != SHIPPED_MODEL and (path / CONFIG_FILE).is_file():
-            run = path
-            stored = dict(read_settings(path).get("model") or {})
-            stored.pop("weight_hash", None)
-            model = stored.pop("model", _OWN)
-            given |= {**stored, **typed}
-            typed = {**stored, **typed}
-            if model == _OWN:
-                model = path / "dense"
-        # A path is kept absolute: a run directory is read from other places too.
-        if str(model) != SHIPPED_MODEL and Path(str(model)).exists():
-            model = str(Path(str(model)).resolve())
-    loaded = load(model, **given)
-    for name in {"mean", "std"} & typed.keys():
-        typed[name] = list(getattr(loaded.preprocessing, name))
-    origin = {"model": str(model), **typed} if path is not None else None
-    if run is not None:
-        return replace(loaded, name=str(path), origin=origin, run=run)
-    return replace(loaded, name=loaded.name if path is None else str(path), origin=origin)
-
-
-def load_images(
-    source: str | Path | None = None,
-    *,
-    task: "str | Path | Task | None" = None,
-    model: "Model | None" = None,
-    image_size: int | None = None,
-    mean: float | Sequence[float] | str | None = None,
-    std: float | Sequence[float] | str | None = None,
-    seed: int = 0,
-    val_fraction: float = 0.1,
-    skip_bad_images: bool = False,
-) -> "Images":
-    """Prepare the images of a task; they are decoded once and kept in the cache.
-
-    Args:
-        source: A Tiny ImageNet .zip or folder, a folder or .zip of class folders, a .parquet file,
-            a Hugging Face dataset id, or "drawn" (pictures drawn on the spot). None takes those of
-            the run directory that the model was loaded from, else downloads Tiny ImageNet.
-        task: A shipped task's name ("animals", "drawn"), a label file, or a `Task`. None takes the
-            run directory's, else the one called like the model or source, else every class is its
-            own group.
-        model: Prepare images as this model takes them, its size, colours, crop and interpolation;
-            positions and names in the label file are then of its classes, else of the data's.
-        image_size: Height and width, in pixels; None is the model's, or 64 without a model.
-        mean: Of a model to be trained: on the scale 0 to 1, what pixels are shifted by, one number
-            or one per channel; None is ImageNet's.
-        std: What pixels are divided by afterwards; likewise.
-        seed: Of the splits that the data lacks, and of drawn pictures.
-        val_fraction: Part of each class's training images that is set aside for choosing.
-        skip_bad_images: Leave out images that do not decode, instead of stopping.
-
-    Raises:
-        DataError: The source cannot be used, or a class has too few images to be split.
-        TaskError: There is no such task, or it does not fit the data or the model.
-        ConfigError: A setting is out of range, or not the model's.
-    """
-    from vitcut.images.load import split
-    from vitcut.images.prepare import prepare as prepare_images
-    from vitcut.model.classes import find_labels
-    from vitcut.model.model import Model
-    from vitcut.preprocessing import Preprocessing, numbers
-
-    size = None if model is None else _require(model, Model).preprocessing.image_size
-    if None not in {size, image_size} and size != image_size:
-        raise ConfigError(
-            f"the model takes images of {size} pixels, got image_size={image_size}: leave it out"
-        )
-    settings = DataSettings(
-        source=None if source is None else str(source),
-        image_size=size or image_size or 64,
-        seed=seed,
-        val_fraction=val_fraction,
-        skip_bad_images=skip_bad_images,
-    )
-    if model is not None and model.run is not None:
-        # What is not said is the run's, but for the image size, which is the model's.
-        stored: Any = read_settings(model.run).get("images")
-        try:
-            own = parse_task(json.dumps(stored.pop("task")), origin=str(model.run))
-            del stored["fingerprint"]
-            stored["image_size"] = settings.image_size
-            base = DataSettings(**stored)
-        except (KeyError, TypeError, AttributeError, TaskError, ConfigError) as error:
-            raise ArtefactError(
-                f"{model.run / CONFIG_FILE} is damaged: {error!r}; run its command again in a new "
-                "directory"
-            ) from None
-        task = own if task is None else task
-        skip = base.skip_bad_images or skip_bad_images
-        source = base.source if source is None else str(source)
-        settings = replace(base, source=source, skip_bad_images=skip)
-    if task is None:
-        named = [settings.source, None if model is None else model.name]
-        task = next((name for name in named if name in {SHIPPED_MODEL, "drawn"}), None)
-    if model is None:
-        given = {"mean": numbers("mean", mean), "std": numbers("std", std)}
-        known: Any = {name: value for name, value in given.items() if value is not None}
-        preprocessing = Preprocessing(image_size=settings.image_size, **known)
-    else:
-        preprocessing = model.preprocessing
-    # A label file is read before images are fetched or decoded.
-    wanted = task if isinstance(task, Task) or task is None else load_task(task)
-    prepared = prepare_images(settings, preprocessing.framing)
-    labels = prepared.labels
-    wanted = wanted or all_classes_task(labels)
-    if model is not None:
-        classes = model.weights.num_classes
-        labels, _ = find_labels(model.labels, model.name, classes, prepared.labels, wanted)
-    return split(prepared, settings, wanted.among(labels), preprocessing)
 
 
 def discover(
@@ -227,7 +62,7 @@ def discover(
     *,
     settings: DiscoverSettings = DiscoverSettings(),
     out: str | Path | None = None,
-) -> "Circuit":
+) -> Circuit:
     """Find the circuit of a task in a model with ACDC.
 
     Args:
@@ -242,156 +77,14 @@ def discover(
         TaskError: The model's classes are not the task's.
         ArtefactError: ``out`` holds something else.
     """
-    run, model = Run(out), _for_images(model, images)
+    run, model = Run(out), for_images(model, images)
     images.calibration(settings.images, seed=settings.seed)
     chosen = {"discover": as_plain(settings)}
-    run.claim({**_subject(model, images), **chosen}, free=("discover.tau", "discover.ablation"))
-    [(_, circuit)] = _circuits(model, images, settings, [settings.tau], run)
+    run.claim({**subject(model, images), **chosen}, free=("discover.tau", "discover.ablation"))
+    from vitcut.discovery.search import find_circuits
+
+    [(_, circuit)] = find_circuits(model, images, settings, [settings.tau], run)
     return circuit
-
-
-def _circuits(
-    model: "Model", images: "Images", settings: DiscoverSettings, taus: Sequence[float], run: Run
-) -> "Iterator[tuple[str, Circuit]]":
-    """The name and circuit of the point at each tau, all from the same cached activations."""
-    import torch
-
-    from vitcut.circuit import Circuit
-    from vitcut.discovery.search import Discovery, make_examples
-    from vitcut.images.load import normalise
-
-    discovery: Discovery | None = None
-    for tau in taus:
-        name = f"{settings.method}-{settings.ablation}-{tau:g}"
-        folder = Path("points") / name
-
-        def find(tau: float = tau, folder: Path = folder) -> Circuit:
-            nonlocal discovery
-            if discovery is None:
-                chosen = images.calibration(settings.images, seed=settings.seed)
-                groups = images.task.group_of_class
-                pixels = normalise(chosen.all(), model.preprocessing)
-                examples = make_examples(
-                    pixels, groups[chosen.labels], torch.from_numpy(groups), settings
-                )
-                discovery = Discovery(model.weights, examples, settings)
-            log = None if run.is_temporary else run.path / folder / "decisions.jsonl"
-            found = discovery.find(tau, log=log)
-            return Circuit(
-                graph=discovery.oracle.graph,
-                kept=found.kept,
-                ablation=settings.ablation,
-                method=settings.method,
-                task=images.task.name,
-                tau=tau,
-                provenance={
-                    "model": model.name,
-                    "weight_hash": model.weight_hash,
-                    "images_fingerprint": images.fingerprint,
-                    "settings": as_plain(replace(settings, tau=tau)),
-                    "kl": found.kl,
-                    "pairs": discovery.num_pairs,
-                    "node_evaluations": found.node_evaluations,
-                    "oracle_calls": found.oracle_calls,
-                    "precision": found.precision,
-                    "seconds": None if found.seconds is None else round(found.seconds, 2),
-                },
-            )
-
-        circuit = run.once(str(folder / CIRCUIT_FILE), find, Circuit.load)
-        if circuit.tau != tau:
-            raise ConfigError(
-                f"{run.path / folder} holds a circuit of tau {circuit.tau!r}, not {tau!r}, which "
-                "has the same name: choose another --out"
-            )
-        yield name, circuit
-
-
-_GIVEN_BY = {
-    "Model": ("what vitcut.load_model gives", "vitcut.load_model(...)"),
-    "Images": (
-        "what vitcut.load_images gives",
-        "vitcut.load_images(source, task=..., model=model)",
-    ),
-    "Circuit": ("what vitcut.discover gives", "vitcut.Circuit.load(path)"),
-    "Cut": ("what vitcut.cut gives", "vitcut.CompactViT.from_pretrained(folder)"),
-}
-"""What each kind of argument is called, and what gives one."""
-
-
-def _require(value: Any, kind: type[T]) -> T:
-    """Refuse an argument of another kind, and say what gives the right one."""
-    if isinstance(value, kind):
-        return value
-    expected, remedy = _GIVEN_BY[kind.__name__]
-    if type(value).__name__ == "Cut":
-        remedy = f"give its {'circuit' if kind.__name__ == 'Circuit' else 'model'}"
-    elif kind.__name__ == "Model" and hasattr(value, "state_dict"):
-        remedy = "vitcut.load_model(module, mean=..., std=...)"
-    raise ConfigError(f"expected {expected}, got {type(value).__name__}: {remedy}")
-
-
-def _for_images(model: "Model", images: "Images") -> "Model":
-    """The model whose logits are the fine classes of the images' task, in their order."""
-    from vitcut.images.load import Images
-    from vitcut.model.model import Model
-
-    _require(model, Model)
-    _require_made_for(model.preprocessing, _require(images, Images))
-    return model.for_task(images.task, images.labels)
-
-
-def _require_made_for(wanted: "Preprocessing", images: "Images") -> None:
-    """Check that images were made as a model takes them; mean and std are applied later."""
-    made = images.preprocessing
-    if wanted.image_size != made.image_size:
-        raise ConfigError(
-            f"the model takes images of {wanted.image_size} pixels, got {made.image_size}: give "
-            f"load_images model=..., or image_size={wanted.image_size}"
-        )
-    for name, own in vars(wanted.framing).items():
-        got = getattr(made.framing, name)
-        if own != got:
-            raise ConfigError(
-                f"the model takes images with {name} {own}, got {got}: give load_images model=..."
-            )
-
-
-def _subject(model: "Model", images: "Images") -> dict[str, Any]:
-    """What a run directory notes of the model and images that it is about."""
-    origin = dict(model.origin or {"model": model.name})
-    return {
-        "model": {**origin, "weight_hash": model.weight_hash},
-        "images": _plain_images(images),
-    }
-
-
-def _plain_images(images: "Images") -> dict[str, Any]:
-    return {**images.origin, "fingerprint": images.fingerprint}
-
-
-def _costs(settings: CutSettings) -> "CostModel":
-    """The costs that plans are chosen by: those of a file, or the shipped ones."""
-    from vitcut.compiler.cost import CostModel
-
-    if settings.costs is None:
-        return CostModel(batch=settings.batch)
-    return replace(CostModel.load(Path(settings.costs)), batch=settings.batch)
-
-
-def _fitter(model: "Model", images: "Images", settings: CutSettings) -> "Fitter":
-    """What fits fills, on the calibration images of a cut; they are read when one is needed."""
-    from vitcut.images.load import normalise
-    from vitcut.masked.fitting import Fitter
-
-    count = min(settings.images, len(images.train))
-    chosen = images.calibration(count, seed=settings.seed)
-    return Fitter(
-        model.weights,
-        lambda: normalise(chosen.all(), model.preprocessing),
-        ridge=settings.ridge,
-        memory_gib=settings.memory_gib,
-    )
 
 
 def cut(
@@ -435,19 +128,18 @@ def cut(
         ArtefactError: ``out`` holds something else.
     """
     from vitcut.benchmark.points import measure
-    from vitcut.circuit import Circuit
-    from vitcut.compiler.cut import Cut, class_only, cut_circuit
+    from vitcut.compiler.cost import CostModel
+    from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
     from vitcut.report.cards import save_results
-    from vitcut.results import CLASS_ONLY, Results
-    from vitcut.selection.search import search
+    from vitcut.selection.search import budget_point, search
 
-    run, model = Run(out), _for_images(model, images)
+    run, model = Run(out), for_images(model, images)
     if isinstance(circuit, (str, Path)):
         circuit = Circuit.load(find_circuit(Path(circuit), point))
     check_cut({"circuit": circuit, "budget": budget, "settings": settings, "model": model})
-    found_under = None if circuit is None else _require(circuit, Circuit).ablation
+    found_under = None if circuit is None else require(circuit, Circuit).ablation
     settings = replace(settings, ablation=settings.ablation_for(found_under))
-    costs = _costs(settings)
+    costs = CostModel.of(settings)
     chosen: dict[str, Any] = {
         "cut": as_plain(replace(settings, costs=None)),
         "costs": costs.fingerprint,
@@ -458,15 +150,15 @@ def cut(
         chosen["circuit"] = circuit.fingerprint
     if bench is not None:
         chosen["bench"] = as_plain(bench)
-    run.claim({**_subject(model, images), **chosen})
-    fitter = _fitter(model, images, settings)
+    run.claim({**subject(model, images), **chosen})
+    fitter = make_fitter(model, images, settings)
 
     def make() -> Cut:
         sought = circuit
         if sought is None:
             threads = 1 if bench is None else bench.threads
             sought = search(model, images, budget, settings, fitter, costs, run, threads=threads)
-        name, asked = _budget_point(budget, settings, sought)
+        name, asked = budget_point(budget, settings, sought)
         return cut_circuit(
             model, images, sought, settings, fitter=fitter, costs=costs, name=name, budget=asked
         )
@@ -476,7 +168,7 @@ def cut(
         return done
 
     def measured() -> Results:
-        baseline = class_only(model, images, fitter=fitter, costs=costs)
+        baseline = class_only(model, images, settings)
         points = {CLASS_ONLY: baseline, done.name: (done.point(run.path), done.model)}
         return save_results(measure(model, images, points, bench), run.path)
 
@@ -507,10 +199,11 @@ def check_cut(given: Mapping[str, Any]) -> None:
             "first, then cut its circuit with merge"
         )
     if budget.is_given and "model" in given:
+        from vitcut.compiler.cost import CostModel
         from vitcut.model.model import Model
         from vitcut.selection.search import require_possible
 
-        require_possible(_require(given["model"], Model).weights, budget, _costs(settings))
+        require_possible(require(given["model"], Model).weights, budget, CostModel.of(settings))
 
 
 def check_finetune(given: Mapping[str, Any]) -> None:
@@ -524,21 +217,6 @@ def check_finetune(given: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"repaired_dense is {str(taken)!r} and repair_dense is false: leave one of them out"
         )
-
-
-def _budget_point(
-    budget: Budget, settings: CutSettings, circuit: "Circuit"
-) -> tuple[str | None, dict[str, Any] | None]:
-    """The name of a budget's point, and what was asked for."""
-    if not budget.is_given:
-        return None, None
-    if budget.target_macs is not None:
-        asked: dict[str, Any] = {"macs": budget.target_macs}
-    else:
-        asked = {"latency": budget.target_latency, "runtime": budget.runtime}
-        asked["batch"] = settings.batch
-    kind, target = next(iter(asked.items()))
-    return f"{budget.scores}-{circuit.ablation}-{kind}-{target:g}", asked
 
 
 def finetune(
@@ -584,15 +262,13 @@ def finetune(
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
     from vitcut.report.cards import dense_repaired_card, repaired_card
-    from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Results
-    from vitcut.store import write_text
     from vitcut.training.repair import (
         Repair,
         Repaired,
         compare_pairs,
         find_repair,
-        repair,
         repair_cut,
+        repair_dense_model,
         require_cut_of,
         require_sight,
     )  # fmt: skip
@@ -601,10 +277,10 @@ def finetune(
     if isinstance(cut, (str, Path)):
         start = Cut.load(find_cut(Path(cut), point))
     else:
-        start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else _require(cut, Cut)
+        start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
     run = Run(out)
     require_sight(start.model)
-    model = _for_images(model, images)
+    model = for_images(model, images)
     require_cut_of(start.model, model, images)
     taken = None
     if repaired_dense is not None:
@@ -618,7 +294,7 @@ def finetune(
         "repaired_dense": None if taken is None else str(taken[0].resolve()),
         "bench": None if bench is None else as_plain(bench),
     }
-    run.claim({**_subject(model, images), **chosen})
+    run.claim({**subject(model, images), **chosen})
     repaired, training = repair_cut(start, model, images, settings, run.path)
     repaired = replace(run.once("model", lambda: repaired, Cut.load), folder=run.path / "model")
     dense, dense_training, folder = None, None, run.path / DENSE_REPAIRED
@@ -626,23 +302,18 @@ def finetune(
         folder, dense_training = taken
         dense = Model.load(folder / "dense")
     elif repair_dense:
-        say("giving the dense model the same repair")
-        module = deepcopy(model.module)
-        dense_training = repair(
-            module, model.module, images, settings, folder, preprocessing=model.preprocessing
-        )
+        made, dense_training = repair_dense_model(model, images, settings, folder)
         card = dense_repaired_card(images.task, dense_training, settings)
-        kept = replace(model, module=module, card=card)
-        dense = run.once(f"{DENSE_REPAIRED}/dense", lambda: kept, Model.load)
+        dense = run.once(f"{folder.name}/dense", lambda: replace(made, card=card), Model.load)
+
+    told = Repair(training=training, dense_training=dense_training, paired=())
 
     def measured(timing: BenchSettings) -> Results:
-        fitter = _fitter(model, images, CutSettings())
-        baseline = class_only(model, images, fitter=fitter, costs=_costs(CutSettings()))
+        baseline = class_only(model, images, CutSettings())
         points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: baseline}
         if dense is not None and dense_training is not None:
             point = replace(
-                dense_point(model),
-                name=DENSE_REPAIRED,
+                dense_point(model, name=DENSE_REPAIRED),
                 seconds=round(dense_training.seconds, 2),
                 model=run.relative(folder / "dense"),
             )
@@ -650,21 +321,16 @@ def finetune(
         points |= {item.name: (item.point(run.path), item.model) for item in (start, repaired)}
         found = evaluate_points(model, images, points)
         results = measure(model, images, points, timing, evaluations=found)
-        told = Repair(
-            training=training,
-            dense_training=dense_training,
-            paired=compare_pairs(repaired.name, found, seed=timing.seed),
-        )
-        told.save(run.path / REPAIR_FILE)
+        paired = compare_pairs(repaired.name, found, seed=timing.seed)
+        replace(told, paired=paired).save(run.path / REPAIR_FILE)
         card = repaired_card(results, results.points[-1], training, settings)
         write_text(run.path / "model" / "README.md", card)
         return results
 
-    results = (
-        None if bench is None else run.once(RESULTS_FILE, lambda: measured(bench), Results.load)
-    )
-    told = Repair(training=training, dense_training=dense_training, paired=())
-    told = told if results is None else Repair.load(run.path / REPAIR_FILE)
+    results = None
+    if bench is not None:
+        results = run.once(RESULTS_FILE, lambda: measured(bench), Results.load)
+        told = Repair.load(run.path / REPAIR_FILE)
     return Repaired(cut=repaired, dense=dense, repair=told, results=results)
 
 
@@ -687,9 +353,9 @@ def evaluate(model: "Model | CompactViT | Cut", images: "Images") -> "Evaluation
 
     model = model.model if isinstance(model, Cut) else model
     if not isinstance(model, CompactViT):
-        model = _for_images(model, images)
+        model = for_images(model, images)
         return measure_accuracy(model.module, images.test, images.task, model.preprocessing)
-    info, task = model.info, _require(images, Images).task
+    info, task = model.info, require(images, Images).task
     # Labels of transformers are texts: a folder's name, or what a person calls the class.
     known = [{item.id, item.name} for item in task.classes]
     same = len(known) == len(info.class_names) and all(
@@ -705,7 +371,7 @@ def evaluate(model: "Model | CompactViT | Cut", images: "Images") -> "Evaluation
             "the compact model does not say how its images are made: set model.info to a ModelInfo "
             "with its preprocessing"
         )
-    _require_made_for(info.preprocessing, images)
+    require_made_for(info.preprocessing, images)
     return measure_accuracy(model, images.test, task, info.preprocessing)
 
 
@@ -714,7 +380,7 @@ def bench(
     *,
     settings: BenchSettings = BenchSettings(),
     out: str | Path | None = None,
-) -> "Results":
+) -> Results:
     """Measure the models of a run directory again.
 
     Args:
@@ -728,7 +394,6 @@ def bench(
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cut import Cut, class_only
     from vitcut.model.model import Model
-    from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Results
 
     path, target = Path(run), Run(out)
     if not (path / RESULTS_FILE).is_file():
@@ -742,12 +407,11 @@ def bench(
     earlier = Results.load(path / RESULTS_FILE)
     model = load_model(path)
     images = load_images(model=model)
-    model = _for_images(model, images)
+    model = for_images(model, images)
     chosen = {"run": str(path.resolve()), "bench": as_plain(settings)}
-    target.claim({**_subject(model, images), **chosen})
-    fitter, costs = _fitter(model, images, CutSettings()), _costs(CutSettings())
+    target.claim({**subject(model, images), **chosen})
     points: dict[str, tuple[Point, nn.Module]] = {
-        CLASS_ONLY: class_only(model, images, fitter=fitter, costs=costs)
+        CLASS_ONLY: class_only(model, images, CutSettings())
     }
     for point in earlier.points:
         if point.model is not None:
@@ -765,157 +429,6 @@ def bench(
     results = measure(model, images, points, settings)
     results.save(target.path / RESULTS_FILE)
     return results
-
-
-def train(
-    images: "Images",
-    *,
-    vit: VitSettings = VitSettings(),
-    settings: TrainSettings = TrainSettings(),
-    out: str | Path | None = None,
-) -> "Model":
-    """Train a small ViT on a task.
-
-    Args:
-        images: From `load_images`, without a model.
-        vit: The architecture.
-        settings: The training.
-        out: Run directory: checkpoints, metrics, and the model in ``dense/``.
-
-    Raises:
-        ConfigError: The image cannot be cut into whole patches.
-        ArtefactError: ``out`` holds something else.
-    """
-    from vitcut.images.load import Images
-
-    vit.require_whole_patches(_require(images, Images).preprocessing.image_size)
-    run = Run(out)
-    own = {"vit": as_plain(vit), "train": as_plain(settings)}
-    run.claim({"model": {"model": _OWN}, "images": _plain_images(images), **own})
-    return _trained(images, vit, settings, run)
-
-
-def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: Run) -> "Model":
-    """The dense model of a run directory: trained, or read back."""
-    from vitcut.labels import Labels
-    from vitcut.model.model import Model
-    from vitcut.model.reference import build_reference
-    from vitcut.report.cards import dense_card
-    from vitcut.training.loop import train as fit
-
-    def make() -> Model:
-        module = build_reference(
-            vit,
-            num_classes=len(images.task.classes),
-            image_size=images.preprocessing.image_size,
-            seed=settings.seed,
-        )
-        result = fit(module, images, settings, run.path, preprocessing=images.preprocessing)
-        task = images.task
-        labels = Labels(owner=task.name, ids=task.class_ids, names=task.class_names)
-        made = Model.of(module, str(run.path), images.preprocessing, labels)
-        return replace(made, card=dense_card(task, result, settings))
-
-    return run.once("dense", make, Model.load)
-
-
-def run(
-    recipe: "str | Path | RunSettings",
-    *,
-    changes: Mapping[str, Any] | None = None,
-    out: str | Path | None = None,
-) -> "Results":
-    """Train, discover, cut and measure by a recipe.
-
-    Args:
-        recipe: A shipped recipe's name, a YAML file, or `RunSettings`.
-        changes: Values of the recipe to change, by dotted key: ``{"train.epochs": 2}``.
-        out: Run directory; None takes ``runs/NAME``, by the recipe's name.
-
-    Raises:
-        VitcutError: Any stage's own error; the directory can be continued once it is mended.
-    """
-    from vitcut.benchmark.points import measure
-    from vitcut.compiler.cut import Cut, class_only, cut_circuit
-    from vitcut.model.model import read_model
-    from vitcut.model.reference import build_reference
-    from vitcut.report.cards import save_results
-    from vitcut.results import CLASS_ONLY, Results
-    from vitcut.selection.search import require_possible, search
-    from vitcut.training.repair import repair_cut
-
-    named = not isinstance(recipe, RunSettings)
-    settings = read_recipe(recipe, changes) if named else recipe
-    target = Run(Path("runs") / Path(recipe).stem if out is None and named else out)
-    vit, data = settings.vit, settings.data
-    vit.require_whole_patches(data.image_size)
-    images = load_images(task=settings.task, **asdict(data))
-    # What cannot be is refused before the directory is claimed and a model is trained.
-    images.calibration(settings.discover.images, seed=settings.discover.seed)
-    size, classes = data.image_size, len(images.task.classes)
-    untrained = read_model(build_reference(vit, num_classes=classes, image_size=size))
-    linear = replace(settings.cut, ablation="linear", merge=False)
-    costs = _costs(settings.cut)
-    if settings.select.is_given:
-        require_possible(untrained, settings.select, costs)
-    chosen = {
-        key: value for key, value in as_plain(settings).items() if key not in {"task", "data"}
-    }
-    target.claim({"model": {"model": _OWN}, "images": _plain_images(images), **chosen})
-    model = _for_images(_trained(images, vit, settings.train, target), images)
-    cuts: list[Cut] = []
-
-    def keep(folder: Path, make: Callable[[], Cut]) -> Cut:
-        made = target.once(str(folder / "model"), make, Cut.load)
-        cuts.append(replace(made, folder=target.path / folder / "model"))
-        return cuts[-1]
-
-    fitter = _fitter(model, images, settings.cut)
-    for ablation in settings.ablations:
-        sought = replace(settings.discover, ablation=ablation)
-        for name, circuit in _circuits(model, images, sought, settings.taus, target):
-            keep(
-                Path("points") / name,
-                lambda c=circuit, n=name: cut_circuit(
-                    model, images, c, settings.cut, fitter=fitter, costs=costs, name=n
-                ),
-            )
-    if settings.select.is_given:
-        fitter = _fitter(model, images, linear)
-        threads = settings.bench.threads
-        circuit = search(
-            model, images, settings.select, linear, fitter, costs, target, threads=threads
-        )
-        name, asked = _budget_point(settings.select, linear, circuit)
-        start = keep(
-            Path("points") / str(name),
-            lambda: cut_circuit(
-                model, images, circuit, linear, fitter=fitter, costs=costs, name=name, budget=asked
-            ),
-        )
-        if settings.repair is not None:
-            training = settings.repair
-            folder = Path("points") / f"{name}-repaired"
-            keep(
-                folder, lambda: repair_cut(start, model, images, training, target.path / folder)[0]
-            )
-
-    def measured() -> Results:
-        points = {CLASS_ONLY: class_only(model, images, fitter=fitter, costs=costs)}
-        points |= {item.name: (item.point(target.path), item.model) for item in cuts}
-        return save_results(measure(model, images, points, settings.bench), target.path)
-
-    return target.once(RESULTS_FILE, measured, Results.load)
-
-
-def demo(*, changes: Mapping[str, Any] | None = None, out: str | Path | None = None) -> "Results":
-    """Go the whole way in under three minutes, on drawn pictures: no data and no network needed.
-
-    Args:
-        changes: Values of the recipe ``demo`` to change, by dotted key.
-        out: Run directory; None takes ``runs/demo``.
-    """
-    return run("demo", changes=changes, out=out)
 
 
 def prepare(
@@ -961,7 +474,6 @@ def suggest(
     """
     from vitcut.images.drawn import SOURCE_WORD
     from vitcut.images.sources import open_source
-    from vitcut.store import write_text
     from vitcut.suggest import suggest as suggest_task
 
     path = Path(out)

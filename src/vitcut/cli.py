@@ -24,15 +24,16 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from vitcut import api
 from vitcut.errors import ConfigError, VitcutError
+from vitcut.inputs import load_images, load_model
 from vitcut.names import SHIPPED_MODEL
-from vitcut.recipes import RunSettings, read_recipe, recipe_names
+from vitcut.recipes import RunSettings, demo, read_recipe, recipe_names, run, train
 from vitcut.report import show
 from vitcut.runs import Run, find_circuit, find_cut, find_run
 from vitcut.settings import as_plain
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
-_LOADERS: dict[str, Callable[..., Any]] = {"Model": api.load_model, "Images": api.load_images}
+LOADERS: dict[str, Callable[..., Any]] = {"Model": load_model, "Images": load_images}
 """What gives an argument of a type that cannot be typed, and so whose arguments are flags."""
 
 
@@ -130,8 +131,13 @@ def build_parser(name: str) -> ArgumentParser:
     verb = VERBS[name]
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     told = parse_docstring(verb.call.__doc__ or "")
-    parser = _Parser(prog=f"vitcut {name}", description=told.short_description, exit_on_error=False)
     parameters = inspect.signature(verb.call).parameters
+    parser = _Parser(
+        prog=f"vitcut {name}",
+        description=told.short_description,
+        exit_on_error=False,
+        print_config=None,
+    )
     if "changes" in parameters:
         parser.description = f"{told.short_description} {_CHANGES}"
         parser.add_argument(
@@ -142,17 +148,17 @@ def build_parser(name: str) -> ArgumentParser:
     known: set[Any] = set()
     for parameter in parameters.values():
         settings = _settings_of(parameter.annotation)
-        loader = _LOADERS.get(str(parameter.annotation))
+        kind = str(parameter.annotation)
         if parameter.name == "out":
             parser.add_argument("--out", type=str, default=verb.out, help=_help(told, "out"))
         elif settings is not None:
             parser.add_class_arguments(settings, skip=known & {f.name for f in fields(settings)})
             known |= {field.name for field in fields(settings)}
-        elif loader is not None:
-            described = parse_docstring(loader.__doc__ or "")
-            for own in inspect.signature(loader).parameters.values():
+        elif kind in LOADERS:
+            described = parse_docstring(LOADERS[kind].__doc__ or "")
+            for own in inspect.signature(LOADERS[kind]).parameters.values():
                 # A model for images is that of the command; "seed" is that of its settings.
-                hidden = {"model", "seed", "val_fraction"} if loader is api.load_images else set()
+                hidden = {"model", "seed", "val_fraction"} if kind == "Images" else set()
                 if own.name in known | hidden:
                     continue
                 known.add(own.name)
@@ -172,7 +178,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
     if default is None and numbers == [int]:
         kind = int | None
     name = f"--{parameter.name}" if flag else parameter.name
-    more: dict[str, Any] = {} if flag or parameter.default is parameter.empty else {"nargs": "?"}
+    optional = parameter.default is not parameter.empty or parameter.name == "recipe"
+    more: dict[str, Any] = {"nargs": "?"} if optional and not flag else {}
     if flag or more:
         more["default"] = str(default) if isinstance(default, Path) else default
     parser.add_argument(name, type=kind, help=told, **more)
@@ -188,18 +195,18 @@ def _values(
         settings = _settings_of(parameter.annotation)
         if settings is not None:
             values[name] = settings(**_typed(settings, parser, typed))
-        elif str(parameter.annotation) not in _LOADERS and name != "changes":
+        elif str(parameter.annotation) not in LOADERS and name != "changes":
             values[name] = typed[name]
     if "changes" in parameters:
         values["changes"] = changes
+    check = verb.check or (lambda _: None)
+    check(values)
     base = None
     if typed.get("circuit") is not None:
         from vitcut.circuit import Circuit
 
         path = find_circuit(Path(typed.circuit), typed.point)
         values["circuit"], base = Circuit.load(path), find_run(path)
-    check = verb.check or (lambda _: None)
-    check(values)
     if typed.get("cut") is not None:
         from vitcut.compiler.cut import Cut
 
@@ -209,19 +216,19 @@ def _values(
         Run(typed.out)
     loaded = {name: str(parameter.annotation) for name, parameter in parameters.items()}
     if loaded.get("model") == "Model":
-        loading = {name: typed[name] for name in inspect.signature(api.load_model).parameters}
+        loading = {name: typed[name] for name in inspect.signature(load_model).parameters}
         loading["model"] = typed.model or base or SHIPPED_MODEL
-        values["model"] = api.load_model(**loading)
+        values["model"] = LOADERS["Model"](**loading)
         if base is not None:
             # Whatever the model, images are the run's unless others are typed.
             values["model"] = replace(values["model"], run=base)
         check(values)
     if "images" in parameters:
-        names = inspect.signature(api.load_images).parameters
+        names = inspect.signature(load_images).parameters
         loading = {name: typed[name] for name in names if name in typed}
         if "model" in values:
             loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
-        values["images"] = api.load_images(**loading)
+        values["images"] = LOADERS["Images"](**loading)
     return values
 
 
@@ -246,14 +253,12 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
 
     ``--merge`` is ``--merge true``; ``--taus 0.01,0.02`` is ``--taus "[0.01, 0.02]"``.
     """
-    defaults = parser.get_defaults().items()
-    switches = {f"--{key}" for key, value in defaults if isinstance(value, bool)} - {
-        "--print_config"
-    }
-    lists = {f"--{key}" for key, value in defaults if isinstance(value, (tuple, list))}
+    defaults = vars(parser.get_defaults())
+    switches = {f"--{key}" for key, value in defaults.items() if isinstance(value, bool)}
+    lists = {f"--{key}" for key, value in defaults.items() if isinstance(value, (tuple, list))}
     for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
-        if flag in switches and not equals and after.lower() not in _YES_NO:
+        if flag in switches - {"--print_config"} and not equals and after.lower() not in _YES_NO:
             yield f"{word}=true"
         elif flag in lists and equals:
             yield f"{flag}={value if value[:1] == '[' else f'[{value}]'}"
@@ -273,6 +278,10 @@ def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], 
     words = list(words)
     while words:
         flag, equals, value = words.pop(0).partition("=")
+        if flag == "--config":
+            # A recipe is the config of its run.
+            rest += [value] if equals else []
+            continue
         if not flag.startswith("--") or ("." not in flag and flag not in top):
             rest.append(f"{flag}{equals}{value}")
             continue
@@ -362,8 +371,8 @@ shows the traceback of an error.
 """
 
 VERBS = {
-    "demo": Verb(call=api.demo, show=show.show_results, then=_show_of, out="runs/demo"),
-    "run": Verb(call=api.run, show=show.show_results, then=_show_of, out="runs/RECIPE"),
+    "demo": Verb(call=demo, show=show.show_results, then=_show_of, out="runs/demo"),
+    "run": Verb(call=run, show=show.show_results, then=_show_of, out="runs/RECIPE"),
     "prepare": Verb(call=api.prepare, show=_show_prepared, then=_after_prepare),
     "suggest": Verb(
         call=api.suggest,
@@ -372,7 +381,7 @@ VERBS = {
         out="labels.yaml",
     ),
     "train": Verb(
-        call=api.train,
+        call=train,
         then=lambda typed: shlex.join(["vitcut", "discover", "--model", typed.out]),
         out="runs/train",
     ),

@@ -96,10 +96,9 @@ def numbers(name: str, given: Any) -> tuple[float, ...] | None:
     """
     if given is None:
         return None
-    if isinstance(given, str):
-        given = given.strip("[]").split(",")
+    items = given.strip("[]").split(",") if isinstance(given, str) else given
     try:
-        numbers = tuple(float(item) for item in ([given] if isinstance(given, Real) else given))
+        numbers = tuple(float(item) for item in ([items] if isinstance(items, Real) else items))
     except (TypeError, ValueError):
         raise ConfigError(f"{name} must be a number, or one per channel, got {given!r}") from None
     for value in numbers:

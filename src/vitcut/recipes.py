@@ -1,12 +1,15 @@
-"""Recipes: the settings of a whole run, one group per stage, in one YAML file."""
+"""Whole runs: train, discover, cut and measure by a recipe, and the training of one alone.
+
+A recipe is a YAML file with one group of settings per stage.
+"""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -16,11 +19,19 @@ from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError
 from vitcut.images.settings import DataSettings
+from vitcut.inputs import OWN, for_images, load_images, plain_images, require
+from vitcut.labels import Labels
 from vitcut.model.settings import VitSettings
 from vitcut.names import EdgeAblation
+from vitcut.results import CLASS_ONLY, Results
+from vitcut.runs import RESULTS_FILE, Run
 from vitcut.selection.settings import Budget
-from vitcut.settings import require_positive
+from vitcut.settings import as_plain, require_positive
 from vitcut.training.settings import FinetuneSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from vitcut.images.load import Images
+    from vitcut.model.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +143,154 @@ def settings_from(content: Any, origin: str) -> RunSettings:
         near = get_close_matches(unknown[1], [*known, *FinetuneSettings.__dataclass_fields__], n=1)
         hint = f"did you mean {near[0]}?" if near else "vitcut run demo --print-config shows them"
         raise ConfigError(f"{origin} has no setting {unknown[1]!r}: {hint}") from None
+
+
+def train(
+    images: "Images",
+    *,
+    vit: VitSettings = VitSettings(),
+    settings: TrainSettings = TrainSettings(),
+    out: str | Path | None = None,
+) -> "Model":
+    """Train a small ViT on a task.
+
+    Args:
+        images: From `load_images`, without a model.
+        vit: The architecture.
+        settings: The training.
+        out: Run directory: checkpoints, metrics, and the model in ``dense/``.
+
+    Raises:
+        ConfigError: The image cannot be cut into whole patches.
+        ArtefactError: ``out`` holds something else.
+    """
+    from vitcut.images.load import Images
+
+    vit.require_whole_patches(require(images, Images).preprocessing.image_size)
+    run = Run(out)
+    own = {"vit": as_plain(vit), "train": as_plain(settings)}
+    run.claim({"model": {"model": OWN}, "images": plain_images(images), **own})
+    return _trained(images, vit, settings, run)
+
+
+def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: Run) -> "Model":
+    """The dense model of a run directory: trained, or read back."""
+    from vitcut.model.model import Model
+    from vitcut.model.reference import build_reference
+    from vitcut.report.cards import dense_card
+    from vitcut.training.loop import train as fit
+
+    def make() -> Model:
+        module = build_reference(
+            vit,
+            num_classes=len(images.task.classes),
+            image_size=images.preprocessing.image_size,
+            seed=settings.seed,
+        )
+        result = fit(module, images, settings, run.path, preprocessing=images.preprocessing)
+        task = images.task
+        labels = Labels(owner=task.name, ids=task.class_ids, names=task.class_names)
+        made = Model.of(module, str(run.path), images.preprocessing, labels)
+        return replace(made, card=dense_card(task, result, settings))
+
+    return run.once("dense", make, Model.load)
+
+
+def run(
+    recipe: "str | Path | RunSettings",
+    *,
+    changes: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+) -> Results:
+    """Train, discover, cut and measure by a recipe.
+
+    Args:
+        recipe: A shipped recipe's name, a YAML file, or `RunSettings`.
+        changes: Values of the recipe to change, by dotted key: ``{"train.epochs": 2}``.
+        out: Run directory; None takes ``runs/NAME``, by the recipe's name.
+
+    Raises:
+        VitcutError: Any stage's own error; the directory can be continued once it is mended.
+    """
+    from vitcut.benchmark.points import measure
+    from vitcut.compiler.cost import CostModel
+    from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
+    from vitcut.discovery.search import find_circuits
+    from vitcut.model.model import read_model
+    from vitcut.model.reference import build_reference
+    from vitcut.report.cards import save_results
+    from vitcut.selection.search import budget_point, require_possible, search
+    from vitcut.training.repair import repair_cut
+
+    named = not isinstance(recipe, RunSettings)
+    settings = read_recipe(recipe, changes) if named else recipe
+    target = Run(Path("runs") / Path(recipe).stem if out is None and named else out)
+    vit, data = settings.vit, settings.data
+    vit.require_whole_patches(data.image_size)
+    images = load_images(task=settings.task, **asdict(data))
+    # What cannot be is refused before the directory is claimed and a model is trained.
+    images.calibration(settings.discover.images, seed=settings.discover.seed)
+    size, classes = data.image_size, len(images.task.classes)
+    untrained = read_model(build_reference(vit, num_classes=classes, image_size=size))
+    linear = replace(settings.cut, ablation="linear", merge=False)
+    costs = CostModel.of(settings.cut)
+    if settings.select.is_given:
+        require_possible(untrained, settings.select, costs)
+    chosen = {
+        key: value for key, value in as_plain(settings).items() if key not in {"task", "data"}
+    }
+    target.claim({"model": {"model": OWN}, "images": plain_images(images), **chosen})
+    model = for_images(_trained(images, vit, settings.train, target), images)
+    cuts: list[Cut] = []
+
+    def keep(folder: Path, make: Callable[[], Cut]) -> Cut:
+        made = target.once(str(folder / "model"), make, Cut.load)
+        cuts.append(replace(made, folder=target.path / folder / "model"))
+        return cuts[-1]
+
+    fitter = make_fitter(model, images, settings.cut)
+    for ablation in settings.ablations:
+        sought = replace(settings.discover, ablation=ablation)
+        for name, circuit in find_circuits(model, images, sought, settings.taus, target):
+            keep(
+                Path("points") / name,
+                lambda c=circuit, n=name: cut_circuit(
+                    model, images, c, settings.cut, fitter=fitter, costs=costs, name=n
+                ),
+            )
+    if settings.select.is_given:
+        fitter = make_fitter(model, images, linear)
+        threads = settings.bench.threads
+        circuit = search(
+            model, images, settings.select, linear, fitter, costs, target, threads=threads
+        )
+        name, asked = budget_point(settings.select, linear, circuit)
+        start = keep(
+            Path("points") / str(name),
+            lambda: cut_circuit(
+                model, images, circuit, linear, fitter=fitter, costs=costs, name=name, budget=asked
+            ),
+        )
+        if settings.repair is not None:
+            training = settings.repair
+            folder = Path("points") / f"{name}-repaired"
+            keep(
+                folder, lambda: repair_cut(start, model, images, training, target.path / folder)[0]
+            )
+
+    def measured() -> Results:
+        points = {CLASS_ONLY: class_only(model, images, settings.cut)}
+        points |= {item.name: (item.point(target.path), item.model) for item in cuts}
+        return save_results(measure(model, images, points, settings.bench), target.path)
+
+    return target.once(RESULTS_FILE, measured, Results.load)
+
+
+def demo(*, changes: Mapping[str, Any] | None = None, out: str | Path | None = None) -> Results:
+    """Go the whole way in under three minutes, on drawn pictures: no data and no network needed.
+
+    Args:
+        changes: Values of the recipe ``demo`` to change, by dotted key.
+        out: Run directory; None takes ``runs/demo``.
+    """
+    return run("demo", changes=changes, out=out)

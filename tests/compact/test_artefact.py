@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,19 +16,19 @@ from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError
 from vitcut.masked.fill import Fill
-from vitcut.preprocessing import Framing
+from vitcut.preprocessing import Framing, Preprocessing
 from vitcut.store import sha256_file, sha256_json
 
 WEIGHTS = random_vit(num_heads=3)
 INFO = ModelInfo(
-    mean=(0.1, 0.2, 0.3),
-    std=(1.0, 1.0, 0.5),
+    preprocessing=Preprocessing(image_size=4, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 0.5)),
     class_names=("newt", "wasp", "owl", "seal"),
     group_names=("small", "large"),
     group_of_class=(0, 0, 1, 1),
     source_model="timm:vit_tiny",
     source_sha256="ab",
 )
+SQUASHED = Framing(channels=1, fit="squash", crop_fraction=0.9, interpolation="box")
 
 
 def compiled(circuit):
@@ -173,23 +173,29 @@ def test_an_altered_plan_is_refused(folder):
         CompactViT.from_pretrained(folder)
 
 
+TAKEN = asdict(INFO.preprocessing)
 ALTERED = {
-    "mean": [9, 9, 9],
-    "std": [1.0, 1.0, float("nan")],
-    "class_names": ["wasp", "newt", "owl", "seal"],
-    "group_names": ["large", "small"],
-    "group_of_class": [0, 0, 0, 0],
-    "source_model": None,
-    "source_sha256": "cd",
-    "framing": {"channels": 3, "fit": "squash", "crop_fraction": 1.0, "interpolation": "bicubic"},
+    "preprocessing": [
+        None,
+        TAKEN | {"image_size": 8},
+        TAKEN | {"mean": [9, 9, 9]},
+        TAKEN | {"std": [1.0, 1.0, float("nan")]},
+        TAKEN | {"framing": TAKEN["framing"] | {"fit": "squash"}},
+    ],
+    "class_names": [["wasp", "newt", "owl", "seal"]],
+    "group_names": [["large", "small"]],
+    "group_of_class": [[0, 0, 0, 0]],
+    "source_model": [None],
+    "source_sha256": ["cd"],
 }
 
 
 @pytest.mark.parametrize("name", [item.name for item in fields(ModelInfo)])
 def test_altered_information_is_refused(folder, name):
-    change_config(folder, **{name: ALTERED[name]})
-    with pytest.raises(ArtefactError, match=f"was altered: it is not the one that {TENSORS}"):
-        CompactViT.from_pretrained(folder)
+    for value in ALTERED[name]:
+        change_config(folder, **{name: value})
+        with pytest.raises(ArtefactError, match=f"was altered: it is not the one that {TENSORS}"):
+            CompactViT.from_pretrained(folder)
 
 
 def _resave(folder, change):
@@ -222,19 +228,31 @@ def test_missing_information_is_named(folder, name):
         CompactViT.from_pretrained(folder)
 
 
-def test_a_framing_comes_back(folder):
+@pytest.mark.parametrize("framing", [None, SQUASHED])
+def test_a_preprocessing_comes_back(folder, framing):
     model = CompactViT.from_pretrained(folder)
-    framing = Framing(channels=1, fit="squash", crop_fraction=0.9, interpolation="box")
-    model.info = replace(model.info, framing=framing)
+    taken = None if framing is None else replace(INFO.preprocessing, framing=framing)
+    model.info = replace(model.info, preprocessing=taken)
     model.save_pretrained(folder)
     assert CompactViT.from_pretrained(folder).info == model.info
 
 
-@pytest.mark.parametrize("value", [{"crop_fraction": 2}, {"shape": "round"}, None, [1]])
-def test_a_framing_that_is_not_known_is_refused(folder, value):
-    _resave(folder, lambda config: config.update(framing=value))
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1],
+        "round",
+        {"image_size": 4},
+        *(
+            TAKEN | {"framing": framing}
+            for framing in ({"crop_fraction": 2}, {"shape": "round"}, None, [1])
+        ),
+    ],
+)
+def test_a_preprocessing_that_is_not_known_is_refused(folder, value):
+    _resave(folder, lambda config: config.update(preprocessing=value))
     with pytest.raises(
-        ArtefactError, match=r"framing in .*config\.json is not one.*upgrade vitcut"
+        ArtefactError, match=r"preprocessing in .*config\.json is not one.*upgrade vitcut"
     ):
         CompactViT.from_pretrained(folder)
 

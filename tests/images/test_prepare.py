@@ -110,7 +110,7 @@ import os, signal
 from vitcut.images import prepare
 from vitcut.images.settings import DataSettings
 def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-prepare.write_index = kill
+prepare.write_json = kill
 prepare.prepare(DataSettings(source={str(path)!r}, image_size=8))
 """
     killed = subprocess.run([sys.executable, "-c", code], check=False)
@@ -141,14 +141,14 @@ def test_a_faster_process_wins_and_both_have_the_data(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_zip(tmp_path / "a.zip", tiny_imagenet())
-    write_index = prepare_module.write_index
+    write_json = prepare_module.write_json
 
-    def overtaken(folder: Path, *rest: object, **more: object) -> None:
-        monkeypatch.setattr(prepare_module, "write_index", write_index)
+    def overtaken(*meta: object) -> None:
+        monkeypatch.setattr(prepare_module, "write_json", write_json)
         prepare(_config(path))
-        write_index(folder, *rest, **more)
+        write_json(*meta)
 
-    monkeypatch.setattr(prepare_module, "write_index", overtaken)
+    monkeypatch.setattr(prepare_module, "write_json", overtaken)
     assert len(prepare(_config(path)).images) == 24
     assert len(list((cache / "data").iterdir())) == 1
 

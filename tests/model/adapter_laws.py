@@ -8,13 +8,12 @@ import torch
 from strategies import parts_per_kind
 from tiny import random_fill, random_pixels
 from torch import nn
-from vitcut.model.given import Given
-from vitcut.model.loading import load_model
 
 from vitcut.circuit import Circuit
 from vitcut.compiler.emit import compile_circuit, verify
 from vitcut.errors import ModelError, UnsupportedModelError, VitcutError
 from vitcut.masked.masking import full_run
+from vitcut.model.load import load
 from vitcut.model.tracing import read_model
 from vitcut.model.weights import ViTWeights, map_tensors
 
@@ -84,7 +83,7 @@ def expect_load_refusal(
     spec: object, match: str, kind: type[VitcutError] = ModelError, **given
 ) -> None:
     with pytest.raises(kind, match=match) as caught:
-        load_model(str(spec), Given(**given))
+        load(spec, **given)
     assert "\n" not in str(caught.value)
 
 

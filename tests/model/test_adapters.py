@@ -11,11 +11,13 @@ from tiny_models import OWN_VIT, own_vit
 from torch import nn
 
 import vitcut
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError
 from vitcut.model import adapters
 from vitcut.model.timm_models import read_timm
 from vitcut.model.tracing import read_model
 from vitcut.model.weights import NormWeights
+from vitcut.selection.settings import Budget
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,9 @@ def test_an_own_vit_is_cut_as_any_other(own):
     vitcut.register_adapter(own.OwnViT, own.read)
     model = vitcut.load_model(own.OwnViT(), mean=(0.5,) * 3, std=(0.5,) * 3)
     images = vitcut.load_images("drawn", task="drawn", image_size=16)
-    cut = vitcut.cut(model, images, target_macs=0.5, rounds=1, images=24, score_images=12)
+    budget = Budget(target_macs=0.5, rounds=1, score_images=12)
+    few = CutSettings(images=24)
+    cut = vitcut.cut(model, images, budget=budget, settings=few, bench=None)
     assert cut.exactness.max_abs_diff <= cut.exactness.tolerance
 
 

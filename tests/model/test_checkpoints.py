@@ -6,17 +6,15 @@ import torch
 from adapter_laws import expect_load_refusal
 from safetensors.torch import save_file
 from torch import nn
-from vitcut.model.given import NOTHING, Given
-from vitcut.model.loading import load_model, weight_hash
-from vitcut.pipeline.commands import resolve_origin
-from vitcut.pipeline.folder import RunFolder
-from vitcut.pipeline.subject import Origin
 
+import vitcut
 from vitcut import cli
 from vitcut.errors import ConfigError, ModelError
-from vitcut.images.settings import DataSettings
 from vitcut.model.checkpoints import timm_sizes
+from vitcut.model.load import load
+from vitcut.model.model import weight_hash
 from vitcut.preprocessing import Framing
+from vitcut.runs import Run
 
 ARCH = "test_vit"
 
@@ -68,10 +66,11 @@ def _lightning(state):
 def test_bare_weights_are_found_and_what_was_taken_off_is_said(model, tmp_path, capsys, pack, said):
     path = tmp_path / "weights.pth"
     torch.save(pack(model.state_dict()), path)
-    loaded = load_model(str(path), Given(arch=ARCH))
-    assert weight_hash(loaded.model) == weight_hash(model)
-    assert not loaded.model.training
-    assert (loaded.image_size, len(loaded.mean), loaded.name) == (160, 3, str(path))
+    loaded = load(path, arch=ARCH)
+    assert weight_hash(loaded.module) == weight_hash(model)
+    assert not loaded.module.training
+    taken = loaded.preprocessing
+    assert (taken.image_size, len(taken.mean), loaded.name) == (160, 3, str(path))
     told = capsys.readouterr().err
     assert "under" not in told if said is None else said in told
 
@@ -80,7 +79,7 @@ def test_safetensors_are_read_and_the_head_says_how_many_classes(model, tmp_path
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
     generator = torch.get_rng_state()
-    assert load_model(str(path), Given(arch=ARCH)).model.head.out_features == 3
+    assert load(path, arch=ARCH).module.head.out_features == 3
     assert torch.equal(torch.get_rng_state(), generator)
 
 
@@ -155,7 +154,7 @@ def test_a_tag_that_timm_lacks_is_told_with_the_architecture(model, tmp_path):
     told = r"timm cannot build test_vit\.bad with num_classes=3: .* tag .*leave its tag out"
     _expect_refusal(path, told, arch=f"{ARCH}.bad")
     with pytest.raises(ModelError, match=r"timm cannot build test_vit\.bad: .*leave its tag out"):
-        load_model(f"timm:{ARCH}.bad", Given(random_weights=True))
+        load(f"timm:{ARCH}.bad", random_weights=True)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_weights_that_torch_would_bring_to_floats_are_refused_by_name(model, tmp
 def test_floats_of_another_precision_are_brought_to_float32(model, tmp_path, dtype):
     state = {key: value.to(dtype) for key, value in model.state_dict().items()}
     torch.save(state, tmp_path / "weights.pth")
-    loaded = load_model(str(tmp_path / "weights.pth"), Given(arch=ARCH)).model
+    loaded = load(tmp_path / "weights.pth", arch=ARCH).module
     assert {item.dtype for item in loaded.parameters()} == {torch.float32}
 
 
@@ -192,29 +191,29 @@ def test_an_architecture_belongs_to_a_file_of_weights(tmp_path):
 
 
 def test_random_weights_only_on_request_and_the_same_each_time(capsys):
-    first = load_model(f"timm:{ARCH}", Given(random_weights=True))
+    first = load(f"timm:{ARCH}", random_weights=True)
     torch.rand(3)
     generator = torch.get_rng_state()
-    second = load_model(f"timm:{ARCH}", Given(random_weights=True))
+    second = load(f"timm:{ARCH}", random_weights=True)
     assert first.weight_hash == second.weight_hash
     assert "has random weights, as was asked for" in capsys.readouterr().err
     assert torch.equal(torch.get_rng_state(), generator)
     with pytest.raises(ConfigError, match="random-weights is for timm:NAME, got it"):
-        load_model("animals", Given(random_weights=True))
+        load("animals", random_weights=True)
 
 
-def test_an_origin_remembers_the_architecture(model, tmp_path):
+def test_the_origin_holds_what_was_given_and_no_more(model, tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
-    origin = resolve_origin(
-        str(path), "drawn", DataSettings(source="drawn"), given=Given(arch=ARCH)
-    )
-    assert origin.settings()["arch"] == ARCH
-    assert origin.load_model().weight_hash == weight_hash(model)
-    moved = resolve_origin("animals", None, DataSettings(), base=origin)
-    assert moved.given == NOTHING
-    assert resolve_origin(None, None, DataSettings(), base=origin).given.arch == ARCH
-    assert "arch" not in Origin(model="x", task=origin.task, data=origin.data).settings()
+    monkeypatch.chdir(tmp_path)
+    bare = vitcut.load_model(path.name, arch=ARCH)
+    assert bare.origin == {"model": str(path), "arch": ARCH}
+    assert bare.weight_hash == weight_hash(model)
+    random = vitcut.load_model(f"timm:{ARCH}", random_weights=True, image_size=32)
+    told = {"model": f"timm:{ARCH}", "random_weights": True, "image_size": 32}
+    assert random.origin == told
+    assert vitcut.load_model(**told).weight_hash == random.weight_hash
+    assert vitcut.load_model("animals").origin == {"model": "animals"}
 
 
 def test_the_command_line_tells_it_in_one_line(model, tmp_path, capsys):
@@ -244,13 +243,13 @@ def _saved(tmp_path, **sizes):
 )
 def test_the_weights_say_the_sizes_of_images_and_patches(tmp_path, capsys, sizes, told):
     model, path = _saved(tmp_path, **sizes)
-    loaded = load_model(str(path), Given(arch=ARCH))
+    loaded = load(path, arch=ARCH)
     side = sizes.get("img_size", 160)
     pixels = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pixels), model(pixels))
-    assert loaded.image_size == side
-    assert loaded.framing == Framing(crop_fraction=0.95)
+        assert torch.equal(loaded.module(pixels), model(pixels))
+    assert loaded.preprocessing.image_size == side
+    assert loaded.preprocessing.framing == Framing(crop_fraction=0.95)
     said = capsys.readouterr().err
     assert said == "" if told is None else told in said
 
@@ -265,17 +264,18 @@ def test_registers_and_positions_without_a_class_token_are_counted_rightly(tmp_p
 def test_one_channel_asks_for_mean_and_std(tmp_path):
     model, path = _saved(tmp_path, in_chans=1)
     _expect_refusal(path, r"takes 1 channels, mean and std are known of 3 and 3: give --mean and")
-    loaded = load_model(str(path), Given(arch=ARCH, mean=(0.1,), std=(0.3,)))
+    loaded = load(path, arch=ARCH, mean=(0.1,), std=(0.3,))
     pixels = torch.randn(2, 1, 160, 160)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pixels), model(pixels))
-    assert (loaded.mean, loaded.std, loaded.framing.channels) == ((0.1,), (0.3,), 1)
+        assert torch.equal(loaded.module(pixels), model(pixels))
+    taken = loaded.preprocessing
+    assert (taken.mean, taken.std, taken.framing.channels) == ((0.1,), (0.3,), 1)
 
 
 def test_channels_that_no_picture_has_are_refused(tmp_path):
     _, path = _saved(tmp_path, in_chans=4)
     with pytest.raises(ModelError, match=r"1 \(grey\) or 3 .* channels, got 4"):
-        load_model(str(path), Given(arch=ARCH, mean=(0.5,), std=(0.5,)))
+        load(path, arch=ARCH, mean=(0.5,), std=(0.5,))
 
 
 def test_sizes_that_timm_cannot_build_are_refused(tmp_path):
@@ -289,9 +289,9 @@ def test_sizes_that_timm_cannot_build_are_refused(tmp_path):
 def test_mean_and_std_belong_to_a_file_of_weights(model, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
-    assert load_model(str(path), Given(arch=ARCH, mean=(0.5,), std=(0.2,))).mean == (0.5,) * 3
+    assert load(path, arch=ARCH, mean=(0.5,), std=(0.2,)).preprocessing.mean == (0.5,) * 3
     with pytest.raises(ConfigError, match="mean is for a file of bare weights"):
-        load_model("animals", Given(mean=(0.5,)))
+        load("animals", mean=(0.5,))
 
 
 def test_a_file_beside_a_configuration_points_to_its_folder(model, tmp_path):
@@ -300,25 +300,25 @@ def test_a_file_beside_a_configuration_points_to_its_folder(model, tmp_path):
     _expect_refusal(tmp_path / "model.safetensors", "or give the folder .*config.json", arch=None)
 
 
-def test_an_origin_remembers_mean_and_std(model, tmp_path):
-    path = tmp_path / "weights.safetensors"
+def test_a_run_remembers_what_was_given_and_takes_what_is_given_anew(model, tmp_path):
+    path, run = tmp_path / "weights.safetensors", tmp_path / "run"
     save_file(model.state_dict(), path)
-    given = Given(arch=ARCH, mean=(0.5,), std=(0.2,))
-    origin = resolve_origin(str(path), "drawn", DataSettings(source="drawn"), given=given)
-    folder = RunFolder(tmp_path / "run", origin.settings())
-    origin.claim(folder)
-    again = Origin.load(tmp_path / "run")
-    assert again.given == given
-    assert again.load_model().std == (0.2,) * 3
-    assert resolve_origin(None, None, DataSettings(), base=again).given.std == (0.2,)
-    assert resolve_origin("animals", None, DataSettings(), base=again).given == NOTHING
+    first = vitcut.load_model(path, arch=ARCH, mean=0.5, std="0.2")
+    Run(run).claim({"model": {**first.origin, "weight_hash": first.weight_hash}})
+    again = vitcut.load_model(run)
+    assert again.weight_hash == first.weight_hash
+    assert (again.origin, again.preprocessing) == (first.origin, first.preprocessing)
+    assert again.preprocessing.std == (0.2,) * 3
+    changed = vitcut.load_model(run, std=0.3)
+    assert (changed.preprocessing.mean, changed.preprocessing.std) == ((0.5,) * 3, (0.3,) * 3)
+    assert changed.origin == {**first.origin, "std": [0.3] * 3}
 
 
 @pytest.mark.parametrize(
     ("flag", "typed", "match"),
     [
-        ("mean", "grey", "mean must be a number, or several with commas between them, got 'grey'"),
-        ("std", "0.5,0", "std must be a finite number > 0, got 0.0"),
+        ("mean", "grey", "mean must be a number, or one per channel, got 'grey'"),
+        ("std", "0.5,0", "std must be a finite number > 0, got 0"),
         ("mean", "nan", "mean must be a finite number, got nan"),
     ],
 )

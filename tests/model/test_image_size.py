@@ -5,12 +5,10 @@ import timm
 import torch
 from pretrained import fake_pretrained
 from timm.layers import resample_abs_pos_embed
-from vitcut.model.given import Given
-from vitcut.model.loading import load_model, weight_hash
 
-import vitcut
 from vitcut.errors import ConfigError
-from vitcut.model.tracing import read_model
+from vitcut.model.load import load
+from vitcut.model.model import weight_hash
 from vitcut.preprocessing import Framing
 
 NAMES = [("vit_tiny_patch16_224", 64), ("eva02_tiny_patch14_224", 56)]
@@ -20,39 +18,39 @@ NAMES = [("vit_tiny_patch16_224", 64), ("eva02_tiny_patch14_224", 56)]
     ("name", "size"), [("vit_tiny_patch16_224", 64), ("eva02_tiny_patch14_336", 56)]
 )
 def test_random_weights_are_drawn_for_that_size(name, size):
-    loaded = load_model(f"timm:{name}", Given(random_weights=True, image_size=size))
-    assert loaded.image_size == size
-    assert read_model(loaded.model).image_size == size
-    again = vitcut.load_model(f"timm:{name}", random_weights=True, image_size=size)
+    loaded = load(f"timm:{name}", random_weights=True, image_size=size)
+    assert loaded.preprocessing.image_size == size
+    assert loaded.weights.image_size == size
+    again = load(f"timm:{name}", random_weights=True, image_size=size)
     assert again.weight_hash == loaded.weight_hash
 
 
 @pytest.mark.parametrize(("name", "size"), NAMES)
 def test_pretrained_positions_are_brought_to_that_size(name, size, tmp_path, monkeypatch):
     own = fake_pretrained(monkeypatch, name, tmp_path / "weights.pth", num_classes=5)
-    loaded = load_model(f"timm:{name}", Given(image_size=size))
-    assert loaded.image_size == size
-    weights, expected = loaded.model.state_dict(), own.state_dict()
+    loaded = load(f"timm:{name}", image_size=size)
+    assert loaded.preprocessing.image_size == size
+    weights, expected = loaded.module.state_dict(), own.state_dict()
     positions = expected.pop("pos_embed")
     side = size // own.patch_embed.patch_size[0]
     brought = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=1)
     assert torch.equal(weights.pop("pos_embed"), brought)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], value) for key, value in expected.items())
-    assert read_model(loaded.model).image_size == size
+    assert loaded.weights.image_size == size
 
 
 @pytest.mark.parametrize(("name", "size"), NAMES)
 def test_its_own_size_changes_nothing(name, size, tmp_path, monkeypatch):
     own = fake_pretrained(monkeypatch, name, tmp_path / "weights.pth", num_classes=5)
-    for given in (Given(), Given(image_size=224)):
-        loaded = load_model(f"timm:{name}", given)
-        assert (loaded.weight_hash, loaded.image_size) == (weight_hash(own), 224)
+    for given in ({}, {"image_size": 224}):
+        loaded = load(f"timm:{name}", **given)
+        assert (loaded.weight_hash, loaded.preprocessing.image_size) == (weight_hash(own), 224)
 
 
 def test_images_are_made_in_that_size_and_else_as_the_weights_want_them():
-    own = load_model("timm:test_vit", Given(random_weights=True))
-    sized = load_model("timm:test_vit", Given(random_weights=True, image_size=32))
+    own = load("timm:test_vit", random_weights=True).preprocessing
+    sized = load("timm:test_vit", random_weights=True, image_size=32).preprocessing
     assert (own.image_size, sized.image_size) == (160, 32)
     assert sized.framing == own.framing == Framing(crop_fraction=0.95)
     assert (sized.mean, sized.std) == (own.mean, own.std)
@@ -80,4 +78,4 @@ def test_sizes_that_a_model_cannot_take_are_refused(name, size, match, random_we
 
     monkeypatch.setattr(timm, "create_model", without_weights)
     with pytest.raises(ConfigError, match=match):
-        load_model(f"timm:{name}", Given(random_weights=random_weights, image_size=size))
+        load(f"timm:{name}", random_weights=random_weights, image_size=size)

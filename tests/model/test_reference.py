@@ -1,8 +1,8 @@
 import pytest
 import torch
-from vitcut.model.loading import weight_hash
 
 from vitcut.errors import ConfigError
+from vitcut.model.model import weight_hash
 from vitcut.model.reference import build_reference
 from vitcut.model.settings import VitSettings
 

@@ -6,16 +6,14 @@ import pytest
 import torch
 from adapter_laws import check_reading, expect_load_refusal, expect_refusal, shaken
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY_CARD
+from tiny_models import TINY, TINY_LABELS, save_tiny
 from torch import nn
 from torchvision.models import ViT_B_16_Weights, _api
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
-from vitcut.model.given import Given
-from vitcut.model.loading import load_model, save_dense
 
 from vitcut.errors import ModelError
-from vitcut.model.tracing import read_model
+from vitcut.model.load import load
 from vitcut.preprocessing import Framing
 
 BLOCKS = {"patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48}
@@ -137,25 +135,27 @@ def path(tmp_path, model):
 
 
 def test_bare_weights_say_classes_and_image_size(model, path):
-    loaded = load_model(str(path), Given(arch=ARCH))
+    loaded = load(path, arch=ARCH)
     pixels = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pixels), model(pixels))
-    assert (loaded.image_size, loaded.class_ids) == (40, None)
-    assert loaded.mean == (0.485, 0.456, 0.406)
-    assert loaded.framing == Framing(crop_fraction=224 / 256, interpolation="bilinear")
-    assert read_model(loaded.model).num_classes == 3
+        assert torch.equal(loaded.module(pixels), model(pixels))
+    taken = loaded.preprocessing
+    assert (taken.image_size, loaded.labels) == (40, None)
+    assert taken.mean == (0.485, 0.456, 0.406)
+    assert taken.framing == Framing(crop_fraction=224 / 256, interpolation="bilinear")
+    assert loaded.weights.num_classes == 3
 
 
 def test_images_of_fine_tuned_sizes_are_made_as_for_those_weights(tmp_path):
     torch.save(vit_tiny_8(image_size=384).state_dict(), tmp_path / "weights.pth")
-    loaded = load_model(str(tmp_path / "weights.pth"), Given(arch=ARCH))
-    assert loaded.framing == Framing(interpolation="bicubic")
+    loaded = load(tmp_path / "weights.pth", arch=ARCH)
+    assert loaded.preprocessing.framing == Framing(interpolation="bicubic")
 
 
 def test_mean_and_std_that_are_given_count(path):
-    loaded = load_model(str(path), Given(arch=ARCH, mean=(0.5,), std=(0.1, 0.2, 0.3)))
-    assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
+    loaded = load(path, arch=ARCH, mean=(0.5,), std=(0.1, 0.2, 0.3))
+    taken = loaded.preprocessing
+    assert (taken.mean, taken.std) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
     expect_load_refusal(path, "mean must be 3 numbers", arch=ARCH, mean=(0.5, 0.5))
 
 
@@ -196,8 +196,8 @@ def test_names_that_do_not_fit_are_told(tmp_path, model):
     expect_load_refusal(tmp_path / "weights.pth", r"1 missing \(encoder\.ln\.weight\)", arch=ARCH)
 
 
-CARD = replace(
-    TINY_CARD,
+TAKEN = replace(
+    TINY,
     image_size=40,
     framing=Framing(crop_fraction=0.8, fit="squash", interpolation="bilinear"),
 )
@@ -205,20 +205,19 @@ CARD = replace(
 
 @pytest.fixture
 def folder(tmp_path, path):
-    save_dense(load_model(str(path), Given(arch=ARCH)).model, tmp_path / "dense", card=CARD)
+    save_tiny(load(path, arch=ARCH).module, tmp_path / "dense", TAKEN)
     return tmp_path / "dense"
 
 
 def test_a_saved_model_comes_back_equal(path, folder):
-    before, after = load_model(str(path), Given(arch=ARCH)), load_model(str(folder))
+    before, after = load(path, arch=ARCH), load(folder)
     assert after.weight_hash == before.weight_hash
     pixels = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
-        assert torch.equal(after.model(pixels), before.model(pixels))
-    assert (after.class_ids, after.class_names) == (CARD.class_ids, CARD.class_names)
-    assert (after.mean, after.std, after.framing) == (CARD.mean, CARD.std, CARD.framing)
-    assert after.image_size == 40
-    assert not after.model.training
+        assert torch.equal(after.module(pixels), before.module(pixels))
+    assert (after.labels.ids, after.labels.names) == (TINY_LABELS.ids, TINY_LABELS.names)
+    assert after.preprocessing == TAKEN
+    assert not after.module.training
 
 
 def test_a_folder_that_was_altered_is_refused(folder):
@@ -248,5 +247,5 @@ class _Own(VisionTransformer):
 def test_a_class_of_the_users_own_is_refused_before_anything_is_written(tmp_path):
     model = _Own(image_size=16, **BLOCKS)
     with pytest.raises(ModelError, match=r"a _Own cannot be saved.*--repair-dense false"):
-        save_dense(model, tmp_path / "dense", card=replace(CARD, image_size=16))
+        save_tiny(model, tmp_path / "dense", replace(TAKEN, image_size=16))
     assert not (tmp_path / "dense").exists()

@@ -8,14 +8,13 @@ import torch
 from adapter_laws import expect_load_refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY_CARD, hf_classifier
-from vitcut.model.loading import load_model, save_dense
+from tiny_models import TINY, TINY_CARD, TINY_LABELS, hf_classifier, save_tiny
 
 from vitcut import cli
 from vitcut.errors import ConfigError, ModelError
 from vitcut.images.decoding import decode
-from vitcut.model import loading
-from vitcut.model.tracing import read_model
+from vitcut.model import load as loading
+from vitcut.model.load import load
 from vitcut.preprocessing import Framing
 
 transformers = pytest.importorskip("transformers")
@@ -35,7 +34,7 @@ PREPROCESSOR = {
 }
 LABELS = ["cat", "dog", "owl"]
 FAMILIES = ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "CLIP"]
-CARD = replace(TINY_CARD, framing=Framing(crop_fraction=0.8, interpolation="bilinear"))
+TAKEN = replace(TINY, framing=Framing(crop_fraction=0.8, interpolation="bilinear"))
 
 
 def _build(family="ViT", **given):
@@ -64,21 +63,19 @@ def folder(tmp_path, model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_transformers_is_read_with_labels_and_preprocessing(tmp_path, family):
     module = _build(family)
-    loaded = load_model(str(_save(tmp_path / "hf", module)))
+    loaded = load(_save(tmp_path / "hf", module))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pixels), module(pixels).logits)
-    assert loaded.class_ids == loaded.class_names == tuple(LABELS)
-    assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert loaded.image_size == 32
-    assert loaded.framing == CARD.framing
-    assert not loaded.model.training
-    assert read_model(loaded.model).num_classes == 3
+        assert torch.equal(loaded.module(pixels), module(pixels).logits)
+    assert loaded.labels.ids == loaded.labels.names == tuple(LABELS)
+    assert loaded.preprocessing == TAKEN
+    assert not loaded.module.training
+    assert loaded.weights.num_classes == 3
 
 
 def test_loading_is_silent_and_leaves_torchs_generator(folder, capfd):
     generator = torch.get_rng_state()
-    load_model(str(folder))
+    load(folder)
     assert torch.equal(torch.get_rng_state(), generator)
     assert capfd.readouterr() == ("", "")
 
@@ -86,15 +83,13 @@ def test_loading_is_silent_and_leaves_torchs_generator(folder, capfd):
 def test_labels_that_nobody_gave_are_none(tmp_path):
     texts = {number: f"LABEL_{number}" for number in range(3)}
     module = _build(id2label=texts, label2id={text: n for n, text in texts.items()})
-    loaded = load_model(str(_save(tmp_path / "hf", module)))
-    assert (loaded.class_ids, loaded.class_names) == (None, None)
+    loaded = load(_save(tmp_path / "hf", module))
+    assert loaded.labels is None
 
 
 def test_half_precision_on_disk_is_float32_in_memory(tmp_path, model):
     _save(tmp_path / "hf", _build().half())
-    assert {item.dtype for item in load_model(str(tmp_path / "hf")).model.parameters()} == {
-        torch.float32
-    }
+    assert {item.dtype for item in load(tmp_path / "hf").module.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +117,7 @@ def test_half_precision_on_disk_is_float32_in_memory(tmp_path, model):
 )
 def test_what_is_done_to_pictures_is_read(tmp_path, model, changes, framing):
     changes = {"resample": 3, **changes}
-    assert load_model(str(_save(tmp_path / "hf", model, **changes))).framing == framing
+    assert load(_save(tmp_path / "hf", model, **changes)).preprocessing.framing == framing
 
 
 @pytest.mark.parametrize("kind", ["BitImageProcessor", "ViTImageProcessor"])
@@ -130,12 +125,13 @@ def test_images_are_made_as_the_librarys_own_processor_makes_them(tmp_path, mode
     square = {"size": {"height": 32, "width": 32}, "do_center_crop": None}
     changes = square if kind.startswith("ViT") else {}
     folder = _save(tmp_path / "hf", model, image_processor_type=kind, **changes)
-    loaded = load_model(str(folder))
+    loaded = load(folder)
     ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(90, 60, 3)
     picture = Image.fromarray(ramp.astype(np.uint8))
     picture.save(tmp_path / "picture.png")
-    pixels = decode((tmp_path / "picture.png").read_bytes(), 32, loaded.framing)
-    ours = (pixels / 255 - np.array(loaded.mean)) / np.array(loaded.std)
+    taken = loaded.preprocessing
+    pixels = decode((tmp_path / "picture.png").read_bytes(), 32, taken.framing)
+    ours = (pixels / 255 - np.array(taken.mean)) / np.array(taken.std)
     processor = getattr(transformers, kind).from_pretrained(folder)
     theirs = processor(picture, return_tensors="np")["pixel_values"][0]
     assert np.abs(ours.transpose(2, 0, 1) - theirs).max() < 0.02
@@ -151,9 +147,9 @@ def test_images_are_made_as_the_librarys_own_processor_makes_them(tmp_path, mode
     ],
 )
 def test_mean_and_std_are_brought_to_the_scale_0_to_1(tmp_path, model, changes, mean, std):
-    loaded = load_model(str(_save(tmp_path / "hf", model, **changes)))
-    assert loaded.mean == pytest.approx((mean,) * 3)
-    assert loaded.std == pytest.approx((std,) * 3)
+    taken = load(_save(tmp_path / "hf", model, **changes)).preprocessing
+    assert taken.mean == pytest.approx((mean,) * 3)
+    assert taken.std == pytest.approx((std,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +251,7 @@ def test_a_pickle_is_read_as_weights_only(tmp_path, folder, capsys):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    assert load_model(str(folder)).class_ids == tuple(LABELS)
+    assert load(folder).labels.ids == tuple(LABELS)
     torch.save({**state, "more": _Code()}, folder / "pytorch_model.bin")
     expect_load_refusal(folder, "could run code that they contain.*get them as model.safetensors")
     assert "code of the file was run" not in capsys.readouterr().out
@@ -270,11 +266,11 @@ def test_a_model_of_another_task_is_refused(folder):
 @pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
 def test_dinov2_at_another_size_computes_what_the_library_does_there(tmp_path, capsys, family):
     module = _build(family, image_size=56)
-    loaded = load_model(str(_save(tmp_path / "hf", module)))
+    loaded = load(_save(tmp_path / "hf", module))
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pixels), module(pixels).logits)
-    assert loaded.image_size == read_model(loaded.model).image_size == 32
+        assert torch.equal(loaded.module(pixels), module(pixels).logits)
+    assert loaded.preprocessing.image_size == loaded.weights.image_size == 32
     assert "positions brought from 56 to 32 pixels" in capsys.readouterr().err
 
 
@@ -286,51 +282,51 @@ def test_without_transformers_the_extra_is_named(folder, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_comes_back_equal_and_transformers_reads_it(tmp_path, family):
-    loaded = load_model(str(_save(tmp_path / "hf", _build(family))))
-    save_dense(loaded.model, tmp_path / "dense", card=CARD)
-    again = load_model(str(tmp_path / "dense"))
+    loaded = load(_save(tmp_path / "hf", _build(family)))
+    save_tiny(loaded.module, tmp_path / "dense", TAKEN)
+    again = load(tmp_path / "dense")
     assert again.weight_hash == loaded.weight_hash
-    assert (again.mean, again.std, again.framing) == (loaded.mean, loaded.std, loaded.framing)
-    assert again.class_ids == CARD.class_ids
+    assert again.preprocessing == loaded.preprocessing == TAKEN
+    assert again.labels.ids == TINY_LABELS.ids
     kind = getattr(transformers, f"{family}ForImageClassification")
     module, pixels = kind.from_pretrained(tmp_path / "dense"), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(module(pixels).logits, loaded.model(pixels))
+        assert torch.equal(module(pixels).logits, loaded.module(pixels))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "dense")
     assert list(processor.image_mean) == [0.1, 0.2, 0.3]
-    assert (tmp_path / "dense" / "README.md").read_text() == CARD.text
+    assert (tmp_path / "dense" / "README.md").read_text() == TINY_CARD
 
 
 @pytest.mark.parametrize("framing", [Framing(fit="squash"), Framing(interpolation="lanczos")])
 def test_every_framing_is_saved(tmp_path, folder, framing):
-    loaded = load_model(str(folder))
-    save_dense(loaded.model, tmp_path / "dense", card=replace(CARD, framing=framing))
-    assert load_model(str(tmp_path / "dense")).framing == framing
+    loaded = load(folder)
+    save_tiny(loaded.module, tmp_path / "dense", replace(TINY, framing=framing))
+    assert load(tmp_path / "dense").preprocessing.framing == framing
 
 
 def test_what_was_read_from_a_saved_folder_is_saved_again(tmp_path, folder):
-    save_dense(load_model(str(folder)).model, tmp_path / "first", card=CARD)
-    first = load_model(str(tmp_path / "first"))
-    save_dense(first.model, tmp_path / "second", card=CARD)
-    assert load_model(str(tmp_path / "second")).weight_hash == first.weight_hash
+    save_tiny(load(folder).module, tmp_path / "first", TAKEN)
+    first = load(tmp_path / "first")
+    save_tiny(first.module, tmp_path / "second", TAKEN)
+    assert load(tmp_path / "second").weight_hash == first.weight_hash
 
 
 def test_saved_weights_that_were_changed_are_refused_until_the_folder_no_longer_vouches(
     tmp_path, folder
 ):
     dense = tmp_path / "dense"
-    save_dense(load_model(str(folder)).model, dense, card=CARD)
+    save_tiny(load(folder).module, dense, TAKEN)
     _edit_weights(dense, lambda weights: weights["classifier.bias"].add_(1))
     expect_load_refusal(dense, r"is not the file that was saved.*on purpose, remove 'vitcut' from")
     content = json.loads((dense / "config.json").read_text())
     del content["vitcut"]
     (dense / "config.json").write_text(json.dumps(content))
-    assert load_model(str(dense)).class_ids == CARD.class_ids
+    assert load(dense).labels.ids == TINY_LABELS.ids
 
 
 def test_a_saved_folder_without_its_weights_is_refused(tmp_path, folder):
     dense = tmp_path / "dense"
-    save_dense(load_model(str(folder)).model, dense, card=CARD)
+    save_tiny(load(folder).module, dense, TAKEN)
     (dense / "model.safetensors").unlink()
     expect_load_refusal(dense, r"holds no model\.safetensors: copy the whole folder")
 
@@ -361,8 +357,8 @@ def hub(folder, tmp_path, monkeypatch):
 
 
 def test_a_repository_of_transformers_is_read_without_its_code_or_pickles(hub, folder):
-    loaded = load_model("hf-hub:someone/model@main")
-    assert loaded.weight_hash == load_model(str(folder)).weight_hash
+    loaded = load("hf-hub:someone/model@main")
+    assert loaded.weight_hash == load(folder).weight_hash
     assert loaded.name == "hf-hub:someone/model@main"
     assert [item[:2] for item in hub] == [("someone/model", "main")] * 2
     assert not any(name.endswith((".py", ".bin", "*")) for name in hub[1][2])
@@ -372,7 +368,7 @@ def test_a_repository_with_pickles_alone_is_asked_for_them(hub, folder):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    load_model("hf-hub:someone/model")
+    load("hf-hub:someone/model")
     assert [item[1] for item in hub] == [None] * 3
     assert "pytorch_model*.bin" in hub[2][2]
 

@@ -7,6 +7,7 @@ from tiny_models import dinov2_of_the_class_token, hf_classifier
 from torch import nn
 
 import vitcut
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ConfigError
 from vitcut.model.adapters import as_classifier
 from vitcut.model.tracing import read_model
@@ -101,8 +102,8 @@ def test_an_image_classifier_is_cut_as_any_other():
     before = {key: value.clone() for key, value in module.state_dict().items()}
     model = vitcut.load_model(module, mean=(0.5,) * 3, std=(0.5,) * 3)
     images = vitcut.load_images("drawn", task="drawn", image_size=32)
-    circuit = vitcut.Circuit.full(read_model(model.model).graph, ablation="zero")
-    cut = vitcut.cut(model, images, circuit, images=12)
+    circuit = vitcut.Circuit.full(model.weights.graph, ablation="zero")
+    cut = vitcut.cut(model, images, circuit, settings=CutSettings(images=12), bench=None)
     dense, compact = vitcut.evaluate(model, images), vitcut.evaluate(cut.model, images)
     torch.testing.assert_close(compact.log_probs, dense.log_probs, atol=1e-3, rtol=0)
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())

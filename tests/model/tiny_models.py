@@ -7,19 +7,15 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
-from vitcut.model.loading import DenseCard
+
+from vitcut.labels import Labels
+from vitcut.model.saving import save_dense
+from vitcut.preprocessing import Preprocessing
 
 OWN_VIT = Path(__file__).parents[2] / "examples" / "own_vit.py"
-TINY_CARD = DenseCard(
-    task_name="tiny",
-    class_ids=("n1", "n2", "n3"),
-    class_names=("cat", "dog", "owl"),
-    group_names=("mammals", "birds"),
-    image_size=32,
-    mean=(0.1, 0.2, 0.3),
-    std=(0.4, 0.5, 0.6),
-    text="# A tiny model\n",
-)
+TINY_LABELS = Labels(owner="a tiny model", ids=("n1", "n2", "n3"), names=("cat", "dog", "owl"))
+TINY = Preprocessing(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+TINY_CARD = "# A tiny model\n"
 HF_SIZES = {
     "image_size": 32,
     "patch_size": 8,
@@ -49,6 +45,11 @@ def dinov2_of_the_class_token(**given) -> nn.Module:
     with torch.no_grad():
         model.classifier.weight[:, HF_SIZES["hidden_size"] :] = 0
     return model
+
+
+def save_tiny(module: nn.Module, folder: Path, preprocessing: Preprocessing = TINY) -> None:
+    """Save a module as a folder of its library, with the tiny models' labels and card."""
+    save_dense(module, folder, preprocessing=preprocessing, labels=TINY_LABELS, card=TINY_CARD)
 
 
 def own_vit() -> ModuleType:

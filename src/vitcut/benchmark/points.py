@@ -19,12 +19,12 @@ Points = Mapping[str, tuple[Point, nn.Module]]
 """By name: what is known of a point so far, and its model."""
 
 
-def dense_point(model: Model) -> Point:
+def dense_point(model: Model, *, name: str = DENSE) -> Point:
     """What is known of a dense model before it is measured."""
     graph = model.weights.graph
     tensors = model.module.state_dict().values()
     return Point(
-        name=DENSE,
+        name=name,
         edges_total=graph.num_useful_edges,
         edges_kept=graph.num_useful_edges,
         heads_total=graph.num_layers * graph.num_heads,

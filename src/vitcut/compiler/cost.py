@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from vitcut.compact.operations import Kind, Operation, head_set_operations, operations
 from vitcut.compact.plan import HeadSetPlan, Plan, ViTShape
+from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError
 from vitcut.progress import say
 from vitcut.runtime import describe_machine
@@ -118,6 +119,17 @@ class CostModel:
         counts = self._tally(operations(plan, smooth=self.smooth))
         counts["call"] = 1.0
         return counts
+
+    @classmethod
+    def of(cls, settings: CutSettings) -> "CostModel":
+        """The costs that plans of a cut are chosen by: those of a file, or the shipped ones.
+
+        Raises:
+            ArtefactError: The file is missing, damaged, or of another version.
+        """
+        if settings.costs is None:
+            return cls(batch=settings.batch)
+        return cls.load(Path(settings.costs), batch=settings.batch)
 
     def save(self, path: str | Path) -> None:
         """Write costs that were measured on this machine, as JSON."""

@@ -228,17 +228,28 @@ def cut_circuit(
     )
 
 
-def class_only(
-    model: Model, images: Images, *, fitter: Fitter, costs: CostModel
-) -> tuple[Point, CompactViT]:
+def class_only(model: Model, images: Images, settings: CutSettings) -> tuple[Point, CompactViT]:
     """The second baseline of every cut: the uncut circuit, compiled; it is not saved.
 
     It computes what the dense model computes, without what its classifier does not read.
     """
     circuit = Circuit.full(model.weights.graph, ablation="zero")
-    settings = CutSettings(ablation="zero")
+    settings = replace(settings, ablation="zero", merge=False)
+    fitter, costs = make_fitter(model, images, settings), CostModel.of(settings)
     cut = cut_circuit(model, images, circuit, settings, fitter=fitter, costs=costs, name=CLASS_ONLY)
     return cut.point(), cut.model
+
+
+def make_fitter(model: Model, images: Images, settings: CutSettings) -> Fitter:
+    """What fits fills, on the calibration images of a cut; they are read when one is needed."""
+    count = min(settings.images, len(images.train))
+    chosen = images.calibration(count, seed=settings.seed)
+    return Fitter(
+        model.weights,
+        lambda: normalise(chosen.all(), model.preprocessing),
+        ridge=settings.ridge,
+        memory_gib=settings.memory_gib,
+    )
 
 
 def point_name(circuit: Circuit) -> str:

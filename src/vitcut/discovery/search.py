@@ -1,18 +1,25 @@
 """Discover circuits: the pairs of a task, and a search for any tau on the same activations."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from vitcut.circuit import Circuit
 from vitcut.discovery.acdc import Search, acdc
 from vitcut.discovery.cache import Cache, require_room
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import TaskError
+from vitcut.errors import ConfigError, TaskError
+from vitcut.images.load import Images, normalise
 from vitcut.masked.oracle import Examples, Oracle
+from vitcut.model.model import Model
 from vitcut.model.weights import ViTWeights
 from vitcut.names import PairMode
+from vitcut.runs import CIRCUIT_FILE, Run
+from vitcut.settings import as_plain
 from vitcut.shapes import Float, Int, Tensor
 
 
@@ -112,3 +119,62 @@ class Discovery:
         """
         settings = replace(self._settings, tau=tau)
         return acdc(self._weights, self.oracle, settings, cache=self._cache, log=log)
+
+
+def find_circuits(
+    model: Model, images: Images, settings: DiscoverSettings, taus: Sequence[float], run: Run
+) -> Iterator[tuple[str, Circuit]]:
+    """The name and circuit of the point at each tau, all from the same cached activations.
+
+    Args:
+        model: For the task of the images.
+        images: Calibration images are drawn from their train split.
+        settings: The search.
+        taus: In place of the one in the settings.
+        run: Keeps circuits and decisions; what it holds already is read back.
+    """
+    discovery: Discovery | None = None
+    for tau in taus:
+        name = f"{settings.method}-{settings.ablation}-{tau:g}"
+        folder = Path("points") / name
+
+        def find(tau: float = tau, folder: Path = folder) -> Circuit:
+            nonlocal discovery
+            if discovery is None:
+                chosen = images.calibration(settings.images, seed=settings.seed)
+                groups = images.task.group_of_class
+                pixels = normalise(chosen.all(), model.preprocessing)
+                examples = make_examples(
+                    pixels, groups[chosen.labels], torch.from_numpy(groups), settings
+                )
+                discovery = Discovery(model.weights, examples, settings)
+            log = None if run.is_temporary else run.path / folder / "decisions.jsonl"
+            found = discovery.find(tau, log=log)
+            return Circuit(
+                graph=discovery.oracle.graph,
+                kept=found.kept,
+                ablation=settings.ablation,
+                method=settings.method,
+                task=images.task.name,
+                tau=tau,
+                provenance={
+                    "model": model.name,
+                    "weight_hash": model.weight_hash,
+                    "images_fingerprint": images.fingerprint,
+                    "settings": as_plain(replace(settings, tau=tau)),
+                    "kl": found.kl,
+                    "pairs": discovery.num_pairs,
+                    "node_evaluations": found.node_evaluations,
+                    "oracle_calls": found.oracle_calls,
+                    "precision": found.precision,
+                    "seconds": None if found.seconds is None else round(found.seconds, 2),
+                },
+            )
+
+        circuit = run.once(str(folder / CIRCUIT_FILE), find, Circuit.load)
+        if circuit.tau != tau:
+            raise ConfigError(
+                f"{run.path / folder} holds a circuit of tau {circuit.tau!r}, not {tau!r}, which "
+                "has the same name: choose another --out"
+            )
+        yield name, circuit

@@ -91,7 +91,8 @@ def _wrap(
 ) -> Model:
     """A copy of a user's module, in float32 on the CPU."""
     for name in given.keys() - {"mean", "std"}:
-        raise ConfigError(f"a module is taken as it was built, got {name}: leave it out")
+        said = name.replace("-", "_")
+        raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
     if mean is None or std is None:
         raise ConfigError(
             "a module needs mean and std, on the scale 0 to 1, one number each or one per channel: "

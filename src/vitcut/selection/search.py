@@ -108,6 +108,21 @@ class SearchPath:
         return store.load(path, cls, kind="path", version=_FORMAT_VERSION)
 
 
+def budget_point(
+    budget: Budget, settings: CutSettings, circuit: Circuit
+) -> tuple[str | None, dict[str, Any] | None]:
+    """The name of a budget's point, and what was asked for."""
+    if not budget.is_given:
+        return None, None
+    if budget.target_macs is not None:
+        asked: dict[str, Any] = {"macs": budget.target_macs}
+    else:
+        asked = {"latency": budget.target_latency, "runtime": budget.runtime}
+        asked["batch"] = settings.batch
+    kind, target = next(iter(asked.items()))
+    return f"{budget.scores}-{circuit.ablation}-{kind}-{target:g}", asked
+
+
 def print_path(steps: Sequence[PathStep]) -> None:
     """Print a table with one line per round."""
     timed = any(step.latency_fraction is not None for step in steps)

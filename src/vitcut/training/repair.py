@@ -111,6 +111,16 @@ def repair_cut(
     return repaired, result
 
 
+def repair_dense_model(
+    model: Model, images: Images, settings: FinetuneSettings, out: Path
+) -> tuple[Model, TrainResult]:
+    """Give a copy of the dense model the repair of its cut: what training alone would gain."""
+    say("giving the dense model the same repair")
+    module, taken = deepcopy(model.module), model.preprocessing
+    result = repair(module, model.module, images, settings, out, preprocessing=taken)
+    return replace(model, module=module), result
+
+
 def find_repair(
     path: Path, model: Model, images: Images, settings: FinetuneSettings
 ) -> tuple[Path, TrainResult]:

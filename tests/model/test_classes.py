@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tiny_models import dinov2_of_the_class_token, hf_classifier, own_vit
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
-from vitcut.model.classifier import keep_rows
 
 from vitcut.errors import UnsupportedModelError
 from vitcut.model import adapters
 from vitcut.model.adapters import as_classifier, logits_of, read_weights
+from vitcut.model.classes import keep_rows
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

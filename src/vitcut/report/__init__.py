@@ -1,0 +1,1 @@
+"""What people read of circuits and results: terminal output, tables and model cards."""
