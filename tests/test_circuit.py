@@ -390,12 +390,9 @@ def test_a_circuit_of_parts_keeps_every_edge_of_what_it_keeps():
     assert circuit.ablation == "linear"
 
 
-def test_what_a_circuit_of_parts_was_found_by_is_kept():
+def test_a_circuit_of_all_parts_keeps_every_edge():
     heads, neurons = np.ones((2, 2, 1), dtype=bool), np.ones((2, 1, 3), dtype=bool)
-    circuit = Circuit.of_parts(
-        GRAPH, heads=heads, neurons=neurons, ablation="mean", method="fisher", task="drawn"
-    )
-    assert (circuit.method, circuit.task) == ("fisher", "drawn")
+    circuit = Circuit.of_parts(GRAPH, heads=heads, neurons=neurons, ablation="mean")
     np.testing.assert_array_equal(circuit.kept, GRAPH.edges)
 
 

@@ -87,7 +87,6 @@ class Circuit:
         heads: NDArray[np.bool_],
         neurons: NDArray[np.bool_],
         ablation: Ablation,
-        **origin: Any,
     ) -> "Circuit":
         """The circuit that keeps some heads and neurons, with all edges of the sources it keeps.
 
@@ -96,12 +95,11 @@ class Circuit:
             heads: True where a head is kept, shape [blocks, heads, kinds].
             neurons: True where a neuron is kept, shape [blocks, kinds, neurons].
             ablation: What stands in for the others.
-            **origin: ``method``, ``task``, ``tau``, ``provenance``.
         """
         sources = np.ones(len(graph.sources), dtype=np.bool_)
         graph.by_block(sources)[0][:] = heads
         kept = graph.edges & sources[:, None]
-        return cls(graph=graph, kept=kept, neurons=neurons, ablation=ablation, **origin)
+        return cls(graph=graph, kept=kept, neurons=neurons, ablation=ablation)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Circuit):

@@ -324,7 +324,8 @@ class Graph:
             Shape [sources, targets] of the unsplit graph. The classifier of a kind that is not read
             out keeps no edge.
         """
-        columns = [t for t, item in enumerate(self.targets) if self.kind_number(item) == kind]
+        columns = list(range(kind, self.classifier, self.num_kinds))
+        columns += [t for t in self.classifiers if self.kind_number(self.targets[t]) == kind]
         found = np.zeros(self.unsplit.edges.shape, dtype=np.bool_)
         found[:, : len(columns)] = kept[kind :: self.num_kinds, columns]
         return found

@@ -59,21 +59,7 @@ def save_folder(
     fill: str | Path | None,
     card: str | None,
 ) -> None:
-    """Write a model directory; it appears as a whole or not at all.
-
-    Args:
-        folder: Where; an earlier model directory is replaced.
-        plan: What the tensors belong to.
-        info: What a user of the model needs to know besides.
-        tensors: The module's ``state_dict``.
-        circuit: The ``circuit.json`` that the model was compiled from: its path, or its text.
-        fill: The path of the fill that stands in for what the circuit cuts.
-        card: The model card's text.
-
-    Raises:
-        ArtefactError: ``folder`` exists and is no model directory, the circuit or the fill cannot
-            be read, or the tensors cannot be written.
-    """
+    """Write a model directory: see ``CompactViT.save_pretrained``."""
     if folder.exists() and not folder.is_dir():
         raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):

@@ -3,7 +3,7 @@
 All tokens of all images lie flat, [images * rows, width]: a product of two matrices and what is
 added to it are one operation in every runtime, those of a batch of matrices are two or three. A
 dimension for images is opened only where a row needs its position, and columns fall into heads all
-at once, because at one image every reshape and transposition counts.
+at once: with one image every reshape and transposition counts.
 
 One forward pass keeps what has been written so far in a dictionary, by the names of the plan.
 """
@@ -60,14 +60,7 @@ class Stream(nn.Module):
     def __init__(
         self, plan: StreamPlan, shape: ViTShape, *, pooled: bool = False, normalised: bool = True
     ) -> None:
-        """Build it.
-
-        Args:
-            plan: What is added.
-            shape: Sizes.
-            pooled: Whether to take the mean over the tokens before the LayerNorm.
-            normalised: Whether there is a LayerNorm.
-        """
+        """``pooled``: take the mean over the tokens first; ``normalised``: apply the LayerNorm."""
         super().__init__()
         self.plan = plan
         self.pooled = pooled

@@ -273,7 +273,7 @@ class Plan:
         """Rebuild a plan from ``to_dict``, also after a trip through JSON.
 
         Raises:
-            ArtefactError: ``content`` is no plan.
+            ArtefactError: ``content`` is not a plan.
         """
         return _decode(cls, content, "plan")
 

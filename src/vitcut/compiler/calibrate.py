@@ -74,7 +74,7 @@ def calibrate(
         graph: Its graph, per token kind.
         models: How many circuits to compile and measure; at least 3.
         seconds: Time spent on each model and batch size.
-        seed: Of the circuits.
+        seed: Seed of the circuits.
         costs: The costs used so far, whose errors are given for comparison; the shipped costs if
             None. The fit starts from the shipped costs in any case, so that calibrating again and
             again does not drift.
@@ -183,7 +183,7 @@ def fit_costs(measured: Sequence[Measured], start: CostModel) -> CostModel:
 
 
 def relative_errors(measured: Sequence[Measured], costs: CostModel) -> NDArray[np.float64]:
-    """Predicted over measured latency less 1, one for each."""
+    """Predicted / measured latency - 1 of each model."""
     return np.array(
         [
             replace(costs, batch=item.batch).latency_ms(item.plan) / item.latency_ms - 1

@@ -9,7 +9,7 @@ import torch
 
 from vitcut.circuit import Circuit
 from vitcut.compact.plan import Rows
-from vitcut.compiler.liveness import EMBED, Mask, Reads
+from vitcut.compiler.liveness import EMBED, NOTHING, Mask, Reads
 from vitcut.compiler.streams import DraftStream
 from vitcut.masked.fill import Fill
 from vitcut.model.forward import (
@@ -30,14 +30,7 @@ class FilledWeights:
     """A model's output weights with the maps of a fill, and its constants under a circuit."""
 
     def __init__(self, weights: ViTWeights, circuit: Circuit, reads: Reads, fill: Fill) -> None:
-        """Prepare them.
-
-        Args:
-            weights: The model.
-            circuit: The circuit, over the token kinds of the model.
-            reads: What its targets read.
-            fill: What stands in for cut parts, in the precision of the weights.
-        """
+        """``circuit`` is over the model's token kinds, ``fill`` in the precision of the weights."""
         self._weights = weights
         self._neurons = circuit.neurons
         self._reads = reads
@@ -136,7 +129,7 @@ class FilledWeights:
     def _input(self, target: int, kind: int) -> Float[Tensor, "tokens width"]:
         """What a constant target reads, before its LayerNorm."""
         num_sources = self._reads.graph.num_written(target)
-        return self._sum(self._reads.masks[kind][target], Mask(), num_sources, kind)
+        return self._sum(self._reads.masks[kind][target], NOTHING, num_sources, kind)
 
     def _sum(
         self, kept: Mask, live: Mask, num_sources: int, kind: int
@@ -153,7 +146,7 @@ class FilledWeights:
         # Summed in the order of writing, as in the masked model.
         total = output_bias(self._weights, num_sources).expand_as(self._embedding[rows])
         for number in range(num_sources):
-            source = Mask(1 << number)
+            source = 1 << number
             if not kept & source:
                 total = total + self._fill.sources[number][rows]
             elif not live & source or source == EMBED:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import ModelInfo
@@ -35,7 +33,7 @@ _VERSION = 2
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Cut:
-    """A compact model and what is known of it."""
+    """A compact model and what is known about it."""
 
     model: CompactViT
     circuit: Circuit | None
@@ -46,21 +44,21 @@ class Cut:
     exactness: Exactness | None = None
     """How far it is from the masked model; None for a repaired model, which computes another."""
     faithfulness: dict[str, Any] | None = None
-    """KL on the calibration images under the ablations of discovery and of the cut; what merging
-    came to, where that was asked for."""
+    """KL on the calibration images under the ablations of discovery and of the cut, and the effect
+    of merging if it was asked for."""
     name: str = "cut"
-    """Of its point in results."""
+    """Name of its point in results."""
     budget: dict[str, Any] | None = None
     """What the circuit was searched for: {"macs": 0.2}, or {"latency": 0.25, ...}."""
     seconds: float | None = None
-    """That finding and cutting it took; None where that is not known."""
+    """How long finding and cutting it took; None if unknown."""
     folder: Path | None = None
     """The model directory, once it is on disk."""
     results: Results | None = None
-    """What was measured of it, beside the dense model; None where nothing was."""
+    """Measurements of it beside the dense model; None if it was not measured."""
 
     def save(self, folder: Path) -> None:
-        """Write a model directory with the circuit, a linear fill and what is known of the cut."""
+        """Write a model directory with the circuit, a linear fill and the facts of the cut."""
         with atomic_folder(folder) as fresh:
             circuit = None if self.circuit is None else json.dumps(self.circuit.to_dict(), indent=1)
             self.model.save_pretrained(fresh, circuit=circuit)
@@ -107,23 +105,37 @@ class Cut:
             ) from None
 
     def point(self, run: Path | None = None) -> Point:
-        """What is known of the compact model before it is measured.
+        """What is known about the compact model before it is measured.
 
         Args:
             run: The directory that the point's paths are relative to; None leaves them out.
         """
-        circuit = self.circuit
-        known = Point(name=self.name) if circuit is None else circuit_point(self.name, circuit)
-        folder = None if run is None or self.folder is None else _relative(self.folder, run)
+        circuit, point, place = self.circuit, Point(name=self.name), None
+        if run is not None and self.folder is not None:
+            place = Path(os.path.relpath(self.folder, run)).as_posix()
+        if circuit is not None:
+            graph = circuit.graph
+            point = replace(
+                point,
+                method=circuit.method,
+                granularity="edge" if circuit.neurons is None else "part",
+                ablation=circuit.ablation,
+                tau=circuit.tau,
+                edges_total=graph.num_useful_edges,
+                edges_kept=circuit.num_kept,
+                heads_total=graph.num_layers * graph.num_heads,
+                heads_kept=circuit.num_heads_kept,
+                neurons_kept_fraction=circuit.neurons_kept_fraction,
+                circuit=None if place is None else f"{place}/{CIRCUIT_FILE}",
+            )
         return replace(
-            known,
+            point,
             macs=count_macs(self.model.plan),
             max_abs_diff=None if self.exactness is None else self.exactness.max_abs_diff,
             seconds=self.seconds,
             faithfulness=self.faithfulness,
             budget=self.budget,
-            circuit=None if folder is None or circuit is None else f"{folder}/{CIRCUIT_FILE}",
-            model=folder,
+            model=place,
             params=sum(tensor.numel() for tensor in self.model.parameters()),
             bytes=sum(t.numel() * t.element_size() for t in self.model.state_dict().values()),
         )
@@ -159,7 +171,7 @@ def cut_circuit(
         settings: The ablation of the cut, and on how many images it is checked.
         fitter: Gives fills; shared by circuits of one model, since all need the same means.
         costs: Decide between ways to compute the same.
-        name: Of the cut's point; None takes it from how the circuit was found.
+        name: Name of the cut's point; None derives it from how the circuit was found.
         budget: What the circuit was searched for.
 
     Raises:
@@ -246,27 +258,10 @@ def point_name(circuit: Circuit) -> str:
     return f"{circuit.method}-{circuit.discovered_under}{tau}"
 
 
-def circuit_point(name: str, circuit: Circuit) -> Point:
-    """What a circuit says of itself."""
-    graph = circuit.graph
-    return Point(
-        name=name,
-        method=circuit.method,
-        granularity="edge" if circuit.neurons is None else "part",
-        ablation=circuit.ablation,
-        tau=circuit.tau,
-        edges_total=graph.num_useful_edges,
-        edges_kept=circuit.num_kept,
-        heads_total=graph.num_layers * graph.num_heads,
-        heads_kept=circuit.num_heads_kept,
-        neurons_kept_fraction=circuit.neurons_kept_fraction,
-    )
-
-
 def _faithfulness(
     model: Model, images: Images, found: Circuit, final: Circuit, compact: CompactViT
 ) -> dict[str, Any]:
-    """KL on the images of discovery, then and as cut; None where they are not known."""
+    """KL on the images of discovery, as found and as cut; None if unknown."""
     settings, kl = found.provenance.get("settings"), found.provenance.get("kl")
     if settings is None or kl is None:
         return {"discovery": None, "cut": None}
@@ -282,14 +277,6 @@ def _kls(
     model: Model, images: Images, compact: list[CompactViT], *, on: ImageSet | None = None
 ) -> list[float | None]:
     """Mean KL(dense || compact) of compact models, on val images unless others are given."""
-    on = on or images.val
-    dense = evaluate(model.module, on, images.task, model.preprocessing)
-    modules: list[nn.Module] = list(compact)
-    return [
-        evaluate(module, on, images.task, model.preprocessing, reference=dense).kl
-        for module in modules
-    ]
-
-
-def _relative(folder: Path, run: Path) -> str:
-    return Path(os.path.relpath(folder, run)).as_posix()
+    on, task, preprocessing = on or images.val, images.task, model.preprocessing
+    dense = evaluate(model.module, on, task, preprocessing)
+    return [evaluate(each, on, task, preprocessing, reference=dense).kl for each in compact]

@@ -68,18 +68,18 @@ def compile_circuit(
     draft = draft_circuit(weights.shape, circuit, costs)
     with torch.device("meta"):
         model = CompactViT(draft.plan)
-    sources = (len(weights.graph.sources), weights.num_tokens, weights.width)
-    if tuple(fill.sources.shape) != sources:
-        raise CircuitError(
-            f"the fill's sources must have shape {sources} (sources, tokens, width), got "
-            f"{tuple(fill.sources.shape)}: fit it to this model"
-        )
-    neurons = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
-    if fill.neurons is not None and tuple(fill.neurons.shape) != neurons:
-        raise CircuitError(
-            f"the fill's neurons must have shape {neurons} (blocks, tokens, neurons), got "
-            f"{tuple(fill.neurons.shape)}: fit it to this model"
-        )
+    tokens = weights.num_tokens
+    sources = (len(weights.graph.sources), tokens, weights.width)
+    neurons = (len(weights.blocks), tokens, weights.num_neurons)
+    for name, axes, tensor, expected in (
+        ("sources", "sources, tokens, width", fill.sources, sources),
+        ("neurons", "blocks, tokens, neurons", fill.neurons, neurons),
+    ):
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise CircuitError(
+                f"the fill's {name} must have shape {expected} ({axes}), got "
+                f"{tuple(tensor.shape)}: fit it to this model"
+            )
     double = weights.to(torch.float64, "cpu")
     split, fill = split_circuit(weights.shape, circuit), fill.like(double.patch_weight)
     folded = _Folder(draft, double, FilledWeights(double, split, draft.reads, fill)).fold()

@@ -7,9 +7,10 @@ the tokens: 0 for the first, and the patches are always the last.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from operator import or_
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,33 +19,12 @@ from vitcut.circuit import Circuit
 from vitcut.graph import Graph
 from vitcut.names import LETTERS, Letter
 
-if TYPE_CHECKING:
+Mask = int
+"""A set of sources: bit s is set where source s of the unsplit graph is in it. Planning spends most
+of its time on ``&``, ``|`` and ``~`` of masks."""
 
-    class Mask:
-        """A set of sources: bit s is set where source s of the unsplit graph is in it.
-
-        Only the type checker sees this class, and keeps masks apart from counts and numbers. At run
-        time a mask is an ``int``, as planning spends most of its time on ``&``, ``|`` and ``~``.
-        """
-
-        def __init__(self, bits: int = 0) -> None: ...
-        def __int__(self) -> int: ...
-        def __bool__(self) -> bool: ...
-        def __lt__(self, other: "Mask") -> bool: ...
-        def __and__(self, other: "Mask") -> "Mask": ...
-        def __or__(self, other: "Mask") -> "Mask": ...
-        def __xor__(self, other: "Mask") -> "Mask": ...
-        def __invert__(self) -> "Mask": ...
-        def bit_count(self) -> int:
-            """How many sources are in it."""
-            ...
-
-
-else:
-    Mask = int
-
-NOTHING = Mask()
-EMBED = Mask(1)
+NOTHING: Mask = 0
+EMBED: Mask = 1
 """The source ``embed``, which is number 0 in every unsplit graph."""
 
 Run = range
@@ -54,15 +34,12 @@ Adjacent kinds have adjacent tokens, so the rows of a run are one slice."""
 
 def first_sources(count: int) -> Mask:
     """The sources that are written first, such as all before some target."""
-    return Mask((1 << count) - 1)
+    return (1 << count) - 1
 
 
 def union(masks: Iterable[Mask]) -> Mask:
     """The sources that are in any mask."""
-    total = NOTHING
-    for mask in masks:
-        total |= mask
-    return total
+    return reduce(or_, masks, NOTHING)
 
 
 def masks_of(columns: NDArray[np.bool_]) -> list[Mask]:
@@ -70,7 +47,7 @@ def masks_of(columns: NDArray[np.bool_]) -> list[Mask]:
     packed = np.packbits(columns, axis=0, bitorder="little").T.tobytes()
     size = -(-len(columns) // 8)
     return [
-        Mask(int.from_bytes(packed[start : start + size], "little"))
+        int.from_bytes(packed[start : start + size], "little")
         for start in range(0, len(packed), size)
     ]
 
@@ -96,16 +73,17 @@ class Block(NamedTuple):
 
 @cache
 def _find_blocks(graph: Graph) -> tuple[Block, ...]:
-    def head(layer: int, number: int) -> Head:
-        targets: dict[Letter, int] = {
-            letter: graph.head_target(layer, number, letter) for letter in LETTERS
-        }
-        return Head(number, Mask(1 << graph.head_source(layer, number)), targets)
-
     found: list[Block] = []
     for layer in range(graph.num_layers):
-        heads = tuple(head(layer, number) for number in range(graph.num_heads))
-        mlp = Mask(1 << graph.mlp_source(layer))
+        heads = tuple(
+            Head(
+                number,
+                1 << graph.head_source(layer, number),
+                {letter: graph.head_target(layer, number, letter) for letter in LETTERS},
+            )
+            for number in range(graph.num_heads)
+        )
+        mlp = 1 << graph.mlp_source(layer)
         sources = union(head.source for head in heads) | mlp
         found.append(Block(heads, mlp, graph.mlp_target(layer), sources))
     return tuple(found)
@@ -140,15 +118,6 @@ class Reads:
         """Read a circuit over token kinds, of a model with so many neurons per MLP."""
         graph, num_kinds = circuit.graph, circuit.graph.num_kinds
         blocks = _find_blocks(graph.unsplit)
-        readout = tuple(graph.kinds.index(kind) for kind in graph.readout)
-        masks: list[tuple[Mask, ...]] = []
-        for kind in range(num_kinds):
-            # Sources and targets of the kinds alternate; the classifier has one per readout kind.
-            columns = list(range(kind, graph.classifier, num_kinds))
-            if kind in readout:
-                columns.append(graph.classifiers[readout.index(kind)])
-            own = masks_of(circuit.kept[kind::num_kinds, columns])
-            masks.append(tuple(own) if kind in readout else (*own, NOTHING))
         neurons = circuit.neurons
         if neurons is None:
             neurons = np.ones((len(blocks), num_kinds, hidden), dtype=np.bool_)
@@ -157,8 +126,10 @@ class Reads:
             graph=graph.unsplit,
             blocks=blocks,
             kinds=range(num_kinds),
-            readout=readout,
-            masks=tuple(masks),
+            readout=tuple(graph.kinds.index(kind) for kind in graph.readout),
+            masks=tuple(
+                tuple(masks_of(graph.of_kind(circuit.kept, kind))) for kind in range(num_kinds)
+            ),
             neurons=tuple(tuple(kept.tobytes() for kept in block) for block in neurons),
             hidden=tuple(tuple(row) for row in counts),
             cut_neurons=tuple(
@@ -305,10 +276,8 @@ class Joins:
 
     def live(self, target: int, run: Run) -> Mask:
         """The sources in a target's input that depend on the image in some kind of a run."""
-        total = NOTHING
-        for kind in run:
-            total |= self.reads.masks[kind][target] & self.liveness.varying[kind]
-        return total
+        masks, varying = self.reads.masks, self.liveness.varying
+        return union(masks[kind][target] & varying[kind] for kind in run)
 
 
 def _find_wanted(reads: Reads, liveness: Liveness) -> list[tuple[list[Mask], list[Mask]]]:

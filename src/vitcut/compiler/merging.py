@@ -157,7 +157,7 @@ class _State:
         kept, num_kinds = self.circuit.kept.copy(), self.graph.num_kinds
         for target, mask in change:
             column = kept[self._kinds[target] :: num_kinds, target]
-            packed = int(mask).to_bytes((len(column) + 7) // 8, "little")
+            packed = mask.to_bytes((len(column) + 7) // 8, "little")
             bits = np.unpackbits(
                 np.frombuffer(packed, dtype=np.uint8), count=len(column), bitorder="little"
             )

@@ -106,7 +106,7 @@ def split_circuit(shape: ViTShape, circuit: Circuit) -> Circuit:
 
 
 def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = None) -> Draft:
-    """Plan the compact model of a circuit, with what folding needs besides.
+    """Plan the compact model of a circuit, and gather what folding needs besides.
 
     Raises:
         CircuitError: The circuit is of another model, or its ablation cannot be compiled.

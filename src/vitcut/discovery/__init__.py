@@ -1,1 +1,1 @@
-"""Finding circuits: one algorithm a file, none imports another."""
+"""Circuit discovery: one algorithm per file; none imports another."""

@@ -42,7 +42,7 @@ class Search:
     kl: float
     """Mean KL(full || circuit) in nats, measured by the oracle."""
     precision: str
-    """Of the fast path at the end: float32, or float64 if that was asked for or needed."""
+    """Precision of the fast path at the end: float64 if that was asked for or needed."""
     node_evaluations: int
     """Sources recomputed; naive ACDC takes edges x sources."""
     oracle_calls: int
@@ -136,51 +136,47 @@ def stages(graph: Graph) -> Iterator[tuple[int, ...]]:
         yield tuple(run)
 
 
+@dataclass(eq=False)
 class _Search:
     """The circuit decided so far, and how the stages that follow are decided."""
 
-    def __init__(
-        self,
-        weights: ViTWeights,
-        oracle: Oracle,
-        config: DiscoverSettings,
-        cache: Cache | None,
-        log: DecisionLog,
-    ) -> None:
-        self._weights = weights
-        self._oracle = oracle
-        self._config = config
-        self._cache = cache
-        self._log = log
-        self._graph = oracle.graph
-        self.precision = log.stages[-1].precision if log.stages else config.precision
-        self.kept = oracle.graph.edges.copy()
+    weights: ViTWeights
+    oracle: Oracle
+    config: DiscoverSettings
+    cache: Cache | None
+    log: DecisionLog
+
+    def __post_init__(self) -> None:
+        self.precision = self.config.precision
+        if self.log.stages:
+            self.precision = self.log.stages[-1].precision
+        self.kept = self.oracle.graph.edges.copy()
         self.kl = 0.0
 
     def run(self) -> float:
         """Decide every stage that is not logged yet; returns the oracle's KL of the circuit."""
-        graph, allowed = self._graph, allowed_drift(self._config.tau)
-        for stage in self._log.stages:
+        graph, allowed = self.oracle.graph, allowed_drift(self.config.tau)
+        for stage in self.log.stages:
             self._take(stage)
-        todo = list(stages(graph))[len(self._log.stages) :]
+        todo = list(stages(graph))[len(self.log.stages) :]
         if not todo:
-            return self._oracle.kl(self.kept)
+            return self.oracle.kl(self.kept)
         edges = sum(len(graph.readable(target)) for targets in todo for target in targets)
         state = self._state()
-        with Meter(f"ACDC tau {self._config.tau:g}", edges, unit="edges") as meter:
+        with Meter(f"ACDC tau {self.config.tau:g}", edges, unit="edges") as meter:
             for targets in todo:
                 stage, drift = self._decide(state, targets, meter)
                 if not drift <= allowed and self.precision == "float32":
                     say(f"the KL drifted by {drift:.1g} in float32: going on in float64")
-                    self.precision, self._cache = "float64", None
+                    self.precision, self.cache = "float64", None
                     state = self._state()
                     meter.advance(-len(stage.decisions))
                     stage, drift = self._decide(state, targets, meter)
                 if not drift <= allowed:
-                    raise _lost_precision(drift, self._config.tau)
-                self._log.append(stage)
+                    raise _lost_precision(drift, self.config.tau)
+                self.log.append(stage)
                 self._take(stage)
-        return self._oracle.kl(self.kept)
+        return self.oracle.kl(self.kept)
 
     def _decide(
         self, state: Propagation, targets: tuple[int, ...], meter: Meter
@@ -190,8 +186,8 @@ class _Search:
         Returns:
             The stage, and by how many nats the running KL had drifted at its end.
         """
-        graph, oracle, tau = self._graph, self._oracle, self._config.tau
-        total, kept, calls = self._config.criterion == "total", self.kept.copy(), oracle.calls
+        graph, oracle, tau = self.oracle.graph, self.oracle, self.config.tau
+        total, kept, calls = self.config.criterion == "total", self.kept.copy(), oracle.calls
         frontier, role = graph.targets[targets[0]].layer, graph.targets[targets[0]].role
         kl = state.rebuild(kept, frontier)
         if role in LETTERS:
@@ -246,13 +242,13 @@ class _Search:
         return stage, drift
 
     def _state(self) -> Propagation:
-        if self._cache is None or self._cache.precision != self.precision:
-            config = replace(self._config, precision=self.precision)
-            self._cache = Cache.build(self._weights, self._oracle, config)
-        return Propagation(self._weights, self._cache, self._oracle)
+        if self.cache is None or self.cache.precision != self.precision:
+            config = replace(self.config, precision=self.precision)
+            self.cache = Cache.build(self.weights, self.oracle, config)
+        return Propagation(self.weights, self.cache, self.oracle)
 
     def _take(self, stage: Stage) -> None:
-        graph = self._graph
+        graph = self.oracle.graph
         for item in stage.decisions:
             edge = graph.source_numbers[item.source], graph.target_numbers[item.target]
             self.kept[edge] = not item.cut

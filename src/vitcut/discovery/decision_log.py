@@ -1,4 +1,4 @@
-"""``decisions.jsonl``: what became of every edge, so that a killed search can go on.
+"""``decisions.jsonl``: the decision on every edge, so that a killed search can go on.
 
 The first line names the search. Every stage then has one line per edge and a line that ends it. A
 stage without that line was interrupted and is decided again.
@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What became of one edge."""
+    """The decision on one edge."""
 
     source: str
     target: str
@@ -35,7 +35,7 @@ class Stage:
 
     decisions: tuple[Decision, ...]
     precision: str
-    """Of the fast path: ``float32`` or ``float64``."""
+    """Precision of the fast path: ``float32`` or ``float64``."""
     node_evaluations: int
     """Sources recomputed."""
     oracle_calls: int
@@ -93,6 +93,7 @@ class DecisionLog:
 
     def _read(self, path: Path) -> None:
         complete, size, decisions = 0, 0, list[Decision]()
+        not_a_log = f"{path} is not a decision log: delete it, or choose another --out"
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break  # A kill cut this line short.
@@ -101,10 +102,22 @@ class DecisionLog:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise ArtefactError(_not_a_log(path))
+                raise ArtefactError(not_a_log)
             size += len(line)
             if complete == 0:
-                self._check_header(path, row)
+                version = row.get("format_version")
+                if not isinstance(version, int):
+                    raise ArtefactError(not_a_log)
+                if version > FORMAT_VERSION:
+                    raise ArtefactError(
+                        f"{path} has format_version {version}, this vitcut reads up to "
+                        f"{FORMAT_VERSION}: upgrade vitcut"
+                    )
+                if row != self._header:
+                    raise ArtefactError(
+                        f"{path} logs another search, with another model, other images or other "
+                        "settings: delete it, or choose another --out"
+                    )
                 complete = size
                 continue
             try:
@@ -121,22 +134,3 @@ class DecisionLog:
             return
         with path.open("r+b") as stream:
             stream.truncate(complete)
-
-    def _check_header(self, path: Path, row: dict[str, Any]) -> None:
-        version = row.get("format_version")
-        if not isinstance(version, int):
-            raise ArtefactError(_not_a_log(path))
-        if version > FORMAT_VERSION:
-            raise ArtefactError(
-                f"{path} has format_version {version}, this vitcut reads up to {FORMAT_VERSION}: "
-                "upgrade vitcut"
-            )
-        if row != self._header:
-            raise ArtefactError(
-                f"{path} logs another search, with another model, other images or other settings: "
-                "delete it, or choose another --out"
-            )
-
-
-def _not_a_log(path: Path) -> str:
-    return f"{path} is not a decision log: delete it, or choose another --out"

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from vitcut.circuit import Circuit
 from vitcut.discovery.acdc import Search, acdc
 from vitcut.discovery.cache import Cache, require_room
-from vitcut.discovery.pairs import make_pairs
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import ConfigError
+from vitcut.errors import ConfigError, TaskError
 from vitcut.images.load import Images, normalise
 from vitcut.masked.oracle import Examples, Oracle
 from vitcut.model.model import Model
 from vitcut.model.weights import ViTWeights
+from vitcut.names import PairMode
 from vitcut.runs import CIRCUIT_FILE, Run
 from vitcut.settings import as_plain
 from vitcut.shapes import Float, Int, Tensor
@@ -42,6 +42,43 @@ def make_examples(
     """
     clean, corrupted = make_pairs(groups, settings.pairs, seed=settings.seed)
     return Examples(pixels=pixels, clean=clean, corrupted=corrupted, group_of_class=group_of_class)
+
+
+def make_pairs(
+    groups: NDArray[np.int64], mode: PairMode, *, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw corrupted images for every image, from other coarse groups.
+
+    Args:
+        groups: The coarse group number of each image, shape [images].
+        mode: "each_other_group": one image of each other group that is present, in ascending order
+            of groups; "one_random": one image, all those of other groups being equally likely.
+        seed: Equal seeds give equal pairs.
+
+    Returns:
+        The clean images of all pairs, ascending, and their corrupted ones; both index the images.
+
+    Raises:
+        TaskError: Fewer than two groups are present.
+    """
+    present = np.unique(groups)
+    if len(present) < 2:
+        raise TaskError(
+            f"pairs need images of at least 2 groups, got {len(present)}: "
+            "use more images or another task"
+        )
+    rng = np.random.default_rng(seed)
+    images = np.arange(len(groups))
+    if mode == "one_random":
+        corrupted = np.empty_like(images)
+        for group in present:
+            inside = groups == group
+            corrupted[inside] = rng.choice(images[~inside], size=inside.sum())
+        return images, corrupted
+    # [groups present, images]: a candidate from each group; that of the own group is not used.
+    draws = np.stack([rng.choice(images[groups == group], size=len(images)) for group in present])
+    other = groups[:, np.newaxis] != present
+    return np.nonzero(other)[0], draws.T[other]
 
 
 class Discovery:

@@ -10,7 +10,7 @@ Method = Literal["acdc"]
 """Discovery methods that find a circuit."""
 
 Precision = Literal["float32", "float64"]
-"""Of the fast path."""
+"""Precision of the fast path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class DiscoverSettings:
     memory_gib: float = 8.0
     """Most memory that a search may take in addition to model and images, in GiB."""
     precision: Precision = "float32"
-    """Of the fast path. Decisions near tau are always made in float64."""
+    """Precision of the fast path. Decisions near tau are always made in float64."""
 
     def __post_init__(self) -> None:
         require_positive("tau", self.tau)

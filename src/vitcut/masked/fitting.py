@@ -18,18 +18,9 @@ from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
 from vitcut.graph import SiteKey
 from vitcut.masked.fill import Fill, zero_fill
-from vitcut.masked.masking import (
-    attend_streams,
-    circuit_reader,
-    full_run,
-    map_heads,
-    map_neurons,
-    neuron_mask,
-    run_gib,
-)
-from vitcut.model.forward import activate, embed, normalise, write, write_neurons
+from vitcut.masked.masking import PartMask, circuit_reader, full_run, run_gib, run_parts
 from vitcut.model.weights import ViTWeights
-from vitcut.names import LETTERS, Ablation
+from vitcut.names import Ablation
 from vitcut.progress import track
 from vitcut.settings import require_memory
 from vitcut.shapes import Bool, Float, Tensor
@@ -226,82 +217,84 @@ def fit_fill(
         )
     if len(pixels) < 2:
         raise CircuitError(f"a linear fill needs at least 2 calibration images, got {len(pixels)}")
-    own, rows, like = weights.graph, weights.rows_of(circuit.graph), weights.patch_weight
-    blocks, kinds, num_neurons = len(weights.blocks), len(rows), weights.num_neurons
-    heads, head_dim = weights.blocks[0].attn.q_weight.shape[:2]
-    kept_neurons = neuron_mask(weights, circuit.graph, circuit.neurons)
-    live = circuit.graph.by_block(circuit.live_sources)
-    live_heads, live_mlps = (torch.from_numpy(part.copy()) for part in live)
-    # The tensors of the fill, written block by block. ``read`` looks at ``tables`` during the pass,
-    # but only at the rows of sources that were written, which are final by then.
-    tables = means.sources.to(like.device, like.dtype, copy=True)
-    neurons = like.new_zeros(blocks, weights.num_tokens, num_neurons)
-    head_maps = like.new_zeros(blocks, kinds, heads, weights.width, head_dim)
-    neuron_maps = like.new_zeros(blocks, kinds, weights.width, num_neurons)
-    statistics: dict[SiteKey, SiteStatistics] = {}
-    read = circuit_reader(weights, circuit, tables)
-    written = [embed(weights, pixels)]
-    for layer, block in enumerate(weights.blocks):
-        streams = [read(own.letter_targets(layer, letter), written) for letter in LETTERS]
-        z = attend_streams(weights, layer, streams)
-        attention = slice(own.head_source(layer, 0), own.mlp_source(layer))
-        for kind, span in enumerate(rows):
-            site = site_statistics(z[:, :, span].permute(1, 2, 0, 3).flatten(2), ridge)
-            statistics[layer, "heads", kind] = site
-            alive = live_heads[layer, :, kind].to(z.device)
-            head_maps[layer, kind], tables[attention, span] = _fill_heads(
-                block.attn.out_weight.double(), site, alive, tables[attention, span]
-            )
-        written += (write(block.attn, z) + map_heads(z, head_maps[layer], rows)).unbind(0)
-
-        stream = read([own.mlp_target(layer)], written)
-        hidden = activate(block.mlp, normalise(block.mlp_norm, stream[0]))
-        out = block.mlp.out_weight.double()
-        for kind, span in enumerate(rows):
-            site = site_statistics(hidden[:, span], ridge)
-            statistics[layer, "neurons", kind] = site
-            kept = torch.ones(num_neurons, dtype=torch.bool, device=hidden.device)
-            if kept_neurons is not None:
-                kept = kept_neurons[layer, span][0]  # The same for all tokens of a kind.
-            regression, constants = _predict(site, kept)
-            neuron_maps[layer, kind], neurons[layer, span] = out @ regression, constants
-            # A dead MLP is cut whole: it leaves the mean of the model as cut so far.
-            if not live_mlps[layer, kind]:
-                tables[own.mlp_source(layer), span] = (site.means @ out.T).to(like.dtype)
-        replaced, share = hidden, 0.0
-        if kept_neurons is not None:
-            replaced = torch.where(kept_neurons[layer], hidden, neurons[layer])
-            share = map_neurons(hidden * kept_neurons[layer], neuron_maps[layer], rows)
-        written.append(write_neurons(block.mlp, replaced) + share)
-    fill = Fill(
-        sources=tables,
-        neurons=neurons,
-        head_maps=head_maps,
-        neuron_maps=neuron_maps,
-        circuit=circuit.fingerprint,
-    )
-    return Fit(fill=fill, statistics=statistics)
+    mask = _FittingMask(weights, circuit, means, ridge)
+    run_parts(weights, pixels, circuit_reader(weights, circuit, mask.tables), mask)
+    return Fit(fill=mask.fill, statistics=mask.statistics)
 
 
-def _fill_heads(
-    out: Float[Tensor, "heads width head_dim"],
-    site: SiteStatistics,
-    alive: Bool[Tensor, "heads"],
-    table: Float[Tensor, "heads tokens width"],
-) -> tuple[Float[Tensor, "heads width head_dim"], Float[Tensor, "heads tokens width"]]:
-    """The maps W R of a site's heads, and what their cut edges carry.
+class _FittingMask(PartMask):
+    """Fits the parts of each site when a forward pass reaches them, then masks them.
 
-    ``table`` holds the means of the full model, which a cut edge of a live head carries.
+    The pass looks at ``tables``, but only at the rows of sources that were written: those are
+    final by then.
     """
-    heads, _, head_dim = out.shape
-    regression, constants = _predict(site, alive.repeat_interleave(head_dim))
-    maps = (out.permute(1, 0, 2).flatten(1) @ regression).unflatten(1, (heads, head_dim))
-    maps = maps.transpose(0, 1)
-    # A map is part of what its head writes, so a cut edge of a live head carries the map's mean
-    # too. A dead head adds its W c to every target.
-    carried = torch.einsum("hwd,thd->htw", maps, site.means.unflatten(1, (heads, head_dim)))
-    constant = torch.einsum("hwd,thd->htw", out, constants.unflatten(1, (heads, head_dim)))
-    return maps, torch.where(alive[:, None, None], table + carried, constant)
+
+    def __init__(
+        self, weights: ViTWeights, circuit: Circuit, means: Fill, ridge: float | None
+    ) -> None:
+        like, kinds = weights.patch_weight, circuit.graph.num_kinds
+        blocks, hidden, width = len(weights.blocks), weights.num_neurons, weights.width
+        heads, head_dim = weights.blocks[0].attn.q_weight.shape[:2]
+        self.tables = means.sources.to(like.device, like.dtype, copy=True)
+        self.values = like.new_zeros(blocks, weights.num_tokens, hidden)
+        self.head_maps = like.new_zeros(blocks, kinds, heads, width, head_dim)
+        self.neuron_maps = like.new_zeros(blocks, kinds, width, hidden)
+        self.statistics: dict[SiteKey, SiteStatistics] = {}
+        self.weights, self.ridge = weights, ridge
+        self.live_heads, self.live_mlps = circuit.graph.by_block(circuit.live_sources)
+        self.fill = Fill(
+            sources=self.tables,
+            neurons=self.values,
+            head_maps=self.head_maps,
+            neuron_maps=self.neuron_maps,
+            circuit=circuit.fingerprint,
+        )
+        super().__init__(weights, circuit.graph, circuit.neurons, self.fill)
+
+    def heads(
+        self, layer: int, z: Float[Tensor, "heads images tokens head_dim"]
+    ) -> Float[Tensor, "heads images tokens width"] | float:
+        """Fit the heads of a block, kind by kind."""
+        graph, head_dim = self.weights.graph, z.shape[3]
+        out = self.weights.blocks[layer].attn.out_weight.double()
+        attention = slice(graph.head_source(layer, 0), graph.mlp_source(layer))
+        for kind, span in enumerate(self.rows):
+            site = site_statistics(z[:, :, span].permute(1, 2, 0, 3).flatten(2), self.ridge)
+            self.statistics[layer, "heads", kind] = site
+            alive = torch.from_numpy(self.live_heads[layer, :, kind].copy()).to(z.device)
+            regression, constants = _predict(site, alive.repeat_interleave(head_dim))
+            # The maps W R, [heads, width, head_dim].
+            maps = (out.permute(1, 0, 2).flatten(1) @ regression).unflatten(1, (len(z), head_dim))
+            self.head_maps[layer, kind] = maps = maps.transpose(0, 1)
+            # A map is part of what its head writes, so a cut edge of a live head, which carries
+            # the full model's mean, carries the map's mean too. A dead head adds its W c to every
+            # target.
+            means, constants = (x.unflatten(1, (len(z), head_dim)) for x in (site.means, constants))
+            carried = self.tables[attention, span] + torch.einsum("hwd,thd->htw", maps, means)
+            constant = torch.einsum("hwd,thd->htw", out, constants)
+            self.tables[attention, span] = torch.where(alive[:, None, None], carried, constant).to(
+                self.tables
+            )
+        return super().heads(layer, z)
+
+    def neurons(
+        self, layer: int, hidden: Float[Tensor, "images tokens neurons"]
+    ) -> tuple[Tensor, Float[Tensor, "images tokens width"] | float]:
+        """Fit the neurons of a block, kind by kind."""
+        out = self.weights.blocks[layer].mlp.out_weight.double()
+        for kind, span in enumerate(self.rows):
+            site = site_statistics(hidden[:, span], self.ridge)
+            self.statistics[layer, "neurons", kind] = site
+            kept = torch.ones(hidden.shape[2], dtype=torch.bool, device=hidden.device)
+            if self.kept is not None:
+                kept = self.kept[layer, span][0]  # The same for all tokens of a kind.
+            regression, constants = _predict(site, kept)
+            self.neuron_maps[layer, kind], self.values[layer, span] = out @ regression, constants
+            # A dead MLP is cut whole: it leaves the mean of the model as cut so far.
+            if not self.live_mlps[layer, kind]:
+                mlp = self.weights.graph.mlp_source(layer)
+                self.tables[mlp, span] = (site.means @ out.T).to(self.tables.dtype)
+        return super().neurons(layer, hidden)
 
 
 def _predict(

@@ -78,7 +78,7 @@ def full_run(
         pixels: Normalised images.
         per_head: Give each head its own inputs, so that their gradients can be told apart; slower.
     """
-    read = _RunningSum(weights, per_head=per_head)
+    read = _running_sum(weights, per_head=per_head)
     return run_parts(weights, pixels, read, PartMask(weights, weights.graph, None, None))
 
 
@@ -157,7 +157,11 @@ def run_parts(
     neurons: list[Tensor] = []
     for layer, block in enumerate(weights.blocks):
         streams = [read(graph.letter_targets(layer, letter), written) for letter in LETTERS]
-        z = attend_streams(weights, layer, streams)
+        q, k, v = (
+            project(block.attn, letter, normalise(block.attn_norm, stream))
+            for letter, stream in zip(LETTERS, streams, strict=True)
+        )
+        z = attend(q, k, block.attn.scale) @ v
         written += (write(block.attn, z) + mask.heads(layer, z)).unbind(0)
         stream = read([graph.mlp_target(layer)], written)
         hidden = activate(block.mlp, normalise(block.mlp_norm, stream[0]))
@@ -174,20 +178,6 @@ def run_parts(
         neurons=tuple(neurons),
         logits=classify(weights, read_out(weights, inputs[-1][0])),
     )
-
-
-def attend_streams(
-    weights: ViTWeights,
-    layer: int,
-    streams: Sequence[Float[Tensor, "#heads images tokens width"]],
-) -> Float[Tensor, "heads images tokens head_dim"]:
-    """The attention output z of a block's heads from the inputs of their q, k and v."""
-    block = weights.blocks[layer]
-    q, k, v = (
-        project(block.attn, letter, normalise(block.attn_norm, stream))
-        for letter, stream in zip(LETTERS, streams, strict=True)
-    )
-    return attend(q, k, block.attn.scale) @ v
 
 
 def circuit_reader(
@@ -215,7 +205,7 @@ def circuit_reader(
     for kind, span in enumerate(rows):
         chosen = torch.from_numpy(circuit.read_by_all[kind :: len(rows)].copy())
         alive[:, span] = chosen[:, None, None]
-    return _RunningSum(weights, alive.to(weights.device), replaced)
+    return _running_sum(weights, alive.to(weights.device), replaced)
 
 
 def _edge_reader(
@@ -246,38 +236,31 @@ def _edge_reader(
     return read
 
 
-class _RunningSum:
+def _running_sum(
+    weights: ViTWeights,
+    alive: Bool[Tensor, "sources tokens 1"] | None = None,
+    replaced: Float[Tensor, "sources *images tokens width"] | None = None,
+    *,
+    per_head: bool = False,
+) -> ReadInputs:
     """Reads a stream that is the same for all targets of a token: one running sum of sources."""
+    total = stream = torch.zeros((), dtype=weights.dtype, device=weights.device)
+    added = 0
 
-    def __init__(
-        self,
-        weights: ViTWeights,
-        alive: Bool[Tensor, "sources tokens 1"] | None = None,
-        replaced: Float[Tensor, "sources *images tokens width"] | None = None,
-        *,
-        per_head: bool = False,
-    ) -> None:
-        self._weights = weights
-        self._alive = alive
-        self._replaced = replaced
-        self._per_head = per_head
-        self._added = self._read_at = 0
-        self._total = torch.zeros((), dtype=weights.dtype, device=weights.device)
-        self._stream = self._total
-
-    def __call__(self, targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
-        for number in range(self._added, len(written)):
-            value = written[number]
-            if self._alive is not None and self._replaced is not None:
-                value = torch.where(self._alive[number], value, self._replaced[number])
-            self._total = self._total + value
-        self._added = len(written)
+    def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
+        nonlocal total, stream, added
         # q, k and v ask in turn: only the first of them computes the stream.
-        if self._read_at != len(written):
-            self._read_at = len(written)
-            self._stream = self._total + output_bias(self._weights, len(written))
-        total = self._stream
-        return total.expand(len(targets) if self._per_head else 1, *total.shape)
+        if added < len(written):
+            for number in range(added, len(written)):
+                value = written[number]
+                if alive is not None and replaced is not None:
+                    value = torch.where(alive[number], value, replaced[number])
+                total = total + value
+            added = len(written)
+            stream = total + output_bias(weights, added)
+        return stream.expand(len(targets) if per_head else 1, *stream.shape)
+
+    return read
 
 
 def _require_sizes(
@@ -314,74 +297,43 @@ class PartMask:
             CircuitError: ``neurons`` has another shape, or the fill has no values for them.
         """
         self.rows = weights.rows_of(graph)
-        self._fill = fill
-        self._kept = neuron_mask(weights, graph, neurons)
-        if self._kept is not None and (fill is None or fill.neurons is None):
+        self.fill = fill
+        self.kept: Bool[Tensor, "blocks tokens neurons"] | None = None
+        if neurons is None:
+            return
+        blocks, hidden = len(weights.blocks), weights.num_neurons
+        if neurons.shape != (blocks, len(self.rows), hidden):
+            raise CircuitError(
+                f"neurons has shape {neurons.shape}, this model needs "
+                f"{(blocks, len(self.rows), hidden)} (blocks, kinds, neurons)"
+            )
+        if fill is None or fill.neurons is None:
             raise CircuitError("the circuit cuts neurons, but the fill has no values for them")
+        kept = torch.ones(blocks, weights.num_tokens, hidden, dtype=torch.bool)
+        for kind, span in enumerate(self.rows):
+            kept[:, span] = torch.from_numpy(neurons[:, kind].copy())[:, None]
+        self.kept = kept.to(weights.device)
 
     def heads(
         self, layer: int, z: Float[Tensor, "heads images tokens head_dim"]
     ) -> Float[Tensor, "heads images tokens width"] | float:
         """What kept heads write for the cut ones of their block."""
-        if self._fill is None or self._fill.head_maps is None:
+        if self.fill is None or self.fill.head_maps is None:
             return 0.0
-        return map_heads(z, self._fill.head_maps[layer], self.rows)
+        by_kind = zip(self.rows, self.fill.head_maps[layer], strict=True)
+        shares = [torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps) for span, maps in by_kind]
+        return torch.cat(shares, dim=2)
 
     def neurons(
         self, layer: int, hidden: Float[Tensor, "images tokens neurons"]
     ) -> tuple[Tensor, Float[Tensor, "images tokens width"] | float]:
         """The hidden units with cut ones replaced, and what kept ones write for the cut ones."""
-        kept, fill = self._kept, self._fill
+        kept, fill = self.kept, self.fill
         if kept is None or fill is None or fill.neurons is None:
             return hidden, 0.0
         # Of a cut neuron's R a_kept + c, c is its value here and R a_kept comes from the maps.
         replaced = torch.where(kept[layer], hidden, fill.neurons[layer])
         if fill.neuron_maps is None:
             return replaced, 0.0
-        return replaced, map_neurons(hidden * kept[layer], fill.neuron_maps[layer], self.rows)
-
-
-def neuron_mask(
-    weights: ViTWeights, graph: Graph, neurons: NDArray[np.bool_] | None
-) -> Bool[Tensor, "blocks tokens neurons"] | None:
-    """A mask of neurons per token kind as one per token; None if no neuron is cut.
-
-    Raises:
-        CircuitError: ``neurons`` does not fit the model.
-    """
-    if neurons is None:
-        return None
-    rows = weights.rows_of(graph)
-    expected = (len(weights.blocks), len(rows), weights.num_neurons)
-    if neurons.shape != expected:
-        raise CircuitError(
-            f"neurons has shape {neurons.shape}, this model needs {expected} (blocks, kinds, "
-            "neurons)"
-        )
-    shape = (len(weights.blocks), weights.num_tokens, weights.num_neurons)
-    mask = torch.ones(shape, dtype=torch.bool, device=weights.device)
-    for kind, span in enumerate(rows):
-        mask[:, span] = torch.from_numpy(neurons[:, kind].copy())[:, None]
-    return mask
-
-
-def map_heads(
-    z: Float[Tensor, "heads images tokens head_dim"],
-    maps: Float[Tensor, "kinds heads width head_dim"],
-    rows: Sequence[slice],
-) -> Float[Tensor, "heads images tokens width"]:
-    """What the maps of a linear fill make of a block's heads, kind by kind."""
-    shares = [
-        torch.einsum("hnrd,hwd->hnrw", z[:, :, span], maps[kind]) for kind, span in enumerate(rows)
-    ]
-    return torch.cat(shares, dim=2)
-
-
-def map_neurons(
-    alive: Float[Tensor, "images tokens neurons"],
-    maps: Float[Tensor, "kinds width neurons"],
-    rows: Sequence[slice],
-) -> Float[Tensor, "images tokens width"]:
-    """What the maps of a linear fill make of a block's kept neurons, kind by kind."""
-    shares = [alive[:, span] @ maps[kind].T for kind, span in enumerate(rows)]
-    return torch.cat(shares, dim=1)
+        alive, by_kind = hidden * kept[layer], zip(self.rows, fill.neuron_maps[layer], strict=True)
+        return replaced, torch.cat([alive[:, span] @ maps.T for span, maps in by_kind], dim=1)

@@ -4,7 +4,7 @@ Every decision of a faster method must equal the one that these numbers give.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,12 +46,7 @@ class Examples:
         if ablation == "resample":
             return self
         images = np.arange(len(self.pixels))
-        return Examples(
-            pixels=self.pixels,
-            clean=images,
-            corrupted=images,
-            group_of_class=self.group_of_class,
-        )
+        return replace(self, clean=images, corrupted=images)
 
 
 class Oracle:

@@ -76,11 +76,9 @@ class Selection:
                 f"{neurons[2]} neurons and {self.graph.num_kinds} kinds: use the model and "
                 "--tokens that it was found with"
             )
-        alive = self._alive.copy()
         if not self._budget.rescore and self._scorer is None:
             self._scorer = self._score()
-        alive.keep_live(circuit)
-        self._alive = alive
+        self._alive.keep_live(circuit)
 
     @property
     def circuit(self) -> Circuit:

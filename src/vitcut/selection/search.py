@@ -9,7 +9,7 @@ Files of a run: ``path/NAME/circuit.json`` and ``path/NAME/step.json`` for each 
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from vitcut import store
 from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchSettings
@@ -41,7 +42,6 @@ from vitcut.selection.greedy import Alive
 from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
-from vitcut.store import read_json, write_json
 
 PATH_FILE = "path.json"
 _FORMAT_VERSION = 1
@@ -73,7 +73,7 @@ class PathStep:
 
     def save(self, path: Path) -> None:
         """Write the step atomically: its latency is measured once, and decides the next round."""
-        write_json(path, {"format_version": _FORMAT_VERSION, **asdict(self)})
+        store.save(path, self, version=_FORMAT_VERSION)
 
     @classmethod
     def load(cls, path: Path) -> "PathStep":
@@ -82,9 +82,7 @@ class PathStep:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        content = read_json(path, kind="step", newest_version=_FORMAT_VERSION)
-        del content["format_version"]
-        return _step_of(content, path)
+        return store.load(path, cls, kind="step", version=_FORMAT_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +91,13 @@ class SearchPath:
 
     steps: tuple[PathStep, ...]
 
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ArtefactError("it has no steps")
+
     def save(self, path: Path) -> None:
         """Write ``path.json`` atomically."""
-        steps = [asdict(step) for step in self.steps]
-        write_json(path, {"format_version": _FORMAT_VERSION, "steps": steps})
+        store.save(path, self, version=_FORMAT_VERSION)
 
     @classmethod
     def load(cls, path: Path) -> "SearchPath":
@@ -105,18 +106,7 @@ class SearchPath:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        content = read_json(path, kind="path", newest_version=_FORMAT_VERSION)
-        steps = content.get("steps")
-        if not isinstance(steps, list) or not steps:
-            raise ArtefactError(f"{path} is damaged: it has no steps; delete it and run again")
-        return cls(steps=tuple(_step_of(item, path) for item in steps))
-
-
-def _step_of(content: Any, path: Path) -> PathStep:
-    try:
-        return PathStep(**content)
-    except TypeError as error:
-        raise ArtefactError(f"{path} is damaged: {error}; delete it and run again") from None
+        return store.load(path, cls, kind="path", version=_FORMAT_VERSION)
 
 
 def budget_point(
