@@ -7,14 +7,13 @@ way, say how much a reader has to follow. Committed figures: docs/architecture.m
     uv run python benchmarks/trace_calls.py --list
 """
 
+import inspect
 import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import timm
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitcut
@@ -22,9 +21,12 @@ from vitcut.cli import main
 from vitcut.progress import say
 
 SRC = Path(vitcut.__file__).parent
-MODEL = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+TRAIN = (
+    "--source drawn --task drawn --image-size 16 --patch-size 8 --width 16 --depth 2 --num-heads 2 "
+    "--epochs 1 --warmup-epochs 0 --precision float32 --device cpu"
+)
 CUT = (
-    "--source drawn --target-macs 0.6 --rounds 2 --images 48 --score-images 24 --verify-images 8 "
+    "--target-macs 0.6 --rounds 2 --images 48 --score-images 24 --verify-images 8 "
     "--runtimes torch --batches 1 --seconds 0.05 --min-rounds 3 --min-sample-ms 0.1"
 )
 
@@ -46,13 +48,14 @@ class FirstOperation(TorchDispatchMode):
 def trace(words: list[str]) -> tuple[dict[str, None], int]:
     """Run a command; the functions in the order in which they are entered, and how many came first.
 
-    Comprehensions, lambdas and module bodies are not counted.
+    Comprehensions, lambdas, and the bodies of modules and classes are not counted.
     """
     entered: dict[str, None] = {}
 
     def enter(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(str(SRC)) and code.co_name[0] != "<":
+        is_function = code.co_flags & inspect.CO_OPTIMIZED and code.co_name[0] != "<"
+        if event == "call" and is_function and code.co_filename.startswith(str(SRC)):
             file = Path(code.co_filename).relative_to(SRC).as_posix()
             entered.setdefault(f"{file}:{code.co_qualname}")
 
@@ -70,10 +73,9 @@ def trace(words: list[str]) -> tuple[dict[str, None], int]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        model = timm.create_model("vit_tiny_patch16_224", num_classes=12, **MODEL)
-        torch.save(model.state_dict(), f"{folder}/weights.pth")
-        where = ["--model", f"{folder}/weights.pth", "--arch", "vit_tiny_patch16_224"]
-        found, first = trace(["cut", *where, *CUT.split(), "--out", f"{folder}/out"])
+        main(["train", *TRAIN.split(), "--out", f"{folder}/train"])
+        words = ["cut", "--model", f"{folder}/train", *CUT.split(), "--out", f"{folder}/out"]
+        found, first = trace(words)
     if "--list" in sys.argv:
         for number, name in enumerate(found):
             say(f"{'-- first tensor operation' if number == first else name}")

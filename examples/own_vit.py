@@ -56,5 +56,4 @@ if __name__ == "__main__":
     vitcut.register_adapter(OwnViT, read)
     model = vitcut.load_model(OwnViT(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     images = vitcut.load_images("drawn", task="drawn", image_size=16)
-    cut = vitcut.cut(model, images, budget=vitcut.Budget(target_macs=0.5))
-    cut.model.save_pretrained("own-cut")
+    vitcut.cut(model, images, budget=vitcut.Budget(target_macs=0.5), out="own-cut")

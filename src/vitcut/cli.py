@@ -136,7 +136,8 @@ def build_parser(name: str) -> ArgumentParser:
         prog=f"vitcut {name}",
         description=told.short_description,
         exit_on_error=False,
-        print_config=None,
+        # A recipe is printed by this file, other settings by jsonargparse.
+        print_config=None if "changes" in parameters else "--print_config",
     )
     if "changes" in parameters:
         parser.description = f"{told.short_description} {_CHANGES}"

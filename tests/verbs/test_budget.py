@@ -322,7 +322,7 @@ def test_an_impossible_budget_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("content", ["{}", '{"steps": [{"name": 1}]}', '{"steps": []}'])
 def test_a_damaged_path_is_refused(tmp_path, content):
     (tmp_path / PATH_FILE).write_text(json.dumps({"format_version": 1, **json.loads(content)}))
-    with pytest.raises(ArtefactError, match=r"path\.json is damaged"):
+    with pytest.raises(ArtefactError, match=r"path\.json is not a path file"):
         SearchPath.load(tmp_path / PATH_FILE)
 
 

@@ -80,8 +80,8 @@ def _cells(capsys):
 def _parts():
     heads, neurons = np.ones((2, 2, 2), dtype=bool), np.ones((2, 2, 3), dtype=bool)
     heads[0, 1, 1] = neurons[0, 1, :2] = neurons[1, 0] = False
-    origin = {"method": "fisher", "task": "shapes"}
-    return Circuit.of_parts(GRAPH, heads=heads, neurons=neurons, ablation="linear", **origin)
+    found = Circuit.of_parts(GRAPH, heads=heads, neurons=neurons, ablation="linear")
+    return replace(found, method="fisher", task="shapes")
 
 
 def test_a_circuit_of_parts_is_shown_by_block_and_token_kind(capsys):
