@@ -397,7 +397,7 @@ def test_the_step_after_prepare_repeats_what_was_typed(place, capsys):
 def test_the_step_after_checks_names_the_images(model, flags, place, monkeypatch, capsys):
     monkeypatch.setattr(cli, "VERBS", {"checks": _silent("checks")})
     (place / "my runs").mkdir()
-    (place / "my runs" / "config.yaml").touch()
+    (place / "my runs" / "config.yaml").write_text("format_version: 2\n")
     for more in ([], ["--save", "costs.json"]):
         assert main(["checks", "--model", model, *more]) == 0
         costs = " --costs costs.json" if more else ""

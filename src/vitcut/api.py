@@ -130,13 +130,15 @@ def cut(
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
-    from vitcut.report.cards import save_results
+    from vitcut.report.cards import write_cards
     from vitcut.selection.search import budget_point, search
 
     run, model = Run(out), for_images(model, images)
     if isinstance(circuit, (str, Path)):
         circuit = Circuit.load(find_circuit(Path(circuit), point))
-    check_cut({"circuit": circuit, "budget": budget, "settings": settings, "model": model})
+    check_cut(
+        {"circuit": circuit, "budget": budget, "settings": settings, "point": point, "model": model}
+    )
     found_under = None if circuit is None else require(circuit, Circuit).ablation
     settings = replace(settings, ablation=settings.ablation_for(found_under))
     costs = CostModel.of(settings)
@@ -148,9 +150,8 @@ def cut(
         chosen["select"] = as_plain(budget)
     else:
         chosen["circuit"] = circuit.fingerprint
-    if bench is not None:
-        chosen["bench"] = as_plain(bench)
-    run.claim({**subject(model, images), **chosen})
+    chosen["bench"] = None if bench is None else as_plain(bench)
+    run.claim({**subject(model, images), **chosen}, free=run.free_bench())
     fitter = make_fitter(model, images, settings)
 
     def make() -> Cut:
@@ -163,14 +164,16 @@ def cut(
             model, images, sought, settings, fitter=fitter, costs=costs, name=name, budget=asked
         )
 
-    done = replace(run.once("model", make, Cut.load), folder=run.path / "model")
+    done = replace(run.once("model", make, Cut.load), folder=run.kept("model"))
     if bench is None:
         return done
 
     def measured() -> Results:
         baseline = class_only(model, images, settings)
         points = {CLASS_ONLY: baseline, done.name: (done.point(run.path), done.model)}
-        return save_results(measure(model, images, points, bench), run.path)
+        results = measure(model, images, points, bench)
+        write_cards(results, run.path)
+        return results
 
     return replace(done, results=run.once(RESULTS_FILE, measured, Results.load))
 
@@ -179,11 +182,12 @@ def check_cut(given: Mapping[str, Any]) -> None:
     """Refuse arguments of `cut` that cannot be met, before images are decoded.
 
     Args:
-        given: Its circuit, budget and settings; with its model, whether the budget can be met.
+        given: Its circuit, point, budget and settings, and its model once that is loaded.
 
     Raises:
         ConfigError: There is not either a circuit or a budget, or a budget is to be merged.
-        CircuitError: The budget cannot be met.
+        CircuitError: The budget cannot be met, or the circuit is of another model.
+        ArtefactError: There is no file of costs, or it is damaged.
     """
     circuit, budget, settings = given["circuit"], given["budget"], given["settings"]
     if circuit is None and not budget.is_given:
@@ -198,12 +202,21 @@ def check_cut(given: Mapping[str, Any]) -> None:
             "merge brings edges back to a circuit that is there, got a budget: cut to the budget "
             "first, then cut its circuit with merge"
         )
-    if budget.is_given and "model" in given:
-        from vitcut.compiler.cost import CostModel
+    if circuit is None and given["point"] is not None:
+        raise ConfigError("point chooses among the circuits of a run directory, got a budget")
+    from vitcut.compiler.cost import CostModel
+
+    costs = CostModel.of(settings)
+    if "model" in given:
+        from vitcut.compiler.cut import require_found_in
         from vitcut.model.model import Model
         from vitcut.selection.search import require_possible
 
-        require_possible(require(given["model"], Model).weights, budget, CostModel.of(settings))
+        model = require(given["model"], Model)
+        if budget.is_given:
+            require_possible(model.weights, budget, costs)
+        elif isinstance(circuit, Circuit):
+            require_found_in(circuit, model)
 
 
 def check_finetune(given: Mapping[str, Any]) -> None:
@@ -262,6 +275,7 @@ def finetune(
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
     from vitcut.report.cards import dense_repaired_card, repaired_card
+    from vitcut.training.checkpoint import read_training
     from vitcut.training.repair import (
         Repair,
         Repaired,
@@ -294,17 +308,24 @@ def finetune(
         "repaired_dense": None if taken is None else str(taken[0].resolve()),
         "bench": None if bench is None else as_plain(bench),
     }
-    run.claim({**subject(model, images), **chosen})
-    repaired, training = repair_cut(start, model, images, settings, run.path)
-    repaired = replace(run.once("model", lambda: repaired, Cut.load), folder=run.path / "model")
+    run.claim({**subject(model, images), **chosen}, free=run.free_bench())
+    repaired = run.once(
+        "model", lambda: repair_cut(start, model, images, settings, run.path)[0], Cut.load
+    )
+    repaired = replace(repaired, folder=run.kept("model"))
+    _, training = read_training(run.path)
     dense, dense_training, folder = None, None, run.path / DENSE_REPAIRED
     if taken is not None:
         folder, dense_training = taken
         dense = Model.load(folder / "dense")
     elif repair_dense:
-        made, dense_training = repair_dense_model(model, images, settings, folder)
-        card = dense_repaired_card(images.task, dense_training, settings)
-        dense = run.once(f"{folder.name}/dense", lambda: replace(made, card=card), Model.load)
+
+        def make() -> Model:
+            made, result = repair_dense_model(model, images, settings, folder)
+            return replace(made, card=dense_repaired_card(images.task, result, settings))
+
+        dense = run.once(f"{folder.name}/dense", make, Model.load)
+        _, dense_training = read_training(folder)
 
     told = Repair(training=training, dense_training=dense_training, paired=())
 
@@ -315,7 +336,7 @@ def finetune(
             point = replace(
                 dense_point(model, name=DENSE_REPAIRED),
                 seconds=round(dense_training.seconds, 2),
-                model=run.relative(folder / "dense"),
+                model=None if run.is_temporary else run.relative(folder / "dense"),
             )
             points[DENSE_REPAIRED] = point, dense.module
         points |= {item.name: (item.point(run.path), item.model) for item in (start, repaired)}
@@ -420,12 +441,12 @@ def bench(
                 module: nn.Module = Model.load(folder).module
             else:
                 module = Cut.load(folder).model
-            moved = replace(
-                point,
-                model=target.relative(path / point.model),
-                circuit=None if point.circuit is None else target.relative(path / point.circuit),
-            )
-            points[point.name] = moved, module
+            files = {"model": point.model, "circuit": point.circuit}
+            moved = {
+                key: None if name is None or target.is_temporary else target.relative(path / name)
+                for key, name in files.items()
+            }
+            points[point.name] = replace(point, **moved), module
     results = measure(model, images, points, settings)
     results.save(target.path / RESULTS_FILE)
     return results
@@ -512,7 +533,9 @@ def checks(
 
     if models < 3:
         raise ConfigError(f"models must be at least 3, got {models}")
-    loaded = load_model(model) if isinstance(model, (str, Path)) else model
+    from vitcut.model.model import Model
+
+    loaded = load_model(model) if isinstance(model, (str, Path)) else require(model, Model)
     weights = loaded.weights
     found = calibrate(weights.shape, weights.split_graph, models=models, seconds=seconds)
     if save is not None:

@@ -35,6 +35,9 @@ EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 LOADERS: dict[str, Callable[..., Any]] = {"Model": load_model, "Images": load_images}
 """What gives an argument of a type that cannot be typed, and so whose arguments are flags."""
+_NOT_TYPED = {"model", "seed", "val_fraction"}
+"""Arguments of `load_images` without a flag: the model is the command's, and a seed that is typed
+is that of settings; other splits would make test images of training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +161,7 @@ def build_parser(name: str) -> ArgumentParser:
         elif kind in LOADERS:
             described = parse_docstring(LOADERS[kind].__doc__ or "")
             for own in inspect.signature(LOADERS[kind]).parameters.values():
-                # A model for images is that of the command; "seed" is that of its settings.
-                hidden = {"model", "seed", "val_fraction"} if kind == "Images" else set()
-                if own.name in known | hidden:
+                if own.name in known or (kind == "Images" and own.name in _NOT_TYPED):
                     continue
                 known.add(own.name)
                 _add(parser, own, _help(described, own.name), flag=True)
@@ -226,7 +227,7 @@ def _values(
         check(values)
     if "images" in parameters:
         names = inspect.signature(load_images).parameters
-        loading = {name: typed[name] for name in names if name in typed}
+        loading = {name: typed[name] for name in names if name in typed and name not in _NOT_TYPED}
         if "model" in values:
             loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
         values["images"] = LOADERS["Images"](**loading)

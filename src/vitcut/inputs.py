@@ -10,7 +10,8 @@ from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.images.settings import DataSettings
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import Preprocessing, numbers
-from vitcut.runs import CONFIG_FILE, read_settings
+from vitcut.runs import CONFIG_FILE, is_run, read_settings
+from vitcut.settings import require_positive
 from vitcut.task import Task, all_classes_task, load_task, parse_task
 
 if TYPE_CHECKING:
@@ -71,10 +72,15 @@ def load_model(
     run, path = None, None
     if isinstance(model, (str, Path)):
         path = Path(model)
-        if str(model) != SHIPPED_MODEL and (path / CONFIG_FILE).is_file():
+        if str(model) != SHIPPED_MODEL and is_run(path):
             run = path
-            stored = dict(read_settings(path).get("model") or {})
-            stored.pop("weight_hash", None)
+            noted = read_settings(path).get("model")
+            if not isinstance(noted, dict) or not noted.keys() <= {*given, "model", "weight_hash"}:
+                raise ArtefactError(
+                    f"{path / CONFIG_FILE} is damaged: its model is {noted!r}; run its command "
+                    "again in a new directory"
+                )
+            stored = {key: value for key, value in noted.items() if key != "weight_hash"}
             model = stored.pop("model", OWN)
             given |= {**stored, **typed}
             typed = {**stored, **typed}
@@ -119,7 +125,8 @@ def load_images(
         mean: Of a model to be trained: on the scale 0 to 1, what pixels are shifted by, one number
             or one per channel; None is ImageNet's.
         std: What pixels are divided by afterwards; likewise.
-        seed: Of the splits that the data lacks, and of drawn pictures.
+        seed: Of the splits that the data lacks, and of drawn pictures; those of a run directory
+            stay as they are.
         val_fraction: Part of each class's training images that is set aside for choosing.
         skip_bad_images: Leave out images that do not decode, instead of stopping.
 
@@ -133,6 +140,8 @@ def load_images(
     from vitcut.model.classes import find_labels
     from vitcut.model.model import Model
 
+    if model is not None and (mean is not None or std is not None):
+        raise ConfigError("the model says its own mean and std: leave them out of load_images")
     size = None if model is None else require(model, Model).preprocessing.image_size
     if None not in {size, image_size} and size != image_size:
         raise ConfigError(
@@ -167,7 +176,14 @@ def load_images(
         task = next((name for name in named if name in {SHIPPED_MODEL, "drawn"}), None)
     if model is None:
         given = {"mean": numbers("mean", mean), "std": numbers("std", std)}
-        known: Any = {name: value for name, value in given.items() if value is not None}
+        known: Any = {}
+        for name, value in given.items():
+            if value is not None and len(value) not in {1, 3}:
+                raise ConfigError(f"{name} must be one number or three, got {len(value)}")
+            if value is not None:
+                known[name] = value * 3 if len(value) == 1 else value
+        for value in known.get("std", ()):
+            require_positive("std", value)
         preprocessing = Preprocessing(image_size=settings.image_size, **known)
     else:
         preprocessing = model.preprocessing

@@ -189,10 +189,15 @@ def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: R
         result = fit(module, images, settings, run.path, preprocessing=images.preprocessing)
         task = images.task
         labels = Labels(owner=task.name, ids=task.class_ids, names=task.class_names)
-        made = Model.of(module, str(run.path), images.preprocessing, labels)
+        made = Model.of(module, task.name, images.preprocessing, labels)
         return replace(made, card=dense_card(task, result, settings))
 
-    return run.once("dense", make, Model.load)
+    made = run.once("dense", make, Model.load)
+    if run.is_temporary:
+        return made
+    # As load_model gives it, whether it was trained now or before.
+    origin = {"model": str((run.path / "dense").resolve())}
+    return replace(made, name=str(run.path), origin=origin, run=run.path)
 
 
 def run(
@@ -206,7 +211,8 @@ def run(
     Args:
         recipe: A shipped recipe's name, a YAML file, or `RunSettings`.
         changes: Values of the recipe to change, by dotted key: ``{"train.epochs": 2}``.
-        out: Run directory; None takes ``runs/NAME``, by the recipe's name.
+        out: Run directory; None takes ``runs/NAME`` for a recipe with a name, and keeps nothing
+            but the results for `RunSettings`.
 
     Raises:
         VitcutError: Any stage's own error; the directory can be continued once it is mended.
@@ -217,11 +223,13 @@ def run(
     from vitcut.discovery.search import find_circuits
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
-    from vitcut.report.cards import save_results
+    from vitcut.report.cards import write_cards
     from vitcut.selection.search import budget_point, require_possible, search
     from vitcut.training.repair import repair_cut
 
     named = not isinstance(recipe, RunSettings)
+    if changes and not named:
+        raise ConfigError("changes are for a recipe's name or file: use dataclasses.replace")
     settings = read_recipe(recipe, changes) if named else recipe
     target = Run(Path("runs") / Path(recipe).stem if out is None and named else out)
     vit, data = settings.vit, settings.data
@@ -238,13 +246,15 @@ def run(
     chosen = {
         key: value for key, value in as_plain(settings).items() if key not in {"task", "data"}
     }
+    chosen["cut"] = as_plain(replace(settings.cut, costs=None))
+    chosen["costs"] = costs.fingerprint
     target.claim({"model": {"model": OWN}, "images": plain_images(images), **chosen})
     model = for_images(_trained(images, vit, settings.train, target), images)
     cuts: list[Cut] = []
 
     def keep(folder: Path, make: Callable[[], Cut]) -> Cut:
         made = target.once(str(folder / "model"), make, Cut.load)
-        cuts.append(replace(made, folder=target.path / folder / "model"))
+        cuts.append(replace(made, folder=target.kept(f"{folder}/model")))
         return cuts[-1]
 
     fitter = make_fitter(model, images, settings.cut)
@@ -280,7 +290,9 @@ def run(
     def measured() -> Results:
         points = {CLASS_ONLY: class_only(model, images, settings.cut)}
         points |= {item.name: (item.point(target.path), item.model) for item in cuts}
-        return save_results(measure(model, images, points, settings.bench), target.path)
+        results = measure(model, images, points, settings.bench)
+        write_cards(results, target.path)
+        return results
 
     return target.once(RESULTS_FILE, measured, Results.load)
 

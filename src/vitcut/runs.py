@@ -17,7 +17,7 @@ from vitcut.store import write_text
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 CIRCUIT_FILE = "circuit.json"
 _VERSION = 2
-_WITHOUT_EFFECT = {"memory_gib", "precision"}
+_WITHOUT_EFFECT = {"discover.memory_gib", "discover.precision", "cut.memory_gib"}
 """Settings that change no result: a run may be continued with others."""
 
 
@@ -73,9 +73,12 @@ class Run:
         """
         config = self.path / CONFIG_FILE
         # Settings may be corrected as long as there are no results of theirs.
-        if config.exists() and self._names() - {CONFIG_FILE}:
-            for key, (was, now) in differences(read_settings(self.path), settings).items():
-                if key in free or key.rpartition(".")[2] in _WITHOUT_EFFECT:
+        if config.exists() and self._names() - {CONFIG_FILE, "training.json"}:
+            differing = differences(read_settings(self.path), settings)
+            if not differing:
+                return
+            for key, (was, now) in differing.items():
+                if key in _WITHOUT_EFFECT or any(f"{key}.".startswith(f"{name}.") for name in free):
                     continue
                 if key in {"images.fingerprint", "model.weight_hash"}:
                     what = "images or another label file" if key.startswith("images") else "weights"
@@ -87,10 +90,13 @@ class Run:
                     f"{self.path} holds a run of other settings: {key} was {was!r}, now {now!r}; "
                     "choose another --out"
                 )
-            return
         write_text(
             config, yaml.safe_dump({"format_version": _VERSION, **settings}, sort_keys=False)
         )
+
+    def free_bench(self) -> tuple[str, ...]:
+        """The timing may be changed, or asked for later, until something was measured."""
+        return () if (self.path / RESULTS_FILE).exists() else ("bench",)
 
     def _names(self) -> set[str]:
         """What lies in the directory, without files that a killed process left half-written."""
@@ -116,16 +122,30 @@ class Run:
         value.save(path)
         return value
 
+    def kept(self, name: str) -> Path | None:
+        """Where something stays; None in a temporary directory, where nothing does."""
+        return None if self.is_temporary else self.path / name
+
     def relative(self, path: Path) -> str:
         """A path as seen from this directory, with "/" between folders."""
         return Path(os.path.relpath(path, self.path)).as_posix()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a directory is a run of this or another version; others have a config.yaml too."""
+    try:
+        with (folder / CONFIG_FILE).open(encoding="utf-8") as file:
+            own = any(line.startswith("format_version:") for line in file)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return own or (folder / "origin.json").is_file()
 
 
 def find_run(path: str | Path) -> Path | None:
     """The run directory that a path is or lies in; None where there is none."""
     start = Path(path)
     around = (start, *start.resolve().parents) if start.exists() else ()
-    return next((folder for folder in around if (folder / CONFIG_FILE).is_file()), None)
+    return next((folder for folder in around if is_run(folder)), None)
 
 
 def find_circuit(path: Path, point: str | None) -> Path:
@@ -202,12 +222,10 @@ def read_settings(run: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{path} is not readable: {reason}") from None
-    version = settings.get("format_version") if isinstance(settings, dict) else None
-    if version != _VERSION:
-        what = "newer" if isinstance(version, int) and version > _VERSION else "earlier"
+    if not isinstance(settings, dict) or settings.get("format_version") != _VERSION:
         raise ArtefactError(
-            f"{run} is no run directory of this version of vitcut (a {what} one wrote it, or "
-            f"another program): choose another --out, or run its command again in a new directory"
+            f"{run} is not a run directory of this version of vitcut (another version or another "
+            "program wrote it): run its command again in a new directory"
         )
     return settings
 

@@ -179,12 +179,7 @@ def cut_circuit(
         ExactnessError: The compact model does not compute the masked one.
     """
     start = time.perf_counter()
-    found = circuit.provenance.get("weight_hash")
-    if found not in {None, model.weight_hash}:
-        raise CircuitError(
-            f"the circuit was found in a model whose weights hash to {str(found)[:12]}, those of "
-            f"{model.name!r} hash to {model.weight_hash[:12]}: use the model that it was found in"
-        )
+    require_found_in(circuit, model)
     weights, task = model.weights, images.task
     parent = circuit.with_ablation(settings.ablation_for(circuit.ablation))
     final = merge_streams(parent, weights.shape, costs) if settings.merge else parent
@@ -226,6 +221,20 @@ def cut_circuit(
         budget=budget,
         seconds=None if finding is None else round(finding + cutting, 2),
     )
+
+
+def require_found_in(circuit: Circuit, model: Model) -> None:
+    """Check that a circuit was found in this model, if it says where it was found.
+
+    Raises:
+        CircuitError: It was found in another one.
+    """
+    found = circuit.provenance.get("weight_hash")
+    if found not in {None, model.weight_hash}:
+        raise CircuitError(
+            f"the circuit was found in a model whose weights hash to {str(found)[:12]}, those of "
+            f"{model.name!r} hash to {model.weight_hash[:12]}: use the model that it was found in"
+        )
 
 
 def class_only(model: Model, images: Images, settings: CutSettings) -> tuple[Point, CompactViT]:

@@ -133,9 +133,8 @@ Speed-ups are against the dense model in the same runtime, with their 95 % inter
 """
 
 
-def save_results(results: Results, run: Path) -> Results:
-    """Write the model card of every point that has a model, and give the results back."""
+def write_cards(results: Results, run: Path) -> None:
+    """Write the model card of every point that has a model."""
     for point in results.points:
         if point.model is not None:
             write_text(run / point.model / "README.md", compact_card(results, point))
-    return results

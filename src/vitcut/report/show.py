@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
 """What the provenance of a circuit that ACDC found says."""
+_PATH_FILE = "path.json"
+_SHOWN_FILES = (_PATH_FILE, REPAIR_FILE, RESULTS_FILE)
 _DEAD = "-"
 """In place of counts, where nothing can reach the classifier whatever is kept."""
 
@@ -46,17 +48,17 @@ def show_path(path: Path) -> None:
         from vitcut.compact.model import CompactViT
 
         show_plan(CompactViT.from_pretrained(model).plan)
-    if (path / "path.json").exists():
+    if (path / _PATH_FILE).exists():
         from vitcut.selection.search import SearchPath, print_path
 
-        print_path(SearchPath.load(path / "path.json").steps)
+        print_path(SearchPath.load(path / _PATH_FILE).steps)
     if results.exists():
         print_table(point_table(Results.load(results)))
     if (path / REPAIR_FILE).exists():
         from vitcut.training.repair import Repair
 
         show_pairs(Repair.load(path / REPAIR_FILE))
-    if not (circuits or model or results.exists()):
+    if not (circuits or model or any((path / name).exists() for name in _SHOWN_FILES)):
         raise ArtefactError(
             f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
         )

@@ -118,7 +118,9 @@ def repair_dense_model(
     say("giving the dense model the same repair")
     module, taken = deepcopy(model.module), model.preprocessing
     result = repair(module, model.module, images, settings, out, preprocessing=taken)
-    return replace(model, module=module), result
+    name, labels = f"{model.name}-repaired", model.labels
+    repaired = Model.of(module, name, model.preprocessing, labels)
+    return replace(repaired, kept_classes=model.kept_classes), result
 
 
 def find_repair(

@@ -14,11 +14,6 @@ not at all."""
 Precision = Literal["float32", "bfloat16"]
 """What the training forward pass computes in; weights and evaluation stay in float32."""
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Per channel, on the scale 0 to 1."""
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Per channel, on the scale 0 to 1."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
