@@ -12,6 +12,7 @@ import timm
 import torch
 
 import vitcut
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.cli import VERBS
 from vitcut.compact.operations import count_macs, dense_macs
 from vitcut.compiler.settings import CutSettings
@@ -24,7 +25,7 @@ from vitcut.model.reference import build_reference
 from vitcut.model.settings import VitSettings
 from vitcut.preprocessing import Preprocessing
 from vitcut.selection.settings import Budget
-from vitcut.training.settings import FinetuneSettings
+from vitcut.training.settings import FinetuneSettings, TrainSettings
 
 MEAN = STD = (0.5, 0.5, 0.5)
 SIDE = 16
@@ -207,6 +208,70 @@ def test_a_cut_is_measured_beside_the_dense_model_unless_it_is_not_wanted(model,
     names = [point.name for point in cut.results.all_points()]
     assert names == ["dense", "class-only", "manual-mean"]
     assert cut.results.dense.accuracy_coarse == vitcut.evaluate(model, images).accuracy_coarse
+
+
+def test_a_repaired_dense_model_is_read_anew(model_folder, images, whole, tmp_path):
+    settings = FinetuneSettings(epochs=1, warmup_epochs=0, precision="float32", device="cpu")
+    given = [whole, vitcut.load_model(model_folder), images]
+    found = [
+        vitcut.finetune(*given, settings=settings, bench=None, out=tmp_path / "fine").dense
+        for _ in range(2)
+    ]
+    for dense in found:
+        assert dense.weight_hash == weight_hash(dense.module) != given[1].weight_hash
+    assert found[0].weight_hash == found[1].weight_hash
+    pixels = torch.rand(2, 3, SIDE, SIDE)
+    circuit = vitcut.Circuit.full(found[0].weights.graph, ablation="zero")
+    cut = vitcut.cut(found[0], images, circuit, bench=None)
+    assert (cut.model(pixels) - found[0].module(pixels)).abs().max() < 1e-4
+
+
+def test_what_a_temporary_run_made_names_no_folder(model, images, whole, tmp_path):
+    assert whole.folder is None
+    settings = FinetuneSettings(epochs=1, warmup_epochs=0, precision="float32", device="cpu")
+    timing = BenchSettings(runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=2)
+    done = vitcut.finetune(
+        whole, model, images, settings=settings, repair_dense=False, bench=timing
+    )
+    assert done.cut.folder is None
+    assert {point.model for point in done.results.points} == {None}
+
+
+def test_a_trained_model_is_the_same_when_the_call_is_repeated(images, tmp_path):
+    given = {"vit": VitSettings(width=16, depth=1, num_heads=2)}
+    given["settings"] = TrainSettings(
+        epochs=1, warmup_epochs=0, precision="float32", device="cpu", augmentation="none"
+    )
+    first, second = (vitcut.train(images, out=tmp_path / "run", **given) for _ in range(2))
+    for one in (second, vitcut.load_model(tmp_path / "run")):
+        facts = ("name", "origin", "run", "weight_hash")
+        assert [getattr(one, fact) for fact in facts] == [getattr(first, fact) for fact in facts]
+    assert vitcut.load_images(model=first).fingerprint == images.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean must be one number or three, got 2"),
+        ({"std": 0.0}, "std must be a finite number > 0"),
+        ({"mean": 0.5, "model": "model"}, "the model says its own mean and std"),
+    ],
+)
+def test_numbers_of_pixels_are_checked_before_images_are_read(model, given, message):
+    if "model" in given:
+        given = given | {"model": model}
+    with pytest.raises(ConfigError, match=message):
+        vitcut.load_images("nowhere", task="drawn", image_size=SIDE, **given)
+
+
+def test_one_number_is_that_of_three_channels():
+    images = vitcut.load_images("drawn", task="drawn", image_size=SIDE, mean=0.5)
+    assert images.preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+def test_changes_are_for_recipes_that_are_read(tmp_path):
+    with pytest.raises(ConfigError, match="changes are for a recipe's name or file"):
+        vitcut.run(vitcut.RunSettings(), changes={"taus": [0.1]}, out=tmp_path / "run")
 
 
 def test_a_module_is_copied_and_left_as_it_was():

@@ -485,6 +485,13 @@ def test_fields_of_one_name_share_a_flag_and_keep_their_own_defaults(taken):
     assert {given[name].seed for name in ("budget", "settings", "bench")} == {3}
 
 
+@pytest.mark.parametrize("words", [["discover"], ["train", *DRAWN]])
+def test_a_seed_that_is_typed_leaves_the_splits_alone(words, taken):
+    assert main([*words, "--seed", "3"]) == 0
+    assert taken[words[0]]["settings"].seed == 3
+    assert not {"seed", "val_fraction"} & taken["load_images"].keys()
+
+
 @pytest.mark.parametrize(
     "typed", [["mine.yaml"], ["--config", "mine.yaml"], ["--config=mine.yaml"]]
 )

@@ -71,6 +71,39 @@ def test_what_changes_no_result_may_differ(tmp_path):
     Run(tmp_path).claim(other, free=("discover.tau",))
 
 
+@pytest.mark.parametrize("name", ["train.precision", "finetune.precision", "select.memory_gib"])
+def test_a_setting_of_the_same_name_that_changes_results_may_not_differ(tmp_path, name):
+    group, key = name.split(".")
+    Run(tmp_path).claim({group: {key: 1}})
+    (tmp_path / "points").mkdir()
+    _expect_refusal(tmp_path, f"{name} was 1, now 2", {group: {key: 2}})
+
+
+def test_settings_may_be_corrected_before_the_first_checkpoint(tmp_path):
+    Run(tmp_path).claim(SETTINGS)
+    (tmp_path / "training.json").touch()
+    Run(tmp_path).claim(SETTINGS | {"task": "animals"})
+    assert read_settings(tmp_path)["task"] == "animals"
+
+
+def test_the_timing_may_be_asked_for_later_but_not_changed_once_measured(tmp_path):
+    Run(tmp_path).claim({"bench": None})
+    (tmp_path / "model").mkdir()
+    for seconds in (1, 2):
+        run = Run(tmp_path)
+        run.claim({"bench": {"seconds": seconds}}, free=run.free_bench())
+    (tmp_path / "results.json").touch()
+    with pytest.raises(ArtefactError, match=r"bench\.seconds was 2, now 3"):
+        run.claim({"bench": {"seconds": 3}}, free=run.free_bench())
+
+
+def test_a_folder_with_a_config_of_another_program_is_no_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("task: drawn\n")
+    assert find_run(tmp_path) is None
+    (tmp_path / "config.yaml").write_text("format_version: 2\n")
+    assert find_run(tmp_path) == tmp_path
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     _expect_refusal(tmp_path, "is not empty and holds no run of vitcut: choose another --out")
@@ -80,8 +113,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- 1\n", "is no run directory of this version"),
-        (b"", "is no run directory of this version"),
+        (b"- 1\n", "is not a run directory of this version"),
+        (b"", "is not a run directory of this version"),
         (b"a: [\n", "is not readable"),
         (b"\xff\xfe\x00", "is not readable"),
     ],
@@ -122,9 +155,11 @@ def test_a_run_is_found_around_what_lies_in_it(claimed, tmp_path):
     assert find_run(tmp_path / "nothing") is None
 
 
-@pytest.mark.parametrize(("version", "word"), [(None, "earlier"), (1, "earlier"), (99, "newer")])
-def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version, word):
+@pytest.mark.parametrize("version", [None, 1, 99])
+def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version):
     written = "" if version is None else f"format_version: {version}\n"
     (tmp_path / "config.yaml").write_text(f"{written}task: drawn\n")
-    with pytest.raises(ArtefactError, match=f"a {word} one wrote it.* run its command again in a"):
+    with pytest.raises(
+        ArtefactError, match="another version .* wrote it.* run its command again in a new"
+    ):
         read_settings(tmp_path)

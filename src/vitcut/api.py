@@ -1,8 +1,8 @@
-"""The verbs of vitcut as Python functions; the command line calls them and prints their results.
+"""The commands of vitcut as Python functions; the command line calls them and prints the results.
 
-Settings are dataclasses of checked values. Whatever a verb writes goes into ``out``, a run
-directory: called again after a kill, with the same arguments, it goes on from what is there. Stages
-are imported when a verb runs, so that reading signatures loads no torch.
+Settings are dataclasses whose values are checked. Everything a function writes goes into ``out``, a
+run directory. Called again with the same arguments after being killed, it continues from what is
+there. Stages are imported inside the functions, so that reading signatures loads no torch.
 """
 
 from collections.abc import Mapping
@@ -68,12 +68,13 @@ def discover(
     Args:
         model: From `load_model`.
         images: From `load_images`; calibration images are drawn from their train split.
-        settings: The search.
-        out: Run directory; the circuit goes to ``points/NAME/circuit.json`` in it. One directory
-            may hold circuits of several tau and ablations.
+        settings: How to search.
+        out: Run directory; the circuit is saved in it as ``points/NAME/circuit.json``. One
+            directory can hold circuits for several values of tau and several ablations.
 
     Raises:
-        ConfigError: Fewer training images than asked for, or too little memory allowed.
+        ConfigError: There are fewer training images than asked for, or the search needs more
+            memory than allowed.
         TaskError: The model's classes are not the task's.
         ArtefactError: ``out`` holds something else.
     """
@@ -98,33 +99,34 @@ def cut(
     bench: BenchSettings | None = BenchSettings(),
     out: str | Path | None = None,
 ) -> "Cut":
-    """Cut a model to a budget, or to a circuit that was found, and measure it.
+    """Cut a model to a budget or to a given circuit, and measure the result.
 
-    The compact model is compared with the masked model that it must equal, and measured beside the
-    dense model.
+    The compact model is checked against the masked model, which it must equal, and measured
+    alongside the dense model.
 
     Args:
-        model: From `load_model`; for a circuit the one that it was found in.
+        model: From `load_model`; with a circuit, the model that it was found in.
         images: From `load_images`; fills are fitted to training images.
-        circuit: A circuit, a circuit.json, or a run directory with circuits; its ablation is the
-            compact model's too, unless ``settings`` say otherwise or it is resample (then mean).
-            None: one is searched within the budget.
-        point: Which circuit of a run directory.
-        budget: How small or fast, and how the parts are chosen.
-        settings: The ablation of the cut (linear for a budget unless they say so), and on how many
-            images it is fitted and checked.
-        bench: The timing; None measures nothing.
-        out: Run directory: the model in ``model/``, the circuits on the way to a budget in
-            ``path/``, ``results.json``.
+        circuit: A circuit, a circuit.json, or a run directory with circuits. The compact model uses
+            the circuit's ablation (mean if that is resample), unless the settings say otherwise.
+            Leave it out to search for a circuit within a budget.
+        point: Which circuit to use, if the run directory has several.
+        budget: How small or fast the model must be, and how the parts are chosen.
+        settings: The ablation of the cut (linear by default for a budget), and how many images are
+            used for fitting and checking.
+        bench: How to time the models; None measures nothing.
+        out: Run directory: the model is saved in ``model/``, the circuits on the way to a budget in
+            ``path/``, and all measurements in ``results.json``.
 
     Returns:
-        The compact model, its circuit, by how much its logits differ from the masked model's, and
-        what was measured.
+        The compact model, its circuit, the largest difference between its logits and the masked
+        model's, and the measurements.
 
     Raises:
-        ConfigError: There is not either a circuit or a budget, or a budget is to be merged.
-        CircuitError: The circuit is of another model, or the budget cannot be met.
-        ExactnessError: The compact model does not compute the masked one.
+        ConfigError: Neither a circuit nor a budget is given, or both are, or merge is combined with
+            a budget.
+        CircuitError: The circuit belongs to another model, or the budget cannot be met.
+        ExactnessError: The compact model does not compute the same as the masked model.
         ArtefactError: ``out`` holds something else.
     """
     from vitcut.benchmark.points import measure
@@ -179,15 +181,16 @@ def cut(
 
 
 def check_cut(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of `cut` that cannot be met, before images are decoded.
+    """Refuse arguments of `cut` that cannot work, before images are decoded.
 
     Args:
-        given: Its circuit, point, budget and settings, and its model once that is loaded.
+        given: The circuit, point, budget and settings, and the model once it is loaded.
 
     Raises:
-        ConfigError: There is not either a circuit or a budget, or a budget is to be merged.
-        CircuitError: The budget cannot be met, or the circuit is of another model.
-        ArtefactError: There is no file of costs, or it is damaged.
+        ConfigError: Neither a circuit nor a budget is given, or both are, or merge is combined with
+            a budget.
+        CircuitError: The budget cannot be met, or the circuit was found in another model.
+        ArtefactError: The file of costs is missing or damaged.
     """
     circuit, budget, settings = given["circuit"], given["budget"], given["settings"]
     if circuit is None and not budget.is_given:
@@ -223,7 +226,7 @@ def check_finetune(given: Mapping[str, Any]) -> None:
     """Refuse arguments of `finetune` that contradict each other.
 
     Raises:
-        ConfigError: A repaired dense model is given and none is wanted.
+        ConfigError: A repaired dense model is given, but ``repair_dense`` is false.
     """
     taken = given["repaired_dense"]
     if taken is not None and not given["repair_dense"]:
@@ -244,30 +247,30 @@ def finetune(
     bench: BenchSettings | None = BenchSettings(),
     out: str | Path | None = None,
 ) -> "Repaired":
-    """Repair a cut model: a few epochs of distillation, measured beside the dense one.
+    """Repair a cut model by a few epochs of distillation, and compare it with the dense model.
 
     Args:
-        cut: From `cut`, ``CompactViT.from_pretrained``, or the path of a run or model directory;
-            it is not changed.
-        model: The model that it was cut from, and its teacher.
-        images: Of the task.
-        point: Which cut of a run directory.
-        settings: The training.
-        repair_dense: Give the dense model the same repair, to compare with.
-        repaired_dense: Take the repaired dense model of an earlier run directory of finetune.
-        bench: The timing; None measures nothing.
-        out: Run directory: checkpoints, the model in ``model/``, ``results.json``.
+        cut: A run directory of cut, or a model directory. In Python also the result of `cut` or of
+            ``CompactViT.from_pretrained``. It is not changed.
+        model: The dense model that it was cut from, which is also the teacher.
+        images: The images of the task.
+        point: Which cut to repair, if the run directory has several.
+        settings: How to train.
+        repair_dense: Give the dense model the same repair, for comparison.
+        repaired_dense: Reuse the repaired dense model in the run directory of an earlier finetune.
+        bench: How to time the models; None measures nothing.
+        out: Run directory: checkpoints, the model in ``model/``, and ``results.json``.
 
     Returns:
-        The repaired compact model, what the trainings came to, and what was measured.
+        The repaired compact model, the outcome of each training, and the measurements.
 
     Raises:
-        ModelError: The model was cut from another one, or sees nothing of the image; the dense
-            model is to be repaired and cannot be saved.
-        TaskError: It is of another task.
-        ConfigError: Both ``repaired_dense`` and no repair of the dense model are asked for.
-        ArtefactError: ``out`` holds something else; the repaired dense model that was given is
-            not there, or of other settings.
+        ModelError: The cut model came from another dense model, or sees nothing of the image; or
+            the dense model should be repaired but cannot be saved.
+        TaskError: The cut model belongs to another task.
+        ConfigError: ``repaired_dense`` is given although ``repair_dense`` is false.
+        ArtefactError: ``out`` holds something else; or the given repaired dense model is missing,
+            or was trained with other settings.
     """
     from vitcut.benchmark.points import dense_point, evaluate_points, measure
     from vitcut.compact.model import CompactViT
@@ -360,11 +363,11 @@ def evaluate(model: "Model | CompactViT | Cut", images: "Images") -> "Evaluation
 
     Args:
         model: From `load_model`, `cut` or ``CompactViT.from_pretrained``.
-        images: Of the task that the model was made for.
+        images: The images of the task that the model was made for.
 
     Raises:
         TaskError: The model's classes are not the task's.
-        ConfigError: The images have another size than the model takes.
+        ConfigError: The images were not prepared as the model needs them.
         ModelError: A logit is NaN or infinite.
     """
     from vitcut.benchmark.evaluation import evaluate as measure_accuracy
@@ -405,12 +408,12 @@ def bench(
     """Measure the models of a run directory again.
 
     Args:
-        run: What `run`, `cut` or `finetune` wrote.
-        settings: Runtimes, batch sizes and times.
+        run: Run directory of a finished run, cut or finetune.
+        settings: Runtimes, batch sizes and timing.
         out: Run directory for the new ``results.json``.
 
     Raises:
-        ArtefactError: The directory holds no measured run.
+        ArtefactError: The directory holds no results.
     """
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cut import Cut, class_only
@@ -455,12 +458,13 @@ def bench(
 def prepare(
     source: str | Path | None = None, *, image_size: int = 64, skip_bad_images: bool = False
 ) -> "PreparedData":
-    """Decode a source of images into the cache.
+    """Decode the images of a source into the cache.
 
     Args:
-        source: As in `load_images`.
-        image_size: Height and width, in pixels.
-        skip_bad_images: Leave out images that do not decode, instead of stopping.
+        source: A Tiny ImageNet .zip or folder, a folder or .zip of class folders, a .parquet file,
+            a Hugging Face dataset id, or "drawn"; by default Tiny ImageNet, which is downloaded.
+        image_size: Height and width of the decoded images, in pixels.
+        skip_bad_images: Leave out images that cannot be decoded, instead of stopping.
 
     Raises:
         DataError: The source cannot be used.
@@ -482,16 +486,16 @@ def suggest(
     groups: int = 6,
     out: str | Path = Path("labels.yaml"),
 ) -> Task:
-    """Write a label file: ImageNet's classes in groups, by WordNet. No image is decoded.
+    """Write a label file that groups ImageNet's classes by WordNet, without decoding images.
 
     Args:
-        source: As in `load_images`.
-        groups: How many groups.
+        source: Images whose classes have WordNet ids; takes what prepare takes.
+        groups: How many groups to make.
         out: The label file to write.
 
     Raises:
         TaskError: Fewer than two classes of the source are ImageNet-1k's.
-        ConfigError: ``out`` is there already, or there cannot be as many groups.
+        ConfigError: ``out`` exists already, or that many groups are impossible.
     """
     from vitcut.images.drawn import SOURCE_WORD
     from vitcut.images.sources import open_source
@@ -521,10 +525,10 @@ def checks(
     """Describe the machine, and measure what the operations of compact models cost on it.
 
     Args:
-        model: Gives the sizes; its weights do not matter.
+        model: Sets the sizes to measure; its weights do not matter.
         models: How many random compact models to measure.
-        seconds: Time for each, for each batch size.
-        save: Write the costs to this file, for ``--costs``.
+        seconds: Time spent on each compact model at each batch size.
+        save: File to write the costs to, for ``--costs``.
 
     Raises:
         ConfigError: Fewer than 3 models.
@@ -548,10 +552,10 @@ def show(path: str | Path, *, plan: bool = False) -> None:
 
     Args:
         path: A run or model directory, or a circuit.json.
-        plan: Only what the compact model computes, block by block, with predicted times.
+        plan: Print only what the compact model computes, block by block, with predicted times.
 
     Raises:
-        ArtefactError: It holds none of these.
+        ArtefactError: The path holds none of these.
     """
     from vitcut.report.show import show_path, show_plan_of
 

@@ -1,8 +1,8 @@
-"""The command line: every command is the function of the same name in `vitcut.api`.
+"""The command line: every command calls the function of the same name, `vitcut.NAME`.
 
 Flags are read from the function's signature: its own keyword arguments, the fields of its settings,
-and for a model or images the arguments of `load_model` and `load_images`. Fields that have the same
-name share a flag.
+and, if it takes a model or images, the arguments of `load_model` and `load_images`. Fields with the
+same name share a flag.
 """
 
 import inspect
@@ -34,7 +34,7 @@ from vitcut.settings import as_plain
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 LOADERS: dict[str, Callable[..., Any]] = {"Model": load_model, "Images": load_images}
-"""What gives an argument of a type that cannot be typed, and so whose arguments are flags."""
+"""Functions that make arguments which nobody can type; their own arguments become flags."""
 _NOT_TYPED = {"model", "seed", "val_fraction"}
 """Arguments of `load_images` without a flag: the model is the command's, and a seed that is typed
 is that of settings; other splits would make test images of training images."""
@@ -47,11 +47,11 @@ class Verb:
     call: Callable[..., Any]
     show: Callable[[Any], None] | None = None
     then: Callable[[Namespace], str] | None = None
-    """The next command, which works as it stands but for words in capitals."""
+    """The next command, ready to run except for words in capitals."""
     check: Callable[[dict[str, Any]], None] | None = None
-    """Refuses arguments before anything is loaded, and again before images are."""
+    """Refuses arguments before anything is loaded, and again before images are loaded."""
     out: str | None = None
-    """Where results go unless ``--out`` says; they are named when the command ends."""
+    """The default of ``--out``, where results go; it is printed when the command ends."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,10 +145,10 @@ def build_parser(name: str) -> ArgumentParser:
     if "changes" in parameters:
         parser.description = f"{told.short_description} {_CHANGES}"
         parser.add_argument(
-            "--print_config", action="store_true", help="Print the recipe's values."
+            "--print_config", action="store_true", help="Print the values of the recipe and exit."
         )
     else:
-        parser.add_argument("--config", action="config", help="A YAML file of flags.")
+        parser.add_argument("--config", action="config", help="A YAML file with values for flags.")
     known: set[Any] = set()
     for parameter in parameters.values():
         settings = _settings_of(parameter.annotation)
@@ -173,7 +173,7 @@ def build_parser(name: str) -> ArgumentParser:
 
 
 def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, flag: bool) -> None:
-    """Add one argument; what is not a number or a choice of yes or no is a text."""
+    """Add one argument; whatever is not a number or a yes/no flag is a string."""
     default = None if parameter.default is parameter.empty else parameter.default
     numbers = [kind for kind in (int, float) if re.search(rf"\b{kind.__name__}\b", str(parameter))]
     kind: Any = type(default) if isinstance(default, (bool, int, float)) else str | None
@@ -190,7 +190,7 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
 def _values(
     verb: Verb, parser: ArgumentParser, typed: Namespace, changes: dict[str, str]
 ) -> dict[str, Any]:
-    """The arguments of a command's function; what is cheap to check comes before any loading."""
+    """The arguments of a command's function; cheap checks come before any loading."""
     values: dict[str, Any] = {}
     parameters = inspect.signature(verb.call).parameters
     for name, parameter in parameters.items():
@@ -245,13 +245,13 @@ def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str
 
 
 def _settings_of(annotation: Any) -> type | None:
-    """The settings that an argument is, also where it may be None."""
+    """The settings class of an argument, including one that may be None."""
     kinds = [annotation, *get_args(annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
 def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
-    """Let a flag of yes or no stand alone, and a list stand without brackets.
+    """Let a yes/no flag stand alone, and a list go without brackets.
 
     ``--merge`` is ``--merge true``; ``--taus 0.01,0.02`` is ``--taus "[0.01, 0.02]"``.
     """
@@ -271,7 +271,7 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
 
 
 def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], dict[str, str]]:
-    """Take the changes of a recipe out of what was typed: ``--train.epochs 2``, ``--taus 0.01``."""
+    """Separate changes of a recipe from other words: ``--train.epochs 2``, ``--taus 0.01``."""
     own = {f"--{name}" for name in vars(parser.get_defaults())}
     data = {"--source", "--skip_bad_images"}
     top = ({f"--{field.name}" for field in fields(RunSettings)} - own) | data
@@ -359,7 +359,7 @@ def _show_of(typed: Namespace) -> str:
 
 _CHANGES = (
     f"Recipes: {', '.join(recipe_names())}, or a .yaml file. --GROUP.NAME VALUE changes one of its "
-    "values (--train.epochs 2); --print-config shows all of them."
+    "values (such as --train.epochs 2); --print-config lists them all."
 )
 _OVERVIEW = """usage: vitcut COMMAND [--flag value ...]
 
@@ -368,8 +368,8 @@ Cut a Vision Transformer down to the circuit that a task needs.
 commands:
 {lines}
 
-vitcut COMMAND --help shows the flags of a command; --version the version; --debug
-shows the traceback of an error.
+vitcut COMMAND --help lists the flags of a command. --version prints the version. With --debug, a
+command also prints the traceback of an error.
 """
 
 VERBS = {

@@ -1,4 +1,4 @@
-"""The models and images that a user names: loaded, checked, and matched to each other."""
+"""Load the models and images that a user names, check them, and match them to each other."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OWN = "."
-"""A run's model that lies in the run directory itself, wherever that is moved."""
+"""Marks a model that is in the run directory itself, wherever that is moved."""
 
 
 def load_model(
@@ -38,23 +38,23 @@ def load_model(
     """Load a dense model, read its weights, and check that they reproduce its logits.
 
     Args:
-        model: "animals" (the shipped model), a run directory (the model that it trained or is
-            about), a folder of timm or transformers, "timm:NAME", "hf-hub:REPOSITORY", or a file
-            of bare weights (.safetensors, .pth). In Python also a ViT of timm, torchvision,
-            transformers or a class with an adapter, which is copied, not changed.
-        arch: Architecture of a file of bare weights: timm's name, or "torchvision:NAME".
-        mean: On the scale 0 to 1: what pixels are shifted by, one number or one per channel
-            (0.485,0.456,0.406). Needed with a module, possible with bare weights, refused with all
-            else.
-        std: What pixels are divided by afterwards; likewise.
-        random_weights: Build "timm:NAME" with random weights, without network.
+        model: "animals" (the shipped model), a run directory (the dense model that it trained or
+            used), a timm or transformers folder, "timm:NAME", "hf-hub:REPOSITORY", or a weights
+            file (.safetensors, .pth). In Python also a ViT from timm, torchvision or transformers,
+            or of a class with an adapter; it is copied, not changed.
+        arch: Architecture of a weights file: a timm name, or "torchvision:NAME".
+        mean: Mean to subtract from pixels on the scale 0 to 1: one number, or one per channel
+            (0.485,0.456,0.406). Required for a module, optional for a weights file, and refused for
+            anything else.
+        std: Standard deviation to divide by afterwards; given like the mean.
+        random_weights: Build "timm:NAME" with random weights, without network access.
         image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
-            position embeddings are resized. None is the size of its weights.
+            position embeddings are resized. By default the size that its weights were trained at.
 
     Raises:
         ModelError: There is no such model, it is damaged, or its weights are not finite.
-        UnsupportedModelError: The model has a feature that is not understood.
-        ConfigError: Something is given that is for another kind of model, or is out of range.
+        UnsupportedModelError: The model has a feature that vitcut does not understand.
+        ConfigError: An argument is out of range, or is for another kind of model.
         ArtefactError: The run directory is damaged, or of another version.
     """
     from vitcut.model.load import load
@@ -114,26 +114,27 @@ def load_images(
 
     Args:
         source: A Tiny ImageNet .zip or folder, a folder or .zip of class folders, a .parquet file,
-            a Hugging Face dataset id, or "drawn" (pictures drawn on the spot). None takes those of
-            the run directory that the model was loaded from, else downloads Tiny ImageNet.
-        task: A shipped task's name ("animals", "drawn"), a label file, or a `Task`. None takes the
-            run directory's, else the one called like the model or source, else every class is its
-            own group.
-        model: Prepare images as this model takes them, its size, colours, crop and interpolation;
-            positions and names in the label file are then of its classes, else of the data's.
-        image_size: Height and width, in pixels; None is the model's, or 64 without a model.
-        mean: Of a model to be trained: on the scale 0 to 1, what pixels are shifted by, one number
-            or one per channel; None is ImageNet's.
-        std: What pixels are divided by afterwards; likewise.
-        seed: Of the splits that the data lacks, and of drawn pictures; those of a run directory
-            stay as they are.
-        val_fraction: Part of each class's training images that is set aside for choosing.
-        skip_bad_images: Leave out images that do not decode, instead of stopping.
+            a Hugging Face dataset id, or "drawn" (generated pictures). By default the images of the
+            run directory that the model was loaded from, or else Tiny ImageNet, which is
+            downloaded.
+        task: A shipped task ("animals", "drawn") or a label file; in Python also a `Task`. By
+            default the task of the run directory that the model was loaded from, or else the
+            shipped task with the model's or source's name, or else each class is its own group.
+        model: Prepare images for this model: its size, colours, crop and interpolation. Positions
+            and names in the label file then refer to the model's classes instead of the data's.
+        image_size: Height and width, in pixels. By default the model's, or 64 without a model.
+        mean: For a model that is yet to be trained: mean to subtract from pixels on the scale 0 to
+            1, one number or one per channel. By default ImageNet's.
+        std: Standard deviation to divide by afterwards; given like the mean.
+        seed: Seed for splits that the data lacks, and for drawn pictures; a run directory keeps its
+            own.
+        val_fraction: Fraction of each class's training images to set aside as the val split.
+        skip_bad_images: Leave out images that cannot be decoded, instead of stopping.
 
     Raises:
-        DataError: The source cannot be used, or a class has too few images to be split.
+        DataError: The source cannot be used, or a class has too few images to split.
         TaskError: There is no such task, or it does not fit the data or the model.
-        ConfigError: A setting is out of range, or not the model's.
+        ConfigError: A setting is out of range, or does not match the model.
     """
     from vitcut.images.load import split
     from vitcut.images.prepare import prepare as prepare_images
@@ -207,11 +208,11 @@ _GIVEN_BY = {
     "Circuit": ("what vitcut.discover gives", "vitcut.Circuit.load(path)"),
     "Cut": ("what vitcut.cut gives", "vitcut.CompactViT.from_pretrained(folder)"),
 }
-"""What each kind of argument is called, and what gives one."""
+"""What each kind of argument is called in errors, and how to get one."""
 
 
 def require(value: Any, kind: type[T]) -> T:
-    """Refuse an argument of another kind, and say what gives the right one."""
+    """Refuse an argument of the wrong kind, and say how to get the right one."""
     if isinstance(value, kind):
         return value
     expected, remedy = _GIVEN_BY[kind.__name__]
@@ -223,7 +224,7 @@ def require(value: Any, kind: type[T]) -> T:
 
 
 def for_images(model: "Model", images: "Images") -> "Model":
-    """The model whose logits are the fine classes of the images' task, in their order."""
+    """Return the model with one logit per fine class of the images' task, in its order."""
     from vitcut.images.load import Images
     from vitcut.model.model import Model
 
@@ -233,7 +234,7 @@ def for_images(model: "Model", images: "Images") -> "Model":
 
 
 def require_made_for(wanted: Preprocessing, images: "Images") -> None:
-    """Check that images were made as a model takes them; mean and std are applied later."""
+    """Check that images were prepared as a model needs them; mean and std are applied later."""
     made = images.preprocessing
     if wanted.image_size != made.image_size:
         raise ConfigError(
@@ -249,7 +250,7 @@ def require_made_for(wanted: Preprocessing, images: "Images") -> None:
 
 
 def subject(model: "Model", images: "Images") -> dict[str, Any]:
-    """What a run directory notes of the model and images that it is about."""
+    """What a run directory records about its model and images."""
     origin = dict(model.origin or {"model": model.name})
     return {
         "model": {**origin, "weight_hash": model.weight_hash},
@@ -258,5 +259,5 @@ def subject(model: "Model", images: "Images") -> dict[str, Any]:
 
 
 def plain_images(images: "Images") -> dict[str, Any]:
-    """What a run directory notes of the images that it is about."""
+    """What a run directory records about its images."""
     return {**images.origin, "fingerprint": images.fingerprint}

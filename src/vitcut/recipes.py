@@ -1,4 +1,4 @@
-"""Whole runs: train, discover, cut and measure by a recipe, and the training of one alone.
+"""Run a whole recipe (train, discover, cut and measure), or its training alone.
 
 A recipe is a YAML file with one group of settings per stage.
 """
@@ -36,30 +36,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Train a ViT, find its circuits at several tau, cut each, and measure all of them."""
+    """Train a ViT, find its circuits at several values of tau, cut to each, and measure all."""
 
     task: str = "animals"
-    """Name of a shipped task, or path of a label file."""
+    """Name of a shipped task, or path to a label file."""
     data: DataSettings = field(default_factory=DataSettings)
     """The images."""
     vit: VitSettings = field(default_factory=VitSettings)
     """The dense model."""
     train: TrainSettings = field(default_factory=TrainSettings)
-    """Its training."""
+    """How it is trained."""
     discover: DiscoverSettings = field(default_factory=DiscoverSettings)
-    """The search; its tau and ablation are replaced by each of ``taus`` and ``ablations``."""
+    """The search; ``taus`` and ``ablations`` replace its tau and ablation."""
     taus: tuple[float, ...] = (0.01,)
-    """ACDC's thresholds in nats; one point each."""
+    """ACDC's thresholds in nats; each gives one point."""
     ablations: tuple[EdgeAblation, ...] = ("mean",)
-    """What stands in for cut edges while searching; each at every tau."""
+    """What stands in for cut edges during the search; each is searched at every tau."""
     select: Budget = field(default_factory=Budget)
-    """One more point, cut to a budget under linear ablation; none where there is no budget."""
+    """A budget for one more point, cut under linear ablation; without a target there is none."""
     repair: FinetuneSettings | None = None
-    """The repair of that point; none if None."""
+    """How to repair that point; None skips the repair."""
     cut: CutSettings = field(default_factory=CutSettings)
-    """The compilation; merging is for the points of ``taus``, not for that of a budget."""
+    """How circuits are compiled; merge applies to the points of ``taus``, not to the budget's."""
     bench: BenchSettings = field(default_factory=BenchSettings)
-    """The timing."""
+    """How models are timed."""
 
     def __post_init__(self) -> None:
         if self.repair is not None and not self.select.is_given:
@@ -73,17 +73,17 @@ class RunSettings:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with vitcut."""
+    """Names of the recipes that come with vitcut."""
     folder = resources.files("vitcut") / "assets" / "recipes"
     return sorted(Path(item.name).stem for item in folder.iterdir())
 
 
 def read_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) -> RunSettings:
-    """Read a recipe, and change some of its values.
+    """Read a recipe and override some of its values.
 
     Args:
-        recipe: A shipped recipe's name, or the path of a YAML file.
-        changes: By dotted key, such as ``{"train.epochs": 2}``; texts are read as YAML.
+        recipe: The name of a shipped recipe, or the path to a YAML file.
+        changes: Values by dotted key, such as ``{"train.epochs": 2}``; strings are read as YAML.
 
     Raises:
         ConfigError: There is no such recipe, or a key or value is not one of `RunSettings`.
@@ -117,7 +117,7 @@ def settings_from(content: Any, origin: str) -> RunSettings:
 
     Args:
         content: Values by name; a single value may stand for a list of one.
-        origin: The file, for messages.
+        origin: The file to name in error messages.
 
     Raises:
         ConfigError: A key is unknown, or a value is of another type or out of range.
@@ -156,11 +156,11 @@ def train(
     Args:
         images: From `load_images`, without a model.
         vit: The architecture.
-        settings: The training.
+        settings: How to train.
         out: Run directory: checkpoints, metrics, and the model in ``dense/``.
 
     Raises:
-        ConfigError: The image cannot be cut into whole patches.
+        ConfigError: The image size is not a multiple of the patch size.
         ArtefactError: ``out`` holds something else.
     """
     from vitcut.images.load import Images
@@ -206,16 +206,15 @@ def run(
     changes: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
 ) -> Results:
-    """Train, discover, cut and measure by a recipe.
+    """Run a recipe: train, discover, cut, measure.
 
     Args:
-        recipe: A shipped recipe's name, a YAML file, or `RunSettings`.
-        changes: Values of the recipe to change, by dotted key: ``{"train.epochs": 2}``.
-        out: Run directory; None takes ``runs/NAME`` for a recipe with a name, and keeps nothing
-            but the results for `RunSettings`.
+        recipe: The name of a shipped recipe, or a YAML file; in Python also `RunSettings`.
+        changes: Values of the recipe to override, by dotted key: ``{"train.epochs": 2}``.
+        out: Run directory; by default ``runs/RECIPE``, or none for `RunSettings`.
 
     Raises:
-        VitcutError: Any stage's own error; the directory can be continued once it is mended.
+        VitcutError: Any error of a stage; once its cause is fixed, the same call continues.
     """
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
@@ -298,10 +297,10 @@ def run(
 
 
 def demo(*, changes: Mapping[str, Any] | None = None, out: str | Path | None = None) -> Results:
-    """Go the whole way in under three minutes, on drawn pictures: no data and no network needed.
+    """Run every stage on drawn pictures in under three minutes, without data or network access.
 
     Args:
-        changes: Values of the recipe ``demo`` to change, by dotted key.
-        out: Run directory; None takes ``runs/demo``.
+        changes: Values of the ``demo`` recipe to override, by dotted key.
+        out: Run directory; by default ``runs/demo``.
     """
     return run("demo", changes=changes, out=out)

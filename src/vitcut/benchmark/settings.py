@@ -9,22 +9,22 @@ from vitcut.settings import require_at_least, require_positive, require_runtime
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """Where, and how long, models are timed in turn."""
+    """How models are timed; they take turns."""
 
     runtimes: tuple[RuntimeName, ...] = ("torch", "onnxruntime")
-    """What executes the models."""
+    """Runtimes that execute the models."""
     batches: tuple[int, ...] = (1, 64)
     """Images per call."""
     threads: int = 1
-    """CPU threads of one call."""
+    """CPU threads per call."""
     seconds: float = 2.5
     """Time spent on each model, runtime and batch size, after warm-up."""
     min_rounds: int = 11
-    """Samples of each model, even if they take longer than `seconds`."""
+    """Least number of samples per model, even if they take longer than `seconds`."""
     min_sample_ms: float = 5.0
     """Shorter calls are repeated until a sample lasts this long."""
     seed: int = 0
-    """Of the order in a round, and of the bootstrap."""
+    """Seed for the order of models within a round, and for the bootstrap."""
 
     def __post_init__(self) -> None:
         for name in self.runtimes:

@@ -20,28 +20,28 @@ class CutSettings:
 
     ablation: CutAblation | None = None
     """What stands in for a cut part in the compact model. Linear predicts cut heads and neurons
-    from those that are kept beside them. None means the circuit's own ablation, mean in place of
-    resample, and linear for a budget."""
+    from the ones that are kept beside them. By default the circuit's own ablation (mean instead of
+    resample), or linear for a budget."""
     images: int = 1024
-    """Training images that fills are averaged and fitted over, the same number of each class; all
-    images where there are fewer."""
+    """Training images that fills are averaged or fitted over, the same number from each class; all
+    of them if there are fewer."""
     ridge: float | None = None
-    """Of linear fills: added to the diagonal of the covariance, as a fraction of its mean. None
-    means that cross-validation chooses it for each layer and token kind."""
+    """For linear fills: added to the diagonal of the covariance, as a fraction of its mean. By
+    default it is chosen by cross-validation for each layer and token kind."""
     merge: bool = False
-    """Whether to bring edges back where that saves predicted time, as targets then share a sum."""
+    """Bring edges back where targets can then share a sum and that saves predicted time."""
     batch: int = 64
-    """Images per call that the compact model is made for. Decides whether the weights of heads with
-    few queries are merged; a latency budget is measured with it."""
+    """Images per call that the compact model is optimised for. It decides whether the weights of
+    heads with few queries are merged, and a latency budget is measured with it."""
     costs: str | None = None
-    """File of the costs that plans are chosen by, as `vitcut checks --save` writes it; the shipped
-    costs if None."""
+    """File of costs by which plans are chosen, written by `vitcut checks --save`; by default the
+    shipped costs."""
     memory_gib: float = 16.0
-    """Memory limit in GiB for the activations of a fit or of scoring parts."""
+    """Memory limit, in GiB, for the activations when fills are fitted or parts are scored."""
     verify_images: int = 64
-    """Images on which the compact and the masked model are compared."""
+    """Val images on which the compact and the masked model are compared."""
     seed: int = 0
-    """Seed for the choice of images."""
+    """Seed for choosing images."""
 
     def __post_init__(self) -> None:
         if self.ablation is not None:

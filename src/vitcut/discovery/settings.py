@@ -22,21 +22,22 @@ class DiscoverSettings:
     tau: float = 0.01
     """ACDC cuts an edge if the mean KL divergence rises by less than this, in nats."""
     ablation: EdgeAblation = "mean"
-    """What stands in for a cut edge during the search; by default what a cut is filled with."""
+    """What stands in for a cut edge during the search. Under resample, the circuit cannot be
+    compiled as it is, and is cut under mean."""
     tokens: Tokens = "all"
-    """Whether edges are over whole tokens, or exist once per token kind (cls, register, patch)."""
+    """Whether an edge spans all tokens, or exists once per token kind (cls, register, patch)."""
     criterion: Criterion = "increment"
-    """Whether the rise of the KL divergence, or its total, is compared with tau."""
+    """What is compared with tau: how much the KL divergence rises, or its total."""
     images: int = 128
     """Calibration images, drawn from the training images in equal numbers per class."""
     pairs: PairMode = "one_random"
-    """Corrupted images per clean image."""
+    """Corrupted images per clean image: one from each other group, or one at random."""
     seed: int = 0
-    """Seed of the choice of images and pairs."""
+    """Seed for choosing images and pairs."""
     memory_gib: float = 8.0
-    """Most memory that a search may take in addition to model and images, in GiB."""
+    """Memory limit of the search, in GiB, in addition to the model and images."""
     precision: Precision = "float32"
-    """Precision of the fast path. Decisions near tau are always made in float64."""
+    """Precision of the fast path; decisions near tau are always made in float64."""
 
     def __post_init__(self) -> None:
         require_positive("tau", self.tau)

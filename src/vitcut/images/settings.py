@@ -8,20 +8,19 @@ from vitcut.settings import require_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Which images, at which size, split how."""
+    """Which images to use, at what size, and how to split them."""
 
     source: str | None = None
-    """A Tiny ImageNet .zip or folder, a folder (or .zip) of class folders, a .parquet file, a
-    Hugging Face dataset id ("org/name"), the word "drawn" (pictures drawn on the spot), or None:
-    Tiny ImageNet from its public address."""
+    """A Tiny ImageNet .zip or folder, a folder or .zip of class folders, a .parquet file, a Hugging
+    Face dataset id ("org/name"), or "drawn" (generated pictures). None downloads Tiny ImageNet."""
     image_size: int = 64
     """Height and width of the prepared images, in pixels."""
     seed: int = 0
-    """Of the val split, of a test split that the data lacks, and of drawn pictures."""
+    """Seed for the val split, for the test split if the data lacks one, and for drawn pictures."""
     val_fraction: float = 0.1
-    """Part of each class's training images that is set aside for choosing."""
+    """Fraction of each class's training images to set aside as the val split."""
     skip_bad_images: bool = False
-    """Leave out images that do not decode, and say how many, instead of stopping."""
+    """Leave out images that cannot be decoded, with a count, instead of stopping."""
 
     def __post_init__(self) -> None:
         if self.source is not None and not self.source.strip():

@@ -8,7 +8,7 @@ from vitcut.settings import require_at_least, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class VitSettings:
-    """A plain class-token ViT. The defaults are the reference model's."""
+    """A plain class-token ViT; the defaults are the reference model's."""
 
     patch_size: int = 8
     """Side of a patch, in pixels."""
@@ -17,11 +17,11 @@ class VitSettings:
     depth: int = 6
     """Number of blocks."""
     num_heads: int = 8
-    """Heads per block. The width is divided evenly among them."""
+    """Heads per block; the width is divided evenly among them."""
     mlp_ratio: float = 4.0
-    """Hidden units of an MLP, as a multiple of the width."""
+    """Hidden units per MLP, as a multiple of the width."""
     dropout: float = 0.0
-    """Dropout rate after the embedding, attention and MLPs, in training."""
+    """Dropout rate after the embedding, attention and MLPs, during training."""
 
     def require_whole_patches(self, image_size: int) -> None:
         """Check that images divide into whole patches.

@@ -8,7 +8,7 @@ from vitcut.names import RuntimeName, Tokens
 from vitcut.settings import require_at_least, require_fraction, require_one_of, require_runtime
 
 Scores = Literal["fisher", "random", "magnitude"]
-"""What parts are chosen by."""
+"""How parts are scored: Fisher attribution, or one of two controls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,28 +16,30 @@ class Budget:
     """How much is cut, and how the parts are chosen."""
 
     target_macs: float | None = None
-    """Multiply-accumulates of the compact model, as a fraction of the dense model's."""
+    """Most multiply-accumulates of the compact model, as a fraction of the dense model's."""
     target_latency: float | None = None
-    """Latency of the compact model, as a fraction of the dense model's, both measured here."""
+    """Latency of the compact model, as a fraction of the dense model's; both are measured on this
+    machine."""
     runtime: RuntimeName = "onnxruntime"
     """The runtime in which the latency is measured."""
     scores: Scores = "fisher"
-    """What parts are chosen by: the predicted rise of the KL, or a control."""
+    """How parts are scored: by the predicted rise of the KL divergence, or by a control."""
     joint: bool = True
-    """Whether scores take into account what is cut together; otherwise they simply add up."""
+    """Whether scores account for parts that are cut together; otherwise they simply add up."""
     refresh_fraction: float = 0.125
     """For linear fills: the fraction of the heads or neurons of a layer and token kind that is cut
-    before the residuals of the others are updated (OBS); 0 scores parts as if they got the mean."""
+    before the residuals of the rest are updated (OBS). With 0, parts are scored as if replaced by
+    their mean."""
     rounds: int = 5
-    """Steps on the way to the budget; each is a point of the path."""
+    """Steps on the way to a budget of MACs; each is a point of the path."""
     rescore: bool = True
-    """Whether the cut model is scored again at every step; otherwise the first scores are kept."""
+    """Whether to score the cut model again at every step, instead of keeping the first scores."""
     score_images: int = 232
     """Training images that parts are scored on, the same number from each class."""
     tokens: Tokens = "split"
-    """Whether parts span all tokens, or exist once per token kind."""
+    """Whether a part spans all tokens, or exists once per token kind."""
     seed: int = 0
-    """Seed of random scores; images are drawn with the seed of the cut."""
+    """Seed for random scores; on the command line, also for choosing images."""
 
     def __post_init__(self) -> None:
         for name in ("target_macs", "target_latency"):

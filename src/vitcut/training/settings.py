@@ -8,16 +8,16 @@ from vitcut.errors import ConfigError
 from vitcut.settings import require_at_least, require_fraction, require_positive
 
 Augmentation = Literal["light", "reference", "none"]
-"""How training images are varied: cheaply and whole batches at once, as in the reference recipe, or
-not at all."""
+"""How training images are augmented: cheaply, whole batches at once (light), as in the reference
+recipe, or not at all."""
 
 Precision = Literal["float32", "bfloat16"]
-"""What the training forward pass computes in; weights and evaluation stay in float32."""
+"""Precision of the training forward pass; weights and evaluation stay in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training; the defaults are the light recipe."""
+    """How a model is trained; the defaults are the light recipe."""
 
     epochs: int = 24
     """Passes over the training images, warm-up included."""
@@ -26,31 +26,32 @@ class TrainSettings:
     learning_rate: float = 1.2e-3
     """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero."""
     weight_decay: float = 0.05
-    """On weight matrices; biases, norms and embeddings have none."""
+    """AdamW's weight decay, for weight matrices; biases, norms and embeddings have none."""
     warmup_epochs: int = 3
     """Epochs of linear warm-up."""
     patience: int | None = None
-    """Stop after this many epochs without a better val accuracy; None: never."""
+    """Stop after this many epochs without a better val accuracy; None never stops early."""
     seed: int = 0
-    """Of the data order, augmentation and dropout."""
+    """Seed for the data order, augmentation and dropout, and for the weights of a new model."""
     augmentation: Augmentation = "light"
-    """How training images are varied."""
+    """How training images are augmented."""
     label_smoothing: float = 0.05
     """Fraction of each target that is spread over all classes."""
     cutmix_fraction: float = 0.4
-    """Fraction of the batches with CutMix (light only)."""
+    """Fraction of batches with CutMix (light only)."""
     max_shift_px: int = 6
     """Largest shift along each axis, in pixels (light only)."""
     ema_decay: float | None = None
-    """Average the weights with this decay, evaluate and keep the average; None: no averaging."""
+    """Decay of a moving average of the weights, which is then evaluated and kept; None: no
+    averaging."""
     compile: bool = True
     """Use torch.compile for the training steps."""
     precision: Precision = "bfloat16"
-    """Of the training forward pass."""
+    """Precision of the training forward pass."""
     device: str = "auto"
     """auto, cpu, or cuda."""
     threads: int | None = None
-    """CPU threads; None leaves torch's own choice."""
+    """CPU threads; None leaves the choice to torch."""
     workers: int = 0
     """Processes that augment images (reference only); the result does not depend on it."""
 
@@ -80,7 +81,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(TrainSettings):
-    """One repair: a few epochs with the dense model as teacher."""
+    """How a cut model is repaired: a few epochs with the dense model as teacher."""
 
     epochs: int = 6
     """Passes over the training images, warm-up included."""
@@ -91,15 +92,16 @@ class FinetuneSettings(TrainSettings):
     warmup_epochs: int = 1
     """Epochs of linear warm-up."""
     patience: int | None = 3
-    """Stop after this many epochs without a better val accuracy; None: never."""
+    """Stop after this many epochs without a better val accuracy; None never stops early."""
     compile: bool = False
-    """Use torch.compile for the training steps; it takes longer than a few epochs gain."""
+    """Use torch.compile for the training steps; for a few epochs, compiling takes longer than it
+    saves."""
     coarse_weight: float = 1.0
-    """Of the KL divergence to the dense model on the task distribution."""
+    """Weight of the KL divergence from the dense model on the task distribution."""
     fine_weight: float = 1.0
-    """Of the KL divergence to the dense model on the fine classes."""
+    """Weight of the KL divergence from the dense model on the fine classes."""
     label_weight: float = 0.5
-    """Of the cross-entropy with the labels."""
+    """Weight of the cross-entropy with the labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
