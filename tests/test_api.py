@@ -229,7 +229,7 @@ def test_a_repaired_dense_model_is_read_anew(model_folder, images, whole, tmp_pa
 def test_what_a_temporary_run_made_names_no_folder(model, images, whole, tmp_path):
     assert whole.folder is None
     settings = FinetuneSettings(epochs=1, warmup_epochs=0, precision="float32", device="cpu")
-    timing = BenchSettings(runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=2)
+    timing = BenchSettings(runtimes=("torch",), batches=(1,), seconds=0.05, min_rounds=3)
     done = vitcut.finetune(
         whole, model, images, settings=settings, repair_dense=False, bench=timing
     )

@@ -159,7 +159,5 @@ def test_a_run_is_found_around_what_lies_in_it(claimed, tmp_path):
 def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version):
     written = "" if version is None else f"format_version: {version}\n"
     (tmp_path / "config.yaml").write_text(f"{written}task: drawn\n")
-    with pytest.raises(
-        ArtefactError, match="another version .* wrote it.* run its command again in a new"
-    ):
+    with pytest.raises(ArtefactError, match=r"another version .* run its command again"):
         read_settings(tmp_path)

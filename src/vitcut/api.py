@@ -278,17 +278,8 @@ def finetune(
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
     from vitcut.report.cards import dense_repaired_card, repaired_card
+    from vitcut.training import repair as repairs
     from vitcut.training.checkpoint import read_training
-    from vitcut.training.repair import (
-        Repair,
-        Repaired,
-        compare_pairs,
-        find_repair,
-        repair_cut,
-        repair_dense_model,
-        require_cut_of,
-        require_sight,
-    )  # fmt: skip
 
     check_finetune({"repaired_dense": repaired_dense, "repair_dense": repair_dense})
     if isinstance(cut, (str, Path)):
@@ -296,12 +287,12 @@ def finetune(
     else:
         start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
     run = Run(out)
-    require_sight(start.model)
+    repairs.require_sight(start.model)
     model = for_images(model, images)
-    require_cut_of(start.model, model, images)
+    repairs.require_cut_of(start.model, model, images)
     taken = None
     if repaired_dense is not None:
-        taken = find_repair(Path(repaired_dense), model, images, settings)
+        taken = repairs.find_repair(Path(repaired_dense), model, images, settings)
     elif repair_dense:
         require_savable(model.module)
     chosen = {
@@ -313,7 +304,7 @@ def finetune(
     }
     run.claim({**subject(model, images), **chosen}, free=run.free_bench())
     repaired = run.once(
-        "model", lambda: repair_cut(start, model, images, settings, run.path)[0], Cut.load
+        "model", lambda: repairs.repair_cut(start, model, images, settings, run.path)[0], Cut.load
     )
     repaired = replace(repaired, folder=run.kept("model"))
     _, training = read_training(run.path)
@@ -324,17 +315,18 @@ def finetune(
     elif repair_dense:
 
         def make() -> Model:
-            made, result = repair_dense_model(model, images, settings, folder)
+            made, result = repairs.repair_dense_model(model, images, settings, folder)
             return replace(made, card=dense_repaired_card(images.task, result, settings))
 
         dense = run.once(f"{folder.name}/dense", make, Model.load)
         _, dense_training = read_training(folder)
 
-    told = Repair(training=training, dense_training=dense_training, paired=())
+    told = repairs.Repair(training=training, dense_training=dense_training, paired=())
 
     def measured(timing: BenchSettings) -> Results:
-        baseline = class_only(model, images, CutSettings())
-        points: dict[str, tuple[Point, nn.Module]] = {CLASS_ONLY: baseline}
+        points: dict[str, tuple[Point, nn.Module]] = {
+            CLASS_ONLY: class_only(model, images, CutSettings())
+        }
         if dense is not None and dense_training is not None:
             point = replace(
                 dense_point(model, name=DENSE_REPAIRED),
@@ -345,7 +337,7 @@ def finetune(
         points |= {item.name: (item.point(run.path), item.model) for item in (start, repaired)}
         found = evaluate_points(model, images, points)
         results = measure(model, images, points, timing, evaluations=found)
-        paired = compare_pairs(repaired.name, found, seed=timing.seed)
+        paired = repairs.compare_pairs(repaired.name, found, seed=timing.seed)
         replace(told, paired=paired).save(run.path / REPAIR_FILE)
         card = repaired_card(results, results.points[-1], training, settings)
         write_text(run.path / "model" / "README.md", card)
@@ -354,8 +346,8 @@ def finetune(
     results = None
     if bench is not None:
         results = run.once(RESULTS_FILE, lambda: measured(bench), Results.load)
-        told = Repair.load(run.path / REPAIR_FILE)
-    return Repaired(cut=repaired, dense=dense, repair=told, results=results)
+        told = repairs.Repair.load(run.path / REPAIR_FILE)
+    return repairs.Repaired(cut=repaired, dense=dense, repair=told, results=results)
 
 
 def evaluate(model: "Model | CompactViT | Cut", images: "Images") -> "Evaluation":
