@@ -184,8 +184,8 @@ ERRORS = {
     "an unknown recipe": (["run", "nope"], "expected one of animals, animals-quick, demo"),
     "a recipe with an unknown key": (["run", "bogus.yaml"], "bogus.yaml has no setting 'bogus'"),
     "a recipe that is a list": (["run", "list.yaml"], "list.yaml is no"),
-    "a recipe that is no YAML": (["run", "broken.yaml"], "broken.yaml is no readable recipe"),
-    "a recipe that is no text": (["run", "binary.yaml"], "binary.yaml is no readable recipe"),
+    "a recipe that is no YAML": (["run", "broken.yaml"], "broken.yaml is not a readable recipe"),
+    "a recipe that is no text": (["run", "binary.yaml"], "binary.yaml is not a readable recipe"),
     "a recipe with a bad tau": (["run", "tau.yaml"], "taus must be a finite number > 0, got -1"),
     "images of half patches": (
         ["run", "patches.yaml"],

@@ -108,7 +108,7 @@ def read_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
     except FileNotFoundError:
         raise ConfigError(f"no recipe file at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} is no readable recipe: {one_line(error)}") from None
+        raise ConfigError(f"{path} is not a readable recipe: {one_line(error)}") from None
     return settings_from(content, str(path))
 
 
@@ -123,7 +123,7 @@ def settings_from(content: Any, origin: str) -> RunSettings:
         ConfigError: A key is unknown, or a value is of another type or out of range.
     """
     if not isinstance(content, dict):
-        raise ConfigError(f"{origin} is no recipe: expected settings by name")
+        raise ConfigError(f"{origin} is not a recipe: expected settings by name")
     listed = {
         name: [content[name]]
         for name in ("taus", "ablations")

@@ -131,7 +131,7 @@ def test_a_failed_rename_brings_the_earlier_directory_back(folder, monkeypatch):
 
 def test_a_directory_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(ArtefactError, match="is no model directory"):
+    with pytest.raises(ArtefactError, match="is not a model directory"):
         compiled(Circuit.full(WEIGHTS.graph)).save_pretrained(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "precious"
 

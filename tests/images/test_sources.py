@@ -48,7 +48,7 @@ def test_no_network_says_that_the_source_is_neither_here_nor_there(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with (
-        pytest.raises(DataError, match=r"'org/name' is no file or folder here.*no network"),
+        pytest.raises(DataError, match=r"'org/name' is not a file or folder here.*no network"),
         open_source("org/name"),
     ):
         pass

@@ -209,7 +209,10 @@ def _with_one_block_of(kind, weights):
                 ("neuron norm", "norms over the neurons"),
             )
         ),
-        (lambda w: replace(w, positions=w.positions[:-1]), "15 patches, which are no square"),
+        (
+            lambda w: replace(w, positions=w.positions[:-1]),
+            "15 patches, which do not form a square",
+        ),
         (
             lambda w: replace(w, norm=replace(w.norm, eps=1e-3)),
             "LayerNorm epsilon .*0.001 in one model",

@@ -168,7 +168,7 @@ def test_a_tag_that_timm_lacks_is_told_with_the_architecture(model, tmp_path):
 def test_weights_that_torch_would_bring_to_floats_are_refused_by_name(model, tmp_path, odd, told):
     path = tmp_path / "weights.pth"
     torch.save({**model.state_dict(), "norm.weight": odd}, path)
-    _expect_refusal(path, rf"no floating-point numbers: norm\.weight torch\.{told}; .* float32")
+    _expect_refusal(path, rf"not floating-point numbers: norm\.weight torch\.{told}; .* float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -143,7 +143,7 @@ def test_sizes_are_those_of_the_model():
         ({"global_pool": "map"}, "attention pooling"),
         ({"img_size": (16, 24)}, "image size 16 x 24"),
         ({"patch_size": (8, 4)}, "patch size 8 x 4"),
-        ({"img_size": 20}, "image size 20, which is no multiple of the patch size 8"),
+        ({"img_size": 20}, "image size 20, which is not a multiple of the patch size 8"),
         ({"num_classes": 0}, "classifier Identity"),
         ({"act_layer": "tanh"}, "activation Tanh"),
         ({"norm_layer": "rmsnorm"}, "norm RmsNorm"),

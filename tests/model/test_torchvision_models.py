@@ -76,8 +76,8 @@ def _with_hook(model: VisionTransformer) -> None:
 @pytest.mark.parametrize(
     ("change", "feature"),
     [
-        (_with_zero_key, "attention to a key that is no token"),
-        (_with_bias_key, "attention to a key that is no token"),
+        (_with_zero_key, "attention to a key that is not a token"),
+        (_with_bias_key, "attention to a key that is not a token"),
         (_with_tanh_gelu, "activation GELU"),
         (_with_another_mlp, "MLP of Linear, ReLU, Dropout, Linear, Dropout"),
         (_with_bare_heads, r"heads that are a bare Linear: .*OrderedDict\(head=model\.heads\)"),

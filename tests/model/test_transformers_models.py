@@ -149,7 +149,7 @@ def test_what_was_changed_in_a_model_is_refused_by_name(change, feature):
     ("family", "given", "feature"),
     [
         ("ViT", {"hidden_act": "gelu_fast"}, ": activation FastGELUActivation"),
-        ("ViT", {"image_size": 36}, ": image size 36, which is no multiple"),
+        ("ViT", {"image_size": 36}, ": image size 36, which is not a multiple"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(family, given, feature):

@@ -63,7 +63,7 @@ def save_folder(
     if folder.exists() and not folder.is_dir():
         raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
-        raise ArtefactError(f"{folder} exists and is no model directory: choose another --out")
+        raise ArtefactError(f"{folder} exists and is not a model directory: choose another --out")
     # Whatever cannot be read is refused before anything is written.
     beside: dict[str, bytes] = {}
     if circuit is not None:

@@ -176,7 +176,7 @@ class CompactViT(nn.Module):
             card: The model card's text, for ``README.md``.
 
         Raises:
-            ArtefactError: ``folder`` exists and is no model directory, the circuit or the fill
+            ArtefactError: ``folder`` exists and is not a model directory, the circuit or the fill
                 cannot be read, or the tensors cannot be written.
         """
         save_folder(

@@ -32,7 +32,7 @@ Kind = Literal[
     "activation",
 ]
 """A product is one with weights; a product per image multiplies two matrices of each image and
-head. A sum in a product is no operation of its own: the product is computed onto the sum."""
+head. A sum in a product is not an operation of its own: the product is computed onto the sum."""
 
 
 class Operation(NamedTuple):

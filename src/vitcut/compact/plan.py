@@ -281,7 +281,7 @@ class Plan:
 def _decode(kind: Any, value: Any, where: str) -> Any:
     """``value``, made of JSON's types, as an instance of the annotated ``kind``.
 
-    Nothing is converted but lists to tuples: ``True`` is no int, and 1 no float.
+    Nothing is converted but lists to tuples: ``True`` is not an int, and 1 not a float.
     """
     if is_dataclass(kind):
         names = {item.name for item in fields(kind)}

@@ -101,7 +101,7 @@ def open_tree(path: Path) -> Generator[FileTree]:
     """Open a folder or a .zip archive.
 
     Raises:
-        DataError: It does not exist, is no archive, is truncated, or is unsafe to read.
+        DataError: It does not exist, is not an archive, is truncated, or is unsafe to read.
     """
     if path.is_dir():
         yield FileTree(path)

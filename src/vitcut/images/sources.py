@@ -116,7 +116,7 @@ def fetch_parquet_files(dataset: str) -> tuple[Path, list[Path]]:
                 return folder, files
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise DataError(
-            f"source {dataset!r} is no file or folder here, and cannot be downloaded as a Hugging "
-            f"Face dataset: {one_line(error)}"
+            f"source {dataset!r} is not a file or folder here, and cannot be downloaded as a "
+            f"Hugging Face dataset: {one_line(error)}"
         ) from None
     raise DataError(f"dataset {dataset!r} has no .parquet files: expected images in parquet")

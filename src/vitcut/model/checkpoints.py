@@ -83,7 +83,7 @@ def load_checkpoint(
     ]
     if odd:
         raise ModelError(
-            f"{path} has weights that are no floating-point numbers: {listed(odd)}; expected "
+            f"{path} has weights that are not floating-point numbers: {listed(odd)}; expected "
             "those that the model was trained with: save them in float32, not quantised"
         )
     model.load_state_dict(weights)

@@ -104,7 +104,7 @@ class Reading:
                 self.refuse(f"{name} {height} x {width}, which is not square")
         (size, _), (patch, _) = sides.values()
         if size % patch:
-            self.refuse(f"image size {size}, which is no multiple of the patch size {patch}")
+            self.refuse(f"image size {size}, which is not a multiple of the patch size {patch}")
         # Only then is the convolution a linear map of each patch alone.
         side_by_side = (
             module.stride == module.kernel_size

@@ -109,7 +109,7 @@ class _TorchvisionReading(Reading):
         if attn.in_proj_weight is None or not attn.batch_first:
             self.refuse("attention whose q, k and v are of other widths, or not batch_first")
         if attn.bias_k is not None or attn.add_zero_attn:
-            self.refuse("attention to a key that is no token (add_bias_kv, add_zero_attn)")
+            self.refuse("attention to a key that is not a token (add_bias_kv, add_zero_attn)")
         self.require(attn.out_proj, "attention's out_proj", NonDynamicallyQuantizableLinear)
         weight = self.tensor(attn.in_proj_weight)
         bias = weight[:, 0] * 0 if attn.in_proj_bias is None else self.tensor(attn.in_proj_bias)

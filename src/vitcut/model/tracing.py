@@ -44,8 +44,8 @@ def read_model(model: nn.Module) -> ViTWeights:
     patches = len(weights.positions)
     if round(patches**0.5) ** 2 != patches:
         raise UnsupportedModelError(
-            f"not supported: {patches} patches, which are no square; expected as many across "
-            "as down"
+            f"not supported: {patches} patches, which do not form a square; expected as many "
+            "across as down"
         )
     # Only a user's own adapter can get this wrong.
     num_parts = weights.num_read + (weights.patch_readout != "none")
