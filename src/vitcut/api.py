@@ -287,7 +287,6 @@ def finetune(
     else:
         start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
     run = Run(out)
-    repairs.require_sight(start.model)
     model = for_images(model, images)
     repairs.require_cut_of(start.model, model, images)
     taken = None

@@ -15,7 +15,7 @@ from vitcut.progress import say
 from vitcut.store import write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
-CIRCUIT_FILE = "circuit.json"
+CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 2
 _WITHOUT_EFFECT = {"discover.memory_gib", "discover.precision", "cut.memory_gib"}
 """Settings that change no result: a run may be continued with others."""

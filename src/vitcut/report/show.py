@@ -13,7 +13,7 @@ from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
 from vitcut.report.tables import point_table, print_table
 from vitcut.results import Results
-from vitcut.runs import REPAIR_FILE, RESULTS_FILE, circuits_in
+from vitcut.runs import CIRCUIT_FILE, PATH_FILE, REPAIR_FILE, RESULTS_FILE, circuits_in
 
 if TYPE_CHECKING:
     from vitcut.compact.plan import Plan
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 _SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
 """What the provenance of a circuit that ACDC found says."""
-_PATH_FILE = "path.json"
-_SHOWN_FILES = (_PATH_FILE, REPAIR_FILE, RESULTS_FILE)
+_SHOWN_FILES = (PATH_FILE, REPAIR_FILE, RESULTS_FILE)
 _DEAD = "-"
 """In place of counts, where nothing can reach the classifier whatever is kept."""
 
@@ -39,7 +38,7 @@ def show_path(path: Path) -> None:
     results, model = path / RESULTS_FILE, _model_folder(path)
     circuits = [path] if path.is_file() else list(circuits_in(path).values())
     if model is not None:
-        circuits = [model / "circuit.json"] if (model / "circuit.json").exists() else []
+        circuits = [model / CIRCUIT_FILE] if (model / CIRCUIT_FILE).exists() else []
     # A repaired model has the circuit of the cut that it was made from.
     found = {circuit.fingerprint: circuit for circuit in map(Circuit.load, circuits)}
     for circuit in found.values():
@@ -48,10 +47,7 @@ def show_path(path: Path) -> None:
         from vitcut.compact.model import CompactViT
 
         show_plan(CompactViT.from_pretrained(model).plan)
-    if (path / _PATH_FILE).exists():
-        from vitcut.selection.search import SearchPath, print_path
-
-        print_path(SearchPath.load(path / _PATH_FILE).steps)
+    _show_steps(path)
     if results.exists():
         print_table(point_table(Results.load(results)))
     if (path / REPAIR_FILE).exists():
@@ -62,6 +58,14 @@ def show_path(path: Path) -> None:
         raise ArtefactError(
             f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
         )
+
+
+def _show_steps(run: Path) -> None:
+    """Print the path to a budget, if a search in this directory has ended."""
+    if (run / PATH_FILE).exists():
+        from vitcut.selection.search import SearchPath, print_path
+
+        print_path(SearchPath.load(run / PATH_FILE).steps)
 
 
 def show_plan_of(path: Path) -> None:
@@ -119,10 +123,8 @@ def show_results(results: Results) -> None:
 
 def show_cut(cut: "Cut") -> None:
     """Print the path to a budget, if there was one, and what was measured."""
-    if cut.folder is not None and (cut.folder.parent / "path.json").exists():
-        from vitcut.selection.search import SearchPath, print_path
-
-        print_path(SearchPath.load(cut.folder.parent / "path.json").steps)
+    if cut.folder is not None:
+        _show_steps(cut.folder.parent)
     if cut.results is not None:
         show_results(cut.results)
 

@@ -37,13 +37,12 @@ from vitcut.masked.fitting import Fitter
 from vitcut.model.model import Model
 from vitcut.model.weights import ViTWeights
 from vitcut.progress import say
-from vitcut.runs import Run
+from vitcut.runs import PATH_FILE, Run
 from vitcut.selection.greedy import Alive
 from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
 
-PATH_FILE = "path.json"
 _FORMAT_VERSION = 1
 
 _MOST_ROUNDS = 16
