@@ -197,8 +197,8 @@ def test_an_edge_that_is_cut_while_its_head_lives_carries_means_of_all_that_it_w
 
 def ridge_of(features: torch.Tensor) -> float:
     """Which ridge was chosen, told from the diagonal."""
-    found = site_statistics(features, None).covariance
-    plain = site_statistics(features, 0.0).covariance
+    found = site_statistics([features], None).covariance
+    plain = site_statistics([features], 0.0).covariance
     return float((found - plain).diagonal().mean() / plain.diagonal().mean())
 
 
@@ -235,12 +235,12 @@ def test_the_ridge_is_a_fraction_of_the_mean_variance():
 def test_statistics_of_many_tokens_are_of_several_images():
     draw = torch.Generator().manual_seed(0)
     site = torch.randn(8, 3000, 2, generator=draw, dtype=torch.float64)
-    found = site_statistics(site, 0.0).covariance
+    found = site_statistics([site], 0.0).covariance
     torch.testing.assert_close(found, torch.eye(2, dtype=found.dtype), rtol=0, atol=0.3)
 
 
 def test_a_site_where_nothing_varies_can_be_inverted():
-    found = site_statistics(torch.ones(6, 2, 3), None)
+    found = site_statistics([torch.ones(6, 2, 3)], None)
     assert torch.isfinite(torch.linalg.inv(found.covariance)).all()
     regression = regress(found.covariance, torch.tensor([True, False, True]))
     assert torch.equal(regression, torch.zeros(3, 3, dtype=torch.float64))
@@ -303,7 +303,7 @@ def test_a_fitter_fits_as_fit_fill_does_and_keeps_the_last_fit():
     fitter, _ = fitter_of(weights, pixels)
     heads[0, 1, 1] = False
     circuit, other = circuit_of(weights, heads), circuit_of(weights)
-    fit, alone = fitter.fit(circuit), fitted(weights, circuit, pixels, 0.1)
+    fit, alone = fitter.fit(circuit), fit_fill(weights, circuit, pixels, ridge=0.1)
     assert fit.fill.fingerprint == alone.fill.fingerprint
     assert fit.statistics.keys() == alone.statistics.keys()
     assert fitter.fit(circuit) is fit

@@ -9,7 +9,7 @@ from vitcut.circuit import Circuit
 from vitcut.graph import SiteKey
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import SiteStatistics, fit_fill, fixed_fill, mean_fill, regress
-from vitcut.masked.masking import PartMask, circuit_reader, full_run, run_parts
+from vitcut.masked.masking import PartMask, circuit_stream, full_run, run_parts
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.model.weights import ViTWeights
 from vitcut.selection.greedy import Alive
@@ -120,7 +120,7 @@ class Nudged(PartMask):
 
     def log_q(self, pixels, eps: float) -> torch.Tensor:
         self.eps = eps
-        read = circuit_reader(self.weights, self.circuit, self.fill.sources)
+        read = circuit_stream(self.weights, self.circuit, self.fill.sources)
         run = run_parts(self.weights, pixels, read, self)
         return log_probs(run.logits)
 

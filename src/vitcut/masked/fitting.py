@@ -7,7 +7,7 @@ statistics come from the model as cut so far: earlier layers are filled before l
 fitted. With R = 0 it is the mean.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
 from vitcut.graph import SiteKey
 from vitcut.masked.fill import Fill, zero_fill
-from vitcut.masked.masking import PartMask, circuit_reader, full_run, run_gib, run_parts
+from vitcut.masked.masking import PartMask, circuit_stream, full_run, walk
 from vitcut.model.weights import ViTWeights
 from vitcut.names import Ablation
 from vitcut.progress import track
@@ -110,14 +110,35 @@ class Fitter:
         if circuit.ablation == "mean":
             return Fit(fill=self.means)
         if self._last is None or self._last.fill.circuit != circuit.fingerprint:
-            pixels = self.pixels.to(weights.device, weights.dtype)
+            self._last = None  # Frees its statistics before the next ones are taken.
             require_memory(
-                f"a fit to {len(pixels)} images",
-                needed_gib=run_gib(weights, len(pixels)),
+                f"a fit to {len(self.pixels)} images",
+                needed_gib=fit_gib(weights, circuit, len(self.pixels)),
                 memory_gib=self._memory_gib,
             )
-            self._last = fit_fill(weights, circuit, pixels, self.means, ridge=self._ridge)
+            means = self.means if circuit.read_by_all is None else None
+            self._last = fit_fill(weights, circuit, self.pixels, means, ridge=self._ridge)
         return self._last
+
+    def take(self, circuit: Circuit) -> Fit:
+        """The same, not kept: whoever asks may free the statistics."""
+        found = self.fit(circuit)
+        self._last = None
+        return found
+
+
+def fit_gib(weights: ViTWeights, circuit: Circuit, images: int) -> float:
+    """Memory that a linear fit takes beside the images, in GiB."""
+    width, hidden = weights.width, weights.num_neurons
+    attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
+    # Between two steps of the pass: the stream, its sum with the biases, what is being fitted.
+    # Where edges are cut, the stream is every source, and the changes of all of them.
+    streams = 2 if circuit.read_by_all is not None else 3 * len(weights.graph.sources)
+    held = images * weights.num_tokens * (streams * width + attended + hidden)
+    squares = (attended**2 + hidden**2) * circuit.graph.num_kinds * len(weights.blocks)
+    maps = (attended + hidden) * width * circuit.graph.num_kinds * len(weights.blocks)
+    size = torch.finfo(weights.dtype).bits / 8
+    return ((held + maps) * size + squares * 8) / 2**30
 
 
 @torch.no_grad()
@@ -191,17 +212,18 @@ def fit_fill(
     weights: ViTWeights,
     circuit: Circuit,
     pixels: Float[Tensor, "images channels y x"],
-    means: Fill,
+    means: Fill | None = None,
     *,
     ridge: float | None = None,
 ) -> Fit:
-    """Fit the linear fill of a circuit, in one pass over all calibration images together.
+    """Fit the linear fill of a circuit, in one pass over the calibration images.
 
     Args:
         weights: The model, in the precision of the pass; the regressions are in float64.
         circuit: What is kept, under ``linear`` ablation.
         pixels: Normalised calibration images.
-        means: The full model's means: what an edge carries that is cut while its source lives.
+        means: The full model's means: what an edge carries that is cut while its source lives. A
+            circuit that cuts whole sources does without.
         ridge: Added to the covariance's diagonal, as a fraction of its mean; chosen for each site
             by two-fold cross-validation if None.
 
@@ -209,7 +231,8 @@ def fit_fill(
         The fill, bound to the circuit and in the precision of the weights, with its statistics.
 
     Raises:
-        CircuitError: The circuit is not under ``linear`` ablation, or there are too few images.
+        CircuitError: The circuit is not under ``linear`` ablation, there are too few images, or
+            means are needed and not given.
     """
     if circuit.ablation != "linear":
         raise CircuitError(
@@ -217,25 +240,43 @@ def fit_fill(
         )
     if len(pixels) < 2:
         raise CircuitError(f"a linear fill needs at least 2 calibration images, got {len(pixels)}")
+    if means is None and circuit.read_by_all is None:
+        raise CircuitError("the circuit cuts single edges: give the means of the full model")
     mask = _FittingMask(weights, circuit, means, ridge)
-    run_parts(weights, pixels, circuit_reader(weights, circuit, mask.tables), mask)
+    # The passes of all batches walk in step: each site is fitted to all images, then masked.
+    walks = [
+        walk(
+            weights,
+            batch.to(weights.device, weights.dtype),
+            circuit_stream(weights, circuit, mask.tables),
+            mask,
+        )
+        for batch in pixels.split(_BATCH)
+    ]
+    total = 2 * len(weights.blocks) + 2
+    for steps in track(zip(*walks, strict=True), "fitting", total, unit="sites"):
+        mask.fit(steps[0].parts, steps[0].layer, [step.values for step in steps])
     return Fit(fill=mask.fill, statistics=mask.statistics)
 
 
 class _FittingMask(PartMask):
-    """Fits the parts of each site when a forward pass reaches them, then masks them.
+    """A mask whose fill is fitted site by site, just before the passes are masked there.
 
-    The pass looks at ``tables``, but only at the rows of sources that were written: those are
+    The passes look at ``tables``, but only at the rows of sources that were written: those are
     final by then.
     """
 
     def __init__(
-        self, weights: ViTWeights, circuit: Circuit, means: Fill, ridge: float | None
+        self, weights: ViTWeights, circuit: Circuit, means: Fill | None, ridge: float | None
     ) -> None:
         like, kinds = weights.patch_weight, circuit.graph.num_kinds
         blocks, hidden, width = len(weights.blocks), weights.num_neurons, weights.width
         heads, head_dim = weights.blocks[0].attn.q_weight.shape[:2]
-        self.tables = means.sources.to(like.device, like.dtype, copy=True)
+        if means is None:
+            shape = len(weights.graph.sources), weights.num_tokens, width
+            self.tables = like.new_zeros(shape)
+        else:
+            self.tables = means.sources.to(like.device, like.dtype, copy=True)
         self.values = like.new_zeros(blocks, weights.num_tokens, hidden)
         self.head_maps = like.new_zeros(blocks, kinds, heads, width, head_dim)
         self.neuron_maps = like.new_zeros(blocks, kinds, width, hidden)
@@ -251,41 +292,50 @@ class _FittingMask(PartMask):
         )
         super().__init__(weights, circuit.graph, circuit.neurons, self.fill)
 
-    def heads(
-        self, layer: int, z: Float[Tensor, "heads images tokens head_dim"]
-    ) -> Float[Tensor, "heads images tokens width"] | float:
-        """Fit the heads of a block, kind by kind."""
-        graph, head_dim = self.weights.graph, z.shape[3]
+    def fit(self, parts: str, layer: int, values: Sequence[Tensor]) -> None:
+        """Fit what a step of all passes is about: ``values`` has one tensor per batch."""
+        if parts == "embed":
+            images = sum(map(len, values))
+            self.tables[0] = sum(value.double().sum(0) for value in values) / images
+        elif parts == "heads":
+            self._fit_heads(layer, values)
+        elif parts == "neurons":
+            self._fit_neurons(layer, values)
+
+    def _fit_heads(
+        self, layer: int, z: Sequence[Float[Tensor, "heads _images tokens head_dim"]]
+    ) -> None:
+        graph, head_dim = self.weights.graph, z[0].shape[3]
         out = self.weights.blocks[layer].attn.out_weight.double()
+        heads = len(out)
         attention = slice(graph.head_source(layer, 0), graph.mlp_source(layer))
         for kind, span in enumerate(self.rows):
-            site = site_statistics(z[:, :, span].permute(1, 2, 0, 3).flatten(2), self.ridge)
+            flat = [batch[:, :, span].permute(1, 2, 0, 3).flatten(2) for batch in z]
+            site = site_statistics(flat, self.ridge)
             self.statistics[layer, "heads", kind] = site
-            alive = torch.from_numpy(self.live_heads[layer, :, kind].copy()).to(z.device)
+            alive = torch.from_numpy(self.live_heads[layer, :, kind].copy()).to(out.device)
             regression, constants = _predict(site, alive.repeat_interleave(head_dim))
             # The maps W R, [heads, width, head_dim].
-            maps = (out.permute(1, 0, 2).flatten(1) @ regression).unflatten(1, (len(z), head_dim))
+            maps = (out.permute(1, 0, 2).flatten(1) @ regression).unflatten(1, (heads, head_dim))
             self.head_maps[layer, kind] = maps = maps.transpose(0, 1)
             # A map is part of what its head writes, so a cut edge of a live head, which carries
             # the full model's mean, carries the map's mean too. A dead head adds its W c to every
             # target.
-            means, constants = (x.unflatten(1, (len(z), head_dim)) for x in (site.means, constants))
+            means, constants = (x.unflatten(1, (heads, head_dim)) for x in (site.means, constants))
             carried = self.tables[attention, span] + torch.einsum("hwd,thd->htw", maps, means)
             constant = torch.einsum("hwd,thd->htw", out, constants)
             self.tables[attention, span] = torch.where(alive[:, None, None], carried, constant).to(
                 self.tables
             )
-        return super().heads(layer, z)
 
-    def neurons(
-        self, layer: int, hidden: Float[Tensor, "images tokens neurons"]
-    ) -> tuple[Tensor, Float[Tensor, "images tokens width"] | float]:
-        """Fit the neurons of a block, kind by kind."""
+    def _fit_neurons(
+        self, layer: int, hidden: Sequence[Float[Tensor, "_images tokens neurons"]]
+    ) -> None:
         out = self.weights.blocks[layer].mlp.out_weight.double()
         for kind, span in enumerate(self.rows):
-            site = site_statistics(hidden[:, span], self.ridge)
+            site = site_statistics([batch[:, span] for batch in hidden], self.ridge)
             self.statistics[layer, "neurons", kind] = site
-            kept = torch.ones(hidden.shape[2], dtype=torch.bool, device=hidden.device)
+            kept = torch.ones(out.shape[1], dtype=torch.bool, device=out.device)
             if self.kept is not None:
                 kept = self.kept[layer, span][0]  # The same for all tokens of a kind.
             regression, constants = _predict(site, kept)
@@ -294,7 +344,6 @@ class _FittingMask(PartMask):
             if not self.live_mlps[layer, kind]:
                 mlp = self.weights.graph.mlp_source(layer)
                 self.tables[mlp, span] = (site.means @ out.T).to(self.tables.dtype)
-        return super().neurons(layer, hidden)
 
 
 def _predict(
@@ -318,33 +367,45 @@ def regress(
 
 
 def site_statistics(
-    features: Float[Tensor, "images tokens features"], ridge: float | None
+    features: Sequence[Float[Tensor, "_images tokens features"]], ridge: float | None
 ) -> SiteStatistics:
     """Means and covariance of a site's activations.
 
     Args:
-        features: Activations.
+        features: Activations, in batches of images.
         ridge: As a fraction of the mean variance. None chooses the ridge with which each half of
             the images best predicts every feature of the other half from all other features; with
             too few images to halve, the largest choice.
     """
-    means = features.double().mean(0)
-    images, tokens, size = features.shape
+    images = sum(map(len, features))
+    tokens, size = features[0].shape[1:]
+    means = torch.stack([batch.double().sum(0) for batch in features]).sum(0) / images
     # Every step-th image is enough for the covariance where there are many tokens.
-    step = min(images * tokens // (_SAMPLES_PER_FEATURE * size), images // _LEAST_TO_VALIDATE)
-    centred = features[:: max(1, step)].double() - means
+    step = max(
+        1, min(images * tokens // (_SAMPLES_PER_FEATURE * size), images // _LEAST_TO_VALIDATE)
+    )
     # Second moments by halves: together the covariance, apart what cross-validation compares.
-    halves = centred[::2], centred[1::2]
-    moments = [half.flatten(0, 1).T @ half.flatten(0, 1) for half in halves]
-    covariance = (moments[0] + moments[1]) / (centred.shape[0] * tokens)
+    moments, sums, counts = means.new_zeros(2, size, size), means.new_zeros(2, *means.shape), [0, 0]
+    first = 0
+    for batch in features:
+        chosen = torch.arange(-first % step, len(batch), step, device=batch.device)
+        centred = batch[chosen].double() - means
+        for half in (0, 1):
+            some = centred[(first + chosen) // step % 2 == half]
+            flat = some.flatten(0, 1)
+            moments[half].addmm_(flat.T, flat)
+            sums[half] += some.sum(0)
+            counts[half] += len(some)
+        first += len(batch)
+    covariance = moments.sum(0) / (sum(counts) * tokens)
     if ridge is None:
         ridge = _RIDGES[-1]
-        if len(centred) >= _LEAST_TO_VALIDATE:
+        if sum(counts) >= _LEAST_TO_VALIDATE:
             # Each half is centred on its own means, so that it knows nothing of the other one.
             own: list[Tensor] = []
-            for half, moment in zip(halves, moments, strict=True):
-                off = half.mean(0)
-                own.append((moment / len(half) - off.T @ off) / tokens)
+            for moment, total, count in zip(moments, sums, counts, strict=True):
+                off = total / count
+                own.append((moment / count - off.T @ off) / tokens)
             errors = [
                 sum(_error(add_ridge(one, choice), other) for one, other in (own, own[::-1]))
                 for choice in _RIDGES

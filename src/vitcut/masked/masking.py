@@ -3,8 +3,9 @@
 Discovery and the compiler are fast; both are tested against this file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,13 +31,31 @@ from vitcut.model.weights import ViTWeights
 from vitcut.names import LETTERS
 from vitcut.shapes import Bool, Float, Tensor
 
-ReadInputs = Callable[
-    [Sequence[int], Sequence[Tensor]], Float[Tensor, "#targets images tokens width"]
-]
-"""Maps targets of the unsplit graph, and all sources written so far, to the targets' inputs.
 
-Returns a single input if all the targets read the same.
-"""
+@runtime_checkable
+class Stream(Protocol):
+    """The residual stream of one pass: sources write into it in order, targets read from it."""
+
+    def add(self, written: Sequence[Float[Tensor, "images tokens width"]]) -> None:
+        """Append what the next sources of the unsplit graph wrote."""
+        ...
+
+    def read(self, targets: Sequence[int]) -> Float[Tensor, "#targets images tokens width"]:
+        """What targets of the unsplit graph read of the sources so far, before their LayerNorm.
+
+        A single input if all of them read the same.
+        """
+        ...
+
+
+class Step(NamedTuple):
+    """Where a pass stands: just computed, not yet masked and written."""
+
+    parts: Literal["embed", "heads", "neurons", "logits"]
+    layer: int
+    values: Tensor
+    """The embedding; z of the heads, [heads, images, tokens, head_dim]; hidden units, [images,
+    tokens, neurons]; logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +76,6 @@ class Trace:
     logits: Float[Tensor, "images classes"]
 
 
-def run_gib(weights: ViTWeights, images: int) -> float:
-    """Memory that a ``Trace`` of this many images takes, in GiB."""
-    blocks, width = len(weights.blocks), weights.width
-    attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
-    # Every source, the inputs of attention, MLP and classifier, z of the heads, hidden units.
-    per_token = (len(weights.graph.sources) + 2 * blocks + 1) * width
-    per_token += blocks * (attended + weights.num_neurons)
-    size = torch.finfo(weights.dtype).bits / 8
-    return images * weights.num_tokens * per_token * size / 2**30
-
-
 def full_run(
     weights: ViTWeights, pixels: Float[Tensor, "images channels y x"], *, per_head: bool = False
 ) -> Trace:
@@ -78,8 +86,8 @@ def full_run(
         pixels: Normalised images.
         per_head: Give each head its own inputs, so that their gradients can be told apart; slower.
     """
-    read = _running_sum(weights, per_head=per_head)
-    return run_parts(weights, pixels, read, PartMask(weights, weights.graph, None, None))
+    stream = _RunningSum(weights, per_head=per_head)
+    return run_parts(weights, pixels, stream, PartMask(weights, weights.graph, None, None))
 
 
 def masked_run(
@@ -105,7 +113,7 @@ def masked_run(
     """
     fill.require_fit(circuit)
     mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
-    return run_parts(weights, pixels, circuit_reader(weights, circuit, fill.sources), mask)
+    return run_parts(weights, pixels, circuit_stream(weights, circuit, fill.sources), mask)
 
 
 def masked_logits(
@@ -132,72 +140,115 @@ def masked_logits(
     """
     graph = graph or weights.graph
     mask = PartMask(weights, graph, neurons, fill)
-    return run_parts(weights, pixels, _edge_reader(weights, graph, kept, fill.sources), mask).logits
+    return run_parts(weights, pixels, _EdgeSums(weights, graph, kept, fill.sources), mask).logits
 
 
 def run_parts(
     weights: ViTWeights,
     pixels: Float[Tensor, "images channels y x"],
-    read: ReadInputs,
+    stream: Stream,
     mask: "PartMask",
 ) -> Trace:
-    """The forward pass behind all masked models.
+    """Run a masked model, and keep what each of its parts computes.
 
     Args:
         weights: The model.
         pixels: Normalised images.
-        read: What the targets read; it is called right after the sources were written that they
-            can see.
+        stream: Decides what the targets read.
         mask: What becomes of heads and neurons before they are written.
     """
-    graph = weights.graph
-    written = [embed(weights, pixels)]
-    inputs: list[Tensor] = []
-    heads: list[Tensor] = []
-    neurons: list[Tensor] = []
-    for layer, block in enumerate(weights.blocks):
-        streams = [read(graph.letter_targets(layer, letter), written) for letter in LETTERS]
-        q, k, v = (
-            project(block.attn, letter, normalise(block.attn_norm, stream))
-            for letter, stream in zip(LETTERS, streams, strict=True)
-        )
-        z = attend(q, k, block.attn.scale) @ v
-        written += (write(block.attn, z) + mask.heads(layer, z)).unbind(0)
-        stream = read([graph.mlp_target(layer)], written)
-        hidden = activate(block.mlp, normalise(block.mlp_norm, stream[0]))
-        replaced, share = mask.neurons(layer, hidden)
-        written.append(write_neurons(block.mlp, replaced) + share)
-        inputs += [*streams, stream]
-        heads.append(z)
-        neurons.append(hidden)
-    inputs.append(read([graph.classifier], written))
+    recorder = _Recorder(stream)
+    steps = list(walk(weights, pixels, recorder, mask))
     return Trace(
-        sources=tuple(written),
-        inputs=tuple(inputs),
-        heads=tuple(heads),
-        neurons=tuple(neurons),
-        logits=classify(weights, read_out(weights, inputs[-1][0])),
+        sources=tuple(recorder.sources),
+        inputs=tuple(recorder.inputs),
+        heads=tuple(step.values for step in steps if step.parts == "heads"),
+        neurons=tuple(step.values for step in steps if step.parts == "neurons"),
+        logits=steps[-1].values,
     )
 
 
-def circuit_reader(
+def walk(
+    weights: ViTWeights,
+    pixels: Float[Tensor, "images channels y x"],
+    stream: Stream,
+    mask: "PartMask",
+) -> Iterator[Step]:
+    """The forward pass behind all masked models, stopping before each write into the stream.
+
+    Several passes can walk in step, so that a mask is fitted to the values of all of them before
+    any goes on. Between two stops a pass holds the stream and what it has just computed.
+
+    Args:
+        weights: The model.
+        pixels: Normalised images.
+        stream: Decides what the targets read.
+        mask: What becomes of heads and neurons; asked after the pass stopped with their values.
+    """
+    graph, embedded = weights.graph, embed(weights, pixels)
+    yield Step("embed", 0, embedded)
+    stream.add([embedded])
+    del embedded
+    for layer, block in enumerate(weights.blocks):
+        q, k, v = (
+            project(
+                block.attn,
+                letter,
+                normalise(block.attn_norm, stream.read(graph.letter_targets(layer, letter))),
+            )
+            for letter in LETTERS
+        )
+        z = attend(q, k, block.attn.scale) @ v
+        del q, k, v
+        yield Step("heads", layer, z)
+        stream.add((write(block.attn, z) + mask.heads(layer, z)).unbind(0))
+        del z
+        [normed] = normalise(block.mlp_norm, stream.read([graph.mlp_target(layer)]))
+        hidden = activate(block.mlp, normed)
+        del normed
+        yield Step("neurons", layer, hidden)
+        replaced, share = mask.neurons(layer, hidden)
+        stream.add([write_neurons(block.mlp, replaced) + share])
+        del hidden, replaced, share
+    [last] = stream.read([graph.classifier])
+    yield Step("logits", len(weights.blocks), classify(weights, read_out(weights, last)))
+
+
+class _Recorder:
+    """Notes what passes through a stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.sources: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+        self._stream = stream
+
+    def add(self, written: Sequence[Tensor]) -> None:
+        self.sources += written
+        self._stream.add(written)
+
+    def read(self, targets: Sequence[int]) -> Tensor:
+        self.inputs.append(self._stream.read(targets))
+        return self.inputs[-1]
+
+
+def circuit_stream(
     weights: ViTWeights,
     circuit: Circuit,
     replaced: Float[Tensor, "sources *images tokens width"],
-) -> ReadInputs:
-    """How the targets of a circuit read: kept sources as written, cut ones from a table.
+) -> Stream:
+    """What the targets of a circuit read: kept sources as written, cut ones from a table.
 
     Args:
         weights: The model.
         circuit: What is kept.
-        replaced: What each source carries along cut edges. A row is looked up only after its
-            source was written, so the rows of later blocks may still be filled in during the pass.
+        replaced: What each source carries along cut edges. A row is looked up only when its source
+            is added or later, so the rows of later blocks may still be filled in during the pass.
 
     Raises:
         CircuitError: The circuit or the table does not fit the model.
     """
     if circuit.read_by_all is None:
-        return _edge_reader(weights, circuit.graph, circuit.kept, replaced)
+        return _EdgeSums(weights, circuit.graph, circuit.kept, replaced)
     _require_sizes(weights, circuit.graph, circuit.kept, replaced)
     # Whole sources are cut: all targets of a token read the same stream.
     rows = weights.rows_of(circuit.graph)
@@ -205,62 +256,73 @@ def circuit_reader(
     for kind, span in enumerate(rows):
         chosen = torch.from_numpy(circuit.read_by_all[kind :: len(rows)].copy())
         alive[:, span] = chosen[:, None, None]
-    return _running_sum(weights, alive.to(weights.device), replaced)
+    return _RunningSum(weights, alive.to(weights.device), replaced)
 
 
-def _edge_reader(
-    weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], replaced: Tensor
-) -> ReadInputs:
-    """Reads by any mask: every target sums its own choice of sources."""
-    _require_sizes(weights, graph, kept, replaced)
-    rows = weights.rows_of(graph)
-    masks = [
-        torch.from_numpy(graph.of_kind(kept, kind)).to(weights.device, weights.dtype)
-        for kind in range(graph.num_kinds)
-    ]
+class _EdgeSums:
+    """A stream under any mask: every target sums its own choice of sources, all of them held."""
 
-    def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
+    def __init__(
+        self, weights: ViTWeights, graph: Graph, kept: NDArray[np.bool_], replaced: Tensor
+    ) -> None:
+        _require_sizes(weights, graph, kept, replaced)
+        self._weights, self._replaced = weights, replaced
+        self._masks = [
+            torch.from_numpy(graph.of_kind(kept, kind)).to(weights.device, weights.dtype)
+            for kind in range(graph.num_kinds)
+        ]
+        self._rows = weights.rows_of(graph)
+        self._written: list[Tensor] = []
+
+    def add(self, written: Sequence[Tensor]) -> None:
+        self._written += written
+
+    def read(self, targets: Sequence[int]) -> Tensor:
         # in[t] = sum_s then[s] + biases + sum_s kept[s, t] (now[s] - then[s]), so that the choice
         # of sources is one product: [targets, sources] @ [sources, images x tokens x width].
-        readable = len(written)
-        then = replaced[:readable]
-        changes = torch.stack([now - cut for now, cut in zip(written, then, strict=True)])
+        readable = len(self._written)
+        then = self._replaced[:readable]
+        changes = torch.stack([now - cut for now, cut in zip(self._written, then, strict=True)])
         parts: list[Tensor] = []
-        for mask, span in zip(masks, rows, strict=True):
+        for mask, span in zip(self._masks, self._rows, strict=True):
             # [distinct choices, sources]: targets that read alike share one sum.
             chosen, which = mask[:readable, list(targets)].T.unique(dim=0, return_inverse=True)
             seen = changes[..., span, :]
             parts.append((chosen @ seen.flatten(1)).unflatten(1, seen.shape[1:])[which])
-        return torch.cat(parts, dim=2) + (then.sum(0) + output_bias(weights, readable))
-
-    return read
+        return torch.cat(parts, dim=2) + (then.sum(0) + output_bias(self._weights, readable))
 
 
-def _running_sum(
-    weights: ViTWeights,
-    alive: Bool[Tensor, "sources tokens 1"] | None = None,
-    replaced: Float[Tensor, "sources *images tokens width"] | None = None,
-    *,
-    per_head: bool = False,
-) -> ReadInputs:
-    """Reads a stream that is the same for all targets of a token: one running sum of sources."""
-    total = stream = torch.zeros((), dtype=weights.dtype, device=weights.device)
-    added = 0
+class _RunningSum:
+    """A stream that is the same for all targets of a token: one sum, whatever the depth."""
 
-    def read(targets: Sequence[int], written: Sequence[Tensor]) -> Tensor:
-        nonlocal total, stream, added
-        # q, k and v ask in turn: only the first of them computes the stream.
-        if added < len(written):
-            for number in range(added, len(written)):
-                value = written[number]
-                if alive is not None and replaced is not None:
-                    value = torch.where(alive[number], value, replaced[number])
-                total = total + value
-            added = len(written)
-            stream = total + output_bias(weights, added)
-        return stream.expand(len(targets) if per_head else 1, *stream.shape)
+    def __init__(
+        self,
+        weights: ViTWeights,
+        alive: Bool[Tensor, "sources tokens 1"] | None = None,
+        replaced: Float[Tensor, "sources *images tokens width"] | None = None,
+        *,
+        per_head: bool = False,
+    ) -> None:
+        self._weights, self._alive, self._replaced = weights, alive, replaced
+        self._per_head = per_head
+        self._total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        self._added = 0
+        self._now: Tensor | None = None
 
-    return read
+    def add(self, written: Sequence[Tensor]) -> None:
+        for number, value in enumerate(written, start=self._added):
+            kept = value
+            if self._alive is not None and self._replaced is not None:
+                kept = torch.where(self._alive[number], value, self._replaced[number])
+            self._total = self._total + kept
+        self._added += len(written)
+        self._now = None
+
+    def read(self, targets: Sequence[int]) -> Tensor:
+        # q, k and v ask in turn: only the first of them adds the biases.
+        if self._now is None:
+            self._now = self._total + output_bias(self._weights, self._added)
+        return self._now.expand(len(targets) if self._per_head else 1, *self._now.shape)
 
 
 def _require_sizes(

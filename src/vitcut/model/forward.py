@@ -56,7 +56,7 @@ def project(
     weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
     found = torch.einsum("hnrw,hdw->hnrd", normed, weight) + bias[:, None, None]
     turn = None if attn.rotation is None else attn.rotation[:, :, None]
-    return _norm_and_rotate(attn, letter, found, turn)
+    return norm_and_rotate(attn, letter, found, turn)
 
 
 def project_head(
@@ -73,10 +73,10 @@ def project_head(
     if attn.rotation is not None:
         # [cos and sin, heads or 1, tokens, head_dim]: one rotation may serve all heads.
         turn = attn.rotation[:, head if attn.rotation.shape[1] > 1 else 0, rows]
-    return _norm_and_rotate(attn, letter, found, turn)
+    return norm_and_rotate(attn, letter, found, turn)
 
 
-def _norm_and_rotate(
+def norm_and_rotate(
     attn: AttentionWeights,
     letter: Letter,
     values: Float[Tensor, "*rows head_dim"],

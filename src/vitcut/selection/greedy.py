@@ -7,7 +7,7 @@ kind.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import product, takewhile
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -26,8 +26,8 @@ Candidate = tuple[tuple[SiteKey, tuple[int, ...]], ...]
 
 Array = TypeVar("Array", NDArray[np.bool_], NDArray[np.float64])
 
-_TOGETHER_EVERY = 8
-"""Steps between looks at candidates of several parts. They change slowly and are slow to cost."""
+_BLOCK = 32
+"""Parts that are chosen together, from one look at all candidates."""
 
 _COSTED_UNDER: Ablation = "linear"
 """Linear fills have maps of their own per token kind, so kinds are computed apart from the start.
@@ -118,6 +118,10 @@ class Scorer(Protocol):
         """The rise in nats from cutting several parts together."""
         ...
 
+    def mutual(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+        """How much more every two candidates cost together than one by one, in nats."""
+        ...
+
     def cut(self, candidate: Candidate) -> None:
         """Record that a candidate was cut."""
         ...
@@ -140,6 +144,10 @@ class Additive:
     def rise(self, candidate: Candidate) -> float:
         """The sum of the scores."""
         return float(sum(self._scores[site][list(parts)].sum() for site, parts in candidate))
+
+    def mutual(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+        """Zeros."""
+        return np.zeros((len(candidates), len(candidates)))
 
     def cut(self, candidate: Candidate) -> None:
         """Do nothing: no score depends on the cuts."""
@@ -243,8 +251,13 @@ def cut_down(
     *,
     budget: float,
     ablation: Ablation = "linear",
+    block: int = _BLOCK,
 ) -> Iterator[float]:
     """Cut the candidate with the least rise per saving until the cost is within the budget.
+
+    Candidates are looked at in blocks: the best single parts, with the exact cost of every two of
+    them together. A block ends when its best falls behind the best outside it, as that was when the
+    block was chosen. With ``block=1`` every cut is chosen among all candidates.
 
     Parts that lose their last path to the classifier go too. The last head that shows the image to
     the class token stays.
@@ -256,6 +269,7 @@ def cut_down(
         cost: The cost of a circuit.
         budget: The cost to reach, in the unit of ``cost``.
         ablation: The ablation under which the circuit has to be within the budget.
+        block: Most parts that are cut between two looks at all candidates.
 
     Yields:
         The cost after each cut.
@@ -264,34 +278,68 @@ def cut_down(
         CircuitError: Nothing is left to cut and the cost is still above the budget.
     """
     savings = Savings(graph, cost, alive)
-    for step in count():
-        if savings.total <= budget and cost(alive.circuit(graph, ablation)) <= budget:
-            return
-        together = step % _TOGETHER_EVERY == 0
-        candidate = _cheapest(graph, alive, scorer, savings, together=together)
-        if candidate is None and together:
+
+    def is_met() -> bool:
+        return bool(savings.total <= budget and cost(alive.circuit(graph, ablation)) <= budget)
+
+    while not is_met():
+        choice = _choose(graph, alive, scorer, savings, block)
+        if not choice.candidates:
             raise CircuitError(
                 f"the budget of {budget:.4g} cannot be met: with every part cut that saves "
                 f"anything, {savings.measure():.4g} is left"
             )
-        if candidate is None:
-            continue
-        # Scores of a site go stale as its parts are cut. The summed list settles every site; if
-        # any rise changed, another candidate may be cheaper now, so the choice is made again.
-        if sum([scorer.settle(site) for site, _ in candidate]):
-            continue
-        alive.cut(candidate)
-        scorer.cut(candidate)
-        if not all(alive.left(site) for site, _ in candidate):
-            alive.keep_live(alive.circuit(graph, "mean"))
-        savings.cut(candidate)
-        yield savings.total
+        for candidate in _in_order(choice, scorer, savings):
+            # Scores of a site go stale as its parts are cut. The summed list settles every site; if
+            # any rise changed, another candidate may be cheaper now, so all are looked at again.
+            if sum([scorer.settle(site) for site, _ in candidate]):
+                break
+            alive.cut(candidate)
+            scorer.cut(candidate)
+            emptied = not all(alive.left(site) for site, _ in candidate)
+            if emptied:
+                alive.keep_live(alive.circuit(graph, "mean"))
+            savings.cut(candidate)
+            yield savings.total
+            # Cutting a head changes what others of its layer save.
+            if emptied or candidate[0][0][1] == "heads" or is_met():
+                break
 
 
-def _cheapest(
-    graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, *, together: bool
-) -> Candidate | None:
-    """The candidate with the least rise per saving; None where nothing saves anything."""
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """The candidates of a block, the one with the least rise per saving first."""
+
+    candidates: Sequence[Candidate]
+    rises: NDArray[np.float64]
+    outside: float
+    """The least rise per saving of the other candidates."""
+
+
+def _in_order(choice: _Choice, scorer: Scorer, savings: "Savings") -> Iterator[Candidate]:
+    """Candidates of a block as they are to be cut, until one outside the block is cheaper."""
+    rises, mutual = choice.rises.copy(), None
+    left = np.ones(len(rises), dtype=np.bool_)
+    sites = [candidate[0][0] for candidate in choice.candidates]
+    yield choice.candidates[0]
+    chosen = 0
+    while True:
+        left[chosen] = False
+        if not left.any():
+            return
+        if mutual is None:
+            mutual = scorer.mutual(choice.candidates)
+        rises += mutual[chosen]
+        of_site = {site: savings.of_neuron(site) for site in set(sites)}
+        ratios = np.where(left, rises / [of_site[site] for site in sites], np.inf)
+        chosen = int(ratios.argmin())
+        if ratios[chosen] > choice.outside:
+            return
+        yield choice.candidates[chosen]
+
+
+def _choose(graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, block: int) -> _Choice:
+    """The next block: one head, the parts of one candidate of several, or the best neurons."""
     classifiers = [graph.kind_number(graph.targets[target]) for target in graph.classifiers]
 
     def leaves_sight(candidate: Candidate) -> bool:
@@ -299,7 +347,8 @@ def _cheapest(
         left = alive.without(candidate)
         return "patch" in graph.readout or bool(left.heads[:, :, classifiers].any())
 
-    best, least = None, np.inf
+    # (rise per saving, rise, candidate)
+    found: list[tuple[float, float, Candidate]] = []
     for site in product(range(graph.num_layers), ("heads", "neurons"), range(graph.num_kinds)):
         parts = np.flatnonzero(alive.at(site))
         if not len(parts):
@@ -311,17 +360,31 @@ def _cheapest(
             gained = np.array([savings.of(((site, (part,)),)) for part in parts.tolist()])
         ratios = np.full(len(parts), np.inf)
         np.divide(rises, gained, out=ratios, where=gained > 0)
-        chosen = int(ratios.argmin())
-        candidate: Candidate = ((site, (int(parts[chosen]),)),)
-        if ratios[chosen] < least and leaves_sight(candidate):
-            best, least = candidate, float(ratios[chosen])
-    for candidate in _of_several_parts(graph, alive) if together else ():
+        for at in np.argsort(ratios, kind="stable")[: block + 1].tolist():
+            candidate: Candidate = ((site, (int(parts[at]),)),)
+            if ratios[at] < np.inf and (site[1] == "neurons" or leaves_sight(candidate)):
+                found.append((float(ratios[at]), float(rises[at]), candidate))
+    for candidate in _of_several_parts(graph, alive):
         gained = savings.of(candidate)
-        if gained <= 0 or not leaves_sight(candidate):
-            continue
-        if (ratio := scorer.rise(candidate) / gained) < least:
-            best, least = candidate, ratio
-    return best
+        if gained > 0 and leaves_sight(candidate):
+            rise = scorer.rise(candidate)
+            found.append((rise / gained, rise, candidate))
+    found.sort(key=lambda item: item[0])
+    # The first candidate, and as many neurons after it as no other candidate comes before.
+    size = 1
+    if found and _is_neuron(found[0][2]):
+        neurons = (_is_neuron(item[2]) for item in found[:block])
+        size = sum(1 for _ in takewhile(bool, neurons))
+    return _Choice(
+        candidates=[item[2] for item in found[:size]],
+        rises=np.array([item[1] for item in found[:size]]),
+        outside=found[size][0] if len(found) > size else np.inf,
+    )
+
+
+def _is_neuron(candidate: Candidate) -> bool:
+    [((_, which, _), parts), *others] = candidate
+    return which == "neurons" and len(parts) == 1 and not others
 
 
 def _of_several_parts(graph: Graph, alive: Alive) -> Iterator[Candidate]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -9,15 +10,22 @@ from vitcut.circuit import Circuit
 from vitcut.discovery.controls import magnitude_scores, random_scores
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
+from vitcut.masked.fill import zero_fill
 from vitcut.masked.fitting import Fitter
+from vitcut.masked.part_model import PartModel
+from vitcut.metrics import coarse_log_probs
 from vitcut.model.weights import ViTWeights
 from vitcut.names import Ablation
 from vitcut.progress import Meter
 from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, by_site, cut_down
-from vitcut.selection.joint import Joint, trace_sites
+from vitcut.selection.joint import Joint
+from vitcut.selection.responses import held_gib, trace_sites
 from vitcut.selection.settings import Budget
 from vitcut.settings import require_memory
 from vitcut.shapes import Float, Int, Tensor
+
+_BATCH = 32
+"""Images per forward pass of the uncut model."""
 
 
 class Selection:
@@ -53,6 +61,7 @@ class Selection:
         self._ablation: Ablation = ablation
         self._pixels = pixels
         self._group_of_class = group_of_class
+        self._num_groups = int(group_of_class.max()) + 1
         self._fitter = fitter
         self._cost = cost
         self._memory_gib = memory_gib
@@ -118,6 +127,18 @@ class Selection:
                 done = now
         self._alive = alive
 
+    @cached_property
+    def _full_log_probs(self) -> Float[Tensor, "images groups"]:
+        """The task distribution of the uncut model."""
+        weights = self._weights
+        uncut = PartModel(weights, Circuit.full(weights.graph, ablation="zero"), zero_fill(weights))
+        batches = self._pixels.split(_BATCH)
+        with torch.inference_mode():
+            logits = [
+                uncut.run(batch.to(weights.device, weights.dtype)).logits for batch in batches
+            ]
+        return coarse_log_probs(torch.cat(logits), self._group_of_class, self._num_groups)
+
     def _score(self) -> Scorer:
         """Score every part of the model as cut so far."""
         budget, weights = self._budget, self._weights
@@ -128,19 +149,13 @@ class Selection:
                 else random_scores(self.graph, weights.num_neurons, seed=budget.seed)
             )
             return Additive(by_site(scores.heads, scores.neurons))
-        # Of every head feature and neuron, per image and token: one activation, and one gradient
-        # per coarse class.
-        attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
-        features = len(weights.blocks) * (attended + weights.num_neurons)
-        values = len(self._pixels) * weights.num_tokens * features
-        values *= 2 + int(self._group_of_class.max())
         require_memory(
             f"scoring on {len(self._pixels)} images",
-            needed_gib=values * torch.finfo(weights.dtype).bits / 8 / 2**30,
+            needed_gib=held_gib(weights, len(self._pixels), self._num_groups),
             memory_gib=self._memory_gib,
         )
-        fitted = self._fitter.fit(self.circuit)
-        statistics = fitted.statistics
+        fitted = self._fitter.take(self.circuit)
+        statistics = None if fitted.statistics is None else dict(fitted.statistics)
         if statistics is not None and not budget.refresh_fraction:
             # Without covariances no part predicts another: each is scored as if it got its mean.
             statistics = {
@@ -154,7 +169,9 @@ class Selection:
             self.circuit,
             fitted.fill.like(weights.patch_weight),
             alive=self._alive,
+            log_p=self._full_log_probs,
             statistics=statistics,
+            seed=budget.seed,
         )
         refresh_fraction = 0.0 if statistics is None else budget.refresh_fraction
         joint = Joint(sites, objective, refresh_fraction=refresh_fraction)
