@@ -1,6 +1,8 @@
 from dataclasses import dataclass, field
 from math import inf, nan
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +89,16 @@ def test_a_word_outside_a_closed_set_is_refused_with_the_set():
 @pytest.mark.parametrize(
     ("needed", "told"), [(123.4, "123.4"), (4.04, "4.1"), (1e4, "10,000.0"), (0.0123, "0.012")]
 )
-def test_memory_that_is_needed_is_told_so_that_it_is_more_than_what_is_allowed(needed, told):
-    with pytest.raises(ConfigError, match=f"a fit needs about {told} GiB, memory-gib allows"):
+def test_memory_that_is_needed_is_told_so_that_it_is_more_than_what_is_allowed(
+    needed, told, monkeypatch
+):
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=0))
+    with pytest.raises(ConfigError, match=rf"a fit needs about {told} GiB, .*memory-gib allows"):
         require_memory("a fit", needed_gib=needed, memory_gib=0.99 * needed)
+
+
+def test_what_the_process_holds_already_counts(monkeypatch):
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=3 * 2**30))
+    require_memory("a fit", needed_gib=1, memory_gib=4)
+    with pytest.raises(ConfigError, match=r"about 4\.1 GiB, 3\.0 of them for what is loaded already"):
+        require_memory("a fit", needed_gib=1.1, memory_gib=4)

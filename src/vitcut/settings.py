@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
+import psutil
+
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName
 from vitcut.store import sha256_json
@@ -43,15 +45,24 @@ def require_runtime(name: str) -> None:
 
 
 def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
-    """Refuse work that needs more memory than is allowed."""
-    if needed_gib > memory_gib:
+    """Refuse work that would take the process beyond the memory that is allowed.
+
+    Args:
+        what: The work, for the message.
+        needed_gib: What it takes beyond what the process holds now, in GiB.
+        memory_gib: The most resident memory that the process may have, in GiB.
+
+    Raises:
+        ConfigError: It would take more.
+    """
+    held_gib = psutil.Process().memory_info().rss / 2**30
+    if held_gib + needed_gib > memory_gib:
         # Rounded up, so that it is more than what is allowed; below 1 GiB, two significant digits.
-        needed = (
-            f"{math.ceil(10 * needed_gib) / 10:,.1f}" if needed_gib >= 1 else f"{needed_gib:.2g}"
-        )
+        whole = held_gib + needed_gib
+        needed = f"{math.ceil(10 * whole) / 10:,.1f}" if whole >= 1 else f"{whole:.2g}"
         raise ConfigError(
-            f"{what} needs about {needed} GiB, memory-gib allows {memory_gib:g}: use fewer images, "
-            "or raise memory-gib"
+            f"{what} needs about {needed} GiB, {held_gib:.1f} of them for what is loaded already; "
+            f"memory-gib allows {memory_gib:g}: use fewer images, or raise memory-gib"
         )
 
 

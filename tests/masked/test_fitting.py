@@ -279,7 +279,7 @@ def fitter_of(weights, pixels, **settings) -> tuple[Fitter, list[int]]:
         asked.append(len(pixels))
         return pixels
 
-    return Fitter(weights, read, **{"ridge": 0.1, "memory_gib": 1.0, **settings}), asked
+    return Fitter(weights, read, **{"ridge": 0.1, "memory_gib": 64.0, **settings}), asked
 
 
 def test_a_fitter_reads_its_images_once_and_only_when_a_fill_needs_them():

@@ -29,7 +29,7 @@ WEIGHTS = random_vit(2, num_heads=3, hidden=6)
 COSTS = CostModel(batch=8)
 MACS = Budget(target_macs=0.4, rounds=3, score_images=8)
 LATENCY = Budget(target_latency=0.5, score_images=8)
-LINEAR = CutSettings(ablation="linear", images=16, memory_gib=1.0)
+LINEAR = CutSettings(ablation="linear", images=16, memory_gib=64.0)
 TASK = Task(
     name="tiny",
     classes=tuple(TaskClass(id=n, name=n, group="ab"[n > "1"]) for n in "0123"),
@@ -94,7 +94,7 @@ def fitted_pixels(images: Images) -> torch.Tensor:
 def found(path, budget=MACS, settings=LINEAR, *, images=None, fractions=None):
     """The circuit of a search, and the run."""
     images, run = images or random_images(), NotedRun(path)
-    fitter = Fitter(WEIGHTS, lambda: fitted_pixels(images), ridge=0.1, memory_gib=1.0)
+    fitter = Fitter(WEIGHTS, lambda: fitted_pixels(images), ridge=0.1, memory_gib=64.0)
     circuit = search(
         MODEL, images, budget, settings, fitter, COSTS, run, threads=1, fractions=fractions
     )

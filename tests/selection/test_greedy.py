@@ -302,3 +302,58 @@ def test_a_neuron_that_nobody_asked_about_is_measured():
     alive.cut(candidate)
     savings.cut(candidate)
     assert savings.total == 29
+
+
+class Quadratic:
+    """Rises that interact: the squared length of the sum of fixed vectors."""
+
+    def __init__(self, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        self.vectors = {
+            site: random.normal(size=(len(values), 6)) + 0.5 for site, values in scores().items()
+        }
+        self.chosen = np.zeros(6)
+
+    def of(self, candidate):
+        return sum(self.vectors[site][list(parts)].sum(0) for site, parts in candidate)
+
+    def rises(self, site):
+        vectors = self.vectors[site]
+        return (vectors**2).sum(1) + 2 * vectors @ self.chosen
+
+    def rise(self, candidate):
+        found = self.of(candidate)
+        return float(found @ found + 2 * found @ self.chosen)
+
+    def mutual(self, candidates):
+        found = np.stack([self.of(candidate) for candidate in candidates])
+        return 2 * found @ found.T
+
+    def cut(self, candidate):
+        self.chosen = self.chosen + self.of(candidate)
+
+    def settle(self, site):
+        return False
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_know_what_their_parts_cost_together(seed):
+    lengths = []
+    for block in (1, 8):
+        alive, scorer = everything(), Quadratic(seed)
+        list(cut_down(GRAPH, alive, scorer, count_parts, budget=12, block=block))
+        lengths.append(float(scorer.chosen @ scorer.chosen))
+    # Not the same parts, where something outside became cheaper meanwhile, but hardly dearer ones.
+    assert lengths[1] <= 1.25 * lengths[0]
+
+
+def test_a_block_ends_where_a_part_outside_is_cheaper():
+    scorer = Quadratic(0)
+    for vectors in scorer.vectors.values():
+        vectors[:] = 0
+        vectors[:, 0] = 20
+    # Neurons 0 and 1 are alike: once one is cut, cutting the other too is dearer than neuron 2.
+    scorer.vectors[0, "neurons", 1][:3, :2] = [[1, 0], [1.05, 0], [0, 1.4]]
+    alive, first = everything(), count_parts(everything().circuit(GRAPH, "mean"))
+    list(cut_down(GRAPH, alive, scorer, count_parts, budget=first - 2, block=2))
+    assert alive.left((0, "neurons", 1)) == (1, 3)

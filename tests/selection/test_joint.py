@@ -11,6 +11,7 @@ from vitcut.errors import CircuitError, ModelError
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import fixed_fill
 from vitcut.masked.masking import full_run, masked_run
+from vitcut.selection import responses
 from vitcut.selection.greedy import Additive, Alive, cut_down
 from vitcut.selection.joint import Joint
 from vitcut.selection.responses import Objective, Site, trace_sites
@@ -523,3 +524,68 @@ def test_on_a_cut_model_small_cuts_rise_by_their_slope(ablation):
         nudged = Nudged(weights, circuit, fill, statistics, {site.place: [part]})
         exact = (nudged.kl(pixels, eps) - nudged.kl(pixels, -eps)) / (2 * eps)
         assert exact == pytest.approx(slope, rel=1e-4, abs=1e-9)
+
+
+def many_classes(monkeypatch, sketches: int):
+    """Responses of a cut model with 12 groups: of each class exactly, and sketched."""
+    weights = random_vit(3, num_classes=12, hidden=6)
+    pixels, circuit = random_pixels(weights, images=6), random_parts(weights, "mean", seed=5)
+    groups, fill = torch.arange(12), fixed_fill("mean", weights, [random_pixels(weights, 9)])
+    log_p = full_run(weights, pixels).logits.log_softmax(-1)
+    found = []
+    for exact in (True, False):
+        monkeypatch.setattr(responses, "_MOST_EXACT", 11 if exact else 8)
+        monkeypatch.setattr(responses, "_NUM_SKETCHES", sketches)
+        found.append(
+            trace_sites(
+                weights,
+                pixels,
+                groups,
+                circuit,
+                fill,
+                alive=alive_of(circuit),
+                log_p=log_p,
+                statistics=None,
+            )
+        )
+    return found
+
+
+def test_sketched_classes_estimate_the_curvature_and_give_the_slope_exactly(monkeypatch):
+    (exact, weigh), (sketched, guess) = many_classes(monkeypatch, sketches=4000)
+    for site, other in zip(exact, sketched, strict=True):
+        true, found = site.responses(), other.responses()
+        assert_close(found @ guess.slope, true @ weigh.slope)
+        alive = site.alive
+        expected = (true.square() @ weigh.curvature)[alive]
+        assert_close((found.square() @ guess.curvature)[alive], expected, 0.1)
+        # Interactions too: what two parts cost together.
+        assert_close(guess.mutual(found), weigh.mutual(true), 0.1 * float(expected.max()))
+
+
+def test_few_sketches_are_as_far_off_as_is_said(monkeypatch):
+    (exact, weigh), (sketched, guess) = many_classes(monkeypatch, sketches=7)
+    errors = []
+    for site, other in zip(exact, sketched, strict=True):
+        by_image = (site.responses().square() * weigh.curvature).unflatten(1, (12, 6)).sum(1)
+        spread = (2 / 7) ** 0.5 * by_image.norm(dim=1)
+        found = other.responses().square() @ guess.curvature
+        errors.append(((found - by_image.sum(1)) / spread)[site.alive])
+    rms = float(torch.cat(errors).square().mean().sqrt())
+    assert 0.1 < rms < 1.2
+
+
+def test_float32_holds_half_of_it_and_loses_little():
+    weights = random_vit(1, hidden=8)
+    circuit, pixels = random_parts(weights, "linear", seed=2), random_pixels(weights, images=20)
+    fill, statistics = fitted(weights, circuit, pixels)
+    given = {"alive": alive_of(circuit), "statistics": statistics}
+    sites, _ = trace(weights, pixels, GROUPS, circuit, fill, **given)
+    low = weights.to(torch.float32)
+    like = fill.like(low.patch_weight)
+    rounded, _ = trace(low, pixels.float(), GROUPS, circuit, like, **given)
+    for site, other in zip(sites, rounded, strict=True):
+        true, found = site.responses(), other.responses()
+        assert found.dtype == torch.float32
+        assert not torch.equal(found.double(), true.float().double())
+        assert float((found - true).square().mean().sqrt() / true.square().mean().sqrt()) < 0.01

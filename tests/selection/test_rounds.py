@@ -33,7 +33,7 @@ def selection(ablation="mean", cost=num_features, **config) -> Selection:
         ablation=ablation,
         pixels=PIXELS[:8],
         group_of_class=GROUPS,
-        fitter=Fitter(WEIGHTS, lambda: PIXELS, ridge=0.1, memory_gib=1.0),
+        fitter=Fitter(WEIGHTS, lambda: PIXELS, ridge=0.1, memory_gib=64.0),
         cost=cost,
     )
 

@@ -17,6 +17,9 @@ from vitcut.progress import track
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task
 
+_MOST_IN_BATCH, _PIXELS_IN_BATCH = 256, 2**21
+"""Images per call, and their pixels: 41 images of 224 x 224."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
@@ -44,7 +47,6 @@ def evaluate(
     preprocessing: Preprocessing,
     *,
     reference: Evaluation | None = None,
-    batch: int = 256,
 ) -> Evaluation:
     """Run a model on a set of images, batch by batch.
 
@@ -58,7 +60,6 @@ def evaluate(
         preprocessing: The model's; images are normalised by its mean and std, and brought to the
             type and device of the module.
         reference: What the dense model answered on the same images.
-        batch: Images per call; the last one may be smaller.
 
     Raises:
         DataError: The set is empty.
@@ -72,6 +73,7 @@ def evaluate(
     like = (
         next(model.parameters(), torch.empty(0)) if isinstance(model, nn.Module) else torch.empty(0)
     )
+    batch = max(1, min(_MOST_IN_BATCH, _PIXELS_IN_BATCH // preprocessing.image_size**2))
     starts = range(0, len(images), batch)
     with _evaluation_mode(model), torch.inference_mode():
         # Float64 on the CPU, [images classes]: KLs near zero would drown in float32 rounding.

@@ -17,7 +17,7 @@ from vitcut.compiler.cost import CostModel
 from vitcut.compiler.planning import Draft, draft_circuit, split_circuit
 from vitcut.errors import CircuitError, ExactnessError
 from vitcut.masked.fill import Fill
-from vitcut.masked.masking import masked_run
+from vitcut.masked.masking import masked_forward
 from vitcut.model.tracing import tolerance
 from vitcut.model.weights import NormWeights, ViTWeights
 from vitcut.names import LETTERS, Letter
@@ -118,8 +118,8 @@ def verify(
     masked: list[Tensor] = []
     own: list[Tensor] = []
     for chunk in pixels.to(weights.device, weights.dtype).split(_CHUNK):
-        run = masked_run(weights, chunk, circuit, fill.like(weights.patch_weight))
-        masked.append(run.logits.cpu())
+        filled = fill.like(weights.patch_weight)
+        masked.append(masked_forward(weights, chunk, circuit, filled).cpu())
         own.append(compact(chunk.to(parameter.device, parameter.dtype)).cpu())
     expected, got = torch.cat(masked), torch.cat(own)
     difference = float((got - expected).abs().max())

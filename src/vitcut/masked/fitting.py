@@ -40,7 +40,7 @@ _SAMPLES_PER_FEATURE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStatistics:
-    """The activations of a site (the heads or neurons of a layer and token kind) in float64."""
+    """The activations of a site (the heads or neurons of a layer and token kind), as float64."""
 
     means: Float[Tensor, "tokens features"]
     covariance: Float[Tensor, "features features"]
@@ -379,7 +379,8 @@ def site_statistics(
     """
     images = sum(map(len, features))
     tokens, size = features[0].shape[1:]
-    means = torch.stack([batch.double().sum(0) for batch in features]).sum(0) / images
+    # Within a batch sums and products are in the precision of the pass, across batches in float64.
+    means = torch.stack([batch.sum(0).double() for batch in features]).sum(0) / images
     # Every step-th image is enough for the covariance where there are many tokens.
     step = max(
         1, min(images * tokens // (_SAMPLES_PER_FEATURE * size), images // _LEAST_TO_VALIDATE)
@@ -389,11 +390,11 @@ def site_statistics(
     first = 0
     for batch in features:
         chosen = torch.arange(-first % step, len(batch), step, device=batch.device)
-        centred = batch[chosen].double() - means
+        parity = (first + chosen) // step % 2
         for half in (0, 1):
-            some = centred[(first + chosen) // step % 2 == half]
+            some = batch[chosen[parity == half]] - means.to(batch.dtype)
             flat = some.flatten(0, 1)
-            moments[half].addmm_(flat.T, flat)
+            moments[half] += flat.T @ flat
             sums[half] += some.sum(0)
             counts[half] += len(some)
         first += len(batch)
@@ -405,7 +406,8 @@ def site_statistics(
             own: list[Tensor] = []
             for moment, total, count in zip(moments, sums, counts, strict=True):
                 off = total / count
-                own.append((moment / count - off.T @ off) / tokens)
+                moved = (moment / count - off.T @ off) / tokens
+                own.append(moved.to(features[0].dtype))
             errors = [
                 sum(_error(add_ridge(one, choice), other) for one, other in (own, own[::-1]))
                 for choice in _RIDGES

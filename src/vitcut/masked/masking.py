@@ -3,6 +3,7 @@
 Discovery and the compiler are fast; both are tested against this file.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -114,6 +115,24 @@ def masked_run(
     fill.require_fit(circuit)
     mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
     return run_parts(weights, pixels, circuit_stream(weights, circuit, fill.sources), mask)
+
+
+def masked_forward(
+    weights: ViTWeights,
+    pixels: Float[Tensor, "images channels y x"],
+    circuit: Circuit,
+    fill: Fill,
+) -> Float[Tensor, "images classes"]:
+    """Logits of the masked model (see ``masked_run``), without keeping what leads to them.
+
+    Raises:
+        CircuitError: Circuit or fill do not fit the model.
+    """
+    fill.require_fit(circuit)
+    mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
+    stream = circuit_stream(weights, circuit, fill.sources)
+    [last] = deque(walk(weights, pixels, stream, mask), maxlen=1)
+    return last.values
 
 
 def masked_logits(

@@ -184,11 +184,11 @@ class PartModel:
                 found.append(None)
                 continue
             q = _project_some(block.attn, "q", normed[:, rows], kept, rows)
-            # Which of the computed heads this kind keeps.
-            chosen = (heads[:, None] == kept).any(1)
-            z = F.scaled_dot_product_attention(
-                q, k[:, chosen], v[:, chosen], scale=block.attn.scale
-            )
+            keys, values = k, v
+            if len(kept) < len(heads):
+                chosen = torch.isin(heads, kept)
+                keys, values = k[:, chosen], v[:, chosen]
+            z = F.scaled_dot_product_attention(q, keys, values, scale=block.attn.scale)
             found.append(z.transpose(1, 2).flatten(2))
         return found
 

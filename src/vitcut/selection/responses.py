@@ -78,8 +78,9 @@ class Probes:
     Few classes: an orthonormal basis B of the vectors that sum to zero, from which the responses of
     all classes follow exactly, s = (B - 1 q' B) h. Many: sketches sum_y sqrt(q) e_y log q(y|x) with
     random signs e, whose squared responses estimate sum_y q s^2 without bias, and -sum_y p log q
-    for the slope. With K sketches and N images, the standard error of an estimated score is at most
-    sqrt(2 / (K N)) of it: 3.5 % for 7 sketches and 232 images.
+    for the slope. With K sketches, the standard error of an estimated score is at most sqrt(2 / K)
+    of an image's share in it, sqrt(2 / (K N)) of the whole where N images contribute alike: 3.5 %
+    for 7 sketches and 232 images.
     """
 
     def __init__(self, num_images: int, num_classes: int, *, seed: int) -> None:

@@ -19,9 +19,8 @@ from vitcut.names import Ablation
 from vitcut.progress import Meter
 from vitcut.selection.greedy import Additive, Alive, Cost, Scorer, by_site, cut_down
 from vitcut.selection.joint import Joint
-from vitcut.selection.responses import held_gib, trace_sites
+from vitcut.selection.responses import trace_sites
 from vitcut.selection.settings import Budget
-from vitcut.settings import require_memory
 from vitcut.shapes import Float, Int, Tensor
 
 _BATCH = 32
@@ -41,7 +40,6 @@ class Selection:
         group_of_class: Int[Tensor, "classes"],
         fitter: Fitter,
         cost: Cost,
-        memory_gib: float = 16.0,
     ) -> None:
         """Start with every part that has a path to the classifier.
 
@@ -53,7 +51,6 @@ class Selection:
             group_of_class: The group number of each class of the model.
             fitter: Fits a fill to the model as cut so far.
             cost: The cost of a circuit's compact model.
-            memory_gib: The most memory that activations and gradients may take, in GiB.
         """
         self.graph = weights.graph_of(budget.tokens)
         self._weights = weights
@@ -64,7 +61,6 @@ class Selection:
         self._num_groups = int(group_of_class.max()) + 1
         self._fitter = fitter
         self._cost = cost
-        self._memory_gib = memory_gib
         self._alive = Alive.useful(self.graph, weights.num_neurons)
         self._scorer: Scorer | None = None
         self.smallest = smallest_cost(self.graph, weights.num_neurons, cost)
@@ -149,11 +145,6 @@ class Selection:
                 else random_scores(self.graph, weights.num_neurons, seed=budget.seed)
             )
             return Additive(by_site(scores.heads, scores.neurons))
-        require_memory(
-            f"scoring on {len(self._pixels)} images",
-            needed_gib=held_gib(weights, len(self._pixels), self._num_groups),
-            memory_gib=self._memory_gib,
-        )
         fitted = self._fitter.take(self.circuit)
         statistics = None if fitted.statistics is None else dict(fitted.statistics)
         if statistics is not None and not budget.refresh_fraction:

@@ -33,20 +33,24 @@ from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.images.load import Images, ImageSet, normalise
-from vitcut.masked.fitting import Fitter
+from vitcut.images.stratified import choose_evenly
+from vitcut.masked.fitting import Fitter, fit_gib
 from vitcut.model.model import Model
 from vitcut.model.weights import ViTWeights
 from vitcut.progress import say
 from vitcut.runs import PATH_FILE, Run
 from vitcut.selection.greedy import Alive
+from vitcut.selection.responses import held_gib
 from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
-from vitcut.settings import as_plain
+from vitcut.settings import as_plain, require_memory
 
 _FORMAT_VERSION = 1
 
 _MOST_ROUNDS = 16
 """How many rounds a latency budget may take."""
+_WORKING_GIB = 0.5
+"""What intermediate results of single operations take, at most."""
 _SLOWEST_STEP, _FASTEST_STEP = 0.97, 0.7
 """The largest and smallest ratio of one round's predicted latency to the last one's."""
 
@@ -209,6 +213,7 @@ def search(
     """
 
     def find() -> SearchPath:
+        _require_room(model, images, budget, settings)
         timed = fractions is None
         rounds = _Rounds(model, images, budget, settings, fitter, costs, run, threads, timed)
         dense = dense_macs(model.weights.shape)
@@ -226,6 +231,29 @@ def search(
 
     path = run.once(PATH_FILE, find, SearchPath.load)
     return Circuit.load(run.path / path.steps[-1].circuit)
+
+
+def _require_room(model: Model, images: Images, budget: Budget, settings: CutSettings) -> None:
+    """Refuse a search that would take more memory than is allowed, before anything is computed.
+
+    Raises:
+        ConfigError: It would take more.
+    """
+    weights, task = model.weights, images.task
+    fitted, scored = min(settings.images, len(images.train)), 0
+    needed = 0.0
+    if settings.ablation_for(None) == "linear":
+        uncut = Circuit.full(weights.graph_of(budget.tokens), ablation="linear")
+        needed = fit_gib(weights, uncut, fitted)
+    if budget.scores == "fisher":
+        scored = min(budget.score_images, len(images.train))
+        needed = max(needed, held_gib(weights, scored, len(task.groups)))
+    pixels = (fitted + scored) * weights.channels * weights.image_size**2 * 4 / 2**30
+    require_memory(
+        f"a search with fills of {fitted} images and scores of {scored}",
+        needed_gib=needed + pixels + _WORKING_GIB,
+        memory_gib=settings.memory_gib,
+    )
 
 
 @dataclass(eq=False)
@@ -253,7 +281,6 @@ class _Rounds:
             group_of_class=torch.from_numpy(self.images.task.group_of_class),
             fitter=self.fitter,
             cost=self.cost,
-            memory_gib=self.settings.memory_gib,
         )
         self.uncut = self.selection.cost()
 
@@ -381,5 +408,14 @@ class _Rounds:
 
     def evaluated(self, module: nn.Module, reference: Evaluation | None = None) -> Evaluation:
         """A module on val images."""
-        task, preprocessing = self.images.task, self.model.preprocessing
-        return evaluate(module, self.images.val, task, preprocessing, reference=reference)
+        val = self.images.val
+        chosen = choose_evenly(
+            val.labels, min(self.budget.val_images, len(val)), seed=self.settings.seed
+        )
+        return evaluate(
+            module,
+            val.take(chosen),
+            self.images.task,
+            self.model.preprocessing,
+            reference=reference,
+        )

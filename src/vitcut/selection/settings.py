@@ -30,12 +30,14 @@ class Budget:
     """For linear fills: the fraction of the heads or neurons of a layer and token kind that is cut
     before the residuals of the rest are updated (OBS). With 0, parts are scored as if replaced by
     their mean."""
-    rounds: int = 5
+    rounds: int = 3
     """Steps on the way to a budget of MACs; each is a point of the path."""
     rescore: bool = True
     """Whether to score the cut model again at every step, instead of keeping the first scores."""
     score_images: int = 232
     """Training images that parts are scored on, the same number from each class."""
+    val_images: int = 512
+    """Val images on which each point of the path is measured; all of them if there are fewer."""
     tokens: Tokens = "split"
     """Whether a part spans all tokens, or exists once per token kind."""
     seed: int = 0
@@ -52,7 +54,7 @@ class Budget:
         require_runtime(self.runtime)
         require_one_of("scores", self.scores, get_args(Scores))
         require_one_of("tokens", self.tokens, get_args(Tokens))
-        for name in ("rounds", "score_images"):
+        for name in ("rounds", "score_images", "val_images"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("seed", self.seed, 0)
         require_fraction("refresh_fraction", self.refresh_fraction)
