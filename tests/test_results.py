@@ -92,7 +92,8 @@ def test_every_key_is_in_the_file_though_nothing_was_measured(tmp_path):
     assert list(content["points"][0]) == [
         "name", "method", "granularity", "ablation", "tau", "budget", "edges_total", "edges_kept",
         "heads_total", "heads_kept", "neurons_kept_fraction", "accuracy_fine", "accuracy_coarse",
-        "kl", "macs", "params", "bytes", "max_abs_diff", "seconds", "images", "latency",
+        "change_low", "change_high", "kl", "macs", "params", "bytes", "max_abs_diff", "seconds",
+        "images", "latency",
         "confusion", "faithfulness", "circuit", "model",
     ]  # fmt: skip
     assert content["points"][0]["kl"] is None
@@ -173,7 +174,7 @@ def test_two_points_of_one_name_are_refused():
 
 def test_points_hold_plain_values_only():
     assert json.dumps(asdict(Point(name="a")))
-    assert len(fields(Point)) == 25
+    assert len(fields(Point)) == 27
 
 
 def test_results_and_bench_settings_load_no_torch():

@@ -100,5 +100,5 @@ def test_memory_that_is_needed_is_told_so_that_it_is_more_than_what_is_allowed(
 def test_what_the_process_holds_already_counts(monkeypatch):
     monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=3 * 2**30))
     require_memory("a fit", needed_gib=1, memory_gib=4)
-    with pytest.raises(ConfigError, match=r"about 4\.1 GiB, 3\.0 of them for what is loaded already"):
+    with pytest.raises(ConfigError, match=r"about 4\.1 GiB, 3\.0 of them for what is"):
         require_memory("a fit", needed_gib=1.1, memory_gib=4)

@@ -115,12 +115,14 @@ def cut(
         settings: The ablation of the cut (linear by default for a budget), and how many images are
             used for fitting and checking.
         bench: How to time the models; None measures nothing.
-        out: Run directory: the model is saved in ``model/``, the circuits on the way to a budget in
-            ``path/``, and all measurements in ``results.json``.
+        out: Run directory: the model is saved in ``model/`` (of several targets, each in
+            ``points/NAME/model/``), the circuits on the way to a budget in ``path/``, and all
+            measurements in ``results.json``.
 
     Returns:
         The compact model, its circuit, the largest difference between its logits and the masked
-        model's, and the measurements.
+        model's, and the measurements. Of several targets, the smallest model that loses at most
+        one point, or else the most accurate; all are in the run directory.
 
     Raises:
         ConfigError: Neither a circuit nor a budget is given, or both are, or merge is combined with
@@ -133,7 +135,8 @@ def cut(
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
     from vitcut.report.cards import write_cards
-    from vitcut.selection.search import budget_point, search
+    from vitcut.report.tables import recommend
+    from vitcut.selection.search import search
 
     run, model = Run(out), for_images(model, images)
     if isinstance(circuit, (str, Path)):
@@ -156,28 +159,44 @@ def cut(
     run.claim({**subject(model, images), **chosen}, free=run.free_bench())
     fitter = make_fitter(model, images, settings)
 
-    def make() -> Cut:
-        sought = circuit
-        if sought is None:
-            threads = 1 if bench is None else bench.threads
-            sought = search(model, images, budget, settings, fitter, costs, run, threads=threads)
-        name, asked = budget_point(budget, settings, sought)
+    def make(sought: Circuit, name: str | None, asked: dict[str, Any] | None) -> Cut:
         return cut_circuit(
             model, images, sought, settings, fitter=fitter, costs=costs, name=name, budget=asked
         )
 
-    done = replace(run.once("model", make, Cut.load), folder=run.kept("model"))
+    if circuit is not None:
+        wanted = {"model": (circuit, None, None)}
+    else:
+        threads = 1 if bench is None else bench.threads
+        answers = search(model, images, budget, settings, fitter, costs, run, threads=threads)
+        single = len(answers) == 1
+        wanted = {
+            "model" if single else f"points/{item.name}/model": (
+                item.circuit,
+                item.name,
+                item.asked,
+            )
+            for item in answers
+        }
+    cuts: list[Cut] = []
+    for folder, given in wanted.items():
+        made = run.once(folder, lambda given=given: make(*given), Cut.load)
+        cuts.append(replace(made, folder=run.kept(folder)))
     if bench is None:
-        return done
+        return cuts[-1]
 
     def measured() -> Results:
         baseline = class_only(model, images, settings)
-        points = {CLASS_ONLY: baseline, done.name: (done.point(run.path), done.model)}
+        points = {CLASS_ONLY: baseline}
+        points |= {item.name: (item.point(run.path), item.model) for item in cuts}
         results = measure(model, images, points, bench)
         write_cards(results, run.path)
         return results
 
-    return replace(done, results=run.once(RESULTS_FILE, measured, Results.load))
+    results = run.once(RESULTS_FILE, measured, Results.load)
+    best = recommend(results)
+    taken = next((item for item in cuts if best is not None and item.name == best.name), cuts[-1])
+    return replace(taken, results=results)
 
 
 def check_cut(given: Mapping[str, Any]) -> None:
@@ -196,7 +215,7 @@ def check_cut(given: Mapping[str, Any]) -> None:
     if circuit is None and not budget.is_given:
         raise ConfigError(
             "cut needs a circuit (a run directory or circuit.json; in Python what vitcut.discover "
-            "gives), or a budget: target-macs 0.2 or target-latency 0.25"
+            "gives), or a budget: target-macs 0.2, target-latency 0.25 or max-drop 1"
         )
     if circuit is not None and budget.is_given:
         raise ConfigError("cut takes a circuit or a budget, got both: leave one of them out")

@@ -223,7 +223,7 @@ def run(
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
     from vitcut.report.cards import write_cards
-    from vitcut.selection.search import budget_point, require_possible, search
+    from vitcut.selection.search import require_possible, search
     from vitcut.training.repair import repair_cut
 
     named = not isinstance(recipe, RunSettings)
@@ -269,22 +269,31 @@ def run(
     if settings.select.is_given:
         fitter = make_fitter(model, images, linear)
         threads = settings.bench.threads
-        circuit = search(
+        for answer in search(
             model, images, settings.select, linear, fitter, costs, target, threads=threads
-        )
-        name, asked = budget_point(settings.select, linear, circuit)
-        start = keep(
-            Path("points") / str(name),
-            lambda: cut_circuit(
-                model, images, circuit, linear, fitter=fitter, costs=costs, name=name, budget=asked
-            ),
-        )
-        if settings.repair is not None:
-            training = settings.repair
-            folder = Path("points") / f"{name}-repaired"
-            keep(
-                folder, lambda: repair_cut(start, model, images, training, target.path / folder)[0]
+        ):
+            start = keep(
+                Path("points") / answer.name,
+                lambda found=answer: cut_circuit(
+                    model,
+                    images,
+                    found.circuit,
+                    linear,
+                    fitter=fitter,
+                    costs=costs,
+                    name=found.name,
+                    budget=found.asked,
+                ),
             )
+            if settings.repair is not None:
+                training = settings.repair
+                folder = Path("points") / f"{answer.name}-repaired"
+                keep(
+                    folder,
+                    lambda start=start, training=training, folder=folder: repair_cut(
+                        start, model, images, training, target.path / folder
+                    )[0],
+                )
 
     def measured() -> Results:
         points = {CLASS_ONLY: class_only(model, images, settings.cut)}

@@ -84,6 +84,10 @@ class Point:
     neurons_kept_fraction: float | None = None
     accuracy_fine: float | None = None
     accuracy_coarse: float | None = None
+    change_low: float | None = None
+    """Lower end of the 95 % paired interval of `accuracy_coarse` less the dense model's."""
+    change_high: float | None = None
+    """Upper end of the same interval."""
     kl: float | None = None
     """Mean KL(dense || this model) on the task distribution, in nats."""
     macs: int | None = None

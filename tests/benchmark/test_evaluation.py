@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from vitcut.benchmark import evaluation
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
 from vitcut.images.load import ImageSet
@@ -39,8 +40,10 @@ def linear_model(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 3))
 
 
-def run(model, images: ImageSet, **more):
-    return evaluate(model, images, TASK, PREPROCESSING, **more)
+def run(model, images: ImageSet, *, batch=256, **more):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "_MOST_IN_BATCH", batch)
+        return evaluate(model, images, TASK, PREPROCESSING, **more)
 
 
 def test_coarse_accuracy_sums_probabilities_and_not_the_best_class():
@@ -121,3 +124,20 @@ def test_a_reference_of_other_images_is_refused():
     three = run(linear_model(), image_set([0, 1, 2]))
     with pytest.raises(ConfigError, match=r"shape \[2, 2\] .*, got \[3, 2\]"):
         run(linear_model(), image_set([0, 1]), reference=three)
+
+
+@pytest.mark.parametrize(("side", "most"), [(32, 256), (224, 41), (4096, 1)])
+def test_large_images_come_in_small_batches(side, most):
+    batches = []
+
+    def model(images):
+        batches.append(len(images))
+        return torch.zeros(len(images), 3)
+
+    array = np.zeros((1, 1, 1, 3), np.uint8)
+    array = np.broadcast_to(array, (300 if side < 4096 else 2, side, side, 3))
+    rows = np.arange(len(array))
+    images = ImageSet(array=array, rows=rows, labels=rows % 3)
+    evaluate(model, images, TASK, replace(PREPROCESSING, image_size=side))
+    assert max(batches) == most
+    assert sum(batches) == len(array)

@@ -9,6 +9,7 @@ from tiny import random_pixels, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError, ConfigError
+from vitcut.masked import fitting
 from vitcut.masked.fitting import (
     Fitter,
     add_ridge,
@@ -327,3 +328,39 @@ def test_a_fit_does_not_write_into_the_means():
     fit = fit_fill(weights, circuit_of(weights, heads), pixels, means)
     assert fit.fill.fingerprint != before
     assert means.fingerprint == before
+
+
+@given(weights=vits(), data=st.data(), batch=st.integers(1, 5))
+@settings(max_examples=15)
+def test_batches_of_images_change_no_fit(weights, data, batch):
+    circuit, pixels = data.draw(parts(weights)), random_pixels(weights, images=9)
+    whole = fitted(weights, circuit, pixels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_BATCH", batch)
+        split = fitted(weights, circuit, pixels)
+    for name in ("sources", "neurons", "head_maps", "neuron_maps"):
+        torch.testing.assert_close(
+            getattr(split.fill, name), getattr(whole.fill, name), rtol=1e-7, atol=1e-9
+        )
+
+
+def test_a_circuit_of_whole_parts_needs_no_means():
+    weights = random_vit()
+    heads = np.ones((2, 2, 2), dtype=bool)
+    heads[1, 0, 0] = False
+    circuit, pixels = circuit_of(weights, heads), random_pixels(weights, images=8)
+    with_means = fitted(weights, circuit, pixels, 0.1).fill
+    without = fit_fill(weights, circuit, pixels, ridge=0.1).fill
+    expected = masked_run(weights, pixels, circuit, with_means).logits
+    assert torch.equal(masked_run(weights, pixels, circuit, without).logits, expected)
+
+
+def test_a_circuit_that_cuts_edges_needs_the_means():
+    weights = random_vit()
+    kept = weights.split_graph.edges.copy()
+    kept[0, 5] = False
+    circuit = Circuit(graph=weights.split_graph, kept=kept, ablation="linear")
+    pixels = random_pixels(weights, images=8)
+    with pytest.raises(CircuitError, match="cuts single edges: give the means"):
+        fit_fill(weights, circuit, pixels, ridge=0.1)
+    assert fitted(weights, circuit, pixels, 0.1).fill.circuit == circuit.fingerprint

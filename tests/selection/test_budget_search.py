@@ -1,5 +1,6 @@
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutSettings
+from vitcut.errors import CircuitError, ConfigError
 from vitcut.images.load import Images, ImageSet, normalise
 from vitcut.labels import Labels
 from vitcut.masked.fill import zero_fill
@@ -95,10 +97,10 @@ def found(path, budget=MACS, settings=LINEAR, *, images=None, fractions=None):
     """The circuit of a search, and the run."""
     images, run = images or random_images(), NotedRun(path)
     fitter = Fitter(WEIGHTS, lambda: fitted_pixels(images), ridge=0.1, memory_gib=64.0)
-    circuit = search(
+    answers = search(
         MODEL, images, budget, settings, fitter, COSTS, run, threads=1, fractions=fractions
     )
-    return circuit, run
+    return answers[-1].circuit, run
 
 
 def macs(circuit: Circuit) -> float:
@@ -185,3 +187,89 @@ def test_parts_are_scored_on_images_that_no_fill_is_fitted_to(tmp_path, monkeypa
     assert ("too few training images to score parts on 8 others" in capsys.readouterr().err) == (
         count == 20
     )
+
+
+def answers_of(path, budget, *, images=None, settings=LINEAR):
+    images, run = images or random_images(), NotedRun(path)
+    fitter = Fitter(WEIGHTS, lambda: fitted_pixels(images), ridge=0.1, memory_gib=64.0)
+    return search(MODEL, images, budget, settings, fitter, COSTS, run), run
+
+
+def test_several_targets_are_one_path_with_a_circuit_each(tmp_path):
+    budget = replace(MACS, target_macs=(0.6, 0.4, 0.3), rounds=2)
+    answers, _ = answers_of(tmp_path, budget)
+    assert [item.asked for item in answers] == [{"macs": 0.6}, {"macs": 0.4}, {"macs": 0.3}]
+    assert [item.name for item in answers] == [f"fisher-linear-macs-{n}" for n in (0.6, 0.4, 0.3)]
+    for item in answers:
+        assert macs(item.circuit) <= item.asked["macs"]
+    for larger, smaller in pairwise(answers):
+        assert not (smaller.circuit.neurons & ~larger.circuit.neurons).any()
+    path = SearchPath.load(tmp_path / "path.json")
+    assert path.answers == ("macs-0.6000", "macs-0.4000", "macs-0.3000")
+    # As steep as two steps to the last target would be: one each, where targets are close.
+    names = [step.name for step in path.steps]
+    assert names[-3:] == list(path.answers)
+    assert len(names) <= 4
+
+
+def test_a_drop_is_approached_from_both_sides(tmp_path, monkeypatch):
+    """Whether a cut holds is up to its size here: above 55 % of the MACs it does."""
+
+    def interval(correct, reference, *, seed):
+        return (-0.05, 0.0) if noted[-1] > 0.55 else (-0.2, 0.0)
+
+    noted, real = [], searching.count_macs
+
+    def count(plan):
+        noted.append(real(plan) / dense_macs(WEIGHTS.shape))
+        return real(plan)
+
+    monkeypatch.setattr(searching, "count_macs", count)
+    monkeypatch.setattr(searching, "paired_interval", interval)
+    budget = Budget(max_drop=10.0, score_images=8)
+    [answer], run = answers_of(tmp_path / "whole", budget)
+    path = SearchPath.load(tmp_path / "whole" / "path.json")
+    steps = {step.name: step for step in path.steps}
+    chosen = steps[path.answers[0]]
+    assert 0.55 < chosen.macs_fraction < 0.62
+    assert macs(answer.circuit) == pytest.approx(chosen.macs_fraction)
+    failed = [step.macs_fraction for step in path.steps if step.change_low < -0.1]
+    assert max(failed) <= 0.55
+    assert answer.asked == {"max_drop": 10.0}
+    # Killed after three files, it goes on to the same end.
+    for name in run.made[:3]:
+        (tmp_path / "part" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "part" / name)
+    [again], rest = answers_of(tmp_path / "part", budget)
+    assert again.circuit == answer.circuit
+    assert rest.made == run.made[3:]
+
+
+def test_a_drop_that_no_cut_holds_names_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.setattr(searching, "paired_interval", lambda *_, **__: (-0.9, 0.0))
+    with pytest.raises(CircuitError, match=r"no cut loses less than 10 points for certain"):
+        answers_of(tmp_path, Budget(max_drop=10.0, score_images=8))
+
+
+def test_too_few_val_images_to_show_a_drop_are_refused_with_what_they_can_show(tmp_path):
+    with pytest.raises(ConfigError, match=r"decided on 40 val images: .* loss of 7\.5 po"):
+        answers_of(tmp_path, Budget(max_drop=1.0, score_images=8))
+
+
+def test_a_search_that_needs_more_memory_than_allowed_computes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(searching, "Selection", None)
+    with pytest.raises(ConfigError, match="fills of 16 images and scores of 8 needs about"):
+        answers_of(tmp_path, MACS, settings=replace(LINEAR, memory_gib=0.1))
+    assert not list(tmp_path.glob("path*"))
+
+
+def test_a_path_is_measured_on_as_many_val_images_as_asked(tmp_path, monkeypatch):
+    counts, real = [], searching.evaluate
+
+    def noted(module, images, *args, **settings):
+        counts.append(len(images))
+        return real(module, images, *args, **settings)
+
+    monkeypatch.setattr(searching, "evaluate", noted)
+    answers_of(tmp_path, replace(MACS, rounds=1, val_images=12))
+    assert counts == [12, 12]

@@ -526,7 +526,7 @@ def test_on_a_cut_model_small_cuts_rise_by_their_slope(ablation):
         assert exact == pytest.approx(slope, rel=1e-4, abs=1e-9)
 
 
-def many_classes(monkeypatch, sketches: int):
+def many_classes(monkeypatch, sketches: int, seed: int = 0):
     """Responses of a cut model with 12 groups: of each class exactly, and sketched."""
     weights = random_vit(3, num_classes=12, hidden=6)
     pixels, circuit = random_pixels(weights, images=6), random_parts(weights, "mean", seed=5)
@@ -546,6 +546,7 @@ def many_classes(monkeypatch, sketches: int):
                 alive=alive_of(circuit),
                 log_p=log_p,
                 statistics=None,
+                seed=seed,
             )
         )
     return found
@@ -564,15 +565,16 @@ def test_sketched_classes_estimate_the_curvature_and_give_the_slope_exactly(monk
 
 
 def test_few_sketches_are_as_far_off_as_is_said(monkeypatch):
-    (exact, weigh), (sketched, guess) = many_classes(monkeypatch, sketches=7)
     errors = []
-    for site, other in zip(exact, sketched, strict=True):
-        by_image = (site.responses().square() * weigh.curvature).unflatten(1, (12, 6)).sum(1)
-        spread = (2 / 7) ** 0.5 * by_image.norm(dim=1)
-        found = other.responses().square() @ guess.curvature
-        errors.append(((found - by_image.sum(1)) / spread)[site.alive])
+    for seed in range(6):
+        (exact, weigh), (sketched, guess) = many_classes(monkeypatch, sketches=7, seed=seed)
+        for site, other in zip(exact, sketched, strict=True):
+            by_image = (site.responses().square() * weigh.curvature).unflatten(1, (12, 6)).sum(1)
+            spread = (2 / 7) ** 0.5 * by_image.norm(dim=1)
+            found = other.responses().square() @ guess.curvature
+            errors.append(((found - by_image.sum(1)) / spread)[site.alive])
     rms = float(torch.cat(errors).square().mean().sqrt())
-    assert 0.1 < rms < 1.2
+    assert 0.3 < rms < 1.1
 
 
 def test_float32_holds_half_of_it_and_loses_little():

@@ -16,7 +16,14 @@ NAN, INF = float("nan"), float("inf")
         ({"target_latency": 0.0}, "target-latency must be above 0"),
         ({"target_latency": 25.0}, "target-latency must be above 0"),
         ({"target_latency": INF}, "target-latency must be above 0"),
-        ({"target_macs": 0.2, "target_latency": 0.2}, "or target-latency, got both"),
+        ({"target_macs": 0.2, "target_latency": 0.2}, "got target-macs and target-latency"),
+        ({"target_macs": 0.2, "max_drop": 1.0}, "got target-macs and max-drop"),
+        ({"target_macs": "0.5,1.2"}, "target-macs must be above 0 and below 1 of dense, got 1.2"),
+        ({"target_macs": "half"}, "target-macs must be a fraction .* such as 0.5,0.3,0.2, got 'ha"),
+        ({"target_macs": "0.5,"}, "target-macs must be a fraction"),
+        ({"max_drop": 0.0}, "max-drop must be a finite number > 0"),
+        ({"max_drop": 1.0, "rescore": False}, "max-drop takes cuts back"),
+        ({"val_images": 0}, "val_images must be >= 1, got 0"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
         ({"score_images": 0}, "score_images must be >= 1, got 0"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
@@ -37,6 +44,7 @@ def test_bad_settings_are_refused(given, match):
         ({}, False),
         ({"target_macs": 0.2}, True),
         ({"target_latency": 0.999}, True),
+        ({"max_drop": 1.0}, True),
         ({"scores": "random", "joint": False, "refresh_fraction": 0.0}, False),
         ({"refresh_fraction": 1.0, "rounds": 1, "score_images": 1}, False),
     ],
@@ -59,3 +67,19 @@ def test_unknown_words_are_refused(name, value, match):
     object.__setattr__(config, name, value)
     with pytest.raises(ConfigError, match=match):
         config.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("given", "macs"),
+    [
+        (None, ()),
+        (0.3, (0.3,)),
+        ("0.3", (0.3,)),
+        ("0.2, 0.5,0.3,0.5", (0.5, 0.3, 0.2)),
+        ((0.2, 0.4), (0.4, 0.2)),
+    ],
+)
+def test_several_targets_fall(given, macs):
+    budget = Budget(target_macs=given)
+    assert budget.macs == macs
+    assert budget.target_macs == (None if not macs else macs[0] if len(macs) == 1 else macs)

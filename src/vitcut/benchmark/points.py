@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
+from vitcut.benchmark.bootstrap import paired_interval
 from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchSettings
@@ -78,6 +79,7 @@ def measure(
             point,
             accuracy_fine=found[name].accuracy_fine,
             accuracy_coarse=found[name].accuracy_coarse,
+            **_change(found, name, seed=settings.seed),
             kl=found[name].kl,
             images=found[name].images,
             confusion=found[name].confusion,
@@ -93,3 +95,12 @@ def measure(
         points=tuple(measured.values()),
         comparisons=report.comparisons,
     )
+
+
+def _change(found: Mapping[str, Evaluation], name: str, *, seed: int) -> dict[str, float | None]:
+    """The interval of a point's change in coarse accuracy; none for the dense model itself."""
+    if name == DENSE:
+        return {"change_low": None, "change_high": None}
+    own, dense = found[name].correct_coarse, found[DENSE].correct_coarse
+    low, high = paired_interval(own, dense, seed=seed)
+    return {"change_low": low, "change_high": high}

@@ -54,7 +54,11 @@ def project(
 ) -> Float[Tensor, "heads images tokens head_dim"]:
     """q, k or v of every head for all tokens, before the attention scale."""
     weight, bias = getattr(attn, f"{letter}_weight"), getattr(attn, f"{letter}_bias")
-    found = torch.einsum("hnrw,hdw->hnrd", normed, weight) + bias[:, None, None]
+    if len(normed) == 1:  # All heads read the same: one product for all of them.
+        every = F.linear(normed[0], weight.flatten(0, 1), bias.flatten())
+        found = every.unflatten(2, (len(weight), -1)).permute(2, 0, 1, 3)
+    else:
+        found = torch.einsum("hnrw,hdw->hnrd", normed, weight) + bias[:, None, None]
     turn = None if attn.rotation is None else attn.rotation[:, :, None]
     return norm_and_rotate(attn, letter, found, turn)
 

@@ -11,9 +11,16 @@ from rich.table import Table
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
-from vitcut.report.tables import point_table, print_table
-from vitcut.results import Results
-from vitcut.runs import CIRCUIT_FILE, PATH_FILE, REPAIR_FILE, RESULTS_FILE, circuits_in
+from vitcut.report.tables import NO_LOSS, headline, point_table, print_table, recommend
+from vitcut.results import CLASS_ONLY, Results
+from vitcut.runs import (
+    CIRCUIT_FILE,
+    PATH_FILE,
+    REPAIR_FILE,
+    RESULTS_FILE,
+    circuits_in,
+    find_run,
+)
 
 if TYPE_CHECKING:
     from vitcut.compact.plan import Plan
@@ -94,8 +101,16 @@ def show_plan_of(path: Path) -> None:
 
 def show_results(results: Results) -> None:
     """Print what a command measured: the table, and per point the proof and the KLs of the cut."""
-    print_table(point_table(results))
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    cuts = [point for point in results.points if point.name != CLASS_ONLY]
+    for point in cuts:
+        console.print(headline(results, point))
+    chosen = recommend(results)
+    if chosen is not None and len(cuts) > 1:
+        safe = chosen.change_low is not None and chosen.change_low >= -NO_LOSS
+        why = "the smallest that loses at most one point" if safe else "the most accurate"
+        console.print(f"take {chosen.name}: {why}")
+    print_table(point_table(results))
     for point in results.points:
         facts = point.faithfulness or {}
         if point.max_abs_diff is not None:
@@ -123,10 +138,11 @@ def show_results(results: Results) -> None:
 
 def show_cut(cut: "Cut") -> None:
     """Print the path to a budget, if there was one, and what was measured."""
-    if cut.folder is not None:
-        _show_steps(cut.folder.parent)
     if cut.results is not None:
         show_results(cut.results)
+    if cut.folder is not None:
+        run = find_run(cut.folder)
+        _show_steps(cut.folder.parent if run is None else run)
 
 
 def show_repaired(repaired: "Repaired") -> None:

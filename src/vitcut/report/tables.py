@@ -14,6 +14,8 @@ _ABSENT = "-"
 _PREFERRED: RuntimeName = "onnxruntime"
 _PART = "part"
 """The granularity of circuits that cut heads and neurons."""
+NO_LOSS = 0.01
+"""A loss of coarse accuracy below which a cut counts as lossless: one point."""
 _FRAME = 3
 """Characters around each cell: a line and two spaces."""
 _FILE_WIDTH = 320
@@ -90,6 +92,40 @@ def point_table(results: Results, *, runtime: RuntimeName | None = None) -> Poin
         columns[f"against {CLASS_ONLY}, batch {batch}"] = column
     rows = tuple(tuple(cell(point) for cell in columns.values()) for point in points)
     return PointTable(headers=tuple(columns), rows=rows)
+
+
+def headline(results: Results, point: Point) -> str:
+    """How much smaller and faster a point is than the dense model, and what it costs; one sentence.
+
+    The speed is the one at the largest batch size, in onnxruntime if it was measured there.
+    """
+    parts: list[str] = []
+    dense = results.dense
+    if dense is not None and dense.macs and point.macs is not None:
+        parts.append(f"{100 * point.macs / dense.macs:.0f} % of the MACs")
+    found = [c for c in results.comparisons if (c.point, c.against) == (point.name, DENSE)]
+    fastest = max(found, key=lambda c: (c.runtime == _PREFERRED, c.batch), default=None)
+    if fastest is not None:
+        times = f"{fastest.ratio:.1f}x as fast" if fastest.differs else "no faster for certain"
+        parts.append(f"{times} ({fastest.runtime}, batch {fastest.batch})")
+    if dense is not None and point.accuracy_coarse is not None:
+        change = 100 * (point.accuracy_coarse - (dense.accuracy_coarse or 0.0))
+        text = f"{change:+.1f} points of coarse accuracy"
+        if point.change_low is not None and point.change_high is not None:
+            text += f" ({100 * point.change_low:+.1f} to {100 * point.change_high:+.1f})"
+        parts.append(text)
+    return f"{point.name}: {', '.join(parts)}"
+
+
+def recommend(results: Results) -> Point | None:
+    """The smallest cut that loses at most one point for certain, else the most accurate one."""
+    cuts = [point for point in results.points if point.model is not None and point.macs]
+    if not cuts:
+        return None
+    safe = [p for p in cuts if p.change_low is not None and p.change_low >= -NO_LOSS]
+    if safe:
+        return min(safe, key=lambda p: p.macs or 0)
+    return max(cuts, key=lambda p: p.accuracy_coarse or 0.0)
 
 
 def to_markdown(table: PointTable) -> str:

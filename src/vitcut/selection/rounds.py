@@ -83,7 +83,12 @@ class Selection:
             )
         if not self._budget.rescore and self._scorer is None:
             self._scorer = self._score()
+        self.restart()
         self._alive.keep_live(circuit)
+
+    def restart(self) -> None:
+        """Go back to the uncut model."""
+        self._alive = Alive.useful(self.graph, self._weights.num_neurons)
 
     @property
     def circuit(self) -> Circuit:
@@ -122,6 +127,8 @@ class Selection:
                 meter.advance(now - done, note=f"{number} cuts")
                 done = now
         self._alive = alive
+        if self._budget.rescore:
+            self._scorer = None  # Frees activations and gradients before the next fit.
 
     @cached_property
     def _full_log_probs(self) -> Float[Tensor, "images groups"]:

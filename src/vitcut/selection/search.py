@@ -3,10 +3,13 @@
 A budget in MACs is reached in a fixed number of rounds. A latency is predicted by the cost model
 while parts are chosen and measured after each round; the next round corrects for the error.
 
+An accuracy that may be lost is approached in steps and then from both sides.
+
 Files of a run: ``path/NAME/circuit.json`` and ``path/NAME/step.json`` for each round, and
 ``path.json`` once the search is complete.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +24,7 @@ from rich.table import Table
 from torch import nn
 
 from vitcut import store
+from vitcut.benchmark.bootstrap import paired_interval
 from vitcut.benchmark.evaluation import Evaluation, evaluate
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchSettings
@@ -31,7 +35,7 @@ from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import compile_circuit
 from vitcut.compiler.planning import plan_circuit
 from vitcut.compiler.settings import CutSettings
-from vitcut.errors import ArtefactError, CircuitError
+from vitcut.errors import ArtefactError, CircuitError, ConfigError
 from vitcut.images.load import Images, ImageSet, normalise
 from vitcut.images.stratified import choose_evenly
 from vitcut.masked.fitting import Fitter, fit_gib
@@ -49,6 +53,11 @@ _FORMAT_VERSION = 1
 
 _MOST_ROUNDS = 16
 """How many rounds a latency budget may take."""
+_DROP_STEP, _CLOSER = 0.8, 3
+"""The ratio of MACs from step to step towards a loss of accuracy, and how many steps close in on it
+once it was passed."""
+_CERTAIN = 3.0
+"""Of N images without one change, the rate of changes is below 3 / N with 95 % confidence."""
 _WORKING_GIB = 0.5
 """What intermediate results of single operations take, at most."""
 _SLOWEST_STEP, _FASTEST_STEP = 0.97, 0.7
@@ -70,6 +79,10 @@ class PathStep:
     """Mean KL(dense || cut) on the task distribution, in nats."""
     heads_kept: int
     neurons_kept_fraction: float
+    change_low: float | None = None
+    """Lower end of the 95 % paired interval of the change in coarse accuracy, a fraction of 1."""
+    change_high: float | None = None
+    """Upper end of the same interval."""
     latency_fraction: float | None
     """Latency as a fraction of the dense model's, in the runtime and at the batch size of a latency
     budget; None where it is not measured."""
@@ -93,6 +106,8 @@ class SearchPath:
     """The steps of a search that is complete, from the first round to the last."""
 
     steps: tuple[PathStep, ...]
+    answers: tuple[str, ...] = ()
+    """Names of the steps that meet the budget, one per target; the last step if there are none."""
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -112,19 +127,36 @@ class SearchPath:
         return store.load(path, cls, kind="path", version=_FORMAT_VERSION)
 
 
-def budget_point(
-    budget: Budget, settings: CutSettings, circuit: Circuit
-) -> tuple[str | None, dict[str, Any] | None]:
-    """The name of a budget's point, and what was asked for."""
-    if not budget.is_given:
-        return None, None
-    if budget.target_macs is not None:
-        asked: dict[str, Any] = {"macs": budget.target_macs}
-    else:
-        asked = {"latency": budget.target_latency, "runtime": budget.runtime}
-        asked["batch"] = settings.batch
-    kind, target = next(iter(asked.items()))
-    return f"{budget.scores}-{circuit.ablation}-{kind}-{target:g}", asked
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A circuit that meets a budget."""
+
+    circuit: Circuit
+    name: str
+    """Of its point."""
+    asked: dict[str, Any]
+    """What was asked for: {"macs": 0.2}, {"max_drop": 1.0}, or {"latency": 0.25, ...}."""
+
+
+def _answers(
+    path: SearchPath, budget: Budget, settings: CutSettings, run: Run
+) -> tuple[Answer, ...]:
+    names = path.answers or (path.steps[-1].name,)
+    asked: list[dict[str, Any]] = [{"macs": target} for target in budget.macs]
+    if budget.target_latency is not None:
+        timed = {"runtime": budget.runtime, "batch": settings.batch}
+        asked = [{"latency": budget.target_latency, **timed}]
+    elif budget.max_drop is not None:
+        asked = [{"max_drop": budget.max_drop}]
+    found = {step.name: step for step in path.steps}
+    answers: list[Answer] = []
+    for name, wanted in zip(names, asked, strict=True):
+        circuit = Circuit.load(run.path / found[name].circuit)
+        kind, target = next(iter(wanted.items()))
+        kind = kind.replace("_", "-")
+        point = f"{budget.scores}-{circuit.ablation}-{kind}-{target:g}"
+        answers.append(Answer(circuit=circuit, name=point, asked=wanted))
+    return tuple(answers)
 
 
 def print_path(steps: Sequence[PathStep]) -> None:
@@ -132,7 +164,8 @@ def print_path(steps: Sequence[PathStep]) -> None:
     timed = any(step.latency_fraction is not None for step in steps)
     table = Table(title="the path, on val images")
     table.add_column("point")
-    for header in ("MACs", *(("latency",) if timed else ()), "coarse", "KL", "heads", "neurons"):
+    headers = ("MACs", *(("latency",) if timed else ()), "coarse", "change", "KL", "heads")
+    for header in (*headers, "neurons"):
         table.add_column(header, justify="right")
     for step in steps:
         latency = "-" if step.latency_fraction is None else f"{step.latency_fraction:.1%}"
@@ -141,11 +174,15 @@ def print_path(steps: Sequence[PathStep]) -> None:
             f"{step.macs_fraction:.1%}",
             *((latency,) if timed else ()),
             f"{step.accuracy_coarse:.1%}",
+            "-"
+            if step.change_low is None or step.change_high is None
+            else f"{100 * step.change_low:+.1f} to {100 * step.change_high:+.1f}",
             f"{step.kl:z.4f}",
             str(step.heads_kept),
             f"{step.neurons_kept_fraction:.1%}",
         )
-    table.caption = "MACs and latency as parts of the dense model's" if timed else None
+    timing = "MACs and latency as parts of the dense model's; " if timed else ""
+    table.caption = f"{timing}change: of coarse accuracy, in points, 95 % paired interval"
     Console().print(table)
 
 
@@ -155,8 +192,7 @@ def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> N
     Raises:
         CircuitError: The target is below the smallest model or above the uncut one.
     """
-    target = budget.target_macs
-    if target is None:
+    if not budget.macs:
         return
     graph, dense = weights.graph_of(budget.tokens), dense_macs(weights.shape)
 
@@ -165,15 +201,15 @@ def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> N
 
     least = smallest_cost(graph, weights.num_neurons, macs) / dense
     most = macs(Alive.useful(graph, weights.num_neurons).circuit(graph, "mean")) / dense
-    if target < least:
+    if min(budget.macs) < least:
         raise CircuitError(
-            f"target-macs {target:g} cannot be met: the smallest model that still sees the image "
-            f"has {least:.3f} of the dense model's MACs"
+            f"target-macs {min(budget.macs):g} cannot be met: the smallest model that still sees "
+            f"the image has {least:.3f} of the dense model's MACs"
         )
-    if target > most:
+    if max(budget.macs) > most:
         raise CircuitError(
-            f"target-macs {target:g} leaves nothing to cut: compiled and uncut the model has "
-            f"{most:.3f} of the dense model's MACs"
+            f"target-macs {max(budget.macs):g} leaves nothing to cut: compiled and uncut the model "
+            f"has {most:.3f} of the dense model's MACs"
         )
 
 
@@ -188,7 +224,7 @@ def search(
     *,
     threads: int = 1,
     fractions: Sequence[float] | None = None,
-) -> Circuit:
+) -> tuple[Answer, ...]:
     """Search for a circuit within a budget, or go on with a search that was interrupted.
 
     Args:
@@ -206,10 +242,12 @@ def search(
             whose value is then ignored.
 
     Returns:
-        The circuit of the last round.
+        One circuit for each target, in falling order.
 
     Raises:
         CircuitError: The budget cannot be met.
+        ConfigError: More memory is needed than allowed, or there are too few val images to tell
+            whether an accuracy was lost.
     """
 
     def find() -> SearchPath:
@@ -221,16 +259,35 @@ def search(
             costed = {
                 f"predicted-{fraction:.4f}": fraction * rounds.uncut for fraction in fractions
             }
-        elif budget.target_macs is not None:
+        elif budget.macs:
             # Fractions that round to one name are one round, cut to the smallest of them.
-            falling = geometric(rounds.uncut / dense, budget.target_macs, budget.rounds)
-            costed = {f"macs-{fraction:.4f}": fraction * dense for fraction in falling}
+            falling = _ladder(rounds.uncut / dense, budget.macs, budget.rounds)
+            costed = {_macs_name(fraction): fraction * dense for fraction in falling}
+        elif budget.max_drop is not None:
+            steps, name = rounds.until_dropped(budget.max_drop / 100)
+            return SearchPath(steps=steps, answers=(name,))
         else:
             return SearchPath(steps=tuple(rounds.until_fast(budget.target_latency or 1.0)))
-        return SearchPath(steps=tuple(rounds.make(name, cost) for name, cost in costed.items()))
+        return SearchPath(
+            steps=tuple(rounds.make(name, cost) for name, cost in costed.items()),
+            answers=tuple(map(_macs_name, budget.macs)),
+        )
 
-    path = run.once(PATH_FILE, find, SearchPath.load)
-    return Circuit.load(run.path / path.steps[-1].circuit)
+    return _answers(run.once(PATH_FILE, find, SearchPath.load), budget, settings, run)
+
+
+def _macs_name(fraction: float) -> str:
+    """The name of a step to a fraction of the dense model's MACs."""
+    return f"macs-{fraction:.4f}"
+
+
+def _ladder(start: float, targets: Sequence[float], rounds: int) -> Iterator[float]:
+    """Falling fractions that meet every target, as steep as ``rounds`` steps to the last one."""
+    steepest = (targets[-1] / start) ** (1 / rounds)
+    for target in targets:
+        steps = max(1, math.ceil(math.log(target / start) / math.log(steepest) - 1e-9))
+        yield from geometric(start, target, steps)
+        start = target
 
 
 def _require_room(model: Model, images: Images, budget: Budget, settings: CutSettings) -> None:
@@ -329,6 +386,50 @@ class _Rounds:
             f"{nearest}; ask for more, or for another runtime or batch"
         )
 
+    def until_dropped(self, most: float) -> tuple[tuple[PathStep, ...], str]:
+        """Cut until more accuracy is lost than allowed, then close in on the last cut that holds.
+
+        Args:
+            most: The largest loss of coarse accuracy, as a fraction of 1.
+
+        Returns:
+            All steps that were made, and the name of the smallest one that holds.
+        """
+        val, dense = len(self.images.val), dense_macs(self.model.weights.shape)
+        if most < _CERTAIN / val:
+            raise ConfigError(
+                f"max-drop {100 * most:g} cannot be decided on {val} val images: even if a cut "
+                f"changed none of them, a loss of {100 * _CERTAIN / val:.2g} points could not be "
+                "excluded; allow at least that, or give more val images"
+            )
+        steps: list[PathStep] = []
+        holds: PathStep | None = None
+        low, high = 0.0, self.uncut / dense
+        closing = 0
+        while closing < _CLOSER or (holds is None and closing < _MOST_ROUNDS):
+            # Down by a fixed ratio until a step fails, then between it and the last that holds.
+            fraction = high * _DROP_STEP if low == 0.0 else math.sqrt(low * high)
+            if fraction * dense < self.selection.smallest:
+                break
+            if holds is not None:
+                self.selection.resume(Circuit.load(self.run.path / holds.circuit))
+            else:
+                self.selection.restart()
+            step = self.make(_macs_name(fraction), fraction * dense)
+            steps.append(step)
+            if step.change_low is not None and step.change_low >= -most:
+                holds, high = step, fraction
+            else:
+                low = fraction
+            closing += low > 0
+        if holds is None:
+            raise CircuitError(
+                f"no cut loses less than {100 * most:g} points for certain: the nearest in "
+                f"{self.run.path} keeps {steps[-1].macs_fraction:.1%} of the MACs; allow more, or "
+                "give more val images"
+            )
+        return tuple(steps), holds.name
+
     def make(self, name: str, target: float) -> PathStep:
         """Cut to a target cost and measure what is left, or read back what is done already."""
         resumed = self.budget.rescore
@@ -369,6 +470,9 @@ class _Rounds:
             compact = compile_circuit(weights, circuit, fill, costs=self.costs)
             found, macs = self.evaluated(compact, self.dense), count_macs(compact.plan)
             timed = self.timed and self.budget.target_latency is not None
+            change_low, change_high = paired_interval(
+                found.correct_coarse, self.dense.correct_coarse, seed=self.settings.seed
+            )
             return PathStep(
                 name=name,
                 circuit=file,
@@ -376,6 +480,8 @@ class _Rounds:
                 macs_fraction=macs / dense_macs(weights.shape),
                 accuracy_coarse=found.accuracy_coarse,
                 kl=found.kl or 0.0,
+                change_low=change_low,
+                change_high=change_high,
                 heads_kept=circuit.num_heads_kept,
                 neurons_kept_fraction=circuit.neurons_kept_fraction,
                 latency_fraction=self.latency_fraction(compact) if timed else None,
@@ -409,9 +515,8 @@ class _Rounds:
     def evaluated(self, module: nn.Module, reference: Evaluation | None = None) -> Evaluation:
         """A module on val images."""
         val = self.images.val
-        chosen = choose_evenly(
-            val.labels, min(self.budget.val_images, len(val)), seed=self.settings.seed
-        )
+        count = len(val) if self.budget.max_drop else min(self.budget.val_images, len(val))
+        chosen = choose_evenly(val.labels, count, seed=self.settings.seed)
         return evaluate(
             module,
             val.take(chosen),

@@ -1,11 +1,18 @@
 """Settings of a selection under a budget. Loads no torch, so that ``--help`` stays fast."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName, Tokens
-from vitcut.settings import require_at_least, require_fraction, require_one_of, require_runtime
+from vitcut.settings import (
+    require_at_least,
+    require_fraction,
+    require_one_of,
+    require_positive,
+    require_runtime,
+)
 
 Scores = Literal["fisher", "random", "magnitude"]
 """How parts are scored: Fisher attribution, or one of two controls."""
@@ -15,11 +22,15 @@ Scores = Literal["fisher", "random", "magnitude"]
 class Budget:
     """How much is cut, and how the parts are chosen."""
 
-    target_macs: float | None = None
-    """Most multiply-accumulates of the compact model, as a fraction of the dense model's."""
+    target_macs: float | tuple[float, ...] | str | None = None
+    """Most multiply-accumulates of the compact model, as a fraction of the dense model's. Several,
+    separated by commas (0.5,0.3,0.2): one search reaches them all, and each becomes a model."""
     target_latency: float | None = None
     """Latency of the compact model, as a fraction of the dense model's; both are measured on this
     machine."""
+    max_drop: float | None = None
+    """Most coarse accuracy that the cut may lose, in points: the smallest cut is sought for which
+    the 95 % interval of the loss on val images stays within it."""
     runtime: RuntimeName = "onnxruntime"
     """The runtime in which the latency is measured."""
     scores: Scores = "fisher"
@@ -44,13 +55,24 @@ class Budget:
     """Seed for random scores; on the command line, also for choosing images."""
 
     def __post_init__(self) -> None:
-        for name in ("target_macs", "target_latency"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"{flag} must be above 0 and below 1 of dense, got {value!r}")
-        if self.target_macs is not None and self.target_latency is not None:
-            raise ConfigError("give target-macs or target-latency, got both")
+        macs = self.target_macs
+        if isinstance(macs, (str, tuple, list)):
+            macs = _falling(macs)
+            object.__setattr__(self, "target_macs", macs[0] if len(macs) == 1 else macs)
+        for name, values in (("target-macs", self.macs), ("target-latency", [self.target_latency])):
+            for value in values:
+                if value is not None and not 0 < value < 1:
+                    raise ConfigError(f"{name} must be above 0 and below 1 of dense, got {value!r}")
+        names = ("target_macs", "target_latency", "max_drop")
+        given = [name.replace("_", "-") for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"give one of target-macs, target-latency and max-drop, got {' and '.join(given)}"
+            )
+        if self.max_drop is not None:
+            require_positive("max-drop", self.max_drop)
+            if not self.rescore:
+                raise ConfigError("max-drop takes cuts back: leave out rescore=false")
         require_runtime(self.runtime)
         require_one_of("scores", self.scores, get_args(Scores))
         require_one_of("tokens", self.tokens, get_args(Tokens))
@@ -62,6 +84,29 @@ class Budget:
             raise ConfigError(f"{self.scores} scores add up: give --joint false with them")
 
     @property
+    def macs(self) -> tuple[float, ...]:
+        """The MACs to reach, in falling order; none where something else is the budget."""
+        if self.target_macs is None:
+            return ()
+        if isinstance(self.target_macs, (int, float)):
+            return (float(self.target_macs),)
+        return _falling(self.target_macs)
+
+    @property
     def is_given(self) -> bool:
         """Whether a target is set."""
-        return self.target_macs is not None or self.target_latency is not None
+        return any(
+            target is not None for target in (self.target_macs, self.target_latency, self.max_drop)
+        )
+
+
+def _falling(values: str | Sequence[float]) -> tuple[float, ...]:
+    """Numbers, from the largest to the smallest, each once."""
+    listed = values.split(",") if isinstance(values, str) else values
+    try:
+        return tuple(sorted({float(value) for value in listed}, reverse=True))
+    except ValueError:
+        raise ConfigError(
+            f"target-macs must be a fraction of dense, such as 0.3, or several, such as "
+            f"0.5,0.3,0.2, got {values!r}"
+        ) from None
