@@ -33,6 +33,8 @@ from vitcut.settings import as_plain
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
+_LEFT_OPEN = {"--compile"}
+"""Yes/no flags whose default is neither."""
 LOADERS: dict[str, Callable[..., Any]] = {"Model": load_model, "Images": load_images}
 """Functions that make arguments which nobody can type; their own arguments become flags."""
 _NOT_TYPED = {"model", "seed", "val_fraction"}
@@ -257,6 +259,7 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
     """
     defaults = vars(parser.get_defaults())
     switches = {f"--{key}" for key, value in defaults.items() if isinstance(value, bool)}
+    switches |= _LEFT_OPEN & {f"--{key}" for key in defaults}
     lists = {f"--{key}" for key, value in defaults.items() if isinstance(value, (tuple, list))}
     for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
         flag, equals, value = word.partition("=")

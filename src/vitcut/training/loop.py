@@ -4,8 +4,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,13 +24,21 @@ from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.model import weight_hash
 from vitcut.preprocessing import Preprocessing
-from vitcut.progress import Meter
-from vitcut.runtime import choose_device, set_threads
+from vitcut.progress import Meter, say
+from vitcut.runtime import choose_device, choose_precision, set_threads
 from vitcut.settings import as_plain, require_positive
 from vitcut.shapes import Float, Tensor
 from vitcut.training.batches import Batch, TrainingBatches, normalize
-from vitcut.training.checkpoint import EpochMetrics, TrainingFolder, TrainResult, read_tensors
+from vitcut.training.checkpoint import (
+    EpochMetrics,
+    TrainingFolder,
+    TrainResult,
+    begun_training,
+    read_tensors,
+)
 from vitcut.training.settings import TrainSettings
+
+S = TypeVar("S", bound=TrainSettings)
 
 _READ_LOSS_EVERY = 10
 """Steps; reading it makes a GPU wait."""
@@ -91,6 +100,7 @@ def train(
     for value in preprocessing.std:
         require_positive("std", value)
     set_threads(settings.threads)
+    settings = for_machine(settings, out)
     loss = loss or SoftCrossEntropy()
     home = next(model.parameters()).device
     known = training_settings(model, images, settings, loss, preprocessing=preprocessing)
@@ -103,6 +113,34 @@ def train(
     model.load_state_dict(weights)
     model.to(home).eval()
     return result
+
+
+def for_machine(settings: S, out: Path) -> S:
+    """The settings with what they leave open, chosen for this machine; the precision is printed.
+
+    Args:
+        settings: The recipe.
+        out: The training's folder. A training that it holds keeps what it began with.
+
+    Raises:
+        ArtefactError: What the folder holds is damaged.
+    """
+    if settings.precision != "auto" and settings.compile is not None:
+        return settings
+    device = choose_device(settings.device)
+    precision, why = choose_precision(device)
+    # On CPUs, compiled steps are no faster: 780 images/s against 806 (animals, bfloat16), 289
+    # against 330 (float32, AVX2), after 20 s of compiling.
+    chosen: dict[str, Any] = {"precision": precision, "compile": device.type == "cuda"}
+    begun = begun_training(out)
+    if begun is not None:
+        chosen, why = begun["config"], "as this training began"
+    if settings.precision == "auto":
+        say(f"precision: {chosen['precision']} ({why})")
+        settings = replace(settings, precision=chosen["precision"])
+    if settings.compile is None:
+        settings = replace(settings, compile=chosen["compile"])
+    return settings
 
 
 def training_settings(
@@ -198,6 +236,8 @@ class _Training:
             epochs_run=len(rows),
             seconds=sum(row.seconds for row in rows),
             images_per_s=images_per_epoch * len(rows) / sum(row.train_seconds for row in rows),
+            precision=self._settings.precision,
+            threads=torch.get_num_threads(),
         )
 
     def _epoch(self, epoch: int, meter: Meter) -> EpochMetrics:

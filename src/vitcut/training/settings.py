@@ -11,7 +11,7 @@ Augmentation = Literal["light", "reference", "none"]
 """How training images are augmented: cheaply, whole batches at once (light), as in the reference
 recipe, or not at all."""
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 """Precision of the training forward pass; weights and evaluation stay in float32."""
 
 
@@ -44,14 +44,15 @@ class TrainSettings:
     ema_decay: float | None = None
     """Decay of a moving average of the weights, which is then evaluated and kept; None: no
     averaging."""
-    compile: bool = True
-    """Use torch.compile for the training steps."""
-    precision: Precision = "bfloat16"
-    """Precision of the training forward pass."""
+    compile: bool | None = None
+    """Use torch.compile for the training steps; None: on a GPU only."""
+    precision: Precision = "auto"
+    """Precision of the training forward pass; auto: bfloat16 where the hardware computes in it,
+    else float32."""
     device: str = "auto"
     """auto, cpu, or cuda."""
     threads: int | None = None
-    """CPU threads; None leaves the choice to torch."""
+    """CPU threads; None: one per core that this process may use, as torch chooses."""
     workers: int = 0
     """Processes that augment images (reference only); the result does not depend on it."""
 
@@ -93,7 +94,7 @@ class FinetuneSettings(TrainSettings):
     """Epochs of linear warm-up."""
     patience: int | None = 3
     """Stop after this many epochs without a better val accuracy; None never stops early."""
-    compile: bool = False
+    compile: bool | None = False
     """Use torch.compile for the training steps; for a few epochs, compiling takes longer than it
     saves."""
     coarse_weight: float = 1.0
