@@ -77,6 +77,7 @@ def train(
     *,
     preprocessing: Preprocessing,
     loss: Loss | None = None,
+    layer_decay: float = 1.0,
 ) -> TrainResult:
     """Train a model in place, or finish or reread a training that ``out`` holds.
 
@@ -91,6 +92,7 @@ def train(
         out: A folder for ``training.json``, ``metrics.jsonl`` and ``checkpoints/``.
         preprocessing: How images are normalised.
         loss: What to minimise; soft cross-entropy on the fine classes if None.
+        layer_decay: The learning rate of a layer, as a fraction of the next one's.
 
     Raises:
         ArtefactError: ``out`` holds another training, or is damaged.
@@ -104,10 +106,20 @@ def train(
     loss = loss or SoftCrossEntropy()
     home = next(model.parameters()).device
     known = training_settings(model, images, settings, loss, preprocessing=preprocessing)
+    if layer_decay != 1:
+        known["layer_decay"] = layer_decay
     folder = TrainingFolder(out, known)
     result = folder.open()
     if result is None:
-        result = _Training(model, images, settings, folder, loss, preprocessing=preprocessing).run()
+        result = _Training(
+            model,
+            images,
+            settings,
+            folder,
+            loss,
+            preprocessing=preprocessing,
+            layer_decay=layer_decay,
+        ).run()
         folder.finish(result)
     weights, _ = read_tensors(folder.best)
     model.load_state_dict(weights)
@@ -176,6 +188,7 @@ class _Training:
         loss: Loss,
         *,
         preprocessing: Preprocessing,
+        layer_decay: float,
     ) -> None:
         self._images, self._preprocessing = images, preprocessing
         self._settings, self._folder, self._loss = settings, folder, loss
@@ -195,7 +208,9 @@ class _Training:
         )
         self._model = model.to(self._device)
         _require_fit(model, images, settings, self._device)
-        optimizer, self._schedule = create_optimizer(model, settings, self._batches.steps)
+        optimizer, self._schedule = create_optimizer(
+            model, settings, self._batches.steps, layer_decay=layer_decay
+        )
         prepared, self._optimizer = self._accelerator.prepare(model, optimizer)
         # Only training steps go through the compiled and distributed wrappers. The plain model
         # shares their weights: it is evaluated and saved, so no wrapper shows in weight names.
@@ -270,7 +285,7 @@ class _Training:
             loss=mean_loss,
             accuracy_fine=fine,
             accuracy_coarse=coarse,
-            learning_rate=self._optimizer.param_groups[0]["lr"],
+            learning_rate=max(group["lr"] for group in self._optimizer.param_groups),
             seconds=time.perf_counter() - start,
             train_seconds=train_seconds,
         )
@@ -330,15 +345,24 @@ def val_accuracies(
 
 
 def create_optimizer(
-    model: nn.Module, settings: TrainSettings, steps_per_epoch: int
+    model: nn.Module,
+    settings: TrainSettings,
+    steps_per_epoch: int,
+    *,
+    layer_decay: float = 1.0,
 ) -> tuple[torch.optim.Optimizer, Scheduler]:
     """AdamW with weight decay on weight matrices only, and its learning rates.
 
     The schedule warms up linearly, then follows a cosine to zero. It is a function of the step that
-    ``step_update(step)`` is given, so it has no state to save.
+    ``step_update(step)`` is given, so it has no state to save. With layer decay, the classifier
+    has the full learning rate, and each layer before it that fraction of the next one's.
     """
     optimizer = create_optimizer_v2(
-        model, "adamw", lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model,
+        "adamw",
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        layer_decay=None if layer_decay == 1 else layer_decay,
     )
     schedule, _ = create_scheduler_v2(
         optimizer,

@@ -11,6 +11,9 @@ Augmentation = Literal["light", "reference", "none"]
 """How training images are augmented: cheaply, whole batches at once (light), as in the reference
 recipe, or not at all."""
 
+Freeze = Literal["none", "backbone"]
+"""Which weights of a pretrained model stay as they are."""
+
 Precision = Literal["auto", "float32", "bfloat16"]
 """Precision of the training forward pass; weights and evaluation stay in float32."""
 
@@ -78,6 +81,22 @@ class TrainSettings:
                 f"batch_size must be even with augmentation 'reference' (Mixup pairs images), "
                 f"got {self.batch_size}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings:
+    """How a pretrained model is given new classes."""
+
+    freeze: Freeze = "none"
+    """With a pretrained model: none trains all weights; backbone fits the new classifier alone, to
+    features that are computed once."""
+    layer_decay: float = 0.75
+    """With a pretrained model: the learning rate of a block, as a fraction of the next one's; 1
+    gives all the same."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay must be > 0 and <= 1, got {self.layer_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
