@@ -137,6 +137,7 @@ def test_the_optimum_does_not_depend_on_the_scale_of_the_features(pretrained, im
         module.norm.bias.mul_(1000)
     _, small = fit_probe(pretrained, images, ON_CPU, tmp_path / "small")
     _, large = fit_probe(_load(module), images, ON_CPU, tmp_path / "large")
+    assert large.penalty == small.penalty
     assert large.accuracy_fine == pytest.approx(small.accuracy_fine, abs=0.05)
 
 
