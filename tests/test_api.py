@@ -73,7 +73,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def test_the_public_names_are_these():
-    settings = ["Bench", "Cut", "Discover", "Finetune", "Run", "Train", "Vit"]
+    settings = ["Bench", "Cut", "Discover", "Finetune", "Run", "Train", "Transfer", "Vit"]
     values = ["Budget", "Circuit", "CompactViT", "Task", "VitcutError", "__version__"]
     functions = ["evaluate", "load_images", "load_model", "load_task", "register_adapter"]
     verbs = [

@@ -14,9 +14,10 @@ from vitcut.circuit import Circuit
 from vitcut.cli import LOADERS, VERBS, build_parser, main
 from vitcut.graph import Graph
 from vitcut.preprocessing import numbers
+from vitcut.training.settings import TrainSettings
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
-NUM_FLAGS = 73
+NUM_FLAGS = 75
 DRAWN = ["--source", "drawn", "--task", "drawn"]
 
 
@@ -194,6 +195,22 @@ ERRORS = {
     "settings that do not fit": (
         ["train", "--epochs", "2", "--warmup-epochs", "2", *DRAWN],
         "warmup_epochs must be below epochs (2), got 2",
+    ),
+    "a new architecture for a pretrained model": (
+        ["train", "--model", "animals", "--width", "32", *DRAWN],
+        "width is for a new model, got a pretrained one: leave it out",
+    ),
+    "epochs of a fit": (
+        ["train", "--model", "animals", "--freeze", "backbone", "--epochs", "9", *DRAWN],
+        "epochs is for training all weights, got freeze backbone: leave it out",
+    ),
+    "a frozen backbone of no model": (
+        ["train", "--freeze", "backbone", *DRAWN],
+        "freeze is for a pretrained model (--model): leave it out",
+    ),
+    "an architecture of no weights": (
+        ["train", "--arch", "vit_base_patch16_224", *DRAWN],
+        "arch is for a model, got none: give --model, or leave it out",
     ),
     "heads that do not share the width": (
         ["train", "--num-heads", "3", *DRAWN],
@@ -503,6 +520,27 @@ def test_a_recipe_is_the_first_word_or_the_config(typed, taken):
     assert main(["demo", "--skip-bad-images", "--cut.merge", "--train.patience=5"]) == 0
     changes = {"data.skip_bad_images": "true", "cut.merge": "true", "train.patience": "5"}
     assert taken["demo"]["changes"] == changes
+
+
+def test_a_pretrained_model_is_trained_by_a_recipe_of_its_own(taken):
+    scratch = TrainSettings()
+    words = ["train", "--model", "animals", "--epochs", str(scratch.epochs)]
+    assert main(words) == 0
+    given = taken["train"]["settings"]
+    assert (given.epochs, given.batch_size, given.max_shift_px) == (scratch.epochs, 32, 24)
+    assert taken["load_images"]["new_head"] is True
+    assert main([*words, "--freeze", "backbone"]) == 0
+    assert taken["train"]["settings"] == scratch
+    assert main(["train", *DRAWN]) == 0
+    assert (taken["train"]["settings"], taken["train"]["model"]) == (scratch, None)
+    assert "new_head" not in taken["load_images"]
+
+
+def test_the_recipe_of_fine_tuning_is_printed_with_its_changes(capsys):
+    words = ["train", "--model", "animals", "--layer-decay", "0.5", "--print-config"]
+    assert main(words) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["epochs"], printed["layer_decay"], printed["batch_size"]) == (8, 0.5, 32)
 
 
 def test_a_recipe_is_printed_with_its_changes(capsys):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vitcut.recipes import RunSettings, demo, run, train
     from vitcut.selection.settings import Budget
     from vitcut.task import Task, load_task
-    from vitcut.training.settings import FinetuneSettings, TrainSettings
+    from vitcut.training.settings import FinetuneSettings, TrainSettings, TransferSettings
 
     __version__: str
 
@@ -43,6 +43,7 @@ _HOMES = {
     "RunSettings": "recipes",
     "Task": "task",
     "TrainSettings": "training.settings",
+    "TransferSettings": "training.settings",
     "VitSettings": "model.settings",
     "VitcutError": "errors",
     "bench": "api",
@@ -75,6 +76,7 @@ __all__ = [
     "RunSettings",
     "Task",
     "TrainSettings",
+    "TransferSettings",
     "VitSettings",
     "VitcutError",
     "__version__",

@@ -299,6 +299,7 @@ def finetune(
     from vitcut.report.cards import dense_repaired_card, repaired_card
     from vitcut.training import repair as repairs
     from vitcut.training.checkpoint import read_training
+    from vitcut.training.loop import for_machine
 
     check_finetune({"repaired_dense": repaired_dense, "repair_dense": repair_dense})
     if isinstance(cut, (str, Path)):
@@ -307,6 +308,8 @@ def finetune(
         start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
     run = Run(out)
     model = for_images(model, images)
+    # Chosen once, so that the dense model is trained in the same way.
+    asked, settings = settings, for_machine(settings, run.path)
     repairs.require_cut_of(start.model, model, images)
     taken = None
     if repaired_dense is not None:
@@ -315,7 +318,7 @@ def finetune(
         require_savable(model.module)
     chosen = {
         "start": weight_hash(start.model),
-        "finetune": as_plain(settings),
+        "finetune": as_plain(asked),
         "repair_dense": repair_dense,
         "repaired_dense": None if taken is None else str(taken[0].resolve()),
         "bench": None if bench is None else as_plain(bench),

@@ -26,18 +26,30 @@ from vitcut import api
 from vitcut.errors import ConfigError, VitcutError
 from vitcut.inputs import load_images, load_model
 from vitcut.names import SHIPPED_MODEL
-from vitcut.recipes import RunSettings, demo, read_recipe, recipe_names, run, train
+from vitcut.recipes import (
+    RunSettings,
+    check_train,
+    demo,
+    fine_tuning_recipe,
+    read_recipe,
+    recipe_names,
+    run,
+    train,
+)
 from vitcut.report import show
 from vitcut.runs import Run, find_circuit, find_cut, find_run
 from vitcut.settings import as_plain
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
+_LEFT_OPEN = {"--compile"}
+"""Yes/no flags whose default is neither."""
 LOADERS: dict[str, Callable[..., Any]] = {"Model": load_model, "Images": load_images}
 """Functions that make arguments which nobody can type; their own arguments become flags."""
-_NOT_TYPED = {"model", "seed", "val_fraction"}
+_NOT_TYPED = {"model", "seed", "val_fraction", "new_head"}
 """Arguments of `load_images` without a flag: the model is the command's, and a seed that is typed
-is that of settings; other splits would make test images of training images."""
+is that of settings; other splits would make test images of training images; only `train` gives a
+model a new head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +62,8 @@ class Verb:
     """The next command, ready to run except for words in capitals."""
     check: Callable[[dict[str, Any]], None] | None = None
     """Refuses arguments before anything is loaded, and again before images are loaded."""
+    base: Callable[[Namespace], Path | None] | None = None
+    """A file with values for flags that were not typed."""
     out: str | None = None
     """The default of ``--out``, where results go; it is printed when the command ends."""
 
@@ -102,7 +116,12 @@ def _dispatch(typed: list[str]) -> int:
     if "changes" in inspect.signature(verb.call).parameters:
         rest, changes = _take_changes(rest, parser)
     try:
-        typed_values = parser.parse_args(list(_arranged(parser, rest)))
+        words = list(_arranged(parser, rest))
+        if verb.base is not None:
+            first = parser.parse_args([word for word in words if word != "--print_config"])
+            found = verb.base(first)
+            words = words if found is None else ["--config", str(found), *words]
+        typed_values = parser.parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ArgumentError, UnicodeDecodeError) as error:
@@ -152,7 +171,7 @@ def build_parser(name: str) -> ArgumentParser:
     known: set[Any] = set()
     for parameter in parameters.values():
         settings = _settings_of(parameter.annotation)
-        kind = str(parameter.annotation)
+        kind = _kind(parameter)
         if parameter.name == "out":
             parser.add_argument("--out", type=str, default=verb.out, help=_help(told, "out"))
         elif settings is not None:
@@ -160,11 +179,13 @@ def build_parser(name: str) -> ArgumentParser:
             known |= {field.name for field in fields(settings)}
         elif kind in LOADERS:
             described = parse_docstring(LOADERS[kind].__doc__ or "")
+            optional = parameter.default is None
             for own in inspect.signature(LOADERS[kind]).parameters.values():
                 if own.name in known or (kind == "Images" and own.name in _NOT_TYPED):
                     continue
                 known.add(own.name)
-                _add(parser, own, _help(described, own.name), flag=True)
+                help_text = _help(told if optional and own.name == "model" else described, own.name)
+                _add(parser, own, help_text, flag=True)
         elif parameter.name != "changes":
             known.add(parameter.name)
             flag = parameter.kind is parameter.KEYWORD_ONLY or parameter.name in {"model", "source"}
@@ -197,7 +218,7 @@ def _values(
         settings = _settings_of(parameter.annotation)
         if settings is not None:
             values[name] = settings(**_typed(settings, parser, typed))
-        elif str(parameter.annotation) not in LOADERS and name != "changes":
+        elif _kind(parameter) not in LOADERS and name != "changes":
             values[name] = typed[name]
     if "changes" in parameters:
         values["changes"] = changes
@@ -216,20 +237,23 @@ def _values(
         values["cut"], base = Cut.load(path), find_run(path)
     if "settings" in parameters and "out" in parameters:
         Run(typed.out)
-    loaded = {name: str(parameter.annotation) for name, parameter in parameters.items()}
+    loaded = {name: _kind(parameter) for name, parameter in parameters.items()}
+    optional = "model" in parameters and parameters["model"].default is None
     if loaded.get("model") == "Model":
         loading = {name: typed[name] for name in inspect.signature(load_model).parameters}
-        loading["model"] = typed.model or base or SHIPPED_MODEL
-        values["model"] = LOADERS["Model"](**loading)
+        loading["model"] = typed.model or base or (None if optional else SHIPPED_MODEL)
+        model: Any = LOADERS["Model"](**loading) if loading["model"] else None
         if base is not None:
             # Whatever the model, images are the run's unless others are typed.
-            values["model"] = replace(values["model"], run=base)
+            model = replace(model, run=base)
+        values["model"] = model
         check(values)
     if "images" in parameters:
         names = inspect.signature(load_images).parameters
         loading = {name: typed[name] for name in names if name in typed and name not in _NOT_TYPED}
-        if "model" in values:
+        if "model" in values and (typed.model is not None or not optional):
             loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
+            loading["new_head"] = optional
         values["images"] = LOADERS["Images"](**loading)
     return values
 
@@ -242,6 +266,11 @@ def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str
         if value != parser.get_default(field.name):
             found[field.name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def _kind(parameter: inspect.Parameter) -> str:
+    """The name of an argument's type, whether or not it may be left out."""
+    return str(parameter.annotation).removesuffix(" | None")
 
 
 def _settings_of(annotation: Any) -> type | None:
@@ -257,6 +286,7 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
     """
     defaults = vars(parser.get_defaults())
     switches = {f"--{key}" for key, value in defaults.items() if isinstance(value, bool)}
+    switches |= _LEFT_OPEN & {f"--{key}" for key in defaults}
     lists = {f"--{key}" for key, value in defaults.items() if isinstance(value, (tuple, list))}
     for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
@@ -317,6 +347,20 @@ def _after_prepare(typed: Namespace) -> str:
     words += [] if typed.image_size == 64 else ["--image-size", str(typed.image_size)]
     words += ["--skip-bad-images"] if typed.skip_bad_images else []
     return shlex.join([*words, "--task", "drawn" if typed.source == "drawn" else "LABELS.yaml"])
+
+
+def _recipe_of_train(typed: Namespace) -> Path | None:
+    for name in ("arch", "random_weights"):
+        if typed[name] and typed.model is None:
+            raise ConfigError(f"{name} is for a model, got none: give --model, or leave it out")
+    pretrained = typed.model is not None and typed.freeze == "none"
+    return fine_tuning_recipe() if pretrained else None
+
+
+def _after_train(typed: Namespace) -> str:
+    then = "discover" if typed.model is None else "cut"
+    budget = [] if typed.model is None else ["--target-macs", "0.5"]
+    return shlex.join(["vitcut", then, "--model", typed.out, *budget])
 
 
 def _after_discover(typed: Namespace) -> str:
@@ -384,7 +428,9 @@ VERBS = {
     ),
     "train": Verb(
         call=train,
-        then=lambda typed: shlex.join(["vitcut", "discover", "--model", typed.out]),
+        check=check_train,
+        base=_recipe_of_train,
+        then=_after_train,
         out="runs/train",
     ),
     "discover": Verb(

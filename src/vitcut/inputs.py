@@ -109,6 +109,7 @@ def load_images(
     seed: int = 0,
     val_fraction: float = 0.1,
     skip_bad_images: bool = False,
+    new_head: bool = False,
 ) -> "Images":
     """Prepare the images of a task; they are decoded once and kept in the cache.
 
@@ -130,6 +131,8 @@ def load_images(
             own.
         val_fraction: Fraction of each class's training images to set aside as the val split.
         skip_bad_images: Leave out images that cannot be decoded, instead of stopping.
+        new_head: The model is to be trained for the classes of the data, with a new classifier, so
+            the classes that it knows do not matter.
 
     Raises:
         DataError: The source cannot be used, or a class has too few images to split.
@@ -155,7 +158,7 @@ def load_images(
         val_fraction=val_fraction,
         skip_bad_images=skip_bad_images,
     )
-    if model is not None and model.run is not None:
+    if model is not None and model.run is not None and not (new_head and source is not None):
         # What is not said is the run's, but for the image size, which is the model's.
         stored: Any = read_settings(model.run).get("images")
         try:
@@ -173,7 +176,7 @@ def load_images(
         source = base.source if source is None else str(source)
         settings = replace(base, source=source, skip_bad_images=skip)
     if task is None:
-        named = [settings.source, None if model is None else model.name]
+        named = [settings.source, None if model is None or new_head else model.name]
         task = next((name for name in named if name in {SHIPPED_MODEL, "drawn"}), None)
     if model is None:
         given = {"mean": numbers("mean", mean), "std": numbers("std", std)}
@@ -193,7 +196,7 @@ def load_images(
     prepared = prepare_images(settings, preprocessing.framing)
     labels = prepared.labels
     wanted = wanted or all_classes_task(labels)
-    if model is not None:
+    if model is not None and not new_head:
         classes = model.weights.num_classes
         labels, _ = find_labels(model.labels, model.name, classes, prepared.labels, wanted)
     return split(prepared, settings, wanted.among(labels), preprocessing)

@@ -19,15 +19,24 @@ from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError, one_line
 from vitcut.images.settings import DataSettings
-from vitcut.inputs import OWN, for_images, load_images, plain_images, require
+from vitcut.inputs import (
+    OWN,
+    for_images,
+    load_images,
+    plain_images,
+    require,
+    require_made_for,
+    subject,
+)
 from vitcut.labels import Labels
 from vitcut.model.settings import VitSettings
 from vitcut.names import EdgeAblation
+from vitcut.progress import say
 from vitcut.results import CLASS_ONLY, Results
 from vitcut.runs import RESULTS_FILE, Run
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain, require_positive
-from vitcut.training.settings import FinetuneSettings, TrainSettings
+from vitcut.training.settings import FinetuneSettings, TrainSettings, TransferSettings
 
 if TYPE_CHECKING:
     from vitcut.images.load import Images
@@ -144,32 +153,113 @@ def settings_from(content: Any, origin: str) -> RunSettings:
         raise ConfigError(f"{origin} has no setting {unknown[1]!r}: {hint}") from None
 
 
+_USED_BY_PROBES = ("device", "precision", "threads")
+"""The settings of a training that matter where only the classifier is fitted."""
+
+
+def fine_tuning_recipe() -> Path:
+    """The shipped settings for fine-tuning a pretrained model, as flags of `train`."""
+    return Path(str(resources.files("vitcut"))) / "assets" / "training" / "fine-tune.yaml"
+
+
 def train(
     images: "Images",
     *,
+    model: "Model | None" = None,
+    transfer: TransferSettings = TransferSettings(),
     vit: VitSettings = VitSettings(),
-    settings: TrainSettings = TrainSettings(),
+    settings: TrainSettings | None = None,
     out: str | Path | None = None,
 ) -> "Model":
-    """Train a small ViT on a task.
+    """Train a small ViT on a task, or give a pretrained model the classes of a task.
 
     Args:
-        images: From `load_images`, without a model.
-        vit: The architecture.
-        settings: How to train.
+        images: From `load_images`: without a model, or with the model and ``new_head=True``.
+        model: A pretrained model from `load_model`, which is not changed. Its classifier is
+            replaced by a new one.
+        transfer: Which of its weights are trained, and how much the early ones.
+        vit: The architecture of a new model.
+        settings: How to train. By default the light recipe for a new model, the shipped one for
+            fine-tuning a pretrained model. With ``freeze="backbone"``, only device, precision and
+            threads matter.
         out: Run directory: checkpoints, metrics, and the model in ``dense/``.
 
     Raises:
-        ConfigError: The image size is not a multiple of the patch size.
+        ConfigError: The image size is not a multiple of the patch size, or an argument is for
+            another kind of training.
+        UnsupportedModelError: The model's classifier cannot be replaced.
         ArtefactError: ``out`` holds something else.
     """
     from vitcut.images.load import Images
 
-    vit.require_whole_patches(require(images, Images).preprocessing.image_size)
-    run = Run(out)
-    own = {"vit": as_plain(vit), "train": as_plain(settings)}
-    run.claim({"model": {"model": OWN}, "images": plain_images(images), **own})
-    return _trained(images, vit, settings, run)
+    if settings is None and model is not None and transfer.freeze == "none":
+        found = yaml.safe_load(fine_tuning_recipe().read_text(encoding="utf-8"))
+        settings = TrainSettings(**{k: v for k, v in found.items() if k != "layer_decay"})
+    settings = settings or TrainSettings()
+    check_train({"model": model, "transfer": transfer, "vit": vit, "settings": settings})
+    require(images, Images)
+    run, own = Run(out), {"train": as_plain(settings)}
+    if transfer.freeze == "backbone":
+        own["train"] = {name: own["train"][name] for name in _USED_BY_PROBES}
+    start = {"model": {"model": OWN}, "images": plain_images(images)}
+    if model is None:
+        vit.require_whole_patches(images.preprocessing.image_size)
+        run.claim({**start, "vit": as_plain(vit), **own})
+        return _trained(images, vit, settings, run)
+    require_made_for(model.preprocessing, images)
+    origin = subject(model, images)["model"]
+    run.claim({**start, "pretrained": origin, "transfer": as_plain(transfer), **own})
+    return _transferred(model, images, transfer, settings, run)
+
+
+def check_train(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of `train` that contradict each other, once the model is known.
+
+    Raises:
+        ConfigError: A setting is for another kind of training.
+    """
+    if "model" not in given:
+        return
+    transfer, settings = given["transfer"], given["settings"]
+    if given["model"] is None:
+        kind, others = "a pretrained model (--model)", [transfer]
+    elif transfer.freeze == "backbone":
+        kind = "training all weights, got freeze backbone"
+        others = [given["vit"], settings]
+    else:
+        kind, others = "a new model, got a pretrained one", [given["vit"]]
+    for value in others:
+        for name, default in vars(type(value)()).items():
+            if getattr(value, name) != default and name not in _USED_BY_PROBES:
+                raise ConfigError(f"{name} is for {kind}: leave it out")
+
+
+def _transferred(
+    model: "Model",
+    images: "Images",
+    transfer: TransferSettings,
+    settings: TrainSettings,
+    run: Run,
+) -> "Model":
+    """The pretrained model with the classes of a task: trained, or read back."""
+    from vitcut.benchmark.evaluation import evaluate
+    from vitcut.model.model import Model
+    from vitcut.report.cards import transferred_card
+    from vitcut.training.transfer import fine_tune, fit_probe
+
+    def make() -> Model:
+        if transfer.freeze == "backbone":
+            made, result = fit_probe(model, images, settings, run.path)
+        else:
+            made, result = fine_tune(model, images, settings, transfer, run.path)
+        found = evaluate(made.module, images.test, images.task, made.preprocessing)
+        say(
+            f"test: {found.accuracy_fine:.1%} of {found.images} images right over the classes, "
+            f"{found.accuracy_coarse:.1%} over the groups"
+        )
+        return replace(made, card=transferred_card(images.task, model.name, result, found))
+
+    return _own(run.once("dense", make, Model.load), run)
 
 
 def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: Run) -> "Model":
@@ -192,10 +282,13 @@ def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: R
         made = Model.of(module, task.name, images.preprocessing, labels)
         return replace(made, card=dense_card(task, result, settings))
 
-    made = run.once("dense", make, Model.load)
+    return _own(run.once("dense", make, Model.load), run)
+
+
+def _own(made: "Model", run: Run) -> "Model":
+    """The model of a run directory as load_model gives it, whether trained now or before."""
     if run.is_temporary:
         return made
-    # As load_model gives it, whether it was trained now or before.
     origin = {"model": str((run.path / "dense").resolve())}
     return replace(made, name=str(run.path), origin=origin, run=run.path)
 

@@ -236,10 +236,13 @@ def unknown_classes(name: str, unknown: list[str], labels: Labels) -> str:
     """
     listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
     near = next((near for near in map(labels.nearest, unknown) if near), list(labels.ids[:3]))
+    # Only a model can be taught classes that it lacks.
+    taught = ", or train it for your classes (vitcut train --model)"
     return (
         f"task {name!r} names {len(unknown)} classes that {labels.owner} lacks: {listed}; "
         f"{labels.owner} has {len(labels.ids)} classes, such as {', '.join(near)}: correct the "
         f"label file (ids, positions 0 to {len(labels.ids) - 1}, or names), or use another source"
+        f"{taught if labels.owner.startswith('model ') else ''}"
     )
 
 

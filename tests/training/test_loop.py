@@ -172,6 +172,30 @@ def test_the_val_split_is_measured_by_summed_probabilities(tmp_path):
     assert result.accuracy_coarse == pytest.approx(2 / 3)
 
 
+OPEN = replace(SETTINGS, precision="auto", compile=None)
+
+
+@pytest.mark.parametrize("chosen", ["float32", "bfloat16"])
+def test_what_is_left_open_is_chosen_printed_and_recorded(tmp_path, monkeypatch, capsys, chosen):
+    monkeypatch.setattr(loop, "choose_precision", lambda device: (chosen, f"on {device}"))
+    weights, result = _train(tmp_path, OPEN)
+    assert f"precision: {chosen} (on cpu)\n" in capsys.readouterr().err
+    assert (result.precision, result.threads) == (chosen, torch.get_num_threads())
+    explicit = replace(SETTINGS, precision=chosen, compile=False)
+    assert _train(tmp_path / "again", explicit)[0] == weights
+    assert "precision" not in capsys.readouterr().err
+
+
+def test_a_training_goes_on_in_the_precision_that_it_began_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "choose_precision", lambda _: ("bfloat16", "here"))
+    with pytest.raises(Killed):
+        _train(tmp_path, OPEN, loss=DyingLoss(6))
+    monkeypatch.setattr(loop, "choose_precision", lambda _: ("float32", "on another machine"))
+    capsys.readouterr()
+    assert _train(tmp_path, OPEN)[1].precision == "bfloat16"
+    assert "precision: bfloat16 (as this training began)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"learning_rate": 1.0}])
 def test_a_folder_of_another_recipe_is_refused(tmp_path, change):
     _train(tmp_path)

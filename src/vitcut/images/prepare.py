@@ -28,6 +28,7 @@ from vitcut.images.sources import open_source
 from vitcut.labels import Labels
 from vitcut.preprocessing import WHOLE, Framing
 from vitcut.progress import Meter, say
+from vitcut.runtime import usable_cores
 from vitcut.settings import config_hash
 from vitcut.store import atomic_folder, cache_dir, read_json, write_json
 from vitcut.wordnet import imagenet_names
@@ -198,7 +199,7 @@ def _decoded(
             return error
 
     count = len(source.records)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(min(usable_cores(), _MAX_THREADS)) as pool:
         for start in range(0, count, _BLOCK_IMAGES):
             yield from pool.map(read, range(start, min(start + _BLOCK_IMAGES, count)))
 

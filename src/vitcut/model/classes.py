@@ -56,7 +56,7 @@ def find_labels(
             f"{owner} does not say what its classes are: it has {num_classes} classes, task "
             f"{task.name!r} has {len(task.classes)}, the data {len(data.ids)}: use a label file or "
             f"data of as many classes, or name the data's classes by position, 0 to "
-            f"{num_classes - 1}{also}"
+            f"{num_classes - 1}{also}; or train it for the data's classes: vitcut train --model"
         )
     told = f"its {num_classes} logits are taken as {whose}"
     return Labels(owner=owner, ids=ids, names=names), told
@@ -83,20 +83,9 @@ def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.
     Raises:
         UnsupportedModelError: The classifier is not a linear layer with the rows that were read.
     """
-    head, width, kept = weights.head_weight, weights.width, list(rows)
+    head, kept = weights.head_weight, list(rows)
     fewer = deepcopy(model)
-    # The classifier, or each of two whose mean was read (a distillation token has its own).
-    found = [
-        layer
-        for layer in fewer.modules()
-        if isinstance(layer, nn.Linear)
-        and layer.out_features == len(head)
-        and any(
-            torch.equal(layer.weight.detach()[:, :width] * share, part)
-            for part in head.split(width, dim=1)
-            for share in (1, 0.5)
-        )
-    ]
+    found = _classifier_layers(fewer, weights)
     for layer in found:
         for name, old in list(layer.named_parameters()):
             fresh = nn.Parameter(old.detach()[kept].clone(), requires_grad=old.requires_grad)
@@ -111,6 +100,62 @@ def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.
             "layers look like the classifier, expected nn.Linear alone; name every class in the "
             "label file, or give it a 'rest'"
         )
-    if isinstance(getattr(fewer, "num_classes", None), int):
-        setattr(fewer, "num_classes", len(kept))  # noqa: B010 - torch types attributes as modules
+    _set_num_classes(fewer, len(kept))
     return fewer
+
+
+def with_new_head(
+    model: nn.Module, weights: ViTWeights, num_classes: int
+) -> tuple[nn.Module, list[nn.Linear]]:
+    """A copy of a model with a new classifier, of zeros, for other classes.
+
+    Args:
+        model: A model of any library, or your own.
+        weights: The weights read from it.
+        num_classes: Of the new classifier.
+
+    Returns:
+        The copy, and its classifier: one layer, or two whose mean are the logits.
+
+    Raises:
+        UnsupportedModelError: The classifier is not made of linear layers that can be found.
+
+    Source:
+        Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.2: a head of zeros for fine-tuning.
+    """
+    fresh = deepcopy(model)
+    found = _classifier_layers(fresh, weights)
+    features = sum(layer.in_features for layer in found)
+    if features != weights.head_weight.shape[1]:
+        raise UnsupportedModelError(
+            f"not supported: a new head for {type(model).__name__}: {len(found)} of its layers "
+            "look like the classifier, expected nn.Linear alone; choose a model of timm, "
+            "torchvision or transformers"
+        )
+    for layer in found:
+        layer.weight = nn.Parameter(layer.weight.new_zeros(num_classes, layer.in_features))
+        layer.bias = nn.Parameter(layer.weight.new_zeros(num_classes))
+        layer.out_features = num_classes
+    _set_num_classes(fresh, num_classes)
+    return fresh, found
+
+
+def _classifier_layers(model: nn.Module, weights: ViTWeights) -> list[nn.Linear]:
+    """The classifier, or both whose mean was read (a distillation token has its own)."""
+    head, width = weights.head_weight, weights.width
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
+        and layer.out_features == len(head)
+        and any(
+            torch.equal(layer.weight.detach()[:, :width] * share, part)
+            for part in head.split(width, dim=1)
+            for share in (1, 0.5)
+        )
+    ]
+
+
+def _set_num_classes(model: nn.Module, num_classes: int) -> None:
+    if isinstance(getattr(model, "num_classes", None), int):
+        setattr(model, "num_classes", num_classes)  # noqa: B010 - torch types attributes as modules

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from vitcut.benchmark.evaluation import Evaluation
 from vitcut.report.tables import point_table, to_markdown
 from vitcut.results import DENSE_REPAIRED, Point, Results
 from vitcut.store import write_text
 from vitcut.task import Task
 from vitcut.training.checkpoint import TrainResult
 from vitcut.training.settings import FinetuneSettings, TrainSettings
+from vitcut.training.transfer import Probe
 
 _LICENCE_NOTE = (
     "The weights inherit the terms of the pictures that they were trained on; for ImageNet's "
@@ -40,6 +42,28 @@ over the {len(task.groups)} groups.
 ## Terms
 
 {_LICENCE_NOTE}
+"""
+
+
+def transferred_card(task: Task, start: str, result: TrainResult | Probe, found: Evaluation) -> str:
+    """The card of a pretrained model that was given the classes of a task."""
+    if isinstance(result, Probe):
+        made = f"""Only its classifier is new: logistic regression on the features of {start!r},
+with an L2 penalty of {result.penalty:g}"""
+    else:
+        made = f"""Fine-tuned by vitcut from {start!r}, with a new classifier: best of
+{result.epochs_run} epochs (epoch {result.best_epoch})"""
+    return f"""# A Vision Transformer for the task {task.name!r}
+
+{made}, which val images chose ({result.accuracy_fine:.1%} over the
+{len(task.classes)} classes, {result.accuracy_coarse:.1%} over the {len(task.groups)} groups).
+
+On {found.images} test images, it reaches {found.accuracy_fine:.1%} over the classes and
+{found.accuracy_coarse:.1%} over the groups.
+
+## Terms
+
+The weights inherit the terms of {start!r} and those of the pictures.
 """
 
 

@@ -23,6 +23,7 @@ from vitcut.store import atomic_path, load, save, write_text
 
 _FORMAT_VERSION = 1
 _MARKER = "training.json"
+_LAST = Path("checkpoints") / "last.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class TrainResult:
     """Of all epochs with evaluation, summed over every run of a resumed training."""
     images_per_s: float
     """Training images per second of training steps."""
+    precision: str | None = None
+    """Of the training forward pass; None in files of earlier versions."""
+    threads: int | None = None
+    """CPU threads of torch, in the process that finished; None in files of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ class TrainingFolder:
         self._root = root
         self._own = _Marker(settings_hash=config_hash(settings), settings=settings)
         self._metrics = root / "metrics.jsonl"
-        self.last = root / "checkpoints" / "last.safetensors"
+        self.last = root / _LAST
         """State after the last whole epoch."""
         self.best = root / "checkpoints" / "best.safetensors"
         """Weights of the best epoch."""
@@ -96,13 +101,9 @@ class TrainingFolder:
         Raises:
             ArtefactError: The folder holds a training of other settings.
         """
-        path = self._root / _MARKER
-        found = None
-        if path.exists():
-            found = load(path, _Marker, kind="training", version=_FORMAT_VERSION)
-        if found is None or (found.result is None and not self.last.exists()):
-            # Nothing is lost before the first checkpoint: whoever comes takes the folder.
-            save(path, self._own, version=_FORMAT_VERSION)
+        found = _read_marker(self._root)
+        if found is None:
+            save(self._root / _MARKER, self._own, version=_FORMAT_VERSION)
             return None
         if found.settings_hash != self._own.settings_hash:
             raise ArtefactError(
@@ -194,6 +195,26 @@ class TrainingFolder:
             )
         write_text(self._metrics, "".join(lines))
         return rows
+
+
+def begun_training(root: Path) -> dict[str, Any] | None:
+    """The settings of a training that a folder holds, finished or not; None if it holds none.
+
+    Raises:
+        ArtefactError: It is damaged.
+    """
+    found = _read_marker(root)
+    return None if found is None else found.settings
+
+
+def _read_marker(root: Path) -> _Marker | None:
+    path = root / _MARKER
+    if not path.exists():
+        return None
+    found = load(path, _Marker, kind="training", version=_FORMAT_VERSION)
+    # Nothing is lost before the first checkpoint: whoever comes takes the folder.
+    kept = found.result is not None or (root / _LAST).exists()
+    return found if kept else None
 
 
 def read_training(root: Path) -> tuple[dict[str, Any], TrainResult]:

@@ -15,7 +15,7 @@ from vitcut.preprocessing import Preprocessing
 from vitcut.shapes import Float, Int, Tensor
 from vitcut.training.batches import Batch
 from vitcut.training.checkpoint import TrainResult
-from vitcut.training.loop import train, training_precision
+from vitcut.training.loop import for_machine, train, training_precision
 from vitcut.training.settings import FinetuneSettings
 
 
@@ -43,6 +43,7 @@ def repair(
         ConfigError: The recipe does not fit the images or the machine.
         ModelError: The model gives another number of classes, or the loss is no longer finite.
     """
+    settings = for_machine(settings, out)
     loss = Distillation(teacher, torch.from_numpy(images.task.group_of_class), settings)
     return train(model, images, settings, out, preprocessing=preprocessing, loss=loss)
 

@@ -4,8 +4,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,13 +24,21 @@ from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.model import weight_hash
 from vitcut.preprocessing import Preprocessing
-from vitcut.progress import Meter
-from vitcut.runtime import choose_device, set_threads
+from vitcut.progress import Meter, say
+from vitcut.runtime import choose_device, choose_precision, set_threads
 from vitcut.settings import as_plain, require_positive
 from vitcut.shapes import Float, Tensor
 from vitcut.training.batches import Batch, TrainingBatches, normalize
-from vitcut.training.checkpoint import EpochMetrics, TrainingFolder, TrainResult, read_tensors
+from vitcut.training.checkpoint import (
+    EpochMetrics,
+    TrainingFolder,
+    TrainResult,
+    begun_training,
+    read_tensors,
+)
 from vitcut.training.settings import TrainSettings
+
+S = TypeVar("S", bound=TrainSettings)
 
 _READ_LOSS_EVERY = 10
 """Steps; reading it makes a GPU wait."""
@@ -68,6 +77,7 @@ def train(
     *,
     preprocessing: Preprocessing,
     loss: Loss | None = None,
+    layer_decay: float = 1.0,
 ) -> TrainResult:
     """Train a model in place, or finish or reread a training that ``out`` holds.
 
@@ -82,6 +92,7 @@ def train(
         out: A folder for ``training.json``, ``metrics.jsonl`` and ``checkpoints/``.
         preprocessing: How images are normalised.
         loss: What to minimise; soft cross-entropy on the fine classes if None.
+        layer_decay: The learning rate of a layer, as a fraction of the next one's.
 
     Raises:
         ArtefactError: ``out`` holds another training, or is damaged.
@@ -91,18 +102,57 @@ def train(
     for value in preprocessing.std:
         require_positive("std", value)
     set_threads(settings.threads)
+    settings = for_machine(settings, out)
     loss = loss or SoftCrossEntropy()
     home = next(model.parameters()).device
     known = training_settings(model, images, settings, loss, preprocessing=preprocessing)
+    if layer_decay != 1:
+        known["layer_decay"] = layer_decay
     folder = TrainingFolder(out, known)
     result = folder.open()
     if result is None:
-        result = _Training(model, images, settings, folder, loss, preprocessing=preprocessing).run()
+        result = _Training(
+            model,
+            images,
+            settings,
+            folder,
+            loss,
+            preprocessing=preprocessing,
+            layer_decay=layer_decay,
+        ).run()
         folder.finish(result)
     weights, _ = read_tensors(folder.best)
     model.load_state_dict(weights)
     model.to(home).eval()
     return result
+
+
+def for_machine(settings: S, out: Path) -> S:
+    """The settings with what they leave open, chosen for this machine; the precision is printed.
+
+    Args:
+        settings: The recipe.
+        out: The training's folder. A training that it holds keeps what it began with.
+
+    Raises:
+        ArtefactError: What the folder holds is damaged.
+    """
+    if settings.precision != "auto" and settings.compile is not None:
+        return settings
+    device = choose_device(settings.device)
+    precision, why = choose_precision(device)
+    # On CPUs, compiled steps are no faster: 780 images/s against 806 (animals, bfloat16), 289
+    # against 330 (float32, AVX2), after 20 s of compiling.
+    chosen: dict[str, Any] = {"precision": precision, "compile": device.type == "cuda"}
+    begun = begun_training(out)
+    if begun is not None:
+        chosen, why = begun["config"], "as this training began"
+    if settings.precision == "auto":
+        say(f"precision: {chosen['precision']} ({why})")
+        settings = replace(settings, precision=chosen["precision"])
+    if settings.compile is None:
+        settings = replace(settings, compile=chosen["compile"])
+    return settings
 
 
 def training_settings(
@@ -138,6 +188,7 @@ class _Training:
         loss: Loss,
         *,
         preprocessing: Preprocessing,
+        layer_decay: float,
     ) -> None:
         self._images, self._preprocessing = images, preprocessing
         self._settings, self._folder, self._loss = settings, folder, loss
@@ -157,7 +208,9 @@ class _Training:
         )
         self._model = model.to(self._device)
         _require_fit(model, images, settings, self._device)
-        optimizer, self._schedule = create_optimizer(model, settings, self._batches.steps)
+        optimizer, self._schedule = create_optimizer(
+            model, settings, self._batches.steps, layer_decay=layer_decay
+        )
         prepared, self._optimizer = self._accelerator.prepare(model, optimizer)
         # Only training steps go through the compiled and distributed wrappers. The plain model
         # shares their weights: it is evaluated and saved, so no wrapper shows in weight names.
@@ -198,6 +251,8 @@ class _Training:
             epochs_run=len(rows),
             seconds=sum(row.seconds for row in rows),
             images_per_s=images_per_epoch * len(rows) / sum(row.train_seconds for row in rows),
+            precision=self._settings.precision,
+            threads=torch.get_num_threads(),
         )
 
     def _epoch(self, epoch: int, meter: Meter) -> EpochMetrics:
@@ -230,7 +285,7 @@ class _Training:
             loss=mean_loss,
             accuracy_fine=fine,
             accuracy_coarse=coarse,
-            learning_rate=self._optimizer.param_groups[0]["lr"],
+            learning_rate=max(group["lr"] for group in self._optimizer.param_groups),
             seconds=time.perf_counter() - start,
             train_seconds=train_seconds,
         )
@@ -290,15 +345,24 @@ def val_accuracies(
 
 
 def create_optimizer(
-    model: nn.Module, settings: TrainSettings, steps_per_epoch: int
+    model: nn.Module,
+    settings: TrainSettings,
+    steps_per_epoch: int,
+    *,
+    layer_decay: float = 1.0,
 ) -> tuple[torch.optim.Optimizer, Scheduler]:
     """AdamW with weight decay on weight matrices only, and its learning rates.
 
     The schedule warms up linearly, then follows a cosine to zero. It is a function of the step that
-    ``step_update(step)`` is given, so it has no state to save.
+    ``step_update(step)`` is given, so it has no state to save. With layer decay, the classifier
+    has the full learning rate, and each layer before it that fraction of the next one's.
     """
     optimizer = create_optimizer_v2(
-        model, "adamw", lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model,
+        "adamw",
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        layer_decay=None if layer_decay == 1 else layer_decay,
     )
     schedule, _ = create_scheduler_v2(
         optimizer,

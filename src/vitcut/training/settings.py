@@ -11,7 +11,10 @@ Augmentation = Literal["light", "reference", "none"]
 """How training images are augmented: cheaply, whole batches at once (light), as in the reference
 recipe, or not at all."""
 
-Precision = Literal["float32", "bfloat16"]
+Freeze = Literal["none", "backbone"]
+"""Which weights of a pretrained model stay as they are."""
+
+Precision = Literal["auto", "float32", "bfloat16"]
 """Precision of the training forward pass; weights and evaluation stay in float32."""
 
 
@@ -44,14 +47,15 @@ class TrainSettings:
     ema_decay: float | None = None
     """Decay of a moving average of the weights, which is then evaluated and kept; None: no
     averaging."""
-    compile: bool = True
-    """Use torch.compile for the training steps."""
-    precision: Precision = "bfloat16"
-    """Precision of the training forward pass."""
+    compile: bool | None = None
+    """Use torch.compile for the training steps; None: on a GPU only."""
+    precision: Precision = "auto"
+    """Precision of the training forward pass; auto: bfloat16 where the hardware computes in it,
+    else float32."""
     device: str = "auto"
     """auto, cpu, or cuda."""
     threads: int | None = None
-    """CPU threads; None leaves the choice to torch."""
+    """CPU threads; None: one per core that this process may use, as torch chooses."""
     workers: int = 0
     """Processes that augment images (reference only); the result does not depend on it."""
 
@@ -80,6 +84,22 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransferSettings:
+    """How a pretrained model is given new classes."""
+
+    freeze: Freeze = "none"
+    """With a pretrained model: none trains all weights; backbone fits the new classifier alone, to
+    features that are computed once."""
+    layer_decay: float = 0.75
+    """With a pretrained model: the learning rate of a block, as a fraction of the next one's; 1
+    gives all the same."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay must be > 0 and <= 1, got {self.layer_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(TrainSettings):
     """How a cut model is repaired: a few epochs with the dense model as teacher."""
 
@@ -93,7 +113,7 @@ class FinetuneSettings(TrainSettings):
     """Epochs of linear warm-up."""
     patience: int | None = 3
     """Stop after this many epochs without a better val accuracy; None never stops early."""
-    compile: bool = False
+    compile: bool | None = False
     """Use torch.compile for the training steps; for a few epochs, compiling takes longer than it
     saves."""
     coarse_weight: float = 1.0
