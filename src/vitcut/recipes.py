@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import ConfigError, one_line
+from vitcut.errors import ConfigError, TaskError, one_line
 from vitcut.images.settings import DataSettings
 from vitcut.inputs import OWN, for_images, load_images, plain_images, require
 from vitcut.labels import Labels
@@ -161,15 +161,28 @@ def train(
 
     Raises:
         ConfigError: The image size is not a multiple of the patch size.
+        TaskError: The images are labelled with groups, not with the task's classes.
         ArtefactError: ``out`` holds something else.
     """
     from vitcut.images.load import Images
 
     vit.require_whole_patches(require(images, Images).preprocessing.image_size)
+    _require_fine_labels(images)
     run = Run(out)
     own = {"vit": as_plain(vit), "train": as_plain(settings)}
     run.claim({"model": {"model": OWN}, "images": plain_images(images), **own})
     return _trained(images, vit, settings, run)
+
+
+def _require_fine_labels(images: "Images") -> None:
+    task = images.task
+    if task.folders:
+        listed = ", ".join(task.label_ids[:5]) + (", ..." if len(task.label_ids) > 5 else "")
+        raise TaskError(
+            f"a new model cannot learn the {len(task.classes)} classes of task {task.name!r} from "
+            f"images that are labelled with its {len(task.groups)} groups: give a label file of "
+            f"the data's classes, 'classes: [{listed}]', or cut a model that knows the others"
+        )
 
 
 def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: Run) -> "Model":
@@ -234,6 +247,7 @@ def run(
     vit, data = settings.vit, settings.data
     vit.require_whole_patches(data.image_size)
     images = load_images(task=settings.task, **asdict(data))
+    _require_fine_labels(images)
     # What cannot be is refused before the directory is claimed and a model is trained.
     images.calibration(settings.discover.images, seed=settings.discover.seed)
     size, classes = data.image_size, len(images.task.classes)
@@ -290,7 +304,7 @@ def run(
         points = {CLASS_ONLY: class_only(model, images, settings.cut)}
         points |= {item.name: (item.point(target.path), item.model) for item in cuts}
         results = measure(model, images, points, settings.bench)
-        write_cards(results, target.path)
+        write_cards(results, target.path, images.task)
         return results
 
     return target.once(RESULTS_FILE, measured, Results.load)
