@@ -116,5 +116,6 @@ def test_label_files_shown_are_label_files():
     ]
     groups = [parse_task(block, origin="shown.yaml").groups for block in shown]
     assert groups == [
-        ("cats", "dogs"), ("tabby", "golden retriever", "1"), ("n02123045", "other")
+        ("cats", "dogs"), ("tabby", "golden retriever", "1"), ("n02123045", "other"),
+        ("cat", "dog"), ("cat", "dog"),
     ]  # fmt: skip

@@ -5,9 +5,10 @@ from PIL import Image
 
 from vitcut.cli import main
 from vitcut.errors import ConfigError, TaskError
-from vitcut.suggest import suggest
+from vitcut.labels import Labels
+from vitcut.suggest import propose, suggest
 from vitcut.task import load_task
-from vitcut.wordnet import imagenet_names, synsets
+from vitcut.wordnet import imagenet_labels, imagenet_names, synsets
 
 
 def _members(task):
@@ -104,16 +105,40 @@ def test_a_suggested_label_file_is_a_task_of_the_data(photos, tmp_path, capsys):
         (["--groups", "6"], "groups must be between 2 and 5, the number of classes, got 6"),
         (["--source", "drawn"], "give --task drawn"),
         (["--source", "{others}"], "0 of 2 classes are WordNet ids of ImageNet-1k"),
+        (["--source", "{pets}", "--groups", "2"], "each of the data's 2 classes is a group: leave"),
+        (["--source", "{nested}"], "'animal' includes 'dog' in WordNet, and a class is of one"),
         (["--out", "{photos}"], "is there already: choose another --out"),
     ],
 )
 def test_what_cannot_be_suggested_is_told_in_one_line(photos, tmp_path, capsys, flags, match):
-    others = tmp_path / "others"
-    for name in ("cat", "dog"):
-        (others / name).mkdir(parents=True)
-        Image.new("L", (8, 8)).save(others / name / "0.png")
-    typed = [flag.format(others=others, photos=photos) for flag in flags]
+    places = {"photos": photos}
+    given = {"others": ("unicorn", "dog"), "pets": ("cat", "dog"), "nested": ("animal", "dog")}
+    for place, names in given.items():
+        places[place] = tmp_path / place
+        for name in names:
+            (places[place] / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(places[place] / name / "0.png")
+    typed = [flag.format(**places) for flag in flags]
     assert _run(photos, tmp_path / "labels.yaml", *typed) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert match in line
     assert not (tmp_path / "labels.yaml").exists()
+
+
+def test_names_of_ancestors_are_groups_of_what_is_below_them():
+    task, lines = propose(["cats", "Dog", "unicorn", "aircraft_carrier"], imagenet_labels(), "mine")
+    ids = {item.group: item.id for item in task.classes}
+    assert ids == {"cats": "n02121808", "Dog": "n02084071", "aircraft_carrier": "n02687172"}
+    assert task.groups == ("cats", "Dog", "aircraft_carrier")
+    assert task.excluded == {"unicorn": "no name in WordNet"}
+    assert lines[0].startswith("cats: n02121808 (domestic cat), 5 classes: tabby, tiger cat, Pers")
+    assert "; or n02121620 (cat), 7 classes: " in lines[0]
+    assert lines[2] == "aircraft_carrier: n02687172 (aircraft carrier), 1 class: aircraft carrier"
+    data = Labels(owner="the data", ids=("Dog", "aircraft_carrier", "cats"), names=("", "", ""))
+    assert task.among(imagenet_labels()).for_data(data).folders["cats"] == ("cats",)
+
+
+def test_groups_are_of_the_models_classes():
+    labels = Labels(owner="model 'mine'", ids=("n02127808", "n02123045"), names=("x", "y"))
+    with pytest.raises(TaskError, match="1 of 2 classes have the name of classes of model 'mine'"):
+        propose(["cat", "dog"], labels, "mine")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import yaml
 from hypothesis import given
@@ -13,6 +15,7 @@ from vitcut.task import (
     parse_task,
     shipped_tasks,
 )
+from vitcut.wordnet import imagenet_labels
 
 
 def _expect_refusal(text, match):
@@ -77,7 +80,7 @@ def test_what_is_no_yaml_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "hello", "3", "[1, 2]", "name: x", "groups: 3", "groups: {a: n1, b: n2}"]
+    "text", ["", "hello", "3", "[1, 2]", "name: x", "groups: 3", "groups: [n1, n2]"]
 )
 def test_what_is_no_label_file_is_refused(text):
     _expect_refusal(text, "labels.yaml is not a label file: expected 'groups")
@@ -88,7 +91,7 @@ def test_excluded_ids_without_a_reason_are_refused():
 
 
 def test_an_unknown_name_lists_the_shipped_tasks():
-    with pytest.raises(TaskError, match=r"no task named 'animal'.*animals, drawn"):
+    with pytest.raises(TaskError, match=r"no task named 'animal'.*animals, cats-dogs, drawn"):
         load_task("animal")
 
 
@@ -243,6 +246,124 @@ def test_a_task_among_its_labels_is_what_it_was_and_comes_back_from_its_label_fi
     for either in (written, task):
         text = yaml.safe_dump(either.to_dict(), sort_keys=False)
         assert parse_task(text, origin="x.yaml") == either
+
+
+@pytest.mark.parametrize("cat", ["n02121808", "[domestic cat]", "Domestic_Cat", "{n02121808: x}"])
+def test_a_wordnet_ancestor_stands_for_all_classes_below_it(cat):
+    task = _among(f"groups: {{cat: {cat}, dog: domestic dog}}", imagenet_labels())
+    assert task.groups == ("cat", "dog")
+    assert [(task.group_of_class == group).sum() for group in (0, 1)] == [5, 118]
+    assert task.class_ids[task.class_names.index("tabby, tabby cat")] == "n02123045"
+    assert task.among(imagenet_labels()) == task
+
+
+def test_an_ancestor_means_the_classes_that_there_are_and_are_not_excluded():
+    labels = Labels(
+        owner="the data",
+        ids=("n02123394", "n02123045", "n02085620"),
+        names=("n02123394", "n02123045", "rat dog"),
+    )
+    text = "groups: {cat: domestic cat, dog: dog}"
+    assert _among(text, labels).class_ids == ("n02085620", "n02123045", "n02123394")
+    # The names are those of the labels, or WordNet's where they have none.
+    assert _among(text, labels).class_names == ("rat dog", "tabby, tabby cat", "Persian cat")
+    fewer = f"{text}\nexcluded: {{n02123045: too many}}"
+    assert _among(fewer, labels).class_ids == ("n02085620", "n02123394")
+    # A class of that name comes first.
+    named = replace(labels, names=("n02123394", "dog", "n02085620"))
+    assert _among("groups: {a: dog, b: n02085620}", named).class_ids == ("n02085620", "n02123045")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            "groups: {cat: cat, dog: dog}",
+            r"2 ancestors .*n02127808 \(big cat, cat: 6 .*: write the id",
+        ),
+        (
+            "groups: {cat: domestic cat, feline: feline}",
+            r"names class n02\d+ twice, as '[\w ]+' in group '\w+' and in .*: name it once",
+        ),
+        ("groups: {a: dog, b: unicorn}", "names 1 classes that ImageNet-1k lacks: unicorn"),
+    ],
+)
+def test_ancestors_that_leave_a_class_in_doubt_are_refused(text, match):
+    with pytest.raises(TaskError, match=match) as caught:
+        _among(text, imagenet_labels())
+    assert "\n" not in str(caught.value)
+
+
+def test_an_ancestor_without_any_class_is_refused():
+    with pytest.raises(TaskError, match=r"the data has no class below WordNet's n02121808 \(dom"):
+        _among("groups: {cat: domestic cat, dog: pug}")
+
+
+DATA = Labels(owner="the data", ids=("Cat", "dog", "kitten"), names=("Cat", "dog", "kitten"))
+COARSE = "groups: {dog: [n4], cat: [n2, n1]}"
+
+
+def _for_data(text, data=DATA):
+    return _among(text).for_data(data)
+
+
+@pytest.mark.parametrize(
+    ("more", "folders", "group_of_label"),
+    [
+        ("", {"dog": ("dog",), "cat": ("Cat",)}, [1, 0]),
+        ("folders: {cat: kitten}", {"dog": ("dog",), "cat": ("kitten",)}, [0, 1]),
+        ("folders: {cat: [kitten, Cat]}", {"dog": ("dog",), "cat": ("kitten", "Cat")}, [1, 0, 1]),
+    ],
+)
+def test_images_of_whole_groups_are_found_by_the_groups_name_or_as_listed(
+    more, folders, group_of_label
+):
+    task = _for_data(f"{COARSE}\n{more}")
+    assert task.folders == folders
+    assert task.label_ids == tuple(sorted(own for owns in folders.values() for own in owns))
+    assert task.group_of_label.tolist() == group_of_label
+    assert task.group_of_class.tolist() == [1, 1, 0]
+    assert task.for_data(DATA) == task
+    again = parse_task(yaml.safe_dump(task.to_dict(), sort_keys=False), origin="x.yaml")
+    assert again == task
+
+
+def test_where_the_data_has_the_fine_classes_folders_of_a_groups_name_change_nothing():
+    ids = ("cat", "dog", "n1", "n2", "n4")
+    task = _for_data(COARSE, Labels(owner="the data", ids=ids, names=ids))
+    assert task == _among(COARSE)
+    assert task.folders == {}
+    assert (task.label_ids, task.group_of_label.tolist()) == (task.class_ids, [1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (COARSE.replace("dog", "wolf"), "lacks a folder of that name for group 'wolf', it has Cat"),
+        (f"{COARSE}\nfolders: {{cat: cat}}", "lacks the folder 'cat' for group 'cat', it has Cat"),
+        (f"{COARSE}\nfolders: {{cat: dog}}", "folder 'dog' is listed 2 times: dog, cat"),
+        (f"{COARSE}\nfolders: {{owl: dog}}", "has folders for 'owl', expected one of dog, cat"),
+        (f"{COARSE}\nfolders: [cat]", "expected 'folders: {group: .folder"),
+        (f"{COARSE}\nrest: other", "lacks a folder of that name for group 'other'"),
+        (
+            "groups: {a: [n4], b: [n1]}",
+            "names 2 classes that the data lacks: .*list them: 'folders",
+        ),
+    ],
+)
+def test_folders_that_are_not_there_or_in_two_groups_are_refused(text, match):
+    with pytest.raises(TaskError, match=match) as caught:
+        _for_data(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_folders_of_one_name_and_a_mixture_of_folders_and_classes_are_refused():
+    ids = ("Cat", "CAT", "dog")
+    with pytest.raises(TaskError, match="2 classes of the data have the name of group 'cat'"):
+        _for_data(COARSE, Labels(owner="the data", ids=ids, names=ids))
+    ids = ("cat", "dog", "n4")
+    with pytest.raises(TaskError, match=r"lacks: n1, n2; .*whole groups, list them"):
+        _for_data(COARSE, Labels(owner="the data", ids=ids, names=ids))
 
 
 def test_all_classes_are_a_group_each_in_the_order_of_their_ids():

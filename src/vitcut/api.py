@@ -26,6 +26,7 @@ from vitcut.inputs import (
     require_made_for,
     subject,
 )
+from vitcut.labels import Labels
 from vitcut.names import SHIPPED_MODEL
 from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Point, Results
 from vitcut.runs import (
@@ -40,8 +41,9 @@ from vitcut.runs import (
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
 from vitcut.store import write_text
-from vitcut.task import Task
+from vitcut.task import Task, all_classes_task
 from vitcut.training.settings import FinetuneSettings
+from vitcut.wordnet import imagenet_labels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -190,7 +192,7 @@ def cut(
         points = {CLASS_ONLY: baseline}
         points |= {item.name: (item.point(run.path), item.model) for item in cuts}
         results = measure(model, images, points, bench)
-        write_cards(results, run.path)
+        write_cards(results, run.path, images.task)
         return results
 
     results = run.once(RESULTS_FILE, measured, Results.load)
@@ -360,7 +362,7 @@ def finetune(
         results = measure(model, images, points, timing, evaluations=found)
         paired = repairs.compare_pairs(repaired.name, found, seed=timing.seed)
         replace(told, paired=paired).save(run.path / REPAIR_FILE)
-        card = repaired_card(results, results.points[-1], training, settings)
+        card = repaired_card(results, results.points[-1], images.task, training, settings)
         write_text(run.path / "model" / "README.md", card)
         return results
 
@@ -496,14 +498,19 @@ def prepare(
 def suggest(
     source: str | Path | None = None,
     *,
-    groups: int = 6,
+    model: "str | Path | Model | None" = None,
+    groups: int | None = None,
     out: str | Path = Path("labels.yaml"),
 ) -> Task:
     """Write a label file that groups ImageNet's classes by WordNet, without decoding images.
 
     Args:
-        source: Images whose classes have WordNet ids; takes what prepare takes.
-        groups: How many groups to make.
+        source: Images whose classes have WordNet ids, or names of their ancestors, such as "dog";
+            takes what prepare takes.
+        model: The model whose classes are grouped; takes what cut takes. By default ImageNet-1k's
+            classes.
+        groups: How many groups to make; 6 by default. If classes have names of ancestors, each is a
+            group.
         out: The label file to write.
 
     Raises:
@@ -512,6 +519,7 @@ def suggest(
     """
     from vitcut.images.drawn import SOURCE_WORD
     from vitcut.images.sources import open_source
+    from vitcut.suggest import is_coarser, propose
     from vitcut.suggest import suggest as suggest_task
 
     path = Path(out)
@@ -520,11 +528,26 @@ def suggest(
     if source == SOURCE_WORD:
         raise ConfigError(f"{SOURCE_WORD} pictures have a label file: give --task {SOURCE_WORD}")
     with open_source(None if source is None else str(source)) as opened:
-        task = suggest_task(sorted(opened.class_names), groups, path.stem)
-    text = yaml.safe_dump(task.to_dict(), sort_keys=False, allow_unicode=True)
-    write_text(
-        path, "# Groups suggested by WordNet 3.0 ancestors: look through them, and edit.\n" + text
-    )
+        ids = tuple(sorted(opened.class_names))
+    data, labels = Labels(owner="the data", ids=ids, names=ids), imagenet_labels()
+    if model is not None:
+        from vitcut.model.classes import find_labels
+        from vitcut.model.model import Model
+
+        loaded = load_model(model) if isinstance(model, (str, Path)) else require(model, Model)
+        count, every = loaded.weights.num_classes, all_classes_task(data)
+        labels, _ = find_labels(loaded.labels, loaded.name, count, data, every)
+    head = ["Groups suggested by WordNet 3.0 ancestors: look through them, and edit."]
+    if is_coarser([*ids]):
+        if groups is not None:
+            raise ConfigError(f"each of the data's {len(ids)} classes is a group: leave out groups")
+        written, lines = propose([*ids], labels, path.stem)
+        task = written.among(labels).for_data(data)
+        head += lines
+    else:
+        written = task = suggest_task([*ids], 6 if groups is None else groups, path.stem)
+    text = yaml.safe_dump(written.to_dict(), sort_keys=False, allow_unicode=True)
+    write_text(path, "".join(f"# {line}\n" for line in head) + text)
     return task
 
 

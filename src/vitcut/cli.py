@@ -381,7 +381,13 @@ def _after_checks(typed: Namespace) -> str:
 def _show_task(task: Any) -> None:
     for group in task.groups:
         names = [item.name for item in task.classes if item.group == group]
-        sys.stdout.write(f"{group}: {', '.join(names)}\n")
+        if task.folders:
+            # Hundreds of the model's classes may be one class of the data.
+            first = ", ".join(name.split(",")[0] for name in names[:3])
+            more = ", ..." if len(names) > 3 else ""
+            sys.stdout.write(f"{group}: {len(names)} classes ({first}{more})\n")
+        else:
+            sys.stdout.write(f"{group}: {', '.join(names)}\n")
 
 
 def _show_prepared(prepared: Any) -> None:

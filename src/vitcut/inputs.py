@@ -1,6 +1,8 @@
 """Load the models and images that a user names, check them, and match them to each other."""
 
 import json
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.images.settings import DataSettings
+from vitcut.labels import Labels
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import Preprocessing, numbers
+from vitcut.progress import say
 from vitcut.runs import CONFIG_FILE, is_run, read_settings
 from vitcut.settings import require_positive
-from vitcut.task import Task, all_classes_task, load_task, parse_task
+from vitcut.task import Task, all_classes_task, load_task, parse_task, positions_below
+from vitcut.wordnet import find_synsets, imagenet_labels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,9 +123,9 @@ def load_images(
             a Hugging Face dataset id, or "drawn" (generated pictures). By default the images of the
             run directory that the model was loaded from, or else Tiny ImageNet, which is
             downloaded.
-        task: A shipped task ("animals", "drawn") or a label file; in Python also a `Task`. By
-            default the task of the run directory that the model was loaded from, or else the
-            shipped task with the model's or source's name, or else each class is its own group.
+        task: A shipped task ("animals", "cats-dogs", "drawn") or a label file; in Python also a
+            `Task`. By default the task of the run directory that the model was loaded from, or else
+            the shipped task with the model's or source's name, or else each class is its own group.
         model: Prepare images for this model: its size, colours, crop and interpolation. Positions
             and names in the label file then refer to the model's classes instead of the data's.
         image_size: Height and width, in pixels. By default the model's, or 64 without a model.
@@ -141,7 +146,7 @@ def load_images(
     """
     from vitcut.images.load import split
     from vitcut.images.prepare import prepare as prepare_images
-    from vitcut.model.classes import find_labels
+    from vitcut.model.classes import find_labels, names_imagenet
     from vitcut.model.model import Model
 
     if model is not None and (mean is not None or std is not None):
@@ -195,11 +200,44 @@ def load_images(
     wanted = task if isinstance(task, Task) or task is None else load_task(task)
     prepared = prepare_images(settings, preprocessing.framing)
     labels = prepared.labels
+    every_class = wanted is None
     wanted = wanted or all_classes_task(labels)
     if model is not None and not new_head:
         classes = model.weights.num_classes
         labels, _ = find_labels(model.labels, model.name, classes, prepared.labels, wanted)
-    return split(prepared, settings, wanted.among(labels), preprocessing)
+        if every_class:
+            _require_fine_classes(prepared.labels, labels, settings.source, model.name)
+    elif names_imagenet(wanted) and not any(
+        labels.find(own) is not None or positions_below(own, labels) for own in wanted.class_ids
+    ):
+        # For a model that knows ImageNet's classes and is not given here.
+        labels = imagenet_labels()
+    images = split(prepared, settings, wanted.among(labels), preprocessing)
+    if images.task.folders:
+        sizes = Counter(item.group for item in images.task.classes)
+        made = [f"{group}: {sizes[group]}" for group in images.task.groups]
+        say(
+            f"task {images.task.name!r}: the images are labelled with {len(made)} groups, made of "
+            f"the model's classes: {', '.join(made[:8])}{', ...' if len(made) > 8 else ''}"
+        )
+    return images
+
+
+def _require_fine_classes(data: Labels, labels: Labels, source: str | None, model: str) -> None:
+    """Refuse data whose classes are none of the model's, but have the name of a WordNet ancestor.
+
+    Raises:
+        TaskError: They are.
+    """
+    unknown = [own for own in data.ids if labels.find(own) is None]
+    if unknown and any(map(find_synsets, unknown)):
+        words = ["vitcut", "suggest", *([] if source is None else ["--source", source])]
+        words += ["--model", model, "--out", "labels.yaml"]
+        raise TaskError(
+            f"{len(unknown)} of the data's {len(data.ids)} classes are none of {labels.owner}'s: "
+            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; say with --task which "
+            f"of its classes they stand for; for a proposal: {shlex.join(words)}"
+        )
 
 
 _GIVEN_BY = {

@@ -43,7 +43,7 @@ class Labels:
         found = [position for position, class_id in enumerate(self.ids) if class_id == written]
         if not found and _POSITION.fullmatch(written) and int(written) < len(self.ids):
             return int(written)
-        found = found or self._positions_of_name.get(_plain(written), [])
+        found = found or self._positions_of_name.get(plain_name(written), [])
         if len(found) > 1:
             listed = ", ".join(f"{self.ids[at]} ({self.names[at]})" for at in found[:5])
             raise TaskError(
@@ -54,22 +54,23 @@ class Labels:
 
     def nearest(self, written: str) -> list[str]:
         """Up to three ids and names similar to what was written, the most similar first."""
-        known = {_plain(item): item for item in self.ids}
+        known = {plain_name(item): item for item in self.ids}
         for plain, positions in self._positions_of_name.items():
             name = self.names[positions[0]]
             synonyms = (part.strip() for part in name.split(","))
-            known[plain] = next((part for part in synonyms if _plain(part) == plain), name)
-        return [known[plain] for plain in get_close_matches(_plain(written), list(known), n=3)]
+            known[plain] = next((part for part in synonyms if plain_name(part) == plain), name)
+        return [known[plain] for plain in get_close_matches(plain_name(written), list(known), n=3)]
 
     @cached_property
     def _positions_of_name(self) -> dict[str, list[int]]:
         """Positions of the classes with a plain name, as a whole or as one of the synonyms."""
         positions: dict[str, list[int]] = {}
         for at, name in enumerate(self.names):
-            for plain in {_plain(name), *map(_plain, name.split(","))} - {""}:
+            for plain in {plain_name(name), *map(plain_name, name.split(","))} - {""}:
                 positions.setdefault(plain, []).append(at)
         return positions
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name as it is compared: whatever the case, with spaces for underscores."""
     return " ".join(name.casefold().replace("_", " ").split())

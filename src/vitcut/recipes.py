@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import ConfigError, one_line
+from vitcut.errors import ConfigError, TaskError, one_line
 from vitcut.images.settings import DataSettings
 from vitcut.inputs import (
     OWN,
@@ -187,6 +187,7 @@ def train(
     Raises:
         ConfigError: The image size is not a multiple of the patch size, or an argument is for
             another kind of training.
+        TaskError: The images are labelled with groups, not with the task's classes.
         UnsupportedModelError: The model's classifier cannot be replaced.
         ArtefactError: ``out`` holds something else.
     """
@@ -197,7 +198,7 @@ def train(
         settings = TrainSettings(**{k: v for k, v in found.items() if k != "layer_decay"})
     settings = settings or TrainSettings()
     check_train({"model": model, "transfer": transfer, "vit": vit, "settings": settings})
-    require(images, Images)
+    _require_fine_labels(require(images, Images))
     run, own = Run(out), {"train": as_plain(settings)}
     if transfer.freeze == "backbone":
         own["train"] = {name: own["train"][name] for name in _USED_BY_PROBES}
@@ -260,6 +261,17 @@ def _transferred(
         return replace(made, card=transferred_card(images.task, model.name, result, found))
 
     return _own(run.once("dense", make, Model.load), run)
+
+
+def _require_fine_labels(images: "Images") -> None:
+    task = images.task
+    if task.folders:
+        listed = ", ".join(task.label_ids[:5]) + (", ..." if len(task.label_ids) > 5 else "")
+        raise TaskError(
+            f"a new model cannot learn the {len(task.classes)} classes of task {task.name!r} from "
+            f"images that are labelled with its {len(task.groups)} groups: give a label file of "
+            f"the data's classes, 'classes: [{listed}]', or cut a model that knows the others"
+        )
 
 
 def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: Run) -> "Model":
@@ -327,6 +339,7 @@ def run(
     vit, data = settings.vit, settings.data
     vit.require_whole_patches(data.image_size)
     images = load_images(task=settings.task, **asdict(data))
+    _require_fine_labels(images)
     # What cannot be is refused before the directory is claimed and a model is trained.
     images.calibration(settings.discover.images, seed=settings.discover.seed)
     size, classes = data.image_size, len(images.task.classes)
@@ -392,7 +405,7 @@ def run(
         points = {CLASS_ONLY: class_only(model, images, settings.cut)}
         points |= {item.name: (item.point(target.path), item.model) for item in cuts}
         results = measure(model, images, points, settings.bench)
-        write_cards(results, target.path)
+        write_cards(results, target.path, images.task)
         return results
 
     return target.once(RESULTS_FILE, measured, Results.load)

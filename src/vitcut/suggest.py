@@ -1,10 +1,87 @@
-"""Suggest a task for classes of ImageNet-1k: groups by their common ancestors in WordNet."""
+"""Suggest a task: groups of ImageNet-1k's classes by their common ancestors in WordNet."""
 
 from functools import cache
 
 from vitcut.errors import ConfigError, TaskError
+from vitcut.labels import Labels, plain_name
 from vitcut.task import Task, TaskClass
-from vitcut.wordnet import imagenet_names, synsets
+from vitcut.wordnet import classes_below, find_synsets, imagenet_names, synsets
+
+
+def is_coarser(class_ids: list[str]) -> bool:
+    """Whether classes of data are whole groups of ImageNet-1k's, to judge by their names."""
+    fine = sum(class_id in imagenet_names() for class_id in class_ids)
+    return fine < 2 <= sum(bool(_candidates(class_id)) for class_id in class_ids)
+
+
+def propose(class_ids: list[str], labels: Labels, name: str) -> tuple[Task, list[str]]:
+    """Make each class of the data a group of the model's classes, by its name.
+
+    A name stands for the classes below the WordNet synset that has it; several may have. A domestic
+    animal comes first (for a cat, the domestic cat before all that WordNet calls cats), then
+    whatever has the most classes. A plural is understood.
+
+    Args:
+        class_ids: Classes of the data, such as "cat"; those without a synset are excluded.
+        labels: The model's classes.
+        name: The name of the task.
+
+    Returns:
+        The task, whose groups are ancestors, and a line on each of them: what it is made of, and
+        what else has its name.
+
+    Raises:
+        TaskError: Fewer than two classes have a synset, or one includes another.
+    """
+    known = set(labels.ids)
+    chosen: list[TaskClass] = []
+    below: dict[str, set[str]] = {}
+    lines: list[str] = []
+    for group in class_ids:
+        found = [key for key in _candidates(group) if known.intersection(classes_below()[key])]
+        if found:
+            told = [_describe(key, known) for key in found]
+            lines.append(f"{group}: {'; or '.join(told)}")
+            below[group] = known.intersection(classes_below()[found[0]])
+            top = synsets()[found[0]].names.split(",")[0]
+            chosen.append(TaskClass(id=found[0], name=top, group=group))
+    if len(chosen) < 2:
+        raise TaskError(
+            f"{len(chosen)} of {len(class_ids)} classes have the name of classes of {labels.owner} "
+            "in WordNet, expected at least 2: write a label file by hand"
+        )
+    for group, own in below.items():
+        for other, others in below.items():
+            if group != other and own <= others:
+                raise TaskError(
+                    f"{other!r} includes {group!r} in WordNet, and a class is of one group only: "
+                    "write a label file by hand"
+                )
+    task = Task(
+        name=name,
+        classes=tuple(sorted(chosen, key=lambda item: item.id)),
+        groups=tuple(below),
+        excluded={key: "no name in WordNet" for key in class_ids if key not in below},
+    )
+    return task, lines
+
+
+def _candidates(written: str) -> tuple[str, ...]:
+    """Synsets that a name may mean, the most likely one first."""
+    plain = plain_name(written)
+    for word in (plain, plain.removesuffix("s")):
+        found = sorted(find_synsets(word), key=lambda key: -len(classes_below()[key]))
+        if found:
+            return tuple(dict.fromkeys([*find_synsets(f"domestic {word}"), *found]))
+    return ()
+
+
+def _describe(synset: str, known: set[str]) -> str:
+    classes = [key for key in classes_below()[synset] if key in known]
+    names = [imagenet_names()[key].split(",")[0] for key in classes[:3]]
+    listed = ", ".join(names) + (", ..." if len(classes) > 3 else "")
+    count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
+    return f"{synset} ({synsets()[synset].names.split(',')[0]}), {count}: {listed}"
 
 
 def suggest(class_ids: list[str], num_groups: int, name: str) -> Task:

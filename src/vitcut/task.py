@@ -14,11 +14,13 @@ import yaml
 from numpy.typing import NDArray
 
 from vitcut.errors import TaskError, one_line
-from vitcut.labels import Labels
+from vitcut.labels import Labels, plain_name
+from vitcut.wordnet import classes_below, find_synsets, synsets
 
 _FORMS = ("groups", "classes", "one")
-_ENTRIES = ("name", "source", "excluded", "rest", *_FORMS)
+_ENTRIES = ("name", "source", "excluded", "rest", "folders", *_FORMS)
 _IGNORE = "ignore"
+_FOLDERS = "'folders: {group: [folder, ...]}'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class TaskClass:
 
     id: str
     """What the model and the data call it; a WordNet id for ImageNet's classes. Before `Task.among`
-    it may also be a position or a name, as written in the label file."""
+    it may also be a position, a name or a WordNet ancestor, as written in the label file."""
     name: str
     """Name for people."""
     group: str
@@ -45,6 +47,9 @@ class Task:
     """Ids that were left out on purpose, with the reason."""
     rest: str | None = None
     """The group of all classes that the task does not name; None ignores them."""
+    folders: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Ids of the data's classes by group, where these are whole groups (``cat/`` and ``dog/``).
+    Empty if the images are labelled with the fine classes."""
 
     def __post_init__(self) -> None:
         owner = f"task {self.name!r}"
@@ -68,33 +73,55 @@ class Task:
         for group in self.groups:
             if sizes[group] == 0 and group != self.rest:
                 raise TaskError(f"{owner}: group {group!r} is empty: add a class or remove it")
+        for group in self.folders.keys() - set(self.groups):
+            raise TaskError(
+                f"{owner} has folders for {group!r}, expected one of {', '.join(self.groups)}"
+            )
+        for folder, count in Counter(f for own in self.folders.values() for f in own).items():
+            if count > 1:
+                listed = ", ".join(group for group, own in self.folders.items() if folder in own)
+                raise TaskError(f"{owner}: folder {folder!r} is listed {count} times: {listed}")
 
     def among(self, labels: Labels) -> "Task":
         """Look up the classes of this task in the classes of a model or of data.
 
         Returns:
-            The task with ids in place of positions and names, and with the rest, if it has one,
-            listed class by class. Looking it up again changes nothing.
+            The task with ids in place of positions and names. A WordNet ancestor is replaced by
+            the classes below it, without those that are excluded. The rest, if there is one, is
+            listed class by class. Looking the task up again changes nothing.
 
         Raises:
             TaskError: A class is unknown, ambiguous or named twice, or no class is left for the
                 rest.
         """
-        positions = {item.id: labels.find(item.id) for item in self.classes}
-        unknown = [written for written, position in positions.items() if position is None]
+        positions: dict[str, tuple[int, ...]] = {}
+        above: set[str] = set()
+        for written in self.class_ids:
+            position = labels.find(written)
+            positions[written] = () if position is None else (position,)
+            if position is None:
+                above.add(written)
+                positions[written] = positions_below(written, labels)
+        unknown = [written for written, found in positions.items() if not found]
         if unknown:
             raise TaskError(unknown_classes(self.name, unknown, labels))
         found: dict[str, TaskClass] = {}
         for item in self.classes:
-            position = positions[item.id] or 0
-            class_id = labels.ids[position]
-            if class_id in found:
-                raise TaskError(
-                    f"task {self.name!r} names class {class_id} twice, as {item.id!r} in group "
-                    f"{item.group!r} and in group {found[class_id].group!r}: name it once"
-                )
-            name = labels.names[position] if item.name == item.id else item.name
-            found[class_id] = TaskClass(id=class_id, name=name, group=item.group)
+            for position in positions[item.id]:
+                class_id = labels.ids[position]
+                if item.id in above and class_id in self.excluded:
+                    continue
+                if class_id in found:
+                    raise TaskError(
+                        f"task {self.name!r} names class {class_id} twice, as {item.id!r} in group "
+                        f"{item.group!r} and in group {found[class_id].group!r}: name it once"
+                    )
+                name = labels.names[position]
+                if item.id in above:
+                    name = synsets()[class_id].names if name == class_id else name
+                elif item.name != item.id:
+                    name = item.name
+                found[class_id] = TaskClass(id=class_id, name=name, group=item.group)
         if self.rest is not None:
             named = found.keys() | self.excluded.keys()
             for class_id, name in zip(labels.ids, labels.names, strict=True):
@@ -106,6 +133,58 @@ class Task:
                     f"{self.rest!r}: remove 'rest', or name fewer classes"
                 )
         return replace(self, classes=tuple(found[key] for key in sorted(found)))
+
+    def for_data(self, data: Labels) -> "Task":
+        """Settle what the images are labelled with: the fine classes, or whole groups.
+
+        If the data has none of the fine classes, a group's images are those of the data's class
+        with the name of the group, whatever its case. ``folders`` says so explicitly.
+
+        Args:
+            data: The classes of the data. The task names its own by their ids.
+
+        Returns:
+            The task, with folders for every group or for none.
+
+        Raises:
+            TaskError: The data lacks a class or a folder.
+        """
+        named = [item.id for item in self.classes if item.group != self.rest]
+        missing = [class_id for class_id in named if class_id not in data.ids]
+        if not self.folders and not missing:
+            return self
+        found = {group: self.folders.get(group) or _called(group, data) for group in self.groups}
+        if not self.folders and (len(missing) < len(named) or not any(found.values())):
+            raise TaskError(
+                f"{unknown_classes(self.name, missing, data)}; if its classes are whole groups, "
+                f"list them: 'folders: {{{self.groups[0]}: [{data.ids[0]}]}}'"
+            )
+        for group, folders in found.items():
+            unknown = [folder for folder in folders if folder not in data.ids]
+            if unknown or not folders:
+                lacks = f"the folder {unknown[0]!r}" if unknown else "a folder of that name"
+                raise TaskError(
+                    f"task {self.name!r}: {data.owner} lacks {lacks} for group {group!r}, it has "
+                    f"{', '.join(data.ids[:5])}{', ...' if len(data.ids) > 5 else ''}: give the "
+                    f"label file 'folders: {{{group}: [FOLDER]}}', or remove the group"
+                )
+        return replace(self, folders=found)
+
+    @cached_property
+    def label_ids(self) -> tuple[str, ...]:
+        """Ids of the classes that images are labelled with, in order: fine ones, or folders."""
+        if not self.folders:
+            return self.class_ids
+        return tuple(sorted(folder for own in self.folders.values() for folder in own))
+
+    @cached_property
+    def group_of_label(self) -> NDArray[np.int64]:
+        """The group number of each class that images are labelled with, shape [labels]."""
+        if not self.folders:
+            return self.group_of_class
+        group_of = {folder: group for group, own in self.folders.items() for folder in own}
+        numbers = [self.groups.index(group_of[folder]) for folder in self.label_ids]
+        return np.array(numbers, dtype=np.int64)
 
     @cached_property
     def class_ids(self) -> tuple[str, ...]:
@@ -130,7 +209,9 @@ class Task:
             for group in self.groups
         }
         # Without a rest there is no entry: run directories of earlier versions have none either.
-        rest = {} if self.rest is None else {"rest": self.rest}
+        rest: dict[str, Any] = {} if self.rest is None else {"rest": self.rest}
+        folders = {group: list(own) for group, own in self.folders.items()}
+        rest |= {"folders": folders} if folders else {}
         groups = {group: listed for group, listed in members.items() if listed}
         return {"name": self.name, "excluded": dict(self.excluded), **rest, "groups": groups}
 
@@ -212,6 +293,9 @@ def parse_task(text: str, *, origin: str) -> Task:
     rest = content.get("rest", "other" if "one" in content else _IGNORE)
     if not isinstance(rest, str) or not rest:
         raise TaskError(f"{origin}: 'rest' must be a group's name or {_IGNORE!r}, got {rest!r}")
+    folders = content.get("folders") or {}
+    if not isinstance(folders, dict):
+        raise TaskError(f"{origin} is not a label file: expected {_FOLDERS}")
     classes = [
         TaskClass(id=written, name=name or written, group=group)
         for group, members in groups.items()
@@ -223,6 +307,10 @@ def parse_task(text: str, *, origin: str) -> Task:
         groups=tuple(groups) if rest == _IGNORE or rest in groups else (*groups, rest),
         excluded={str(key): str(reason) for key, reason in excluded.items()},
         rest=None if rest == _IGNORE else rest,
+        folders={
+            group: tuple(folder for folder, _ in listed)
+            for group, listed in _members_by_group(folders, origin, _FOLDERS).items()
+        },
     )
 
 
@@ -234,6 +322,14 @@ def unknown_classes(name: str, unknown: list[str], labels: Labels) -> str:
         unknown: The classes, as written.
         labels: The classes that exist.
     """
+    for written in unknown:
+        ancestors = [key for key in find_synsets(written) if len(classes_below()[key]) > 1]
+        if ancestors:
+            return (
+                f"task {name!r} names {written!r}, but {labels.owner} has no class below WordNet's "
+                f"{ancestors[0]} ({synsets()[ancestors[0]].names}); its classes are such as "
+                f"{', '.join(labels.ids[:3])}: name some of them, or use another model or source"
+            )
     listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
     near = next((near for near in map(labels.nearest, unknown) if near), list(labels.ids[:3]))
     # Only a model can be taught classes that it lacks.
@@ -244,6 +340,46 @@ def unknown_classes(name: str, unknown: list[str], labels: Labels) -> str:
         f"label file (ids, positions 0 to {len(labels.ids) - 1}, or names), or use another source"
         f"{taught if labels.owner.startswith('model ') else ''}"
     )
+
+
+def positions_below(written: str, labels: Labels) -> tuple[int, ...]:
+    """Positions of the classes below a WordNet ancestor; none if there are no such classes.
+
+    Args:
+        written: Id or name of the ancestor.
+        labels: Classes, some of which have the WordNet ids of ImageNet-1k.
+
+    Raises:
+        TaskError: Several ancestors have the name, and other classes.
+    """
+    position = {class_id: at for at, class_id in enumerate(labels.ids)}
+    found: dict[tuple[int, ...], str] = {}
+    for key in find_synsets(written):
+        below = tuple(position[own] for own in classes_below()[key] if own in position)
+        if below:
+            found.setdefault(below, key)
+    if len(found) > 1:
+        listed = ", ".join(
+            f"{key} ({synsets()[key].names}: {len(below)} classes)" for below, key in found.items()
+        )
+        raise TaskError(
+            f"{written!r} is the name of {len(found)} ancestors in WordNet: {listed}: write the id "
+            "instead"
+        )
+    return next(iter(found), ())
+
+
+def _called(group: str, data: Labels) -> tuple[str, ...]:
+    """The class of the data with the name of a group, if there is one."""
+    if group in data.ids:
+        return (group,)
+    found = [own for own in data.ids if plain_name(own) == plain_name(group)]
+    if len(found) > 1:
+        raise TaskError(
+            f"{len(found)} classes of {data.owner} have the name of group {group!r}: "
+            f"{', '.join(found)}: give the label file 'folders: {{{group}: [FOLDER]}}'"
+        )
+    return tuple(found)
 
 
 def _groups(content: dict[Any, Any], origin: str) -> dict[str, list[tuple[str, str]]]:
@@ -268,7 +404,17 @@ def _groups(content: dict[Any, Any], origin: str) -> dict[str, list[tuple[str, s
     groups = content.get("groups")
     if not isinstance(groups, dict):
         raise TaskError(f"{origin} is not a label file: expected {expected}")
-    return {str(group): _members(listed, origin, expected) for group, listed in groups.items()}
+    return _members_by_group(groups, origin, expected)
+
+
+def _members_by_group(
+    groups: dict[Any, Any], origin: str, expected: str
+) -> dict[str, list[tuple[str, str]]]:
+    """The members of each group; a single one may stand without brackets."""
+    return {
+        str(group): _members([own] if isinstance(own, str) and own else own, origin, expected)
+        for group, own in groups.items()
+    }
 
 
 def _members(listed: Any, origin: str, expected: str) -> list[tuple[str, str]]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from vitcut.labels import Labels, plain_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Synset:
@@ -38,3 +40,40 @@ def imagenet_names() -> dict[str, str]:
     """
     ancestors = {above for synset in synsets().values() for above in synset.hypernyms}
     return {key: synset.names for key, synset in synsets().items() if key not in ancestors}
+
+
+def imagenet_labels() -> Labels:
+    """The classes of ImageNet-1k, in the usual order."""
+    names = imagenet_names()
+    return Labels(owner="ImageNet-1k", ids=tuple(names), names=tuple(names.values()))
+
+
+@cache
+def classes_below() -> dict[str, tuple[str, ...]]:
+    """The classes of ImageNet-1k below every synset, by its id; a class is below itself."""
+    below: dict[str, list[str]] = {key: [] for key in synsets()}
+    for class_id in imagenet_names():
+        above, waiting = {class_id}, [class_id]
+        while waiting:
+            found = set(synsets()[waiting.pop()].hypernyms) - above
+            above |= found
+            waiting.extend(found)
+        for key in above:
+            below[key].append(class_id)
+    return {key: tuple(classes) for key, classes in below.items()}
+
+
+def find_synsets(written: str) -> tuple[str, ...]:
+    """The ids of the synsets that have an id or a name, whatever its case."""
+    if written in synsets():
+        return (written,)
+    return _synsets_of_name().get(plain_name(written), ())
+
+
+@cache
+def _synsets_of_name() -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for key, synset in synsets().items():
+        for name in map(plain_name, synset.names.split(",")):
+            found[name] = (*found.get(name, ()), key)
+    return found

@@ -20,7 +20,6 @@ from vitcut.training.loop import Loss, SoftCrossEntropy, train
 from vitcut.training.settings import FinetuneSettings
 
 FINE = FinetuneSettings(**as_plain(SETTINGS))
-GROUPS = torch.from_numpy(TASK.group_of_class)
 
 
 def _batch(images: int = 6) -> Batch:
@@ -33,7 +32,7 @@ def _batch(images: int = 6) -> Batch:
 
 
 def _loss(teacher, **weights) -> Distillation:
-    return Distillation(teacher, GROUPS, replace(FINE, **weights))
+    return Distillation(teacher, TASK, replace(FINE, **weights))
 
 
 def _kl(p, q):
@@ -131,7 +130,7 @@ class Dying(Distillation):
 def _repair(out: Path, *, steps: int = 1000) -> str:
     model, teacher = tiny_model(), tiny_model()
     teacher[1].weight.data.mul_(3)
-    loss = Dying(teacher, GROUPS, FINE)
+    loss = Dying(teacher, TASK, FINE)
     loss.steps_left = steps
     train(model, tiny_images(), FINE, out, preprocessing=PREPROCESSING, loss=loss)
     return weight_hash(model)

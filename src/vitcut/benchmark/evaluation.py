@@ -26,14 +26,15 @@ class Evaluation:
     """What one model answered on one image set, image by image for paired comparisons."""
 
     images: int
-    accuracy_fine: float
+    accuracy_fine: float | None
+    """None if the images are labelled with groups."""
     accuracy_coarse: float
     kl: float | None
     """Mean KL(reference || model) on the task distribution, in nats; None without a reference."""
     confusion: tuple[tuple[int, ...], ...]
     """Images by true group (rows) and predicted group (columns)."""
-    correct_fine: NDArray[np.bool_]
-    """Whether the best fine class is the label, shape [images]."""
+    correct_fine: NDArray[np.bool_] | None
+    """Whether the best fine class is the label, shape [images]; None as for the accuracy."""
     correct_coarse: NDArray[np.bool_]
     """Whether the most probable group is the label's, shape [images]."""
     log_probs: Float[Tensor, "images groups"]
@@ -56,7 +57,7 @@ def evaluate(
     Args:
         model: Normalised images to fine logits; a module or any function.
         images: In the order of the reference.
-        task: Its fine classes are the model's.
+        task: Its fine classes are the model's, and its labels the images'.
         preprocessing: The model's; images are normalised by its mean and std, and brought to the
             type and device of the module.
         reference: What the dense model answered on the same images.
@@ -112,15 +113,17 @@ def evaluate(
                 f"{list(reference.log_probs.shape)}: evaluate the dense model on the same images"
             )
         kl = kl_divergence(reference.log_probs.double(), log_probs).mean().item()
-    true_groups = group_of_class[images.labels]
+    true_groups = task.group_of_label[images.labels]
     predicted_groups = log_probs.argmax(dim=1).numpy()
     confusion = np.zeros((groups, groups), dtype=np.int64)
     np.add.at(confusion, (true_groups, predicted_groups), 1)
-    correct_fine = logits.argmax(dim=1).numpy() == images.labels
+    correct_fine = None
+    if not task.folders:
+        correct_fine = logits.argmax(dim=1).numpy() == images.labels
     correct_coarse = predicted_groups == true_groups
     return Evaluation(
         images=len(images),
-        accuracy_fine=float(correct_fine.mean()),
+        accuracy_fine=None if correct_fine is None else float(correct_fine.mean()),
         accuracy_coarse=float(correct_coarse.mean()),
         kl=kl,
         confusion=tuple(tuple(row) for row in confusion.tolist()),

@@ -145,7 +145,10 @@ def find_circuits(
                 groups = images.task.group_of_class
                 pixels = normalise(chosen.all(), model.preprocessing)
                 examples = make_examples(
-                    pixels, groups[chosen.labels], torch.from_numpy(groups), settings
+                    pixels,
+                    images.task.group_of_label[chosen.labels],
+                    torch.from_numpy(groups),
+                    settings,
                 )
                 discovery = Discovery(model.weights, examples, settings)
             log = None if run.is_temporary else run.path / folder / "decisions.jsonl"

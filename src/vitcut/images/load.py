@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from vitcut.errors import ConfigError, DataError, TaskError
+from vitcut.errors import ConfigError, DataError
 from vitcut.images.prepare import PreparedData
 from vitcut.images.settings import DataSettings
 from vitcut.images.stratified import choose_evenly, choose_fraction
@@ -18,7 +18,7 @@ from vitcut.preprocessing import WHOLE, Preprocessing
 from vitcut.progress import say
 from vitcut.settings import config_hash
 from vitcut.shapes import Float, Tensor
-from vitcut.task import Task, unknown_classes
+from vitcut.task import Task
 
 _TEST_FRACTION = 0.1
 """Of data that comes in one part."""
@@ -33,7 +33,7 @@ class ImageSet:
     rows: NDArray[np.int64]
     """Which of them belong to this set, shape [images]."""
     labels: NDArray[np.int64]
-    """The task's fine class numbers, shape [images]."""
+    """Positions in the task's ``label_ids``, shape [images]: fine class numbers, or folders."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,7 +60,7 @@ class Images:
     """Everything that training, discovery and evaluation read of one source for one task."""
 
     task: Task
-    """Names the labels."""
+    """Names the labels, and says which group each belongs to."""
     train: ImageSet
     """For fitting and calibration."""
     val: ImageSet
@@ -77,7 +77,7 @@ class Images:
     """The settings and the task, with its classes' ids, that load these images again."""
 
     def calibration(self, count: int, *, seed: int) -> ImageSet:
-        """Training images for discovery, equally many of each fine class.
+        """Training images for discovery, equally many of each class that they are labelled with.
 
         The task's rest, if it has one, counts as a single class.
 
@@ -103,7 +103,7 @@ def split(
     task: Task,
     preprocessing: Preprocessing,
 ) -> Images:
-    """Split prepared images for a task whose classes are named by their ids.
+    """Split prepared images for a task.
 
     The splits are made class by class, before the task picks its classes. So no image that is used
     for validation or test in one task is used for training in another.
@@ -111,25 +111,22 @@ def split(
     Args:
         prepared: All images of the source.
         settings: The source, the image size and the splits.
-        task: Its classes are named by the data's ids.
+        task: Its classes are named by their ids. Images may be labelled with these, or with groups.
         preprocessing: How the images were prepared.
 
     Raises:
         DataError: A class has too few images to be split.
         TaskError: The task names a class that the data lacks.
     """
-    named = (item.id for item in task.classes if item.group != task.rest)
-    missing = [class_id for class_id in named if class_id not in prepared.class_names]
-    if missing:
-        raise TaskError(unknown_classes(task.name, missing, prepared.labels))
-    ignored = len(set(prepared.class_names) - set(task.class_ids))
+    task = task.for_data(prepared.labels)
+    ignored = len(set(prepared.class_names) - set(task.label_ids))
     if ignored:
         say(
             f"data: left out {ignored} of {len(prepared.class_names)} classes, which are not of "
             f"task {task.name!r}"
         )
-    # The fine class number of every image; -1 for classes that the task does not name.
-    number = {class_id: label for label, class_id in enumerate(task.class_ids)}
+    # The label of every image; -1 for classes that the task does not name.
+    number = {class_id: label for label, class_id in enumerate(task.label_ids)}
     ids, members = np.unique(prepared.class_ids, return_inverse=True)
     labels = np.array([number.get(str(name), -1) for name in ids], dtype=np.int64)[members]
     test = prepared.splits == "test"
@@ -159,6 +156,7 @@ def split(
             settings.val_fraction,
             [(item.id, item.group) for item in task.classes],
             task.groups,
+            *([task.folders] if task.folders else []),
             *([] if preprocessing.framing == WHOLE else [asdict(preprocessing.framing)]),
         ),
         origin={**asdict(settings), "source": source, "task": task.to_dict()},
@@ -194,8 +192,8 @@ def _refuse_missing_classes(images: ImageSet, task: Task, name: str) -> None:
     missing = np.setdiff1d(np.flatnonzero(~rest), images.labels)
     if len(missing):
         raise DataError(
-            f"class {task.class_ids[missing[0]]} has no {name} images "
-            f"({len(missing)} of {len(task.class_ids)} classes have none): expected at least one; "
+            f"class {task.label_ids[missing[0]]} has no {name} images "
+            f"({len(missing)} of {len(task.label_ids)} classes have none): expected at least one; "
             "add images, or take the class out of the label file"
         )
     if rest.any() and not rest[images.labels].any():
@@ -206,5 +204,5 @@ def _refuse_missing_classes(images: ImageSet, task: Task, name: str) -> None:
 
 
 def _in_rest(task: Task) -> NDArray[np.bool_]:
-    """Whether each fine class belongs to the rest, which the data may lack."""
-    return np.array([item.group == task.rest for item in task.classes])
+    """Whether each label belongs to the rest, whose classes the data may lack."""
+    return np.array([task.groups[group] == task.rest for group in task.group_of_label])

@@ -11,7 +11,7 @@ from vitcut.labels import Labels
 from vitcut.model.adapters import read_weights
 from vitcut.model.weights import ViTWeights
 from vitcut.task import Task
-from vitcut.wordnet import imagenet_names
+from vitcut.wordnet import find_synsets, imagenet_names
 
 
 def find_labels(
@@ -45,11 +45,13 @@ def find_labels(
     elif len(task.classes) == num_classes and own.issuperset(task.class_ids):
         ids, names = task.class_ids, task.class_names
         whose = "the task's classes, in the order of their ids"
-    elif len(imagenet) == num_classes and not own.isdisjoint(imagenet):
+    elif len(imagenet) == num_classes and (not own.isdisjoint(imagenet) or names_imagenet(task)):
         ids, names = tuple(imagenet), tuple(imagenet.values())
         whose = "ImageNet-1k's classes, in the usual order"
     elif not own.isdisjoint(positions):
         ids, names, whose = positions, positions, "the data's classes named by position"
+    elif set(task.class_ids) <= set(positions):
+        ids, names, whose = positions, positions, "the label file's classes named by position"
     else:
         also = ", or by ImageNet's WordNet ids" if num_classes == len(imagenet) else ""
         raise TaskError(
@@ -69,7 +71,18 @@ def _data_ids(ids: tuple[str, ...], data: Labels, task: Task) -> tuple[str, ...]
     id_of = dict(zip(map(str.casefold, data.names), data.ids, strict=True))
     id_of |= {item.name.casefold(): item.id for item in task.classes}
     found = tuple(id_of.get(label.casefold(), label) for label in ids)
-    return found if len(set(found)) == len(found) else ids
+    if found != ids and len(set(found)) == len(found):
+        return found
+    names = imagenet_names()
+    # The same thousand names in the same order: ImageNet's.
+    same = [label.casefold() for label in ids] == [name.casefold() for name in names.values()]
+    return tuple(names) if same else ids
+
+
+def names_imagenet(task: Task) -> bool:
+    """Whether a task names classes or ancestors of ImageNet-1k, and nothing else but positions."""
+    written = [own for own in task.class_ids if not own.isdecimal()]
+    return bool(written) and all(map(find_synsets, written))
 
 
 def keep_rows(model: nn.Module, weights: ViTWeights, rows: Sequence[int]) -> nn.Module:

@@ -1,5 +1,6 @@
 """Model cards: what a model is, how it was made, and what was measured of it."""
 
+from collections import Counter
 from pathlib import Path
 
 from vitcut.benchmark.evaluation import Evaluation
@@ -25,11 +26,14 @@ def dense_card(task: Task, result: TrainResult, config: TrainSettings) -> str:
         f"- {group}: {', '.join(item.name for item in task.classes if item.group == group)}"
         for group in task.groups
     )
+    fine = ""
+    if result.accuracy_fine is not None:
+        fine = f"{result.accuracy_fine:.1%} over the {len(task.classes)} classes and "
     return f"""# A small Vision Transformer for the task {task.name!r}
 
 Trained by vitcut: {config.augmentation} augmentation, best of {result.epochs_run} epochs (epoch
 {result.best_epoch}), seed {config.seed}. On val images, which chose the epoch, it reaches
-{result.accuracy_fine:.1%} over the {len(task.classes)} classes and {result.accuracy_coarse:.1%}
+{fine}{result.accuracy_coarse:.1%}
 over the {len(task.groups)} groups.
 
     import timm
@@ -81,7 +85,7 @@ repaired in the same way are compared with it.
 """
 
 
-def compact_card(results: Results, point: Point) -> str:
+def compact_card(results: Results, point: Point, task: Task) -> str:
     """The card of a cut model, with the table that it was measured in."""
     if point.max_abs_diff is None:
         made = f"""{_kept(point)}
@@ -90,11 +94,11 @@ Then repaired: fine-tuned by distillation from the dense model. {_NO_LONGER}"""
     else:
         made = f"""{_kept(point)} Its logits
 differ from the masked original's by at most {point.max_abs_diff:.2g}."""
-    return _card(results, point, made, shown=(point,))
+    return _card(results, point, made, task, shown=(point,))
 
 
 def repaired_card(
-    results: Results, point: Point, result: TrainResult, config: FinetuneSettings
+    results: Results, point: Point, task: Task, result: TrainResult, config: FinetuneSettings
 ) -> str:
     """The card of a repaired model, beside the dense one that got the same repair."""
     made = f"""{_kept(point)}
@@ -102,7 +106,7 @@ def repaired_card(
 Then repaired: fine-tuned by {_recipe(result, config)}.
 {_NO_LONGER}"""
     others = tuple(item for item in results.points if item.name == DENSE_REPAIRED)
-    return _card(results, point, made, shown=(*others, point))
+    return _card(results, point, made, task, shown=(*others, point))
 
 
 def _recipe(result: TrainResult, config: FinetuneSettings) -> str:
@@ -123,7 +127,11 @@ def _kept(point: Point) -> str:
 for the rest."""
 
 
-def _card(results: Results, point: Point, made: str, *, shown: tuple[Point, ...]) -> str:
+def _card(
+    results: Results, point: Point, made: str, task: Task, *, shown: tuple[Point, ...]
+) -> str:
+    sizes = Counter(item.group for item in task.classes)
+    groups = ", ".join(f"{group} ({sizes[group]})" for group in task.groups)
     names = {item.name for item in shown}
     chosen = Results(
         task=results.task,
@@ -145,6 +153,9 @@ tags: [vision-transformer, circuit, pruning]
     from vitcut import CompactViT
     model = CompactViT.from_pretrained("FOLDER")
 
+It tells {len(task.groups)} groups apart, by the summed probability of their classes. Classes per
+group: {groups}.
+
 ## Measured
 
 {to_markdown(point_table(chosen))}
@@ -157,8 +168,8 @@ Speed-ups are against the dense model in the same runtime, with their 95 % inter
 """
 
 
-def write_cards(results: Results, run: Path) -> None:
+def write_cards(results: Results, run: Path, task: Task) -> None:
     """Write the model card of every point that has a model."""
     for point in results.points:
         if point.model is not None:
-            write_text(run / point.model / "README.md", compact_card(results, point))
+            write_text(run / point.model / "README.md", compact_card(results, point, task))

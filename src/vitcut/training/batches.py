@@ -31,7 +31,8 @@ class Batch:
     inputs: Float[Tensor, "images channels y x"]
     """Normalised images."""
     targets: Float[Tensor, "images classes"]
-    """Fine class probabilities; each row sums to one."""
+    """Probabilities of the fine classes, or of the groups if images are labelled with these; each
+    row sums to one."""
 
 
 class TrainingBatches:

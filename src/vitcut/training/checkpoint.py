@@ -32,8 +32,8 @@ class TrainResult:
 
     best_epoch: int
     """Counted from 1; its weights are the result."""
-    accuracy_fine: float
-    """Of the best epoch."""
+    accuracy_fine: float | None
+    """Of the best epoch; None if the images are labelled with groups."""
     accuracy_coarse: float
     """Of the best epoch."""
     epochs_run: int
@@ -56,7 +56,7 @@ class EpochMetrics:
     """Counted from 1."""
     loss: float
     """Mean over the steps of the epoch."""
-    accuracy_fine: float
+    accuracy_fine: float | None
     accuracy_coarse: float
     learning_rate: float
     """At the last step."""

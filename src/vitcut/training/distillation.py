@@ -12,7 +12,8 @@ from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.model.model import weight_hash
 from vitcut.preprocessing import Preprocessing
-from vitcut.shapes import Float, Int, Tensor
+from vitcut.shapes import Float, Tensor
+from vitcut.task import Task
 from vitcut.training.batches import Batch
 from vitcut.training.checkpoint import TrainResult
 from vitcut.training.loop import for_machine, train, training_precision
@@ -44,7 +45,7 @@ def repair(
         ModelError: The model gives another number of classes, or the loss is no longer finite.
     """
     settings = for_machine(settings, out)
-    loss = Distillation(teacher, torch.from_numpy(images.task.group_of_class), settings)
+    loss = Distillation(teacher, images.task, settings)
     return train(model, images, settings, out, preprocessing=preprocessing, loss=loss)
 
 
@@ -59,7 +60,8 @@ class Distillation:
 
     Args:
         teacher: Gives logits of the same fine classes as the student; copied, frozen, in eval mode.
-        group_of_class: The group number of each fine class.
+        task: Has the fine classes of both. If its images are labelled with groups, targets are over
+            these, and the last term has Q in place of q.
         settings: The weights of the terms; precision and compilation are the training's.
 
     Source:
@@ -70,12 +72,13 @@ class Distillation:
     def __init__(
         self,
         teacher: nn.Module,
-        group_of_class: Int[Tensor, "classes"],
+        task: Task,
         settings: FinetuneSettings,
     ) -> None:
         self._settings = settings
-        self._group_of_class = group_of_class
-        self._num_groups = int(group_of_class.max()) + 1
+        self._group_of_class = torch.from_numpy(task.group_of_class)
+        self._num_groups = len(task.groups)
+        self._group_labels = bool(task.folders)
         # A copy: where a dense model is repaired, student and teacher start as the same module.
         self._teacher = deepcopy(teacher).eval().requires_grad_(requires_grad=False)
         self._hash = weight_hash(teacher)
@@ -87,13 +90,15 @@ class Distillation:
         settings = self._settings
         return (
             f"{settings.coarse_weight!r} KL(coarse) + {settings.fine_weight!r} KL(fine) + "
-            f"{settings.label_weight!r} soft cross-entropy, teacher {self._hash}"
+            f"{settings.label_weight!r} soft cross-entropy"
+            f"{' of groups' if self._group_labels else ''}, teacher {self._hash}"
         )
 
     def __call__(self, batch: Batch, logits: Float[Tensor, "images classes"]) -> Float[Tensor, ""]:
         """The weighted sum of the terms, in nats."""
         settings = self._settings
-        loss = settings.label_weight * F.cross_entropy(logits, batch.targets)
+        answers = self._coarse(logits) if self._group_labels else logits
+        loss = settings.label_weight * F.cross_entropy(answers, batch.targets)
         if settings.coarse_weight or settings.fine_weight:
             taught = self._ask(batch.inputs)
             coarse = kl_divergence(self._coarse(taught), self._coarse(logits)).mean()

@@ -28,6 +28,7 @@ from vitcut.progress import Meter, say
 from vitcut.runtime import choose_device, choose_precision, set_threads
 from vitcut.settings import as_plain, require_positive
 from vitcut.shapes import Float, Tensor
+from vitcut.task import Task
 from vitcut.training.batches import Batch, TrainingBatches, normalize
 from vitcut.training.checkpoint import (
     EpochMetrics,
@@ -69,6 +70,24 @@ class SoftCrossEntropy:
         return F.cross_entropy(logits, batch.targets)
 
 
+class GroupCrossEntropy:
+    """Cross-entropy of the task distribution, with targets over groups.
+
+    For one group as the target, it is -log of the summed probability of the group's classes.
+    """
+
+    identity = "soft cross-entropy of groups"
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, batch: Batch, logits: Float[Tensor, "images classes"]) -> Float[Tensor, ""]:
+        """The mean over the images, in nats."""
+        group_of_class = torch.from_numpy(self._task.group_of_class).to(logits.device)
+        groups = coarse_log_probs(logits, group_of_class, len(self._task.groups))
+        return F.cross_entropy(groups, batch.targets)
+
+
 def train(
     model: nn.Module,
     images: Images,
@@ -91,7 +110,7 @@ def train(
         settings: The recipe.
         out: A folder for ``training.json``, ``metrics.jsonl`` and ``checkpoints/``.
         preprocessing: How images are normalised.
-        loss: What to minimise; soft cross-entropy on the fine classes if None.
+        loss: What to minimise; soft cross-entropy with the labels if None.
         layer_decay: The learning rate of a layer, as a fraction of the next one's.
 
     Raises:
@@ -103,7 +122,7 @@ def train(
         require_positive("std", value)
     set_threads(settings.threads)
     settings = for_machine(settings, out)
-    loss = loss or SoftCrossEntropy()
+    loss = loss or (GroupCrossEntropy(images.task) if images.task.folders else SoftCrossEntropy())
     home = next(model.parameters()).device
     known = training_settings(model, images, settings, loss, preprocessing=preprocessing)
     if layer_decay != 1:
@@ -196,12 +215,16 @@ class _Training:
         # accelerate allows one precision per process, autocast one per training: so always "no".
         self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self._device = self._accelerator.device
+        train, num_targets = images.train, len(images.task.class_ids)
+        if images.task.folders:
+            labels = images.task.group_of_label[train.labels]
+            train, num_targets = replace(train, labels=labels), len(images.task.groups)
         self._batches = TrainingBatches(
-            images.train,
+            train,
             settings,
             mean=preprocessing.mean,
             std=preprocessing.std,
-            num_classes=len(images.task.class_ids),
+            num_classes=num_targets,
             device=self._device,
             rank=self._accelerator.process_index,
             num_processes=self._accelerator.num_processes,
@@ -306,7 +329,7 @@ class _Training:
 
 def _best(rows: list[EpochMetrics]) -> EpochMetrics:
     """The first epoch with the highest coarse, then fine, accuracy."""
-    return max(rows, key=lambda row: (row.accuracy_coarse, row.accuracy_fine, -row.epoch))
+    return max(rows, key=lambda row: (row.accuracy_coarse, row.accuracy_fine or 0, -row.epoch))
 
 
 def val_accuracies(
@@ -315,8 +338,10 @@ def val_accuracies(
     *,
     preprocessing: Preprocessing,
     accelerator: Accelerator,
-) -> tuple[float, float]:
+) -> tuple[float | None, float]:
     """Fine and coarse accuracy on the val split, as fractions of 1.
+
+    The fine one is None if the images are labelled with groups.
 
     Args:
         model: Computes in float32; left in eval mode.
@@ -326,7 +351,9 @@ def val_accuracies(
     """
     model.eval()
     device = accelerator.device
-    group_of_class = torch.from_numpy(images.task.group_of_class).to(device)
+    task = images.task
+    group_of_class = torch.from_numpy(task.group_of_class).to(device)
+    group_of_label = torch.from_numpy(task.group_of_label).to(device)
     own = np.arange(len(images.val))[accelerator.process_index :: accelerator.num_processes]
     correct = torch.zeros(2, dtype=torch.int64, device=device)
     for start in range(0, len(own), _VAL_BATCH_SIZE):
@@ -335,13 +362,13 @@ def val_accuracies(
         labels = torch.from_numpy(images.val.labels[rows]).to(device)
         with torch.no_grad():
             logits = model(normalize(pixels, preprocessing.mean, preprocessing.std))
-            coarse = coarse_log_probs(logits, group_of_class, len(images.task.groups))
+            coarse = coarse_log_probs(logits, group_of_class, len(task.groups))
         fine_hits = logits.argmax(1) == labels
-        coarse_hits = coarse.argmax(1) == group_of_class[labels]
+        coarse_hits = coarse.argmax(1) == group_of_label[labels]
         correct += torch.stack([fine_hits.sum(), coarse_hits.sum()])
     total: Any = accelerator.reduce(correct, reduction="sum")
     fine, coarse = (total.double() / len(images.val)).tolist()
-    return fine, coarse
+    return None if task.folders else fine, coarse
 
 
 def create_optimizer(

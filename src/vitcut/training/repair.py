@@ -5,8 +5,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from vitcut import store
 from vitcut.benchmark.bootstrap import paired_interval
 from vitcut.benchmark.evaluation import Evaluation
@@ -139,8 +137,7 @@ def find_repair(
     """
     folder = path / DENSE_REPAIRED if (path / DENSE_REPAIRED).is_dir() else path
     earlier, result = read_training(folder)
-    groups = torch.from_numpy(images.task.group_of_class)
-    loss, taken = Distillation(model.module, groups, settings), model.preprocessing
+    loss, taken = Distillation(model.module, images.task, settings), model.preprocessing
     wanted = training_settings(model.module, images, settings, loss, preprocessing=taken)
     for key, (was, now) in differences(earlier, wanted).items():
         raise ArtefactError(
