@@ -16,7 +16,7 @@ from vitcut.graph import Graph
 from vitcut.preprocessing import numbers
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
-NUM_FLAGS = 73
+NUM_FLAGS = 74
 DRAWN = ["--source", "drawn", "--task", "drawn"]
 
 

@@ -26,7 +26,8 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     device, found = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise ConfigError(f"device {name!r} was asked for, but torch sees {found} CUDA devices")
+        here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(found))])
+        raise ConfigError(f"device {name!r} is not here: torch {torch.__version__} sees {here}")
     return device
 
 
