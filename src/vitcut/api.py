@@ -433,6 +433,7 @@ def bench(
     run: str | Path,
     *,
     settings: BenchSettings = BenchSettings(),
+    device: str = "cpu",
     out: str | Path | None = None,
 ) -> Results:
     """Measure the models of a run directory again.
@@ -440,6 +441,8 @@ def bench(
     Args:
         run: Run directory of a finished run, cut or finetune.
         settings: Runtimes, batch sizes and timing.
+        device: Where torch computes: cpu, cuda, cuda:N, or auto (cuda if there is one). ONNX
+            Runtime and OpenVINO stay on the CPU.
         out: Run directory for the new ``results.json``.
 
     Raises:
@@ -459,10 +462,10 @@ def bench(
             remedy = f"a circuit is measured when it is cut: vitcut cut {path}"
         raise ArtefactError(f"nothing was measured in {path}: {remedy}")
     earlier = Results.load(path / RESULTS_FILE)
-    model = load_model(path)
+    model = load_model(path, device=device)
     images = load_images(model=model)
     model = for_images(model, images)
-    chosen = {"run": str(path.resolve()), "bench": as_plain(settings)}
+    chosen = {"run": str(path.resolve()), "bench": as_plain(settings), "device": device}
     target.claim({**subject(model, images), **chosen})
     points: dict[str, tuple[Point, nn.Module]] = {
         CLASS_ONLY: class_only(model, images, CutSettings())

@@ -110,6 +110,9 @@ def measure(
         settings: Runtimes, batch sizes and times.
         evaluations: What `evaluate_points` gave, where it is there already.
     """
+    # All on the device of the dense model: only then are their times comparable.
+    for _, module in points.values():
+        module.to(model.weights.device)
     found = evaluate_points(model, images, points) if evaluations is None else evaluations
     everything = {DENSE: (dense_point(model), model.module), **points}
     # Few images are repeated to fill the largest batch.
