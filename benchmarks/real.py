@@ -1,6 +1,6 @@
-"""Make docs/benchmarks/real again: a pretrained ViT cut for two tasks, repaired, and timed.
+r"""Make docs/benchmarks/real again: a pretrained ViT cut for two tasks, repaired, and timed.
 
-    uv run --extra openvino python benchmarks/real.py --model timm:vit_tiny_patch16_224 \\
+    uv run --extra openvino python benchmarks/real.py --model timm:vit_tiny_patch16_224 \
         --animals tiny-imagenet-200.zip --cats-dogs cats-dogs-256.zip
 
 Every step has its own run directory under ``--out`` and is not done again once it is finished; one

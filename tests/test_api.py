@@ -78,12 +78,14 @@ def test_the_public_names_are_these():
     functions = ["evaluate", "load_images", "load_model", "load_task", "register_adapter"]
     verbs = [
         *("bench", "checks", "cut", "demo", "discover", "finetune", "prepare", "run", "show"),
-        *("suggest", "train"),
+        *("info", "suggest", "train"),
     ]
     expected = [*values, *functions, *verbs, *(f"{name}Settings" for name in settings)]
     assert sorted(vitcut.__all__) == sorted(expected)
     assert dir(vitcut) == sorted(vitcut.__all__)
-    assert set(VERBS) == set(verbs)
+    # The command eval is the function evaluate: eval is a builtin of Python.
+    assert set(VERBS) == {*verbs, "eval"}
+    assert VERBS["eval"].call is vitcut.evaluate
 
 
 def test_every_public_name_is_there():

@@ -17,7 +17,7 @@ from vitcut.preprocessing import numbers
 from vitcut.training.settings import TrainSettings
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
-NUM_FLAGS = 75
+NUM_FLAGS = 78
 DRAWN = ["--source", "drawn", "--task", "drawn"]
 
 
@@ -143,7 +143,7 @@ ERRORS = {
     ),
     "two budgets": (
         ["cut", "--target-macs", "0.2", "--target-latency", "0.2"],
-        "give target-macs or target-latency, got both",
+        "got target-macs and target-latency",
     ),
     "no MACs": (["cut", "--target-macs", "0"], "target-macs must be above 0 and below 1 of dense"),
     "more MACs than dense": (["cut", "--target-macs", "1.5"], "below 1 of dense, got 1.5"),

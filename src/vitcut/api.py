@@ -16,13 +16,16 @@ from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
-from vitcut.errors import ArtefactError, ConfigError, TaskError
+from vitcut.errors import ArtefactError, ConfigError
 from vitcut.images.settings import DataSettings
 from vitcut.inputs import (
     for_images,
     load_images,
     load_model,
+    plain_images,
+    preprocessing_of,
     require,
+    require_classes_of,
     require_made_for,
     subject,
 )
@@ -30,6 +33,7 @@ from vitcut.labels import Labels
 from vitcut.names import SHIPPED_MODEL
 from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Point, Results
 from vitcut.runs import (
+    DIFFERENCE_FILE,
     REPAIR_FILE,
     RESULTS_FILE,
     Run,
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
     from vitcut.images.load import Images
     from vitcut.images.prepare import PreparedData
     from vitcut.model.model import Model
+    from vitcut.preprocessing import Preprocessing
+    from vitcut.report.info import Info
     from vitcut.training.repair import Repaired
 
 
@@ -310,6 +316,8 @@ def finetune(
         start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
     run = Run(out)
     model = for_images(model, images)
+    if settings.device == "auto":
+        settings = replace(settings, device=str(model.weights.device))
     # Chosen once, so that the dense model is trained in the same way.
     asked, settings = settings, for_machine(settings, run.path)
     repairs.require_cut_of(start.model, model, images)
@@ -373,51 +381,83 @@ def finetune(
     return repairs.Repaired(cut=repaired, dense=dense, repair=told, results=results)
 
 
-def evaluate(model: "Model | CompactViT | Cut", images: "Images") -> "Evaluation":
-    """Measure a dense or compact model on the test images.
+def evaluate(
+    model: "Model | CompactViT | Cut",
+    images: "Images",
+    *,
+    against: "Model | CompactViT | Cut | None" = None,
+    out: str | Path | None = None,
+) -> "Evaluation":
+    """Measure the accuracy of a dense or cut model on test images.
 
     Args:
         model: From `load_model`, `cut` or ``CompactViT.from_pretrained``.
         images: The images of the task that the model was made for.
+        against: Another model, to compare with image by image; KL is the divergence from it.
+        out: Run directory for ``results.json``, and ``difference.json`` if models are compared.
+
+    Returns:
+        Accuracies and confusion, and the difference to the other model with its interval.
 
     Raises:
         TaskError: The model's classes are not the task's.
         ConfigError: The images were not prepared as the model needs them.
         ModelError: A logit is NaN or infinite.
+        ArtefactError: ``out`` holds something else.
     """
-    from vitcut.benchmark.evaluation import evaluate as measure_accuracy
+    from vitcut.benchmark.points import dense_point, measure_accuracy
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images
+    from vitcut.model.model import weight_hash
 
-    model = model.model if isinstance(model, Cut) else model
-    if not isinstance(model, CompactViT):
-        model = for_images(model, images)
-        return measure_accuracy(model.module, images.test, images.task, model.preprocessing)
-    info, task = model.info, require(images, Images).task
-    # Labels of transformers are texts: a folder's name, or what a person calls the class.
-    known = [{item.id, item.name} for item in task.classes]
-    same = len(known) == len(info.class_names) and all(
-        name in either for name, either in zip(info.class_names, known, strict=True)
-    )
-    if info.class_names and not same:
-        raise TaskError(
-            f"the model's classes are not those of task {task.name!r}: use the label file that it "
-            "was made for"
-        )
-    if info.preprocessing is None:
-        raise ConfigError(
-            "the compact model does not say how its images are made: set model.info to a ModelInfo "
-            "with its preprocessing"
-        )
-    require_made_for(info.preprocessing, images)
-    return measure_accuracy(model, images.test, task, info.preprocessing)
+    run, asked = Run(out), {"model": model} | ({} if against is None else {"against": against})
+    ready: list[tuple[Point, nn.Module, Preprocessing]] = []
+    noted: dict[str, Any] = {}
+    for role, given in asked.items():
+        if isinstance(given, (Cut, CompactViT)):
+            cut = Cut(model=given, circuit=None) if isinstance(given, CompactViT) else given
+            require_classes_of(cut.model, require(images, Images).task)
+            require_made_for(preprocessing_of(cut.model), images)
+            name = cut.name if cut.folder is None else str(cut.folder)
+            point = replace(cut.point(run.path), name=name)
+            ready.append((point, cut.model, preprocessing_of(cut.model)))
+            noted[role] = {"model": name, "weight_hash": weight_hash(cut.model)}
+        else:
+            dense = for_images(given, images)
+            point = dense_point(dense, name=dense.name)
+            ready.append((point, dense.module, dense.preprocessing))
+            noted[role] = subject(dense, images)["model"]
+    run.claim({**noted, "images": plain_images(images)})
+    results, found = measure_accuracy(images, *ready)
+    results.save(run.path / RESULTS_FILE)
+    if found.difference is not None:
+        found.difference.save(run.path / DIFFERENCE_FILE)
+    return found
+
+
+def info(model: "Model | CompactViT | Cut") -> "Info":
+    """Tell what a model is, and how small it can be cut, without reading images.
+
+    Args:
+        model: From `load_model`, `cut` or ``CompactViT.from_pretrained``.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    from vitcut.compact.model import CompactViT
+    from vitcut.compiler.cut import Cut
+    from vitcut.model.model import Model
+    from vitcut.report.info import describe
+
+    return describe(model if isinstance(model, (Cut, CompactViT)) else require(model, Model))
 
 
 def bench(
     run: str | Path,
     *,
     settings: BenchSettings = BenchSettings(),
+    device: str = "cpu",
     out: str | Path | None = None,
 ) -> Results:
     """Measure the models of a run directory again.
@@ -425,6 +465,8 @@ def bench(
     Args:
         run: Run directory of a finished run, cut or finetune.
         settings: Runtimes, batch sizes and timing.
+        device: Where torch computes: cpu, cuda, cuda:N, or auto (cuda if there is one). ONNX
+            Runtime and OpenVINO stay on the CPU.
         out: Run directory for the new ``results.json``.
 
     Raises:
@@ -444,10 +486,10 @@ def bench(
             remedy = f"a circuit is measured when it is cut: vitcut cut {path}"
         raise ArtefactError(f"nothing was measured in {path}: {remedy}")
     earlier = Results.load(path / RESULTS_FILE)
-    model = load_model(path)
+    model = load_model(path, device=device)
     images = load_images(model=model)
     model = for_images(model, images)
-    chosen = {"run": str(path.resolve()), "bench": as_plain(settings)}
+    chosen = {"run": str(path.resolve()), "bench": as_plain(settings), "device": device}
     target.claim({**subject(model, images), **chosen})
     points: dict[str, tuple[Point, nn.Module]] = {
         CLASS_ONLY: class_only(model, images, CutSettings())

@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from vitcut import api
 from vitcut.errors import ConfigError, VitcutError
-from vitcut.inputs import load_images, load_model
+from vitcut.inputs import load_either, load_images, load_model
 from vitcut.names import SHIPPED_MODEL
 from vitcut.recipes import (
     RunSettings,
@@ -37,14 +37,21 @@ from vitcut.recipes import (
     train,
 )
 from vitcut.report import show
-from vitcut.runs import Run, find_circuit, find_cut, find_run
+from vitcut.report.info import show_info
+from vitcut.results import DENSE
+from vitcut.runs import Run, find_circuit, find_cut, find_run, has_cut
 from vitcut.settings import as_plain
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 _LEFT_OPEN = {"--compile"}
 """Yes/no flags whose default is neither."""
-LOADERS: dict[str, Callable[..., Any]] = {"Model": load_model, "Images": load_images}
+EITHER = "Model | CompactViT | Cut"
+LOADERS: dict[str, Callable[..., Any]] = {
+    "Model": load_model,
+    EITHER: load_either,
+    "Images": load_images,
+}
 """Functions that make arguments which nobody can type; their own arguments become flags."""
 _NOT_TYPED = {"model", "seed", "val_fraction", "new_head"}
 """Arguments of `load_images` without a flag: the model is the command's, and a seed that is typed
@@ -141,7 +148,7 @@ def _dispatch(typed: list[str]) -> int:
     result = verb.call(**_values(verb, parser, typed_values, changes))
     if verb.show is not None:
         verb.show(result)
-    if verb.out is not None:
+    if verb.out is not None or typed_values.get("out") is not None:
         sys.stdout.write(f"results: {typed_values.out}\n")
     if verb.then is not None:
         sys.stdout.write(f"next: {verb.then(typed_values)}\n")
@@ -178,19 +185,30 @@ def build_parser(name: str) -> ArgumentParser:
             parser.add_class_arguments(settings, skip=known & {f.name for f in fields(settings)})
             known |= {field.name for field in fields(settings)}
         elif kind in LOADERS:
-            described = parse_docstring(LOADERS[kind].__doc__ or "")
             optional = parameter.default is None
-            for own in inspect.signature(LOADERS[kind]).parameters.values():
+            for own, described in _loading(kind):
                 if own.name in known or (kind == "Images" and own.name in _NOT_TYPED):
                     continue
                 known.add(own.name)
-                help_text = _help(told if optional and own.name == "model" else described, own.name)
-                _add(parser, own, help_text, flag=True)
+                help_text = _help(told, "model") if optional and own.name == "model" else described
+                # What a command is about is its first word, as in `vitcut info MODEL`.
+                flag = kind != EITHER or own.name != "model"
+                _add(parser, own, help_text, flag=flag)
         elif parameter.name != "changes":
             known.add(parameter.name)
             flag = parameter.kind is parameter.KEYWORD_ONLY or parameter.name in {"model", "source"}
             _add(parser, parameter, _help(told, parameter.name), flag=flag)
     return parser
+
+
+def _loading(kind: str) -> Iterator[tuple[inspect.Parameter, str]]:
+    """The arguments of a loader, with their help; some of `load_either`'s are `load_model`'s."""
+    told = parse_docstring(LOADERS[kind].__doc__ or "")
+    for own in inspect.signature(LOADERS[kind]).parameters.values():
+        if own.kind is not own.VAR_KEYWORD:
+            yield own, _help(told, own.name)
+    if kind == EITHER:
+        yield from _loading("Model")
 
 
 def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, flag: bool) -> None:
@@ -248,6 +266,11 @@ def _values(
             model = replace(model, run=base)
         values["model"] = model
         check(values)
+    if loaded.get("model") == EITHER:
+        loading = {own.name: typed[own.name] for own, _ in _loading(EITHER)}
+        values["model"] = LOADERS[EITHER](**loading)
+        if typed.get("against") is not None:
+            values["against"] = LOADERS[EITHER](typed.against, device=typed.device)
     if "images" in parameters:
         names = inspect.signature(load_images).parameters
         loading = {name: typed[name] for name in names if name in typed and name not in _NOT_TYPED}
@@ -368,14 +391,27 @@ def _after_discover(typed: Namespace) -> str:
     return shlex.join(["vitcut", "cut", typed.out, "--point", point])
 
 
-def _after_checks(typed: Namespace) -> str:
-    words = ["vitcut", "cut", "--model", typed.model]
-    if typed.model == SHIPPED_MODEL:
+def _cutting(model: str) -> list[str]:
+    """The words of a cut of a model, up to its budget."""
+    words = ["vitcut", "cut", "--model", model]
+    if model == SHIPPED_MODEL:
         words += ["--source", "TINY_IMAGENET.zip"]
-    elif find_run(typed.model) is None:
+    elif find_run(model) is None:
         words += ["--source", "IMAGES", "--task", "LABELS.yaml"]
-    words += ["--target-latency", "0.2"]
+    return words
+
+
+def _after_checks(typed: Namespace) -> str:
+    words = [*_cutting(typed.model), "--target-latency", "0.2"]
     return shlex.join([*words, *([] if typed.save is None else ["--costs", typed.save])])
+
+
+def _after_info(typed: Namespace) -> str:
+    if has_cut(Path(typed.model)) and typed.point != DENSE:
+        return shlex.join(
+            ["vitcut", "show", "--plan", str(find_cut(Path(typed.model), typed.point))]
+        )
+    return shlex.join([*_cutting(typed.model), "--target-macs", "FRACTION"])
 
 
 def _show_task(task: Any) -> None:
@@ -456,6 +492,9 @@ VERBS = {
         then=_show_of,
         out="runs/finetune",
     ),
+    # `eval` is a builtin of Python, so the function has the longer name.
+    "eval": Verb(call=api.evaluate, show=show.show_evaluation),
+    "info": Verb(call=api.info, show=show_info, then=_after_info),
     "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
     "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
     "show": Verb(call=api.show),

@@ -14,14 +14,25 @@ from vitcut.labels import Labels
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import Preprocessing, numbers
 from vitcut.progress import say
-from vitcut.runs import CONFIG_FILE, is_run, read_settings
+from vitcut.results import DENSE
+from vitcut.runs import CONFIG_FILE, find_cut, find_run, has_cut, is_run, read_settings
 from vitcut.settings import require_positive
-from vitcut.task import Task, all_classes_task, load_task, parse_task, positions_below
+from vitcut.task import (
+    Task,
+    TaskClass,
+    all_classes_task,
+    load_task,
+    parse_task,
+    positions_below,
+)
 from vitcut.wordnet import find_synsets, imagenet_labels
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from vitcut.compact.artefact import ModelInfo
+    from vitcut.compact.model import CompactViT
+    from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images
     from vitcut.model.model import Model
 
@@ -39,6 +50,7 @@ def load_model(
     std: float | Sequence[float] | str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
+    device: str = "cpu",
 ) -> "Model":
     """Load a dense model, read its weights, and check that they reproduce its logits.
 
@@ -55,6 +67,7 @@ def load_model(
         random_weights: Build "timm:NAME" with random weights, without network access.
         image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
             position embeddings are resized. By default the size that its weights were trained at.
+        device: Where the model computes: cpu, cuda, cuda:N, or auto (cuda if there is one).
 
     Raises:
         ModelError: There is no such model, it is damaged, or its weights are not finite.
@@ -63,7 +76,9 @@ def load_model(
         ArtefactError: The run directory is damaged, or of another version.
     """
     from vitcut.model.load import load
+    from vitcut.runtime import choose_device
 
+    place = choose_device(device)
     given: dict[str, Any] = {
         "arch": arch,
         "mean": numbers("mean", mean),
@@ -94,7 +109,7 @@ def load_model(
         # A path is kept absolute: a run directory is read from other places too.
         if str(model) != SHIPPED_MODEL and Path(str(model)).exists():
             model = str(Path(str(model)).resolve())
-    loaded = load(model, **given)
+    loaded = load(model, **given).to(place)
     for name in {"mean", "std"} & typed.keys():
         typed[name] = list(getattr(loaded.preprocessing, name))
     origin = {"model": str(model), **typed} if path is not None else None
@@ -103,11 +118,47 @@ def load_model(
     return replace(loaded, name=loaded.name if path is None else str(path), origin=origin)
 
 
+def load_either(
+    model: "str | Path | nn.Module", *, point: str | None = None, device: str = "cpu", **dense: Any
+) -> "Model | Cut":
+    """Load a dense model, or the cut that a run or model directory holds.
+
+    Args:
+        model: The run directory of a cut, or its model directory; or a dense model: "animals" (the
+            shipped one), another run directory, a timm or transformers folder, "timm:NAME",
+            "hf-hub:REPOSITORY", or a weights file (.safetensors, .pth).
+        point: Which cut to take, if the run directory has several; "dense" takes its dense model.
+        device: Where the model computes: cpu, cuda, cuda:N, or auto (cuda if there is one).
+        **dense: The other arguments of `load_model`, for a dense model.
+
+    Raises:
+        ConfigError: An argument is for another kind of model.
+        ArtefactError: The directory is damaged, or has several cuts and no point is given.
+        ModelError: As for `load_model`.
+    """
+    path = Path(model) if isinstance(model, (str, Path)) and str(model) != SHIPPED_MODEL else None
+    if path is None or point == DENSE or not (point or has_cut(path)):
+        return load_model(model, device=device, **dense)
+    from vitcut.compiler.cut import Cut
+    from vitcut.runtime import choose_device
+
+    for name, value in dense.items():
+        if value not in {None, False}:
+            raise ConfigError(
+                f"{name.replace('_', '-')} is for a dense model, got it with the cut in {path}: "
+                "leave it out"
+            )
+    place = choose_device(device)
+    found = Cut.load(find_cut(path, point))
+    found.model.to(place)
+    return found
+
+
 def load_images(
     source: str | Path | None = None,
     *,
     task: "str | Path | Task | None" = None,
-    model: "Model | None" = None,
+    model: "Model | CompactViT | Cut | None" = None,
     image_size: int | None = None,
     mean: float | Sequence[float] | str | None = None,
     std: float | Sequence[float] | str | None = None,
@@ -125,7 +176,8 @@ def load_images(
             downloaded.
         task: A shipped task ("animals", "cats-dogs", "drawn") or a label file; in Python also a
             `Task`. By default the task of the run directory that the model was loaded from, or else
-            the shipped task with the model's or source's name, or else each class is its own group.
+            the groups that a cut model was made for, or else the shipped task with the model's or
+            source's name, or else each class is its own group.
         model: Prepare images for this model: its size, colours, crop and interpolation. Positions
             and names in the label file then refer to the model's classes instead of the data's.
         image_size: Height and width, in pixels. By default the model's, or 64 without a model.
@@ -151,7 +203,8 @@ def load_images(
 
     if model is not None and (mean is not None or std is not None):
         raise ConfigError("the model says its own mean and std: leave them out of load_images")
-    size = None if model is None else require(model, Model).preprocessing.image_size
+    taken, run, own_task = (None, None, None) if model is None else _wanted_by(model)
+    size = None if taken is None else taken.image_size
     if None not in {size, image_size} and size != image_size:
         raise ConfigError(
             f"the model takes images of {size} pixels, got image_size={image_size}: leave it out"
@@ -163,46 +216,28 @@ def load_images(
         val_fraction=val_fraction,
         skip_bad_images=skip_bad_images,
     )
-    if model is not None and model.run is not None and not (new_head and source is not None):
+    if run is not None and not (new_head and source is not None):
         # What is not said is the run's, but for the image size, which is the model's.
-        stored: Any = read_settings(model.run).get("images")
-        try:
-            own = parse_task(json.dumps(stored.pop("task")), origin=str(model.run))
-            del stored["fingerprint"]
-            stored["image_size"] = settings.image_size
-            base = DataSettings(**stored)
-        except (KeyError, TypeError, AttributeError, TaskError, ConfigError) as error:
-            raise ArtefactError(
-                f"{model.run / CONFIG_FILE} is damaged: {error!r}; run its command again in a new "
-                "directory"
-            ) from None
+        base, own = _images_of(run, image_size=settings.image_size)
         task = own if task is None else task
         skip = base.skip_bad_images or skip_bad_images
         source = base.source if source is None else str(source)
         settings = replace(base, source=source, skip_bad_images=skip)
     if task is None:
-        named = [settings.source, None if model is None or new_head else model.name]
-        task = next((name for name in named if name in {SHIPPED_MODEL, "drawn"}), None)
-    if model is None:
-        given = {"mean": numbers("mean", mean), "std": numbers("std", std)}
-        known: Any = {}
-        for name, value in given.items():
-            if value is not None and len(value) not in {1, 3}:
-                raise ConfigError(f"{name} must be one number or three, got {len(value)}")
-            if value is not None:
-                known[name] = value * 3 if len(value) == 1 else value
-        for value in known.get("std", ()):
-            require_positive("std", value)
-        preprocessing = Preprocessing(image_size=settings.image_size, **known)
-    else:
-        preprocessing = model.preprocessing
+        named = [settings.source]
+        named += [model.name] if isinstance(model, Model) and not new_head else []
+        shipped = next((name for name in named if name in {SHIPPED_MODEL, "drawn"}), None)
+        task = own_task or shipped
+    preprocessing = taken or _own_preprocessing(settings.image_size, mean, std)
     # A label file is read before images are fetched or decoded.
     wanted = task if isinstance(task, Task) or task is None else load_task(task)
     prepared = prepare_images(settings, preprocessing.framing)
     labels = prepared.labels
     every_class = wanted is None
+    if wanted is not None and wanted is own_task:
+        _require_names(wanted, labels)
     wanted = wanted or all_classes_task(labels)
-    if model is not None and not new_head:
+    if isinstance(model, Model) and not new_head:
         classes = model.weights.num_classes
         labels, _ = find_labels(model.labels, model.name, classes, prepared.labels, wanted)
         if every_class:
@@ -223,6 +258,44 @@ def load_images(
     return images
 
 
+def _images_of(run: Path, *, image_size: int) -> tuple[DataSettings, Task]:
+    """The images that a run directory used, at another size, and its task.
+
+    Raises:
+        ArtefactError: What it says of them is damaged.
+    """
+    stored: Any = read_settings(run).get("images")
+    try:
+        task = parse_task(json.dumps(stored.pop("task")), origin=str(run))
+        del stored["fingerprint"]
+        return replace(DataSettings(**stored), image_size=image_size), task
+    except (KeyError, TypeError, AttributeError, TaskError, ConfigError) as error:
+        raise ArtefactError(
+            f"{run / CONFIG_FILE} is damaged: {error!r}; run its command again in a new directory"
+        ) from None
+
+
+def _own_preprocessing(
+    image_size: int,
+    mean: float | Sequence[float] | str | None,
+    std: float | Sequence[float] | str | None,
+) -> Preprocessing:
+    """How images are made for a model that is yet to be trained.
+
+    Raises:
+        ConfigError: Mean or std is neither one number nor three, or a std is not positive.
+    """
+    known: Any = {}
+    for name, value in {"mean": numbers("mean", mean), "std": numbers("std", std)}.items():
+        if value is not None and len(value) not in {1, 3}:
+            raise ConfigError(f"{name} must be one number or three, got {len(value)}")
+        if value is not None:
+            known[name] = value * 3 if len(value) == 1 else value
+    for value in known.get("std", ()):
+        require_positive("std", value)
+    return Preprocessing(image_size=image_size, **known)
+
+
 def _require_fine_classes(data: Labels, labels: Labels, source: str | None, model: str) -> None:
     """Refuse data whose classes are none of the model's, but have the name of a WordNet ancestor.
 
@@ -238,6 +311,64 @@ def _require_fine_classes(data: Labels, labels: Labels, source: str | None, mode
             f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; say with --task which "
             f"of its classes they stand for; for a proposal: {shlex.join(words)}"
         )
+
+
+def _wanted_by(
+    model: "Model | CompactViT | Cut",
+) -> "tuple[Preprocessing, Path | None, Task | None]":
+    """How a model takes images, the run directory it was loaded from, and a cut's own task."""
+    from vitcut.compact.model import CompactViT
+    from vitcut.compiler.cut import Cut
+    from vitcut.model.model import Model
+
+    if isinstance(model, Cut):
+        run = None if model.folder is None else find_run(model.folder)
+        return preprocessing_of(model.model), run, _own_task(model.model.info)
+    if isinstance(model, CompactViT):
+        return preprocessing_of(model), None, _own_task(model.info)
+    model = require(model, Model)
+    return model.preprocessing, model.run, None
+
+
+def _require_names(task: Task, labels: Labels) -> None:
+    """Check that data calls a cut's classes by the names that the cut keeps.
+
+    Raises:
+        TaskError: It does not.
+    """
+    unknown = [name for name in task.class_ids if labels.find(name) is None]
+    if unknown:
+        raise TaskError(
+            f"the data lacks {len(unknown)} of the {len(task.classes)} classes of the cut model, "
+            f"which keeps their names only, such as {unknown[0]!r}: give the label file that it "
+            "was cut for as task"
+        )
+
+
+def preprocessing_of(compact: "CompactViT") -> Preprocessing:
+    """How images are prepared for a compact model.
+
+    Raises:
+        ConfigError: It does not say.
+    """
+    if compact.info.preprocessing is None:
+        raise ConfigError(
+            "the compact model does not say how its images are made: set model.info to a ModelInfo "
+            "with its preprocessing"
+        )
+    return compact.info.preprocessing
+
+
+def _own_task(info: "ModelInfo") -> Task | None:
+    """The classes and groups that a compact model was cut for; None if it does not say."""
+    if not info.class_names or len(info.group_of_class) != len(info.class_names):
+        return None
+    classes = (
+        TaskClass(id=name, name=name, group=info.group_names[number])
+        for name, number in zip(info.class_names, info.group_of_class, strict=True)
+    )
+    ordered = tuple(sorted(classes, key=lambda item: item.id))
+    return Task(name="own", classes=ordered, groups=info.group_names)
 
 
 _GIVEN_BY = {
@@ -288,6 +419,20 @@ def require_made_for(wanted: Preprocessing, images: "Images") -> None:
             raise ConfigError(
                 f"the model takes images with {name} {own}, got {got}: give load_images model=..."
             )
+
+
+def require_classes_of(compact: "CompactViT", task: Task) -> None:
+    """Check that a compact model gives the logits of a task's classes, in its order."""
+    # Labels of transformers are texts: a folder's name, or what a person calls the class.
+    info, known = compact.info, [{item.id, item.name} for item in task.classes]
+    same = len(known) == len(info.class_names) and all(
+        name in either for name, either in zip(info.class_names, known, strict=True)
+    )
+    if info.class_names and not same:
+        raise TaskError(
+            f"the model's classes are not those of task {task.name!r}: use the label file that it "
+            "was made for"
+        )
 
 
 def subject(model: "Model", images: "Images") -> dict[str, Any]:

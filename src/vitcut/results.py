@@ -60,6 +60,25 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AccuracyDifference:
+    """How much more often a point is right than another, on the same images."""
+
+    point: str
+    against: str
+    images: int
+    difference: float
+    """Coarse accuracy of `point` less that of `against`, as fractions of 1."""
+    low: float
+    """Lower end of the 95 % bootstrap interval of `difference`, images drawn in pairs."""
+    high: float
+    """Upper end of the same interval."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it atomically."""
+        store.save(path, self, version=FORMAT_VERSION)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One model of a run: how it was made, how good, how large and how fast it is.
 

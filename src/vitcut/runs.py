@@ -1,5 +1,6 @@
 """A run directory: its settings, and work that is done once and read back afterwards."""
 
+import json
 import os
 import shutil
 import weakref
@@ -15,6 +16,7 @@ from vitcut.progress import say
 from vitcut.store import write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
+DIFFERENCE_FILE = "difference.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 2
 _WITHOUT_EFFECT = {"discover.memory_gib", "discover.precision", "cut.memory_gib"}
@@ -199,6 +201,19 @@ def find_cut(path: Path, point: str | None) -> Path:
             "model directory with config.json and model.safetensors"
         )
     return _choose_point(found, point, path)
+
+
+def has_cut(path: Path) -> bool:
+    """Whether a run, point or model directory holds a compact model."""
+
+    def is_compact(folder: Path) -> bool:
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(config, dict) and "plan" in config
+
+    return any(map(is_compact, (path / "model", path, *path.glob("points/*/model"))))
 
 
 def _choose_point(found: Mapping[str, Path], point: str | None, path: Path) -> Path:

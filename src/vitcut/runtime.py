@@ -22,12 +22,16 @@ _REPORTED_PACKAGES = ("vitcut", "torch", "timm", "onnxruntime", "onnx", "openvin
 def choose_device(name: str) -> torch.device:
     """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     device, found = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise ConfigError(f"device {name!r} was asked for, but torch sees {found} CUDA devices")
+        here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(found))])
+        raise ConfigError(f"device {name!r} is not here: torch {torch.__version__} sees {here}")
+    if device.type == "cuda":
+        # cuDNN would round the patches to TF32: a compact model equals its masked one to 1e-4.
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 

@@ -9,11 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from vitcut.benchmark.bootstrap import paired_interval
 from vitcut.errors import ConfigError, DataError, ModelError, TaskError
 from vitcut.images.load import ImageSet, normalise
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import track
+from vitcut.results import AccuracyDifference
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task
 
@@ -39,6 +41,14 @@ class Evaluation:
     """Whether the most probable group is the label's, shape [images]."""
     log_probs: Float[Tensor, "images groups"]
     """The task distribution in float64; the reference for models cut from this one."""
+    groups: tuple[str, ...]
+    """The names of the groups, in the order of `confusion`."""
+    name: str | None = None
+    """What the model is called, where `vitcut.evaluate` measured it."""
+    against: "Evaluation | None" = None
+    """The model that `vitcut.evaluate` was asked to compare with."""
+    difference: AccuracyDifference | None = None
+    """Coarse accuracy less that of `against`, with its interval."""
 
 
 def evaluate(
@@ -130,6 +140,31 @@ def evaluate(
         correct_fine=correct_fine,
         correct_coarse=correct_coarse,
         log_probs=log_probs,
+        groups=task.groups,
+    )
+
+
+def compare(
+    name: str, found: Evaluation, against: str, other: Evaluation, *, seed: int = 0
+) -> AccuracyDifference:
+    """How much more accurate one model is than another, image by image.
+
+    Args:
+        name: What the first model is called.
+        found: Its answers.
+        against: What the other model is called.
+        other: Its answers on the same images.
+        seed: Of the bootstrap.
+    """
+    own, theirs = found.correct_coarse, other.correct_coarse
+    low, high = paired_interval(own, theirs, seed=seed)
+    return AccuracyDifference(
+        point=name,
+        against=against,
+        images=len(own),
+        difference=float(own.mean() - theirs.mean()),
+        low=low,
+        high=high,
     )
 
 

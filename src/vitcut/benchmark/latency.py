@@ -139,16 +139,18 @@ def time_sessions(
     rng = np.random.default_rng(settings.seed)
     names = list(sessions)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    # The way of the images to a GPU is not timed.
+    examples = {name: example.to(session.device) for name, session in sessions.items()}
     with torch_threads(settings.threads), _without_garbage_collection():
         calls: dict[str, int] = {}
         for name, session in sessions.items():
             # Warm up: the fastest of these calls says how many make a sample that can be timed.
             calls_ms: list[float] = []
             while len(calls_ms) < _WARM_UP_CALLS or sum(calls_ms) < _WARM_UP_MS:
-                calls_ms.append(_sample_ms(session, example, 1))
+                calls_ms.append(_sample_ms(session, examples[name], 1))
             calls[name] = math.ceil(settings.min_sample_ms / min(calls_ms))
         round_ms = sum(
-            _sample_ms(sessions[name], example, calls[name]) * calls[name] for name in names
+            _sample_ms(sessions[name], examples[name], calls[name]) * calls[name] for name in names
         )
         wanted = int(settings.seconds * 1000 * len(names) / round_ms)
         rounds = max(settings.min_rounds, min(wanted, _MAX_ROUNDS))
@@ -158,7 +160,8 @@ def time_sessions(
             for _ in range(rounds):
                 for position in rng.permutation(len(names)):
                     name = names[position]
-                    samples[name].append(_sample_ms(sessions[name], example, calls[name]))
+                    took = _sample_ms(sessions[name], examples[name], calls[name])
+                    samples[name].append(took)
                 meter.advance()
     return {name: np.array(values) for name, values in samples.items()}
 

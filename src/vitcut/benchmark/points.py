@@ -7,12 +7,13 @@ import numpy as np
 from torch import nn
 
 from vitcut.benchmark.bootstrap import paired_interval
-from vitcut.benchmark.evaluation import Evaluation, evaluate
+from vitcut.benchmark.evaluation import Evaluation, compare, evaluate
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.compact.operations import dense_macs
 from vitcut.images.load import Images, normalise
 from vitcut.model.model import Model
+from vitcut.preprocessing import Preprocessing
 from vitcut.results import CLASS_ONLY, DENSE, Point, Results
 from vitcut.runtime import describe_machine
 
@@ -35,6 +36,52 @@ def dense_point(model: Model, *, name: str = DENSE) -> Point:
         params=sum(tensor.numel() for tensor in model.module.parameters()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
+
+
+def add_accuracy(point: Point, found: Evaluation) -> Point:
+    """A point with what its model answered."""
+    return replace(
+        point,
+        accuracy_fine=found.accuracy_fine,
+        accuracy_coarse=found.accuracy_coarse,
+        kl=found.kl,
+        images=found.images,
+        confusion=found.confusion,
+    )
+
+
+def measure_accuracy(
+    images: Images,
+    model: tuple[Point, nn.Module, Preprocessing],
+    against: tuple[Point, nn.Module, Preprocessing] | None = None,
+) -> tuple[Results, Evaluation]:
+    """Evaluate a model on the test images, beside another one if there is one; nothing is timed.
+
+    Args:
+        images: Of the task of both.
+        model: What is known of it, its module, and how it takes images.
+        against: The other one: the reference of the KL divergence and of the difference.
+    """
+    point, module, preprocessing = model
+    other, points = None, [point]
+    if against is not None:
+        # Two modules of one class have the same name.
+        name = f"{against[0].name} (2)" if against[0].name == point.name else against[0].name
+        points.append(replace(against[0], name=name))
+        other = evaluate(against[1], images.test, images.task, against[2])
+        other = replace(other, name=name)
+    found = evaluate(module, images.test, images.task, preprocessing, reference=other)
+    found = replace(found, name=point.name, against=other)
+    if other is not None:
+        difference = compare(points[0].name, found, points[1].name, other)
+        found = replace(found, difference=difference)
+    measured = [found] if other is None else [found, other]
+    results = Results(
+        task=images.task.name,
+        machine=describe_machine(),
+        points=tuple(map(add_accuracy, points, measured)),
+    )
+    return results, found
 
 
 def evaluate_points(model: Model, images: Images, points: Points) -> dict[str, Evaluation]:
@@ -64,6 +111,9 @@ def measure(
         settings: Runtimes, batch sizes and times.
         evaluations: What `evaluate_points` gave, where it is there already.
     """
+    # All on the device of the dense model: only then are their times comparable.
+    for _, module in points.values():
+        module.to(model.weights.device)
     found = evaluate_points(model, images, points) if evaluations is None else evaluations
     everything = {DENSE: (dense_point(model), model.module), **points}
     # Few images are repeated to fill the largest batch.
@@ -76,13 +126,8 @@ def measure(
     )
     measured = {
         name: replace(
-            point,
-            accuracy_fine=found[name].accuracy_fine,
-            accuracy_coarse=found[name].accuracy_coarse,
+            add_accuracy(point, found[name]),
             **_change(found, name, seed=settings.seed),
-            kl=found[name].kl,
-            images=found[name].images,
-            confusion=found[name].confusion,
             latency=report.latencies[name],
         )
         for name, (point, _) in everything.items()

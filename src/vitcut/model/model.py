@@ -1,6 +1,7 @@
 """A dense model as one value: module, checked weights, preprocessing and labels."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Model:
     """
 
     module: nn.Module
-    """From normalised pixels to logits; in eval mode, on the CPU."""
+    """From normalised pixels to logits; in eval mode, on the device of the weights."""
     name: str
     """How the user named it."""
     weights: ViTWeights
@@ -114,6 +115,13 @@ class Model:
             labels=labels,
             kept_classes=task.class_ids,
         )
+
+    def to(self, device: torch.device | str) -> "Model":
+        """The same model on another device; this one is left where it is."""
+        if torch.device(device) == self.weights.device:
+            return self
+        module = deepcopy(self.module).to(device)
+        return replace(self, module=module, weights=self.weights.to(device=device))
 
     def save(self, folder: Path) -> None:
         """Write a folder in the format of the model's library, which `load_model` reads back.

@@ -12,7 +12,7 @@ from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
 from vitcut.report.tables import NO_LOSS, headline, point_table, print_table, recommend
-from vitcut.results import CLASS_ONLY, Results
+from vitcut.results import CLASS_ONLY, AccuracyDifference, Results
 from vitcut.runs import (
     CIRCUIT_FILE,
     PATH_FILE,
@@ -23,6 +23,7 @@ from vitcut.runs import (
 )
 
 if TYPE_CHECKING:
+    from vitcut.benchmark.evaluation import Evaluation
     from vitcut.compact.plan import Plan
     from vitcut.compiler.calibrate import Calibration
     from vitcut.compiler.cost import CostModel
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 _SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
 """What the provenance of a circuit that ACDC found says."""
 _SHOWN_FILES = (PATH_FILE, REPAIR_FILE, RESULTS_FILE)
+_MOST_GROUPS = 12
+"""Of more groups, no table of confusions is shown, but the most frequent ones."""
+_MOST_CONFUSED = 10
 _DEAD = "-"
 """In place of counts, where nothing can reach the classifier whatever is kept."""
 
@@ -154,13 +158,55 @@ def show_repaired(repaired: "Repaired") -> None:
 
 def show_pairs(repair: "Repair") -> None:
     """Print by how much a repaired point is more accurate than others, with its interval."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     for found in repair.paired:
-        difference, low, high = (100 * x for x in (found.difference, found.low, found.high))
-        console.print(
-            f"{found.point} against {found.against}: coarse accuracy {difference:+.1f} points "
-            f"(95 % interval {low:+.1f} to {high:+.1f}, {found.images} images in pairs)"
+        show_difference(found)
+
+
+def show_difference(found: AccuracyDifference) -> None:
+    """Print by how much a model is more accurate than another, with its interval."""
+    difference, low, high = (100 * x for x in (found.difference, found.low, found.high))
+    Console(soft_wrap=True, highlight=False, markup=False).print(
+        f"{found.point} against {found.against}: coarse accuracy {difference:+.1f} points "
+        f"(95 % interval {low:+.1f} to {high:+.1f}, {found.images} images in pairs)"
+    )
+
+
+def show_evaluation(found: "Evaluation") -> None:
+    """Print accuracies, the confusion of the groups, and the difference to another model."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    measured = [found] if found.against is None else [found, found.against]
+    table = Table(title=f"on {found.images} test images")
+    table.add_column("model")
+    for header in ("coarse accuracy", "fine accuracy", "KL"):
+        table.add_column(header, justify="right")
+    for item in measured:
+        kl = "-" if item.kl is None else f"{item.kl:z.4f}"
+        table.add_row(
+            item.name or "", f"{item.accuracy_coarse:.1%}", f"{item.accuracy_fine:.1%}", kl
         )
+    console.print(table)
+    if len(found.groups) <= _MOST_GROUPS:
+        table = Table(title=f"{found.name}: images by group and answer")
+        table.add_column("group")
+        for header in (*found.groups, "right"):
+            table.add_column(header, justify="right")
+        for group, row in enumerate(found.confusion):
+            right = f"{row[group] / sum(row):.1%}" if sum(row) else _DEAD
+            table.add_row(found.groups[group], *map(str, row), right)
+        console.print(table)
+    else:
+        pairs = sorted(
+            (
+                (-count, true, answered)
+                for true, row in enumerate(found.confusion)
+                for answered, count in enumerate(row)
+                if count and answered != true
+            )
+        )
+        for count, true, answered in pairs[:_MOST_CONFUSED]:
+            console.print(f"{found.groups[true]} taken for {found.groups[answered]}: {-count}")
+    if found.difference is not None:
+        show_difference(found.difference)
 
 
 def show_calibration(found: "Calibration") -> None:

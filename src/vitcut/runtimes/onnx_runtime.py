@@ -38,7 +38,7 @@ def export_onnx(
     Raises:
         ExactnessError: ONNX Runtime's logits differ from torch's.
     """
-    model = frozen_copy(module)
+    model = frozen_copy(module).cpu()
     exported = centred(model) if isinstance(model, CompactViT) else model
     with atomic_path(path) as temporary:
         torch.onnx.export(

@@ -46,7 +46,7 @@ def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> t
     Raises:
         ExactnessError: OpenVINO's logits differ from torch's on an example.
     """
-    model = frozen_copy(module)
+    model = frozen_copy(module).cpu()
     # `openvino.convert_model` does the same, and sends usage data.
     with warnings.catch_warnings():
         # Tracing is deprecated, and warns of sizes read as numbers: parity is checked instead.

@@ -40,7 +40,7 @@ class Session:
     threads: int
     run: Callable[[Tensor], Tensor]
     """Normalised images, float32, shape [batch, channels, height, width], to logits, shape
-    [batch, classes]."""
+    [batch, classes]; both on `device`."""
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -96,6 +96,11 @@ def torch_threads(threads: int) -> Generator[None]:
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode; later training of the module does not reach it."""
     return copy.deepcopy(module).eval().requires_grad_(requires_grad=False)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model computes: where its first parameter is."""
+    return next((each.device for each in module.parameters()), torch.device("cpu"))
 
 
 def require_parity(

@@ -1,11 +1,17 @@
-"""Torch on the CPU: eager, which every other runtime is checked against, and torch.compile."""
+"""Torch where the model is: eager, which all other runtimes are checked against, and compiled."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from vitcut.runtimes.session import Session, frozen_copy, require_parity, torch_threads
+from vitcut.runtimes.session import (
+    Session,
+    device_of,
+    frozen_copy,
+    require_parity,
+    torch_threads,
+)
 from vitcut.shapes import Tensor
 
 
@@ -13,9 +19,11 @@ def prepare_eager(
     module: nn.Module, examples: Sequence[Tensor], *, threads: int
 ) -> tuple[Session, ...]:
     """Make a model ready in eager torch, in evaluation mode and without gradients."""
-    run = _without_gradients(frozen_copy(module))
+    model = frozen_copy(module)
+    device = device_of(model)
+    run = _on_device(model, device)
     return tuple(
-        Session(runtime="torch", batch=len(example), threads=threads, run=run)
+        Session(runtime="torch", batch=len(example), threads=threads, run=run, device=str(device))
         for example in examples
     )
 
@@ -31,24 +39,38 @@ def prepare_compiled(
         ExactnessError: The compiled model's logits differ from eager torch's.
     """
     model = frozen_copy(module)
+    device = device_of(model)
     sessions: list[Session] = []
-    for example in examples:
+    for example in (each.to(device) for each in examples):
         # fullgraph: what torch cannot compile is an error, and never silently run eagerly.
         compiled = torch.compile(_own_function(model), dynamic=False, fullgraph=True)
-        run = _without_gradients(compiled)
+        run = _on_device(compiled, device)
         # Inductor writes the thread count into the code it generates: compile under the right one.
         with torch_threads(threads), torch.inference_mode():
             require_parity(run(example), model(example), runtime="torch-compile")
         sessions.append(
-            Session(runtime="torch-compile", batch=len(example), threads=threads, run=run)
+            Session(
+                runtime="torch-compile",
+                batch=len(example),
+                threads=threads,
+                run=run,
+                device=str(device),
+            )
         )
     return tuple(sessions)
 
 
-def _without_gradients(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _on_device(
+    call: Callable[[Tensor], Tensor], device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Run without gradients; a call has ended when its logits are there."""
+
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return call(images)
+            logits = call(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return logits
 
     return run
 

@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vitcut import store
-from vitcut.benchmark.bootstrap import paired_interval
-from vitcut.benchmark.evaluation import Evaluation
+from vitcut.benchmark.evaluation import Evaluation, compare
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.cut import Cut
 from vitcut.errors import ArtefactError, ModelError, TaskError
 from vitcut.images.load import Images
 from vitcut.model.model import Model
 from vitcut.progress import say
-from vitcut.results import DENSE, DENSE_REPAIRED, Results
+from vitcut.results import DENSE, DENSE_REPAIRED, AccuracyDifference, Results
 from vitcut.runs import differences
 from vitcut.training.checkpoint import TrainResult, read_training
 from vitcut.training.distillation import Distillation, repair
@@ -22,21 +21,6 @@ from vitcut.training.loop import training_settings
 from vitcut.training.settings import FinetuneSettings
 
 _VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccuracyDifference:
-    """How much more often a point is right than another, on the same images."""
-
-    point: str
-    against: str
-    images: int
-    difference: float
-    """Coarse accuracy of `point` less that of `against`, as fractions of 1."""
-    low: float
-    """Lower end of the 95 % bootstrap interval of `difference`, images drawn in pairs."""
-    high: float
-    """Upper end of the same interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,20 +178,8 @@ def compare_pairs(
     name: str, found: Mapping[str, Evaluation], *, seed: int
 ) -> tuple[AccuracyDifference, ...]:
     """The repaired point against the dense model, before and after the same repair."""
-    own = found[name].correct_coarse
-    differences: list[AccuracyDifference] = []
-    for against in (DENSE, DENSE_REPAIRED):
-        if against in found:
-            other = found[against].correct_coarse
-            low, high = paired_interval(own, other, seed=seed)
-            differences.append(
-                AccuracyDifference(
-                    point=name,
-                    against=against,
-                    images=len(own),
-                    difference=float(own.mean() - other.mean()),
-                    low=low,
-                    high=high,
-                )
-            )
-    return tuple(differences)
+    return tuple(
+        compare(name, found[name], against, found[against], seed=seed)
+        for against in (DENSE, DENSE_REPAIRED)
+        if against in found
+    )
