@@ -13,9 +13,7 @@ if TYPE_CHECKING:
         evaluate,
         finetune,
         info,
-        prepare,
         show,
-        suggest,
     )
     from vitcut.benchmark.settings import BenchSettings
     from vitcut.circuit import Circuit
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from vitcut.inputs import load_images, load_model
     from vitcut.model.adapters import register_adapter
     from vitcut.model.settings import VitSettings
+    from vitcut.preparation import prepare, suggest
     from vitcut.recipes import RunSettings, demo, run, train
     from vitcut.selection.settings import Budget
     from vitcut.task import Task, load_task
@@ -58,11 +57,11 @@ _HOMES = {
     "load_images": "inputs",
     "load_model": "inputs",
     "load_task": "task",
-    "prepare": "api",
+    "prepare": "preparation",
     "register_adapter": "model.adapters",
     "run": "recipes",
     "show": "api",
-    "suggest": "api",
+    "suggest": "preparation",
     "train": "recipes",
 }
 """The module that each public name lives in."""

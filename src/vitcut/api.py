@@ -10,14 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
-from vitcut.images.settings import DataSettings
 from vitcut.inputs import (
     for_images,
     load_images,
@@ -29,7 +26,6 @@ from vitcut.inputs import (
     require_made_for,
     subject,
 )
-from vitcut.labels import Labels
 from vitcut.names import SHIPPED_MODEL
 from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Point, Results
 from vitcut.runs import (
@@ -45,9 +41,7 @@ from vitcut.runs import (
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
 from vitcut.store import write_text
-from vitcut.task import Task, all_classes_task
 from vitcut.training.settings import FinetuneSettings
-from vitcut.wordnet import imagenet_labels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,7 +51,6 @@ if TYPE_CHECKING:
     from vitcut.compiler.calibrate import Calibration
     from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images
-    from vitcut.images.prepare import PreparedData
     from vitcut.model.model import Model
     from vitcut.preprocessing import Preprocessing
     from vitcut.report.info import Info
@@ -510,87 +503,6 @@ def bench(
     results = measure(model, images, points, settings)
     results.save(target.path / RESULTS_FILE)
     return results
-
-
-def prepare(
-    source: str | Path | None = None, *, image_size: int = 64, skip_bad_images: bool = False
-) -> "PreparedData":
-    """Decode the images of a source into the cache.
-
-    Args:
-        source: A Tiny ImageNet .zip or folder, a folder or .zip of class folders, a .parquet file,
-            a Hugging Face dataset id, or "drawn"; by default Tiny ImageNet, which is downloaded.
-        image_size: Height and width of the decoded images, in pixels.
-        skip_bad_images: Leave out images that cannot be decoded, instead of stopping.
-
-    Raises:
-        DataError: The source cannot be used.
-    """
-    from vitcut.images.prepare import prepare as prepare_images
-
-    return prepare_images(
-        DataSettings(
-            source=None if source is None else str(source),
-            image_size=image_size,
-            skip_bad_images=skip_bad_images,
-        )
-    )
-
-
-def suggest(
-    source: str | Path | None = None,
-    *,
-    model: "str | Path | Model | None" = None,
-    groups: int | None = None,
-    out: str | Path = Path("labels.yaml"),
-) -> Task:
-    """Write a label file that groups ImageNet's classes by WordNet, without decoding images.
-
-    Args:
-        source: Images whose classes have WordNet ids, or names of their ancestors, such as "dog";
-            takes what prepare takes.
-        model: The model whose classes are grouped; takes what cut takes. By default ImageNet-1k's
-            classes.
-        groups: How many groups to make; 6 by default. If classes have names of ancestors, each is a
-            group.
-        out: The label file to write.
-
-    Raises:
-        TaskError: Fewer than two classes of the source are ImageNet-1k's.
-        ConfigError: ``out`` exists already, or that many groups are impossible.
-    """
-    from vitcut.images.drawn import SOURCE_WORD
-    from vitcut.images.sources import open_source
-    from vitcut.suggest import is_coarser, propose
-    from vitcut.suggest import suggest as suggest_task
-
-    path = Path(out)
-    if path.exists():
-        raise ConfigError(f"{path} is there already: choose another --out, or move it away")
-    if source == SOURCE_WORD:
-        raise ConfigError(f"{SOURCE_WORD} pictures have a label file: give --task {SOURCE_WORD}")
-    with open_source(None if source is None else str(source)) as opened:
-        ids = tuple(sorted(opened.class_names))
-    data, labels = Labels(owner="the data", ids=ids, names=ids), imagenet_labels()
-    if model is not None:
-        from vitcut.model.classes import find_labels
-        from vitcut.model.model import Model
-
-        loaded = load_model(model) if isinstance(model, (str, Path)) else require(model, Model)
-        count, every = loaded.weights.num_classes, all_classes_task(data)
-        labels, _ = find_labels(loaded.labels, loaded.name, count, data, every)
-    head = ["Groups suggested by WordNet 3.0 ancestors: look through them, and edit."]
-    if is_coarser([*ids]):
-        if groups is not None:
-            raise ConfigError(f"each of the data's {len(ids)} classes is a group: leave out groups")
-        written, lines = propose([*ids], labels, path.stem)
-        task = written.among(labels).for_data(data)
-        head += lines
-    else:
-        written = task = suggest_task([*ids], 6 if groups is None else groups, path.stem)
-    text = yaml.safe_dump(written.to_dict(), sort_keys=False, allow_unicode=True)
-    write_text(path, "".join(f"# {line}\n" for line in head) + text)
-    return task
 
 
 def checks(

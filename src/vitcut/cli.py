@@ -22,7 +22,7 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from vitcut import api
+from vitcut import api, preparation
 from vitcut.errors import ConfigError, VitcutError
 from vitcut.inputs import load_either, load_images, load_model
 from vitcut.names import SHIPPED_MODEL
@@ -292,8 +292,9 @@ def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str
 
 
 def _kind(parameter: inspect.Parameter) -> str:
-    """The name of an argument's type, whether or not it may be left out."""
-    return str(parameter.annotation).removesuffix(" | None")
+    """What a parameter takes, by which its loader is found; a second model has none of its own."""
+    kind = str(parameter.annotation)
+    return kind.removesuffix(" | None") if parameter.name in {"model", "images"} else kind
 
 
 def _settings_of(annotation: Any) -> type | None:
@@ -461,9 +462,9 @@ command also prints the traceback of an error.
 VERBS = {
     "demo": Verb(call=demo, show=show.show_results, then=_show_of, out="runs/demo"),
     "run": Verb(call=run, show=show.show_results, then=_show_of, out="runs/RECIPE"),
-    "prepare": Verb(call=api.prepare, show=_show_prepared, then=_after_prepare),
+    "prepare": Verb(call=preparation.prepare, show=_show_prepared, then=_after_prepare),
     "suggest": Verb(
-        call=api.suggest,
+        call=preparation.suggest,
         show=_show_task,
         then=lambda typed: f"look through {typed.out}, then give it as --task",
         out="labels.yaml",

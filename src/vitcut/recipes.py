@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,9 @@ from vitcut.settings import as_plain, require_positive
 from vitcut.training.settings import FinetuneSettings, TrainSettings, TransferSettings
 
 if TYPE_CHECKING:
+    from vitcut.circuit import Circuit
     from vitcut.images.load import Images
+    from vitcut.masked.fitting import Fitter
     from vitcut.model.model import Model
 
 
@@ -362,44 +365,27 @@ def run(
         cuts.append(replace(made, folder=target.kept(f"{folder}/model")))
         return cuts[-1]
 
+    def compiled(circuit: "Circuit", how: CutSettings, fitter: "Fitter", **facts: Any) -> Cut:
+        return cut_circuit(model, images, circuit, how, fitter=fitter, costs=costs, **facts)
+
     fitter = make_fitter(model, images, settings.cut)
     for ablation in settings.ablations:
         sought = replace(settings.discover, ablation=ablation)
         for name, circuit in find_circuits(model, images, sought, settings.taus, target):
-            keep(
-                Path("points") / name,
-                lambda c=circuit, n=name: cut_circuit(
-                    model, images, c, settings.cut, fitter=fitter, costs=costs, name=n
-                ),
-            )
+            make = partial(compiled, circuit, settings.cut, fitter, name=name)
+            keep(Path("points") / name, make)
     if settings.select.is_given:
         fitter = make_fitter(model, images, linear)
-        threads = settings.bench.threads
-        for answer in search(
-            model, images, settings.select, linear, fitter, costs, target, threads=threads
-        ):
-            start = keep(
-                Path("points") / answer.name,
-                lambda found=answer: cut_circuit(
-                    model,
-                    images,
-                    found.circuit,
-                    linear,
-                    fitter=fitter,
-                    costs=costs,
-                    name=found.name,
-                    budget=found.asked,
-                ),
-            )
+        select, threads = settings.select, settings.bench.threads
+        for answer in search(model, images, select, linear, fitter, costs, target, threads=threads):
+            facts = {"name": answer.name, "budget": answer.asked}
+            make = partial(compiled, answer.circuit, linear, fitter, **facts)
+            start = keep(Path("points") / answer.name, make)
             if settings.repair is not None:
-                training = settings.repair
                 folder = Path("points") / f"{answer.name}-repaired"
-                keep(
-                    folder,
-                    lambda start=start, training=training, folder=folder: repair_cut(
-                        start, model, images, training, target.path / folder
-                    )[0],
-                )
+                into = target.path / folder
+                make = partial(repair_cut, start, model, images, settings.repair, into)
+                keep(folder, lambda repair=make: repair()[0])
 
     def measured() -> Results:
         points = {CLASS_ONLY: class_only(model, images, settings.cut)}

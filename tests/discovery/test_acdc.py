@@ -1,7 +1,9 @@
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -282,8 +284,9 @@ def test_a_search_that_float32_spoils_at_the_end_is_done_again_in_float64(monkey
 
 
 @pytest.mark.parametrize(("ablation", "sources"), [("resample", 3), ("zero", 2)])
-def test_the_oracle_counts_in_what_a_search_needs(ablation, sources):
+def test_the_oracle_counts_in_what_a_search_needs(ablation, sources, monkeypatch):
     """2 blocks of 2 heads: 7 sources, 15 targets; streams of 5 tokens and 6 features."""
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=0))
     weights, config = random_vit(), settings_of(ablation=ablation)
     oracle = make_oracle(weights, ablation)
     many = len(oracle.examples.clean) * 5 * 6

@@ -334,10 +334,10 @@ def test_a_fit_does_not_write_into_the_means():
 @settings(max_examples=15)
 def test_batches_of_images_change_no_fit(weights, data, batch):
     circuit, pixels = data.draw(parts(weights)), random_pixels(weights, images=9)
-    whole = fitted(weights, circuit, pixels)
+    whole = fitted(weights, circuit, pixels, 0.1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "_BATCH", batch)
-        split = fitted(weights, circuit, pixels)
+        split = fitted(weights, circuit, pixels, 0.1)
     for name in ("sources", "neurons", "head_maps", "neuron_maps"):
         torch.testing.assert_close(
             getattr(split.fill, name), getattr(whole.fill, name), rtol=1e-7, atol=1e-9
@@ -357,9 +357,9 @@ def test_a_circuit_of_whole_parts_needs_no_means():
 
 def test_a_circuit_that_cuts_edges_needs_the_means():
     weights = random_vit()
-    kept = weights.split_graph.edges.copy()
-    kept[0, 5] = False
-    circuit = Circuit(graph=weights.split_graph, kept=kept, ablation="linear")
+    kept = weights.graph.edges.copy()
+    kept[0, 3] = False
+    circuit = Circuit(graph=weights.graph, kept=kept, ablation="linear")
     pixels = random_pixels(weights, images=8)
     with pytest.raises(CircuitError, match="cuts single edges: give the means"):
         fit_fill(weights, circuit, pixels, ridge=0.1)
