@@ -37,7 +37,8 @@ class CutSettings:
     """File of costs by which plans are chosen, written by `vitcut checks --save`; by default the
     shipped costs."""
     memory_gib: float = 16.0
-    """Memory limit, in GiB, for the activations when fills are fitted or parts are scored."""
+    """Most memory of the process, in GiB. A search or a linear fit that would need more, with what
+    is loaded already, is refused before it starts."""
     verify_images: int = 64
     """Val images on which the compact and the masked model are compared."""
     seed: int = 0

@@ -35,7 +35,8 @@ class DiscoverSettings:
     seed: int = 0
     """Seed for choosing images and pairs."""
     memory_gib: float = 8.0
-    """Memory limit of the search, in GiB, in addition to the model and images."""
+    """Most memory of the process, in GiB. A search that would need more, with what is loaded
+    already, is refused before it starts."""
     precision: Precision = "float32"
     """Precision of the fast path; decisions near tau are always made in float64."""
 

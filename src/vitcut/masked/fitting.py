@@ -77,7 +77,7 @@ class Fitter:
             weights: The model.
             pixels: Returns the normalised calibration images; called once at most.
             ridge: See ``fit_fill``.
-            memory_gib: Most memory that the activations of a linear fit may take, in GiB.
+            memory_gib: Most memory that the process may have during a linear fit, in GiB.
         """
         self._weights = weights
         self._read_pixels = pixels

@@ -52,7 +52,8 @@ class Budget:
     tokens: Tokens = "split"
     """Whether a part spans all tokens, or exists once per token kind."""
     seed: int = 0
-    """Seed for random scores; on the command line, also for choosing images."""
+    """Seed for random scores, and for the random signs by which a task of more than nine groups is
+    scored; on the command line, also for choosing images."""
 
     def __post_init__(self) -> None:
         macs = self.target_macs
