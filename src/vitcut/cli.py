@@ -38,8 +38,9 @@ from vitcut.recipes import (
 )
 from vitcut.report import show
 from vitcut.report.info import show_info
-from vitcut.results import DENSE
-from vitcut.runs import Run, find_circuit, find_cut, find_run, has_cut
+from vitcut.report.tables import recommend
+from vitcut.results import DENSE, Results
+from vitcut.runs import RESULTS_FILE, Run, find_circuit, find_cut, find_run, has_cut
 from vitcut.settings import as_plain
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -402,6 +403,15 @@ def _cutting(model: str) -> list[str]:
     return words
 
 
+def _after_cut(typed: Namespace) -> str:
+    words, results = ["vitcut", "finetune", typed.out], Path(typed.out) / RESULTS_FILE
+    if not (Path(typed.out) / "model").is_dir() and results.is_file():
+        # Of several targets, the one that the results recommend.
+        chosen = recommend(Results.load(results))
+        words += [] if chosen is None else ["--point", chosen.name]
+    return shlex.join(words)
+
+
 def _after_checks(typed: Namespace) -> str:
     words = [*_cutting(typed.model), "--target-latency", "0.2"]
     return shlex.join([*words, *([] if typed.save is None else ["--costs", typed.save])])
@@ -483,7 +493,7 @@ VERBS = {
         call=api.cut,
         show=show.show_cut,
         check=api.check_cut,
-        then=lambda typed: shlex.join(["vitcut", "finetune", typed.out]),
+        then=_after_cut,
         out="runs/cut",
     ),
     "finetune": Verb(

@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from part_scores import fisher_scores
+from part_scores import fisher_scores, trace_gradients
 from strategies import vits
 from tiny import random_pixels, random_vit
 
-from vitcut.discovery.fisher import trace_gradients
 from vitcut.errors import CircuitError
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import fixed_fill, resample_fill

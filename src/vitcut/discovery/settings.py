@@ -34,7 +34,7 @@ class DiscoverSettings:
     """Corrupted images per clean image: one from each other group, or one at random."""
     seed: int = 0
     """Seed for choosing images and pairs."""
-    memory_gib: float = 8.0
+    memory_gib: float = 16.0
     """Most memory of the process, in GiB. A search that would need more, with what is loaded
     already, is refused before it starts."""
     precision: Precision = "float32"

@@ -181,9 +181,9 @@ def show_evaluation(found: "Evaluation") -> None:
         table.add_column(header, justify="right")
     for item in measured:
         kl = "-" if item.kl is None else f"{item.kl:z.4f}"
-        table.add_row(
-            item.name or "", f"{item.accuracy_coarse:.1%}", f"{item.accuracy_fine:.1%}", kl
-        )
+        # Images that are labelled with groups have no fine class.
+        fine = _DEAD if item.accuracy_fine is None else f"{item.accuracy_fine:.1%}"
+        table.add_row(item.name or "", f"{item.accuracy_coarse:.1%}", fine, kl)
     console.print(table)
     if len(found.groups) <= _MOST_GROUPS:
         table = Table(title=f"{found.name}: images by group and answer")

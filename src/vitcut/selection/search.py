@@ -54,8 +54,8 @@ _FORMAT_VERSION = 1
 _MOST_ROUNDS = 16
 """How many rounds a latency budget may take."""
 _DROP_STEP, _CLOSER = 0.8, 3
-"""The ratio of MACs from step to step towards a loss of accuracy, and how many steps close in on it
-once it was passed."""
+"""The ratio of MACs from step to step towards a loss of accuracy, and how many steps are made from
+the first one that passes it, which closes in on it."""
 _CERTAIN = 3.0
 """Of N images without one change, the rate of changes is below 3 / N with 95 % confidence."""
 _WORKING_GIB = 0.5
