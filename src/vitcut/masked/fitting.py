@@ -75,7 +75,8 @@ class Fitter:
 
         Args:
             weights: The model.
-            pixels: Returns the normalised calibration images; called once at most.
+            pixels: Returns the normalised calibration images; called for every fit, so that they
+                take no memory in between.
             ridge: See ``fit_fill``.
             memory_gib: Most memory that the process may have during a linear fit, in GiB.
         """
@@ -86,14 +87,9 @@ class Fitter:
         self._last: Fit | None = None
 
     @cached_property
-    def pixels(self) -> Float[Tensor, "images channels y x"]:
-        """The normalised calibration images."""
-        return self._read_pixels()
-
-    @cached_property
     def means(self) -> Fill:
         """The means of the uncut model, summed in float64."""
-        weights, batches = self._weights, self.pixels.split(_BATCH)
+        weights, batches = self._weights, self._read_pixels().split(_BATCH)
         tracked = track(batches, "averaging", len(batches), unit="batches")
         return mean_fill(weights, (x.to(weights.device, weights.dtype) for x in tracked))
 
@@ -111,13 +107,14 @@ class Fitter:
             return Fit(fill=self.means)
         if self._last is None or self._last.fill.circuit != circuit.fingerprint:
             self._last = None  # Frees its statistics before the next ones are taken.
+            pixels = self._read_pixels()
             require_memory(
-                f"a fit to {len(self.pixels)} images",
-                needed_gib=fit_gib(weights, circuit, len(self.pixels)),
+                f"a fit to {len(pixels)} images",
+                needed_gib=fit_gib(weights, circuit, len(pixels)),
                 memory_gib=self._memory_gib,
             )
             means = self.means if circuit.read_by_all is None else None
-            self._last = fit_fill(weights, circuit, self.pixels, means, ridge=self._ridge)
+            self._last = fit_fill(weights, circuit, pixels, means, ridge=self._ridge)
         return self._last
 
     def take(self, circuit: Circuit) -> Fit:

@@ -297,18 +297,18 @@ def _require_room(model: Model, images: Images, budget: Budget, settings: CutSet
         ConfigError: It would take more.
     """
     weights, task = model.weights, images.task
-    fitted, scored = min(settings.images, len(images.train)), 0
-    needed = 0.0
+    image = weights.channels * weights.image_size**2 * 4 / 2**30
+    fitted, scored, needed = min(settings.images, len(images.train)), 0, 0.0
     if settings.ablation_for(None) == "linear":
         uncut = Circuit.full(weights.graph_of(budget.tokens), ablation="linear")
-        needed = fit_gib(weights, uncut, fitted)
+        needed = fitted * image + fit_gib(weights, uncut, fitted)
     if budget.scores == "fisher":
         scored = min(budget.score_images, len(images.train))
-        needed = max(needed, held_gib(weights, scored, len(task.groups)))
-    pixels = (fitted + scored) * weights.channels * weights.image_size**2 * 4 / 2**30
+        held = held_gib(weights, weights.graph_of(budget.tokens), scored, len(task.groups))
+        needed = max(needed, held) + scored * image
     require_memory(
         f"a search with fills of {fitted} images and scores of {scored}",
-        needed_gib=needed + pixels + _WORKING_GIB,
+        needed_gib=needed + _WORKING_GIB,
         memory_gib=settings.memory_gib,
     )
 
