@@ -33,7 +33,12 @@ class Joint:
     """
 
     def __init__(
-        self, sites: Iterable[Site], objective: Objective, *, refresh_fraction: float
+        self,
+        sites: Iterable[Site],
+        objective: Objective,
+        *,
+        refresh_fraction: float,
+        shrink_over: int | None = None,
     ) -> None:
         """Compute the response of every part.
 
@@ -42,6 +47,8 @@ class Joint:
             objective: Turns responses into nats.
             refresh_fraction: The fraction of a site's parts that is cut before the others take
                 over from them; 0: never.
+            shrink_over: The number of images, to shrink interactions and slopes by what is chance;
+                None takes them as they are.
 
         Raises:
             ModelError: A response is not finite.
@@ -60,6 +67,10 @@ class Joint:
         self._crossed: dict[SiteKey, NDArray[np.float64] | None] = {}
         for place in self._sites:
             self._respond(place)
+        if shrink_over is not None and self._responses:
+            alive = [self._responses[place][site.alive] for place, site in self._sites.items()]
+            self._objective = objective.shrunk(torch.cat(alive), shrink_over)
+            self._own = {place: self._alone(place) for place in self._sites}
 
     def rises(self, site: SiteKey) -> NDArray[np.float64]:
         """The rise in nats from cutting each part of a site alone, shape [parts]."""
@@ -120,7 +131,7 @@ class Joint:
         responses = self._sites[site].responses()
         self._responses[site] = responses
         self._whole.pop(site, None)
-        self._own[site] = self._objective.of(responses).double().cpu().numpy()
+        self._own[site] = self._alone(site)
         if not np.isfinite(self._own[site]).all():
             layer, parts, _ = site
             raise ModelError(
@@ -128,6 +139,10 @@ class Joint:
                 "activations or gradients overflow"
             )
         self._crossed[site] = None
+
+    def _alone(self, site: SiteKey) -> NDArray[np.float64]:
+        """What each part of a site costs if nothing else is cut."""
+        return self._objective.of(self._responses[site]).double().cpu().numpy()
 
     def _response(self, site: SiteKey, parts: tuple[int, ...]) -> Float[Tensor, "responses"]:
         if len(parts) > 1 and len(parts) == int(self._sites[site].alive.sum()):

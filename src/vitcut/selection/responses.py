@@ -12,7 +12,7 @@ features. C classes take C - 1 backward passes, since sum_y q grad log q(y|x) = 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -56,20 +56,68 @@ class Objective:
     """q / 2N of each class and image."""
     slope: Float[Tensor, "responses"]
     """- p / N of each class and image."""
+    kept_interaction: float = 1.0
+    """What is believed of how two parts interact; see `shrunk`."""
+    kept_slope: float = 1.0
+    """What is believed of the slopes."""
+
+    def shrunk(self, responses: Float[Tensor, "parts responses"], num_images: int) -> "Objective":
+        """An objective that believes of interactions and slopes what is not chance.
+
+        There are more pairs of parts than images to tell how they interact: where thousands are
+        chosen for their interactions, most of what is chosen is chance. So the matrix of
+        interactions is shrunk towards its diagonal by the factor with the least expected error,
+        and the slopes are shrunk towards zero in the same way (Ledoit and Wolf 2004,
+        doi:10.1016/S0047-259X(03)00096-4, here with the diagonal as target).
+
+        Args:
+            responses: Of all parts.
+            num_images: N; a response belongs to image number (position modulo N).
+        """
+        # [parts, classes, images] of r, in float64: sums of fourth powers.
+        r = (responses.double() * self.curvature.double().sqrt()).unflatten(1, (-1, num_images))
+        squares = r.flatten(1).square().sum(1)
+        # Over all pairs of parts, but not a part with itself: the squared interactions, and the
+        # same image by image. Both follow from products of responses, not of parts.
+        pairs = float((r.flatten(1).T @ r.flatten(1)).square().sum() - squares.square().sum())
+        by_image = torch.einsum("pcn,pdn->ncd", r, r).square().sum()
+        own_by_image = r.square().sum(1).square().sum()
+        slopes = (responses.double() * self.slope.double()).unflatten(1, (-1, num_images)).sum(1)
+        return replace(
+            self,
+            kept_interaction=_kept(pairs, float(by_image - own_by_image), num_images),
+            kept_slope=_kept(
+                float(slopes.sum(1).square().sum()), float(slopes.square().sum()), num_images
+            ),
+        )
 
     def of(self, response: Float[Tensor, "*parts responses"]) -> Float[Tensor, "*parts"]:
         """The rise of the KL for a response, b + ||r||^2, in nats."""
-        return response @ self.slope + response.square() @ self.curvature
+        return self.kept_slope * (response @ self.slope) + response.square() @ self.curvature
 
     def interaction(
         self, response: Float[Tensor, "*parts responses"], chosen: Float[Tensor, "responses"]
     ) -> Float[Tensor, "*parts"]:
         """What two responses cost together beyond their own rises, 2 < r, r' >, in nats."""
-        return 2 * (response @ (self.curvature * chosen))
+        return 2 * self.kept_interaction * (response @ (self.curvature * chosen))
 
     def mutual(self, responses: Float[Tensor, "parts responses"]) -> Float[Tensor, "parts parts"]:
         """The interaction of every two of some responses."""
-        return 2 * (responses * self.curvature) @ responses.T
+        return 2 * self.kept_interaction * (responses * self.curvature) @ responses.T
+
+
+def _kept(total: float, by_image: float, num_images: int) -> float:
+    """Of squared sums over images, the fraction that is not the variance of those sums.
+
+    Args:
+        total: The squares of the sums.
+        by_image: The squares of their terms, summed.
+        num_images: The number of terms.
+    """
+    if num_images < 2 or total <= 0:
+        return 1.0
+    chance = (by_image - total / num_images) * num_images / (num_images - 1)
+    return min(1.0, max(0.0, 1 - chance / total))
 
 
 class Probes:

@@ -172,7 +172,12 @@ class Selection:
             seed=budget.seed,
         )
         refresh_fraction = 0.0 if statistics is None else budget.refresh_fraction
-        joint = Joint(sites, objective, refresh_fraction=refresh_fraction)
+        joint = Joint(
+            sites,
+            objective,
+            refresh_fraction=refresh_fraction,
+            shrink_over=len(self._pixels) if budget.shrink else None,
+        )
         return joint if budget.joint else Additive(joint.alone())
 
 

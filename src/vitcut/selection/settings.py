@@ -37,6 +37,9 @@ class Budget:
     """How parts are scored: by the predicted rise of the KL divergence, or by a control."""
     joint: bool = True
     """Whether scores account for parts that are cut together; otherwise they simply add up."""
+    shrink: bool = True
+    """Whether interactions between parts are shrunk by what is chance, given so few images (Ledoit
+    and Wolf); otherwise they are taken as they are."""
     refresh_fraction: float = 0.125
     """For linear fills: the fraction of the heads or neurons of a layer and token kind that is cut
     before the residuals of the rest are updated (OBS). With 0, parts are scored as if replaced by
