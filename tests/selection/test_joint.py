@@ -591,3 +591,62 @@ def test_float32_holds_half_of_it_and_loses_little():
         assert found.dtype == torch.float32
         assert not torch.equal(found.double(), true.float().double())
         assert float((found - true).square().mean().sqrt() / true.square().mean().sqrt()) < 0.01
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_what_is_believed_of_interactions_is_ledoit_and_wolfs_factor(seed):
+    parts, classes, images = 5, 3, 6
+    weigh = Objective(
+        curvature=normal(seed, classes, images).square().flatten(),
+        slope=normal(seed + 1, classes, images).flatten(),
+    )
+    # Something in common, so that not everything is chance.
+    found = normal(seed + 2, parts, classes, images) + normal(seed + 3, parts, 1, 1)
+    r = found * weigh.curvature.sqrt().unflatten(0, (classes, images))
+    by_image = torch.einsum("pcn,qcn->npq", r, r)  # What each image adds to the interactions.
+    slopes = (found * weigh.slope.unflatten(0, (classes, images))).sum(1).T
+    off = ~torch.eye(parts, dtype=torch.bool)
+    for terms, got in (
+        (by_image[:, off], "kept_interaction"),
+        (slopes, "kept_slope"),
+    ):
+        chance = images * terms.var(0)  # The variance of a sum of N terms.
+        expected = 1 - float(chance.sum() / terms.sum(0).square().sum())
+        shrunk = weigh.shrunk(found.flatten(1), images)
+        assert getattr(shrunk, got) == pytest.approx(min(1, max(0, expected)), abs=1e-9)
+
+
+def test_chance_is_not_believed_and_what_all_images_agree_on_is():
+    images, parts = 50, 40
+    weigh = Objective(
+        curvature=torch.ones(images, dtype=torch.float64),
+        slope=torch.ones(images, dtype=torch.float64),
+    )
+    noise = weigh.shrunk(normal(0, parts, images), images)
+    assert noise.kept_interaction < 0.2
+    assert noise.kept_slope < 0.3
+    same = weigh.shrunk(normal(1, parts, 1).expand(parts, images), images)
+    assert same.kept_interaction == pytest.approx(1)
+    assert same.kept_slope == pytest.approx(1)
+    assert weigh.shrunk(normal(2, parts, 1), 1).kept_interaction == 1, "one image says nothing"
+
+
+def test_shrunk_interactions_are_what_rises_are_made_of():
+    weigh = objective()
+    plain = Joint(sites(linear=False), weigh, refresh_fraction=0)
+    shrunk = Joint(sites(linear=False), weigh, refresh_fraction=0, shrink_over=4)
+    everything = torch.cat([site.responses() for site in sites(linear=False)])
+    believed = weigh.shrunk(everything, 4)
+    assert 0 <= believed.kept_interaction < 1
+    first = ((NEURONS, (2,)),)
+    before = [joint.rises(HEADS).copy() for joint in (plain, shrunk)]
+    for joint in (plain, shrunk):
+        joint.cut(first)
+    moved = [joint.rises(HEADS) - was for joint, was in zip((plain, shrunk), before, strict=True)]
+    np.testing.assert_allclose(moved[1], believed.kept_interaction * moved[0], rtol=1e-9)
+    np.testing.assert_allclose(
+        shrunk.mutual([first, ((HEADS, (0,)),)]),
+        believed.kept_interaction * plain.mutual([first, ((HEADS, (0,)),)]),
+        rtol=1e-9,
+    )
