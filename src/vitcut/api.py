@@ -123,7 +123,8 @@ def cut(
     Returns:
         The compact model, its circuit, the largest difference between its logits and the masked
         model's, and the measurements. Of several targets, the smallest model that loses at most
-        one point, or else the most accurate; all are in the run directory.
+        one point, or else the most accurate (without ``bench``, the smallest); all are in the run
+        directory.
 
     Raises:
         ConfigError: Neither a circuit nor a budget is given, or both are, or merge is combined with
@@ -137,9 +138,10 @@ def cut(
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
     from vitcut.report.cards import write_cards
     from vitcut.report.tables import recommend
-    from vitcut.selection.search import search
+    from vitcut.selection.search import require_decidable, search
 
     run, model = Run(out), for_images(model, images)
+    require_decidable(budget, images)
     if isinstance(circuit, (str, Path)):
         circuit = Circuit.load(find_circuit(Path(circuit), point))
     check_cut(

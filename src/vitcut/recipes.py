@@ -331,7 +331,7 @@ def run(
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
     from vitcut.report.cards import write_cards
-    from vitcut.selection.search import require_possible, search
+    from vitcut.selection.search import require_decidable, require_possible, search
     from vitcut.training.repair import repair_cut
 
     named = not isinstance(recipe, RunSettings)
@@ -351,6 +351,7 @@ def run(
     costs = CostModel.of(settings.cut)
     if settings.select.is_given:
         require_possible(untrained, settings.select, costs)
+        require_decidable(settings.select, images)
     chosen = {
         key: value for key, value in as_plain(settings).items() if key not in {"task", "data"}
     }

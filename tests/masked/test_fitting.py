@@ -317,7 +317,9 @@ def test_a_fitter_fits_as_fit_fill_does_and_keeps_the_last_fit():
 def test_a_fitter_refuses_a_fit_that_takes_too_much_memory():
     weights = random_vit()
     fitter, _ = fitter_of(weights, random_pixels(weights, images=6), memory_gib=1e-6)
-    fitter.fit(circuit_of(weights).with_ablation("mean"))
+    fitter.fit(circuit_of(weights).with_ablation("zero"))
+    with pytest.raises(ConfigError, match=r"means over 6 images needs about"):
+        fitter.fit(circuit_of(weights).with_ablation("mean"))
     with pytest.raises(ConfigError, match=r"a fit to 6 images needs about .* memory-gib allows"):
         fitter.fit(circuit_of(weights))
 

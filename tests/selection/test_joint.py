@@ -613,7 +613,7 @@ def test_what_is_believed_of_interactions_is_ledoit_and_wolfs_factor(seed):
     ):
         chance = images * terms.var(0)  # The variance of a sum of N terms.
         expected = 1 - float(chance.sum() / terms.sum(0).square().sum())
-        shrunk = weigh.shrunk(found.flatten(1), images)
+        shrunk = weigh.shrunk(found.flatten(1).split(2), images)
         assert getattr(shrunk, got) == pytest.approx(min(1, max(0, expected)), abs=1e-9)
 
 
@@ -623,21 +623,20 @@ def test_chance_is_not_believed_and_what_all_images_agree_on_is():
         curvature=torch.ones(images, dtype=torch.float64),
         slope=torch.ones(images, dtype=torch.float64),
     )
-    noise = weigh.shrunk(normal(0, parts, images), images)
+    noise = weigh.shrunk([normal(0, parts, images)], images)
     assert noise.kept_interaction < 0.2
     assert noise.kept_slope < 0.3
-    same = weigh.shrunk(normal(1, parts, 1).expand(parts, images), images)
+    same = weigh.shrunk([normal(1, parts, 1).expand(parts, images)], images)
     assert same.kept_interaction == pytest.approx(1)
     assert same.kept_slope == pytest.approx(1)
-    assert weigh.shrunk(normal(2, parts, 1), 1).kept_interaction == 1, "one image says nothing"
+    assert weigh.shrunk([normal(2, parts, 1)], 1).kept_interaction == 1, "one image says nothing"
 
 
 def test_shrunk_interactions_are_what_rises_are_made_of():
     weigh = objective()
     plain = Joint(sites(linear=False), weigh, refresh_fraction=0)
     shrunk = Joint(sites(linear=False), weigh, refresh_fraction=0, shrink_over=4)
-    everything = torch.cat([site.responses() for site in sites(linear=False)])
-    believed = weigh.shrunk(everything, 4)
+    believed = weigh.shrunk([site.responses() for site in sites(linear=False)], 4)
     assert 0 <= believed.kept_interaction < 1
     first = ((NEURONS, (2,)),)
     before = [joint.rises(HEADS).copy() for joint in (plain, shrunk)]

@@ -26,7 +26,9 @@ from vitcut.settings import require_memory
 from vitcut.shapes import Bool, Float, Tensor
 
 _BATCH = 32
-"""Images per forward pass where only means are taken."""
+"""Images per forward pass of a linear fit."""
+_MEANS_BATCH = 8
+"""Images per forward pass where means are taken: every source of each is held."""
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """What cross-validation chooses from, as fractions of the mean variance."""
@@ -89,7 +91,13 @@ class Fitter:
     @cached_property
     def means(self) -> Fill:
         """The means of the uncut model, summed in float64."""
-        weights, batches = self._weights, self._read_pixels().split(_BATCH)
+        weights, pixels = self._weights, self._read_pixels()
+        require_memory(
+            f"means over {len(pixels)} images",
+            needed_gib=_trace_gib(weights, min(_MEANS_BATCH, len(pixels))),
+            memory_gib=self._memory_gib,
+        )
+        batches = pixels.split(_MEANS_BATCH)
         tracked = track(batches, "averaging", len(batches), unit="batches")
         return mean_fill(weights, (x.to(weights.device, weights.dtype) for x in tracked))
 
@@ -122,6 +130,17 @@ class Fitter:
         found = self.fit(circuit)
         self._last = None
         return found
+
+
+def _trace_gib(weights: ViTWeights, images: int) -> float:
+    """Memory that a ``Trace`` of this many images takes, in GiB."""
+    blocks, width = len(weights.blocks), weights.width
+    attended = weights.num_heads * weights.blocks[0].attn.q_weight.shape[1]
+    # Every source, the inputs of attention, MLP and classifier, z of the heads, hidden units.
+    per_token = (len(weights.graph.sources) + 2 * blocks + 1) * width
+    per_token += blocks * (attended + weights.num_neurons)
+    size = torch.finfo(weights.dtype).bits / 8
+    return images * weights.num_tokens * per_token * size / 2**30
 
 
 def fit_gib(weights: ViTWeights, circuit: Circuit, images: int) -> float:

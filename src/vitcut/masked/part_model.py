@@ -72,11 +72,14 @@ class PartModel:
             fill: One value for all images.
 
         Raises:
-            CircuitError: The circuit cuts single edges, or the fill belongs to another circuit.
+            CircuitError: The circuit cuts single edges, or the fill belongs to another circuit or
+                differs from image to image.
         """
         if circuit.read_by_all is None:
             raise CircuitError("expected a circuit that cuts whole heads and neurons, not edges")
         fill.require_fit(circuit)
+        if fill.sources.ndim != 3:
+            raise CircuitError("expected a fill with one value for all images, got one per image")
         self._weights = weights
         self.rows = weights.rows_of(circuit.graph)
         self.sites: dict[SiteKey, Site] = {}

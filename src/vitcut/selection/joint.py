@@ -68,8 +68,7 @@ class Joint:
         for place in self._sites:
             self._respond(place)
         if shrink_over is not None and self._responses:
-            alive = [self._responses[place][site.alive] for place, site in self._sites.items()]
-            self._objective = objective.shrunk(torch.cat(alive), shrink_over)
+            self._objective = objective.shrunk(self._responses.values(), shrink_over)
             self._own = {place: self._alone(place) for place in self._sites}
 
     def rises(self, site: SiteKey) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ the stream right after each attention and MLP. Output weights turn those into th
 features. C classes take C - 1 backward passes, since sum_y q grad log q(y|x) = 0.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -61,34 +61,44 @@ class Objective:
     kept_slope: float = 1.0
     """What is believed of the slopes."""
 
-    def shrunk(self, responses: Float[Tensor, "parts responses"], num_images: int) -> "Objective":
+    def shrunk(
+        self, responses: Iterable[Float[Tensor, "_parts responses"]], num_images: int
+    ) -> "Objective":
         """An objective that believes of interactions and slopes what is not chance.
 
         There are more pairs of parts than images to tell how they interact: where thousands are
         chosen for their interactions, most of what is chosen is chance. So the matrix of
         interactions is shrunk towards its diagonal by the factor with the least expected error,
         and the slopes are shrunk towards zero in the same way (Ledoit and Wolf 2004,
-        doi:10.1016/S0047-259X(03)00096-4, here with the diagonal as target).
+        doi:10.1016/S0047-259X(03)00096-4, here with the diagonal as target). Several parts that
+        are cut as one candidate are a single response: among them nothing is shrunk.
 
         Args:
-            responses: Of all parts.
+            responses: Of all parts, site by site.
             num_images: N; a response belongs to image number (position modulo N).
         """
-        # [parts, classes, images] of r, in float64: sums of fourth powers.
-        r = (responses.double() * self.curvature.double().sqrt()).unflatten(1, (-1, num_images))
-        squares = r.flatten(1).square().sum(1)
+        like = self.curvature.double()
+        products = like.new_zeros(len(like), len(like))
+        own = own_by_image = slope = slope_by_image = 0.0
+        for some in responses:
+            # [parts, classes, images] of r, in float64: sums of fourth powers.
+            r = (some.double() * like.sqrt()).unflatten(1, (-1, num_images))
+            products += r.flatten(1).T @ r.flatten(1)
+            own += float(r.flatten(1).square().sum(1).square().sum())
+            own_by_image += float(r.square().sum(1).square().sum())
+            slopes = (some.double() * self.slope.double()).unflatten(1, (-1, num_images)).sum(1)
+            slope += float(slopes.sum(1).square().sum())
+            slope_by_image += float(slopes.square().sum())
         # Over all pairs of parts, but not a part with itself: the squared interactions, and the
         # same image by image. Both follow from products of responses, not of parts.
-        pairs = float((r.flatten(1).T @ r.flatten(1)).square().sum() - squares.square().sum())
-        by_image = torch.einsum("pcn,pdn->ncd", r, r).square().sum()
-        own_by_image = r.square().sum(1).square().sum()
-        slopes = (responses.double() * self.slope.double()).unflatten(1, (-1, num_images)).sum(1)
+        images = torch.arange(num_images, device=like.device)
+        blocks = products.unflatten(0, (-1, num_images)).unflatten(2, (-1, num_images))
+        by_image = float(blocks[:, images, :, images].square().sum())
+        pairs = float(products.square().sum()) - own
         return replace(
             self,
-            kept_interaction=_kept(pairs, float(by_image - own_by_image), num_images),
-            kept_slope=_kept(
-                float(slopes.sum(1).square().sum()), float(slopes.square().sum()), num_images
-            ),
+            kept_interaction=_kept(pairs, by_image - own_by_image, num_images),
+            kept_slope=_kept(slope, slope_by_image, num_images),
         )
 
     def of(self, response: Float[Tensor, "*parts responses"]) -> Float[Tensor, "*parts"]:
@@ -330,16 +340,21 @@ class Site:
 def held_gib(weights: ViTWeights, graph: Graph, num_images: int, num_classes: int) -> float:
     """Memory that a trace of the uncut model takes, in GiB."""
     probes, rows = Probes(1, num_classes, seed=0).num, weights.rows_of(graph)
+    num_answers = num_classes if probes == num_classes - 1 else probes
     alive = Alive.useful(graph, weights.num_neurons)
-    values = squares = 0
+    values = squares = singles = 0
     for place, parts in by_site(alive.heads, alive.neurons).items():
         features = int(parts.sum()) * _size(weights, place)
         if features:
             tokens = len(range(weights.num_tokens)[rows[place[2]]])
             values += num_images * tokens * (probes * weights.width + features)
             squares += features**2  # The inverse covariance, in float64.
+            # Responses of parts and of features, and the writes of the model and of the site.
+            responses = num_images * (int(parts.sum()) * num_answers + features * probes)
+            singles += responses + 2 * weights.width * features
     size = torch.finfo(_HELD_AS.get(weights.dtype, weights.dtype)).bits / 8
-    return (values * size + squares * 8) / 2**30 + _CHUNK_GIB
+    singles *= torch.finfo(weights.dtype).bits // 8
+    return (values * size + squares * 8 + singles) / 2**30 + _CHUNK_GIB
 
 
 def trace_sites(

@@ -153,7 +153,9 @@ class Selection:
             )
             return Additive(by_site(scores.heads, scores.neurons))
         fitted = self._fitter.take(self.circuit)
+        fill = fitted.fill.like(weights.patch_weight)
         statistics = None if fitted.statistics is None else dict(fitted.statistics)
+        del fitted  # Each covariance is freed as soon as its inverse is there.
         if statistics is not None and not budget.refresh_fraction:
             # Without covariances no part predicts another: each is scored as if it got its mean.
             statistics = {
@@ -165,7 +167,7 @@ class Selection:
             self._pixels,
             self._group_of_class,
             self.circuit,
-            fitted.fill.like(weights.patch_weight),
+            fill,
             alive=self._alive,
             log_p=self._full_log_probs,
             statistics=statistics,

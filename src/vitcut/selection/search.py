@@ -48,6 +48,7 @@ from vitcut.selection.responses import held_gib
 from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain, require_memory
+from vitcut.shapes import Tensor
 
 _FORMAT_VERSION = 1
 
@@ -213,6 +214,21 @@ def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> N
         )
 
 
+def require_decidable(budget: Budget, images: Images) -> None:
+    """Refuse a loss of accuracy that the val images are too few to exclude.
+
+    Raises:
+        ConfigError: They are.
+    """
+    val = len(images.val)
+    if budget.max_drop is not None and budget.max_drop / 100 < _CERTAIN / val:
+        raise ConfigError(
+            f"max-drop {budget.max_drop:g} cannot be decided on {val} val images: even if a cut "
+            f"changed none of them, a loss of {100 * _CERTAIN / val:.2g} points could not be "
+            "excluded; allow at least that, or give more val images"
+        )
+
+
 def search(
     model: Model,
     images: Images,
@@ -249,6 +265,7 @@ def search(
         ConfigError: More memory is needed than allowed, or there are too few val images to tell
             whether an accuracy was lost.
     """
+    require_decidable(budget, images)
 
     def find() -> SearchPath:
         _require_room(model, images, budget, settings)
@@ -286,7 +303,8 @@ def _ladder(start: float, targets: Sequence[float], rounds: int) -> Iterator[flo
     steepest = (targets[-1] / start) ** (1 / rounds)
     for target in targets:
         steps = max(1, math.ceil(math.log(target / start) / math.log(steepest) - 1e-9))
-        yield from geometric(start, target, steps)
+        yield from list(geometric(start, target, steps))[:-1]
+        yield target  # Exactly: its name is looked up again.
         start = target
 
 
@@ -334,12 +352,18 @@ class _Rounds:
             self.model.weights,
             self.budget,
             ablation=self.settings.ablation_for(None),
-            pixels=normalise(self.score_images().all(), self.model.preprocessing),
+            pixels=self.scored_pixels(),
             group_of_class=torch.from_numpy(self.images.task.group_of_class),
             fitter=self.fitter,
             cost=self.cost,
         )
         self.uncut = self.selection.cost()
+
+    def scored_pixels(self) -> Tensor:
+        """The normalised images that parts are scored on; none where scores need no images."""
+        if self.budget.scores == "fisher":
+            return normalise(self.score_images().all(), self.model.preprocessing)
+        return self.model.weights.patch_weight.new_empty(0, self.model.weights.channels, 1, 1)
 
     def score_images(self) -> ImageSet:
         """Training images that no fill is fitted to, if there are enough of them."""
@@ -395,22 +419,17 @@ class _Rounds:
         Returns:
             All steps that were made, and the name of the smallest one that holds.
         """
-        val, dense = len(self.images.val), dense_macs(self.model.weights.shape)
-        if most < _CERTAIN / val:
-            raise ConfigError(
-                f"max-drop {100 * most:g} cannot be decided on {val} val images: even if a cut "
-                f"changed none of them, a loss of {100 * _CERTAIN / val:.2g} points could not be "
-                "excluded; allow at least that, or give more val images"
-            )
+        dense = dense_macs(self.model.weights.shape)
+        least = self.selection.smallest / dense
         steps: list[PathStep] = []
         holds: PathStep | None = None
         low, high = 0.0, self.uncut / dense
         closing = 0
         while closing < _CLOSER or (holds is None and closing < _MOST_ROUNDS):
             # Down by a fixed ratio until a step fails, then between it and the last that holds.
+            if low == 0.0 and high * _DROP_STEP < least:
+                low, closing = least, closing + 1
             fraction = high * _DROP_STEP if low == 0.0 else math.sqrt(low * high)
-            if fraction * dense < self.selection.smallest:
-                break
             if holds is not None:
                 self.selection.resume(Circuit.load(self.run.path / holds.circuit))
             else:

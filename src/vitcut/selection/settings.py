@@ -104,13 +104,16 @@ class Budget:
         )
 
 
-def _falling(values: str | Sequence[float]) -> tuple[float, ...]:
-    """Numbers, from the largest to the smallest, each once."""
-    listed = values.split(",") if isinstance(values, str) else values
+def _falling(given: str | Sequence[float]) -> tuple[float, ...]:
+    """Numbers, from the largest to the smallest, each once; several are told apart by 4 digits."""
+    listed = given.split(",") if isinstance(given, str) else given
     try:
-        return tuple(sorted({float(value) for value in listed}, reverse=True))
+        values = [float(value) for value in listed]
     except ValueError:
         raise ConfigError(
             f"target-macs must be a fraction of dense, such as 0.3, or several, such as "
-            f"0.5,0.3,0.2, got {values!r}"
+            f"0.5,0.3,0.2, got {given!r}"
         ) from None
+    if len(values) > 1:
+        values = [round(value, 4) for value in values]
+    return tuple(sorted(set(values), reverse=True))
