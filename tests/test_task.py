@@ -394,3 +394,12 @@ def test_the_task_of_all_classes_is_what_its_labels_and_its_label_file_say(ids, 
     assert len(task.groups) == len(ids)
     assert task.among(labels) == task
     assert parse_task(yaml.safe_dump(task.to_dict(), sort_keys=False), origin="x.yaml") == task
+
+
+@pytest.mark.parametrize("tabby", ["n02123045", "tabby", "281", "Tabby_Cat"])
+def test_what_is_excluded_is_found_like_every_class(tabby):
+    text = f"groups: {{cat: domestic cat, dog: dog}}\nexcluded: {{{tabby}: striped}}"
+    task = _among(text, imagenet_labels())
+    cats = [item.id for item in task.classes if item.group == "cat"]
+    assert len(cats) == 4
+    assert "n02123045" not in cats

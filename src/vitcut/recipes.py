@@ -210,6 +210,9 @@ def train(
         vit.require_whole_patches(images.preprocessing.image_size)
         run.claim({**start, "vit": as_plain(vit), **own})
         return _trained(images, vit, settings, run)
+    from vitcut.model.saving import require_savable
+
+    require_savable(model.module)
     require_made_for(model.preprocessing, images)
     origin = subject(model, images)["model"]
     run.claim({**start, "pretrained": origin, "transfer": as_plain(transfer), **own})
@@ -229,7 +232,7 @@ def check_train(given: Mapping[str, Any]) -> None:
         kind, others = "a pretrained model (--model)", [transfer]
     elif transfer.freeze == "backbone":
         kind = "training all weights, got freeze backbone"
-        others = [given["vit"], settings]
+        others = [given["vit"], settings, replace(transfer, freeze="none")]
     else:
         kind, others = "a new model, got a pretrained one", [given["vit"]]
     for value in others:

@@ -105,11 +105,17 @@ class Task:
         unknown = [written for written, found in positions.items() if not found]
         if unknown:
             raise TaskError(unknown_classes(self.name, unknown, labels))
+        # What the model or data lack may be left out too.
+        left_out = set(self.excluded)
+        for written in self.excluded:
+            position = labels.find(written)
+            places = positions_below(written, labels) if position is None else (position,)
+            left_out |= {labels.ids[place] for place in places}
         found: dict[str, TaskClass] = {}
         for item in self.classes:
             for position in positions[item.id]:
                 class_id = labels.ids[position]
-                if item.id in above and class_id in self.excluded:
+                if item.id in above and class_id in left_out:
                     continue
                 if class_id in found:
                     raise TaskError(
@@ -123,7 +129,7 @@ class Task:
                     name = item.name
                 found[class_id] = TaskClass(id=class_id, name=name, group=item.group)
         if self.rest is not None:
-            named = found.keys() | self.excluded.keys()
+            named = found.keys() | left_out
             for class_id, name in zip(labels.ids, labels.names, strict=True):
                 if class_id not in named:
                     found[class_id] = TaskClass(id=class_id, name=name, group=self.rest)

@@ -73,6 +73,6 @@ def require_savable(model: nn.Module) -> None:
     if library_of(model) not in LIBRARIES:
         raise ModelError(
             f"a {type(model).__name__} cannot be saved as a folder that vitcut reads back, only "
-            f"models of {', '.join(LIBRARIES)} can: save its state_dict() yourself; a repair "
-            "leaves the dense model out with --repair-dense false"
+            f"models of {', '.join(LIBRARIES)} can: build it with one of them; a repair also "
+            "runs without the dense model, with --repair-dense false"
         )

@@ -101,7 +101,13 @@ def fit_probe(
     task = images.task
     module, layers = with_new_head(model.module, model.weights, len(task.classes))
     preprocessing = model.preprocessing
-    known = config_hash(model.weight_hash, images.fingerprint)
+    known = config_hash(
+        model.weight_hash,
+        images.fingerprint,
+        settings.precision,
+        list(preprocessing.mean),
+        list(preprocessing.std),
+    )
     train_x, val_x = _features(module, layers, images, settings, out, preprocessing, known)
     train_y, val_y = (
         torch.from_numpy(part.labels).to(device) for part in (images.train, images.val)
