@@ -24,8 +24,10 @@ from vitcut import BenchSettings, Budget, CutSettings, DiscoverSettings, Finetun
 from vitcut.benchmark.bootstrap import paired_interval
 from vitcut.benchmark.points import Points, dense_point, evaluate_points, measure
 from vitcut.compiler.cut import Cut, class_only
+from vitcut.errors import ArtefactError
 from vitcut.images.load import Images
 from vitcut.model.model import Model
+from vitcut.names import RuntimeName
 from vitcut.progress import say
 from vitcut.results import Point, Results
 from vitcut.training.checkpoint import read_training
@@ -35,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "real"
 TARGETS = (0.5, 0.3)
 """MACs of the cuts, as fractions of dense."""
+RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
 STEPS = ("cut", "acdc", "repair", "measure", "page")
 
 
@@ -119,7 +122,9 @@ def acdc_cuts(bed: Bed, model: Model, images: Images, out: Path) -> Iterator[Cut
         )
 
 
-def repairs(bed: Bed, model: Model, images: Images, out: Path) -> Iterator[tuple[Point, nn.Module]]:
+def repairs(
+    bed: Bed, model: Model, images: Images, out: Path, *, finished_only: bool = False
+) -> Iterator[tuple[Point, nn.Module]]:
     """Every cut repaired, and the dense model after the same repair; what is there is read."""
     headline = budget_cuts(out)[-1].name
     sought = [*budget_cuts(out), *(acdc_cuts(bed, model, images, out) if made_acdc(out) else ())]
@@ -127,17 +132,30 @@ def repairs(bed: Bed, model: Model, images: Images, out: Path) -> Iterator[tuple
         for seed in bed.seeds if cut.name == headline else bed.seeds[:1]:
             settings = bed.repair(seed)
             into = out / "repairs" / f"{cut.name}-{seed}"
+            if finished_only and not is_finished(into):
+                continue
             repaired = vitcut.finetune(
                 cut, model, images, settings=settings, repair_dense=False, bench=None, out=into
             ).cut
             point = replace(repaired.point(out), name=f"{repaired.name}-{seed}")
             yield with_seconds(point, into), repaired.model
     for seed in bed.seeds:
-        say(f"repairing the dense model, seed {seed}")
         settings = bed.repair(seed)
         dense, into = deepcopy(model.module), out / "repairs" / f"dense-{seed}"
+        if finished_only and not is_finished(into):
+            continue
+        say(f"repairing the dense model, seed {seed}")
         repair(dense, model.module, images, settings, into, preprocessing=model.preprocessing)
         yield with_seconds(replace(dense_point(model), name=f"dense-repaired-{seed}"), into), dense
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a training has ended."""
+    try:
+        read_training(run)
+    except ArtefactError:
+        return False
+    return True
 
 
 def made_acdc(out: Path) -> bool:
@@ -156,13 +174,12 @@ def measure_bed(bed: Bed, model: Model, images: Images, out: Path) -> None:
     made += [(cut.point(out), cut.model) for cut in budget_cuts(out)]
     if made_acdc(out):
         made += [(cut.point(out), cut.model) for cut in acdc_cuts(bed, model, images, out)]
-    if (out / "repairs").is_dir():
-        made += repairs(bed, model, images, out)
+    made += repairs(bed, model, images, out, finished_only=True)
     points: Points = {point.name: (point, module) for point, module in made}
     found = evaluate_points(model, images, points)
     # A repair changes no time: what has the shape of another point is not timed again.
     timed = {name: item for name, item in points.items() if "repaired" not in name}
-    settings = BenchSettings(runtimes=("onnxruntime", "openvino"), batches=(1, 64), seconds=2.0)
+    settings = BenchSettings(runtimes=RUNTIMES, batches=(1, 64), seconds=2.0)
     torch.set_num_threads(1)
     results = measure(model, images, timed, settings, evaluations=found)
     against: dict[str, Any] = {}
@@ -222,7 +239,8 @@ def section(bed: Bed, path: Path) -> str:
     dense = results.dense
     if dense is None or dense.macs is None or dense.accuracy_coarse is None:
         raise SystemExit(f"{path} has no dense model")
-    columns = [(r, b) for r in ("onnxruntime", "openvino") for b in (1, 64)]
+    whole = dense.macs
+    columns = [(runtime, batch) for runtime in RUNTIMES for batch in (1, 64)]
     lines = [
         "| point | MACs | accuracy | change | KL | "
         + " | ".join(f"{runtime}, batch {batch}" for runtime, batch in columns)
@@ -230,7 +248,9 @@ def section(bed: Bed, path: Path) -> str:
         "|---|---:|---:|---:|---:|" + "---:|" * (len(columns) + 1),
     ]
 
-    def row(name: str, accuracy: float, kl: float | None, macs: int, speeds: list[str], s: Any):
+    def row(
+        name: str, accuracy: float, kl: float | None, macs: int, speeds: list[str], s: Any
+    ) -> None:
         change = extra["against"].get(name, {}).get("dense")
         told = (
             ""
@@ -238,7 +258,7 @@ def section(bed: Bed, path: Path) -> str:
             else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in change))
         )
         lines.append(
-            f"| {name} | {100 * macs / dense.macs:.0f} % | {accuracy:.1%} | {told} | "
+            f"| {name} | {100 * macs / whole:.0f} % | {accuracy:.1%} | {told} | "
             f"{'' if kl is None else f'{kl:.3f}'} | {' | '.join(speeds)} | {s or ''} |"
         )
 
