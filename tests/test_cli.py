@@ -536,6 +536,15 @@ def test_a_pretrained_model_is_trained_by_a_recipe_of_its_own(taken):
     assert "new_head" not in taken["load_images"]
 
 
+@pytest.mark.parametrize("words", [DRAWN, ["--model", "animals"]])
+def test_a_training_computes_where_it_is_told_to(words, taken):
+    assert main(["train", *words]) == 0
+    assert taken["train"]["settings"].device == "auto"
+    assert main(["train", *words, "--device", "cpu"]) == 0
+    assert taken["train"]["settings"].device == "cpu"
+    assert taken.get("load_model", {"device": "cpu"})["device"] == "cpu"
+
+
 def test_the_recipe_of_fine_tuning_is_printed_with_its_changes(capsys):
     words = ["train", "--model", "animals", "--layer-decay", "0.5", "--print-config"]
     assert main(words) == 0

@@ -190,6 +190,9 @@ def build_parser(name: str) -> ArgumentParser:
             for own, described in _loading(kind):
                 if own.name in known or (kind == "Images" and own.name in _NOT_TYPED):
                     continue
+                if optional and own.name == "device":
+                    # A training without a model has a device too: the flag is its settings'.
+                    continue
                 known.add(own.name)
                 help_text = _help(told, "model") if optional and own.name == "model" else described
                 # What a command is about is its first word, as in `vitcut info MODEL`.
