@@ -192,9 +192,11 @@ def train(
             another kind of training.
         TaskError: The images are labelled with groups, not with the task's classes.
         UnsupportedModelError: The model's classifier cannot be replaced.
+        ModelError: The model is of a class of your own, which cannot be saved.
         ArtefactError: ``out`` holds something else.
     """
     from vitcut.images.load import Images
+    from vitcut.model.saving import require_savable
 
     if settings is None and model is not None and transfer.freeze == "none":
         found = yaml.safe_load(fine_tuning_recipe().read_text(encoding="utf-8"))
@@ -210,12 +212,12 @@ def train(
         vit.require_whole_patches(images.preprocessing.image_size)
         run.claim({**start, "vit": as_plain(vit), **own})
         return _trained(images, vit, settings, run)
-    from vitcut.model.saving import require_savable
-
-    require_savable(model.module)
     require_made_for(model.preprocessing, images)
     origin = subject(model, images)["model"]
-    run.claim({**start, "pretrained": origin, "transfer": as_plain(transfer), **own})
+    require_savable(model.module, remedy="train a model of these libraries")
+    told = {"freeze": "backbone"} if transfer.freeze == "backbone" else as_plain(transfer)
+    own["preprocessing"] = as_plain(model.preprocessing)
+    run.claim({**start, "pretrained": origin, "transfer": told, **own})
     return _transferred(model, images, transfer, settings, run)
 
 
@@ -274,9 +276,10 @@ def _require_fine_labels(images: "Images") -> None:
     if task.folders:
         listed = ", ".join(task.label_ids[:5]) + (", ..." if len(task.label_ids) > 5 else "")
         raise TaskError(
-            f"a new model cannot learn the {len(task.classes)} classes of task {task.name!r} from "
-            f"images that are labelled with its {len(task.groups)} groups: give a label file of "
-            f"the data's classes, 'classes: [{listed}]', or cut a model that knows the others"
+            f"training needs images labelled with the {len(task.classes)} classes of task "
+            f"{task.name!r}, these are labelled with its {len(task.groups)} groups: give a label "
+            f"file of the folders, 'classes: [{listed}]', or cut a model that already knows the "
+            f"{len(task.classes)} classes"
         )
 
 

@@ -155,7 +155,7 @@ def test_a_killed_probe_does_not_compute_features_twice(pretrained, images, tmp_
 def test_features_of_another_model_are_refused(pretrained, images, tmp_path):
     fit_probe(pretrained, images, ON_CPU, tmp_path)
     assert (tmp_path / FEATURES_FILE).exists()
-    with pytest.raises(ArtefactError, match="features of another model or other images"):
+    with pytest.raises(ArtefactError, match="features of another model, other images"):
         fit_probe(_load(build_module(7, std=0.2)), images, ON_CPU, tmp_path)
 
 
@@ -220,6 +220,10 @@ def test_by_default_the_shipped_recipe_is_used(pretrained, images, monkeypatch):
         ({"transfer": TransferSettings(layer_decay=0.5)}, "layer_decay is for a pretrained model"),
         ({"model": True, "vit": VitSettings(width=16)}, "width is for a new model"),
         ({"model": True, "transfer": PROBE, "settings": SHORT}, "epochs is for training all"),
+        (
+            {"model": True, "transfer": TransferSettings(freeze="backbone", layer_decay=0.5)},
+            "layer_decay is for training all weights",
+        ),
         ({"model": True, "transfer": PROBE, "vit": VitSettings(depth=2)}, "depth is for training"),
     ],
 )

@@ -45,7 +45,7 @@ def paired_interval(
     Args:
         correct: Whether a model is right, shape [images].
         reference: Whether the model that it is compared with is right on the same images.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         Low and high end of accuracy(model) - accuracy(reference), as fractions of 1.

@@ -154,7 +154,7 @@ def compare(
         found: Its answers.
         against: What the other model is called.
         other: Its answers on the same images.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     own, theirs = found.correct_coarse, other.correct_coarse
     low, high = paired_interval(own, theirs, seed=seed)

@@ -64,8 +64,17 @@ def save_dense(
         write_text(fresh / "README.md", card)
 
 
-def require_savable(model: nn.Module) -> None:
+def require_savable(
+    model: nn.Module,
+    *,
+    remedy: str = "save its state_dict() yourself; a repair leaves the dense model out with "
+    "--repair-dense false",
+) -> None:
     """Refuse a model that `save_dense` cannot write.
+
+    Args:
+        model: The model.
+        remedy: What to do instead, for the message.
 
     Raises:
         ModelError: Its class is not one of timm, torchvision or transformers.
@@ -73,6 +82,5 @@ def require_savable(model: nn.Module) -> None:
     if library_of(model) not in LIBRARIES:
         raise ModelError(
             f"a {type(model).__name__} cannot be saved as a folder that vitcut reads back, only "
-            f"models of {', '.join(LIBRARIES)} can: build it with one of them; a repair also "
-            "runs without the dense model, with --repair-dense false"
+            f"models of {', '.join(LIBRARIES)} can: {remedy}"
         )

@@ -211,10 +211,20 @@ def _read_marker(root: Path) -> _Marker | None:
     path = root / _MARKER
     if not path.exists():
         return None
-    found = load(path, _Marker, kind="training", version=_FORMAT_VERSION)
+    found = _without_device(load(path, _Marker, kind="training", version=_FORMAT_VERSION))
     # Nothing is lost before the first checkpoint: whoever comes takes the folder.
     kept = found.result is not None or (root / _LAST).exists()
     return found if kept else None
+
+
+def _without_device(found: _Marker) -> _Marker:
+    """Earlier versions recorded the device, with which a training could not go on elsewhere."""
+    config = found.settings.get("config", {})
+    if "device" not in config:
+        return found
+    config = {key: value for key, value in config.items() if key != "device"}
+    settings = {**found.settings, "config": config}
+    return replace(found, settings=settings, settings_hash=config_hash(settings))
 
 
 def read_training(root: Path) -> tuple[dict[str, Any], TrainResult]:
@@ -223,7 +233,7 @@ def read_training(root: Path) -> tuple[dict[str, Any], TrainResult]:
     Raises:
         ArtefactError: There is none, it is damaged, or it is not finished.
     """
-    found = load(root / _MARKER, _Marker, kind="training", version=_FORMAT_VERSION)
+    found = _without_device(load(root / _MARKER, _Marker, kind="training", version=_FORMAT_VERSION))
     if found.result is None:
         raise ArtefactError(f"the training in {root} is not finished: run its command again")
     return found.settings, found.result

@@ -185,7 +185,7 @@ def training_settings(
     """Everything that a training depends on, as JSON values; ``training.json`` holds it."""
     return {
         "config": {
-            **as_plain(settings),
+            **{k: v for k, v in as_plain(settings).items() if k != "device"},
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
         },
@@ -215,6 +215,8 @@ class _Training:
         # accelerate allows one precision per process, autocast one per training: so always "no".
         self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self._device = self._accelerator.device
+        if self._accelerator.num_processes == 1:
+            require_device(device, self._device)
         train, num_targets = images.train, len(images.task.class_ids)
         if images.task.folders:
             labels = images.task.group_of_label[train.labels]
@@ -405,6 +407,24 @@ def create_optimizer(
     if schedule is None:
         raise ConfigError("timm built no cosine schedule: expected timm 1.0.20 or later")
     return optimizer, schedule
+
+
+def require_device(asked: torch.device, found: torch.device) -> None:
+    """Refuse a training on another device than the one that was asked for.
+
+    accelerate chooses it once for a process: the CPU after a training on the CPU, the first GPU
+    whatever the number, and a GPU of their own for each of several processes.
+
+    Raises:
+        ConfigError: The devices differ.
+    """
+    # Without a number, any GPU will do.
+    if asked.type != found.type or asked.index not in {None, found.index or 0}:
+        raise ConfigError(
+            f"device is {str(asked)!r}, but accelerate trains on {str(found)!r} in this process: "
+            "start a new process for another kind of device, and choose a GPU by "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _require_fit(

@@ -104,9 +104,9 @@ def fit_probe(
     known = config_hash(
         model.weight_hash,
         images.fingerprint,
-        settings.precision,
         list(preprocessing.mean),
         list(preprocessing.std),
+        settings.precision,
     )
     train_x, val_x = _features(module, layers, images, settings, out, preprocessing, known)
     train_y, val_y = (
@@ -199,7 +199,8 @@ def _features(
         tensors, facts = read_tensors(path)
         if facts.get("of") != known:
             raise ArtefactError(
-                f"{path} holds features of another model or other images: choose another --out"
+                f"{path} holds features of another model, other images or another precision: "
+                "choose another --out"
             )
         say(f"{path} is there already")
         return tensors["train"].to(device), tensors["val"].to(device)
