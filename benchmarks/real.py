@@ -277,11 +277,12 @@ def section(bed: Bed, path: Path) -> str:
         row(
             item["name"], item["accuracy_coarse"], item["kl"], item["macs"], speeds, item["seconds"]
         )
-    machine = results.machine
+    machine, told = results.machine, "; nothing was repaired yet"
+    if extra["repaired"]:
+        told = f"; repairs of {extra['epochs']} epochs; a repaired point is as fast as its cut"
     return (
         "\n".join(lines)
-        + f"\n\n{machine['cpu']}, one thread, float32, {dense.images} test images; repairs of "
-        f"{extra['epochs']} epochs on training images, a repaired point is as fast as its cut. Raw: "
+        + f"\n\n{machine['cpu']}, one thread, float32, {dense.images} test images{told}. Raw: "
         f"[{bed.task}.json]({bed.task}.json), "
         f"[{bed.task}-repairs.json]({bed.task}-repairs.json).\n"
     )
@@ -301,7 +302,7 @@ def stages(files: list[Path]) -> str:
     lines.append("| **all** | " + " | ".join(f"{item['seconds']:.0f} s" for item in found) + " |")
     lines.append("| peak memory | " + " | ".join(f"{i['peak_gib']} GiB" for i in found) + " |")
     raw = ", ".join(f"[{path.name}]({path.name})" for path in files)
-    cores = {item["machine"]["cores"] for item in found}
+    cores = max(item["machine"]["cores"] for item in found)
     return (
         "\n".join(lines)
         + f"\n\nWhole `vitcut cut` commands with images decoded, {cores} cores, by "
