@@ -311,11 +311,10 @@ def finetune(
         start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
     run = Run(out)
     model = for_images(model, images)
-    asked = settings
-    if settings.device == "auto":
-        settings = replace(settings, device=str(model.weights.device))
+    asked, device = settings, str(model.weights.device)
     # Chosen once, so that the dense model is trained in the same way.
-    settings = for_machine(settings, run.path)
+    device = device if asked.device == "auto" else asked.device
+    settings = for_machine(replace(asked, device=device), run.path)
     repairs.require_cut_of(start.model, model, images)
     taken = None
     if repaired_dense is not None:
