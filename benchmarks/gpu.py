@@ -354,7 +354,7 @@ def commands(record: Record, device: str, *, quick: bool) -> None:
         # Fills are fitted to all of the pictures, except in a try.
         cutting = vitcut.CutSettings(images=58) if quick else vitcut.CutSettings()
         discovery = vitcut.DiscoverSettings(tau=0.05, images=16)
-        training = vitcut.FinetuneSettings(epochs=1, warmup_epochs=0, augmentation="none")
+        training = vitcut.FinetuneSettings(epochs=1, augmentation="none")
         done: dict[str, Any] = {}
         verbs: dict[str, Callable[[], Any]] = {
             "evaluate": lambda: vitcut.evaluate(model, images),

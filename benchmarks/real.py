@@ -41,10 +41,6 @@ RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
 STEPS = ("cut", "acdc", "repair", "measure", "page")
 
 
-LEARNING_RATE = 5e-4
-"""Of the repairs: a quarter of the default, which is for a model of a third of the width."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Bed:
     """A task, and how much of everything it gets."""
@@ -57,12 +53,9 @@ class Bed:
     taus: tuple[float, ...]
     acdc_images: int
 
-    def repair(self, seed: int) -> FinetuneSettings:
+    def repair(self, seed: int, width: int) -> FinetuneSettings:
         """The recipe of a repair."""
-        warmup = 1 if self.epochs > 1 else 0
-        return FinetuneSettings(
-            epochs=self.epochs, warmup_epochs=warmup, learning_rate=LEARNING_RATE, seed=seed
-        )
+        return FinetuneSettings(epochs=self.epochs, seed=seed).for_width(width)
 
 
 BEDS = (
@@ -130,7 +123,7 @@ def repairs(
     sought = [*budget_cuts(out), *(acdc_cuts(bed, model, images, out) if made_acdc(out) else ())]
     for cut in sought:
         for seed in bed.seeds if cut.name == headline else bed.seeds[:1]:
-            settings = bed.repair(seed)
+            settings = bed.repair(seed, model.weights.width)
             into = out / "repairs" / f"{cut.name}-{seed}"
             if finished_only and not is_finished(into):
                 continue
@@ -140,7 +133,7 @@ def repairs(
             point = replace(repaired.point(out), name=f"{repaired.name}-{seed}")
             yield with_seconds(point, into), repaired.model
     for seed in bed.seeds:
-        settings = bed.repair(seed)
+        settings = bed.repair(seed, model.weights.width)
         dense, into = deepcopy(model.module), out / "repairs" / f"dense-{seed}"
         if finished_only and not is_finished(into):
             continue

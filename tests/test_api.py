@@ -12,9 +12,12 @@ import timm
 import torch
 
 import vitcut
+from vitcut.benchmark.evaluation import evaluate
+from vitcut.benchmark.points import evaluate_points
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.cli import VERBS
 from vitcut.compact.operations import count_macs, dense_macs
+from vitcut.compiler.cut import class_only
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, CircuitError, ConfigError, ModelError, TaskError
@@ -24,6 +27,7 @@ from vitcut.model.model import Model, weight_hash
 from vitcut.model.reference import build_reference
 from vitcut.model.settings import VitSettings
 from vitcut.preprocessing import Preprocessing
+from vitcut.results import CLASS_ONLY, DENSE
 from vitcut.selection.settings import Budget
 from vitcut.training.settings import FinetuneSettings, TrainSettings
 
@@ -396,3 +400,13 @@ def test_the_example_runs(model_folder, tmp_path, capsys):
     example.main([*where, "--tau", "0.1", "--images", "12", "--out", str(out)])
     assert f"saved: {out}" in capsys.readouterr().out
     assert (out / "model.safetensors").is_file()
+
+
+def test_the_class_only_model_has_the_answers_of_the_dense_one(model, images):
+    taken = model.for_task(images.task, images.labels)
+    point, module = class_only(taken, images, CutSettings())
+    found = evaluate_points(taken, images, {CLASS_ONLY: (point, module)})
+    own = evaluate(module, images.test, images.task, taken.preprocessing, reference=found[DENSE])
+    told = found[CLASS_ONLY]
+    assert (told.accuracy_coarse, told.confusion) == (own.accuracy_coarse, own.confusion)
+    assert own.kl == pytest.approx(told.kl, abs=1e-6)

@@ -178,9 +178,20 @@ def test_a_repair_by_another_teacher_is_refused(tmp_path):
             {"coarse_weight": 0.0, "fine_weight": 0.0, "label_weight": 0.0},
             "one of coarse_weight, fine_weight, label_weight must be > 0",
         ),
-        ({"epochs": 1}, "warmup_epochs must be below epochs"),
+        ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs must be below epochs"),
     ],
 )
 def test_weights_of_the_loss_are_checked(change, message):
     with pytest.raises(ConfigError, match=message):
         FinetuneSettings(**change)
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0.2), (3, 0.6), (6, 1.0), (20, 1.0)])
+def test_a_repair_warms_up_for_one_epoch_or_a_fifth_of_a_short_training(epochs, warmup):
+    assert FinetuneSettings(epochs=epochs).warmup == warmup
+
+
+@pytest.mark.parametrize(("width", "rate"), [(64, 2e-3), (192, 2e-3 / 9), (768, 2e-3 / 144)])
+def test_the_learning_rate_of_a_repair_falls_with_the_square_of_the_width(width, rate):
+    assert FinetuneSettings().for_width(width).learning_rate == pytest.approx(rate)
+    assert FinetuneSettings(learning_rate=0.5).for_width(width).learning_rate == 0.5

@@ -266,12 +266,16 @@ def test_colours_are_not_varied_where_there_are_none(tmp_path):
         train(tiny_model(), replace(images, train=grey), changed, tmp_path)
 
 
-@given(epochs=st.integers(2, 30), warmup=st.integers(0, 5), steps=st.integers(1, 10))
+@given(
+    epochs=st.integers(2, 30),
+    warmup=st.sampled_from([0, 0.2, 0.5, 1, 2, 5]),
+    steps=st.integers(1, 10),
+)
 def test_learning_rates_warm_up_linearly_then_follow_a_cosine_to_zero(epochs, warmup, steps):
     warmup = min(warmup, epochs - 1)
     changed = replace(SETTINGS, epochs=epochs, warmup_epochs=warmup)
     optimizer, schedule = create_optimizer(tiny_model(), changed, steps)
-    peak, low, switch = changed.learning_rate, changed.learning_rate / 100, warmup * steps
+    peak, low, switch = changed.learning_rate, changed.learning_rate / 100, round(warmup * steps)
     for step in range(epochs * steps):
         schedule.step_update(step)
         if step < switch:
@@ -334,3 +338,8 @@ def test_elsewhere_nothing_is_replaced(settings, device):
     expected = F.scaled_dot_product_attention(*inputs).grad_fn.name()
     with training_precision(settings, torch.device(device)):
         assert F.scaled_dot_product_attention(*inputs).grad_fn.name() == expected
+
+
+def test_only_a_repair_chooses_its_own_learning_rate(tmp_path):
+    with pytest.raises(ConfigError, match="learning_rate is None, expected a number"):
+        train(tiny_model(), tiny_images(), replace(SETTINGS, learning_rate=None), tmp_path)

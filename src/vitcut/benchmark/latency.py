@@ -142,16 +142,14 @@ def time_sessions(
     # The way of the images to a GPU is not timed.
     examples = {name: example.to(session.device) for name, session in sessions.items()}
     with torch_threads(settings.threads), _without_garbage_collection():
-        calls: dict[str, int] = {}
+        calls, round_ms = dict[str, int](), 0.0
         for name, session in sessions.items():
             # Warm up: the fastest of these calls says how many make a sample that can be timed.
             calls_ms: list[float] = []
             while len(calls_ms) < _WARM_UP_CALLS or sum(calls_ms) < _WARM_UP_MS:
                 calls_ms.append(_sample_ms(session, examples[name], 1))
             calls[name] = math.ceil(settings.min_sample_ms / min(calls_ms))
-        round_ms = sum(
-            _sample_ms(sessions[name], examples[name], calls[name]) * calls[name] for name in names
-        )
+            round_ms += calls[name] * min(calls_ms)
         wanted = int(settings.seconds * 1000 * len(names) / round_ms)
         rounds = max(settings.min_rounds, min(wanted, _MAX_ROUNDS))
         runtime = sessions[names[0]].runtime

@@ -19,7 +19,7 @@ class BenchSettings:
     """CPU threads per call."""
     seconds: float = 2.5
     """Time spent on each model, runtime and batch size, after warm-up."""
-    min_rounds: int = 11
+    min_rounds: int = 7
     """Least number of samples per model, even if they take longer than `seconds`."""
     min_sample_ms: float = 5.0
     """Shorter calls are repeated until a sample lasts this long."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -386,6 +386,8 @@ def create_optimizer(
     ``step_update(step)`` is given, so it has no state to save. With layer decay, the classifier
     has the full learning rate, and each layer before it that fraction of the next one's.
     """
+    if settings.learning_rate is None:
+        raise ConfigError("learning_rate is None, expected a number: only a repair chooses its own")
     optimizer = create_optimizer_v2(
         model,
         "adamw",
@@ -393,19 +395,16 @@ def create_optimizer(
         weight_decay=settings.weight_decay,
         layer_decay=None if layer_decay == 1 else layer_decay,
     )
-    schedule, _ = create_scheduler_v2(
+    warmup = round(settings.warmup * steps_per_epoch)
+    schedule = CosineLRScheduler(
         optimizer,
-        "cosine",
-        num_epochs=settings.epochs - settings.warmup_epochs,
-        warmup_epochs=settings.warmup_epochs,
-        warmup_lr=settings.learning_rate / 100,
+        t_initial=settings.epochs * steps_per_epoch - warmup,
+        warmup_t=warmup,
+        warmup_lr_init=settings.learning_rate / 100,
         warmup_prefix=True,
-        min_lr=0.0,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
+        lr_min=0.0,
+        t_in_epochs=False,
     )
-    if schedule is None:
-        raise ConfigError("timm built no cosine schedule: expected timm 1.0.20 or later")
     return optimizer, schedule
 
 

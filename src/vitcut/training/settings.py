@@ -1,7 +1,7 @@
 """Settings of the training stage. Loads no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vitcut.errors import ConfigError
@@ -17,6 +17,9 @@ Freeze = Literal["none", "backbone"]
 Precision = Literal["auto", "float32", "bfloat16"]
 """Precision of the training forward pass; weights and evaluation stay in float32."""
 
+_REPAIR_RATE, _REPAIR_WIDTH = 2e-3, 64
+"""The learning rate of a repair, and the width of the models that it was chosen on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -26,12 +29,12 @@ class TrainSettings:
     """Passes over the training images, warm-up included."""
     batch_size: int = 256
     """Images per step; images that do not fill the last batch of an epoch are left out of it."""
-    learning_rate: float = 1.2e-3
+    learning_rate: float | None = 1.2e-3
     """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero."""
     weight_decay: float = 0.05
     """AdamW's weight decay, for weight matrices; biases, norms and embeddings have none."""
-    warmup_epochs: int = 3
-    """Epochs of linear warm-up."""
+    warmup_epochs: float | None = 3
+    """Epochs of linear warm-up; None: one, or a fifth of all epochs if that is less."""
     patience: int | None = None
     """Stop after this many epochs without a better val accuracy; None never stops early."""
     seed: int = 0
@@ -62,25 +65,32 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("weight_decay", "warmup_epochs", "max_shift_px", "workers", "seed"):
+        for name in ("weight_decay", "max_shift_px", "workers", "seed"):
             require_at_least(name, getattr(self, name), 0)
+        require_at_least("warmup_epochs", self.warmup, 0)
         for name in ("label_smoothing", "cutmix_fraction"):
             require_fraction(name, getattr(self, name))
-        require_positive("learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            require_positive("learning_rate", self.learning_rate)
         for name in ("patience", "threads"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be between 0 and 1, got {self.ema_decay}")
-        if self.warmup_epochs >= self.epochs:
+        if self.warmup >= self.epochs:
             raise ConfigError(
-                f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs}"
+                f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup:g}"
             )
         if self.augmentation == "reference" and self.batch_size % 2:
             raise ConfigError(
                 f"batch_size must be even with augmentation 'reference' (Mixup pairs images), "
                 f"got {self.batch_size}"
             )
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of linear warm-up."""
+        return min(1.0, self.epochs / 5) if self.warmup_epochs is None else self.warmup_epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +117,11 @@ class FinetuneSettings(TrainSettings):
     """Passes over the training images, warm-up included."""
     batch_size: int = 128
     """Images per step; images that do not fill the last batch of an epoch are left out of it."""
-    learning_rate: float = 2e-3
-    """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero."""
-    warmup_epochs: int = 1
-    """Epochs of linear warm-up."""
+    learning_rate: float | None = None
+    """AdamW's peak learning rate, reached after warm-up; a cosine takes it to zero. None: 2e-3 at a
+    width of 64, falling with the square of the width: 2.2e-4 at 192."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up; None: one, or a fifth of all epochs if that is less."""
     patience: int | None = 3
     """Stop after this many epochs without a better val accuracy; None never stops early."""
     compile: bool | None = False
@@ -133,6 +144,16 @@ class FinetuneSettings(TrainSettings):
                 raise ConfigError(f"{name} must be a finite number >= 0, got {value}")
         if not any(weights.values()):
             raise ConfigError(f"one of {', '.join(weights)} must be > 0, got 0 for each")
+
+    def for_width(self, width: int) -> "FinetuneSettings":
+        """These settings with a learning rate for a model of this width, if they leave it open.
+
+        2e-3 has served every repair of width 64. At 192, a cut of vit_tiny to 30 % of its MACs came
+        to 44, 74, 77 and 76 % coarse after 32 steps of 1e-3, 5e-4, 2e-4 and 6e-5.
+        """
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=_REPAIR_RATE * (_REPAIR_WIDTH / width) ** 2)
 
 
 def reference_recipe() -> TrainSettings:
