@@ -138,7 +138,7 @@ def cut(
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
     from vitcut.report.cards import write_cards
     from vitcut.report.tables import recommend
-    from vitcut.selection.search import require_decidable, search
+    from vitcut.selection.search import leave_images, require_decidable, search
 
     run, model = Run(out), for_images(model, images)
     require_decidable(budget, images)
@@ -149,6 +149,8 @@ def cut(
     )
     found_under = None if circuit is None else require(circuit, Circuit).ablation
     settings = replace(settings, ablation=settings.ablation_for(found_under))
+    if circuit is None:
+        settings = leave_images(settings, images, budget)
     costs = CostModel.of(settings)
     chosen: dict[str, Any] = {
         "cut": as_plain(replace(settings, costs=None)),

@@ -337,7 +337,7 @@ def run(
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
     from vitcut.report.cards import write_cards
-    from vitcut.selection.search import require_decidable, require_possible, search
+    from vitcut.selection.search import leave_images, require_decidable, require_possible, search
     from vitcut.training.repair import repair_cut
 
     named = not isinstance(recipe, RunSettings)
@@ -382,6 +382,7 @@ def run(
             make = partial(compiled, circuit, settings.cut, fitter, name=name)
             keep(Path("points") / name, make)
     if settings.select.is_given:
+        linear = leave_images(linear, images, settings.select)
         fitter = make_fitter(model, images, linear)
         select, threads = settings.select, settings.bench.threads
         for answer in search(model, images, select, linear, fitter, costs, target, threads=threads):
@@ -391,7 +392,8 @@ def run(
             if settings.repair is not None:
                 folder = Path("points") / f"{answer.name}-repaired"
                 into = target.path / folder
-                make = partial(repair_cut, start, model, images, settings.repair, into)
+                training = settings.repair.for_width(model.weights.width)
+                make = partial(repair_cut, start, model, images, training, into)
                 keep(folder, lambda repair=make: repair()[0])
 
     def measured() -> Results:

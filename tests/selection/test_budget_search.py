@@ -22,7 +22,7 @@ from vitcut.model.model import Model
 from vitcut.preprocessing import Preprocessing
 from vitcut.runs import Run
 from vitcut.selection import search as searching
-from vitcut.selection.search import PathStep, SearchPath, search
+from vitcut.selection.search import PathStep, SearchPath, leave_images, search
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
 from vitcut.task import Task, TaskClass
@@ -89,14 +89,15 @@ class NotedRun(Run):
         return super().once(name, noted, load)
 
 
-def fitted_pixels(images: Images) -> torch.Tensor:
-    return normalise(images.calibration(16, seed=0).all(), TAKEN)
+def fitted_pixels(images: Images, count: int = LINEAR.images) -> torch.Tensor:
+    return normalise(images.calibration(min(count, len(images.train)), seed=0).all(), TAKEN)
 
 
 def found(path, budget=MACS, settings=LINEAR, *, images=None, fractions=None):
     """The circuit of a search, and the run."""
     images, run = images or random_images(), NotedRun(path)
-    fitter = Fitter(WEIGHTS, lambda: fitted_pixels(images), ridge=0.1, memory_gib=64.0)
+    taken = fitted_pixels(images, settings.images)
+    fitter = Fitter(WEIGHTS, lambda: taken, ridge=0.1, memory_gib=64.0)
     answers = search(
         MODEL, images, budget, settings, fitter, COSTS, run, threads=1, fractions=fractions
     )
@@ -169,8 +170,12 @@ def test_a_walk_stops_at_predicted_latencies_and_times_nothing(tmp_path, monkeyp
     assert costs[2] <= 0.8 * costs[0]
 
 
-@pytest.mark.parametrize("count", [24, 20])
-def test_parts_are_scored_on_images_that_no_fill_is_fitted_to(tmp_path, monkeypatch, capsys, count):
+@pytest.mark.parametrize(
+    ("count", "fitted", "scored"), [(100, 16, 8), (24, 16, 8), (20, 12, 8), (10, 5, 5)]
+)
+def test_parts_are_scored_on_images_that_no_fill_is_fitted_to(
+    tmp_path, monkeypatch, capsys, count, fitted, scored
+):
     seen, real = [], searching.Selection
 
     def selection(*args, pixels, **settings):
@@ -179,19 +184,26 @@ def test_parts_are_scored_on_images_that_no_fill_is_fitted_to(tmp_path, monkeypa
 
     monkeypatch.setattr(searching, "Selection", selection)
     images = random_images(count)
-    found(tmp_path, replace(MACS, rounds=1), images=images)
-    fit = fitted_pixels(images)
-    both = sum(bool((fit == pixels).flatten(1).all(1).any()) for pixels in seen[0])
-    assert len(seen[0]) == 8
-    assert (both == 0) == (count == 24)
-    assert ("too few training images to score parts on 8 others" in capsys.readouterr().err) == (
-        count == 20
+    settings = leave_images(LINEAR, images, MACS)
+    assert settings.images == fitted
+    assert (f"fitted to {fitted} of {count} training images" in capsys.readouterr().err) == (
+        fitted < 16
     )
+    answers_of(tmp_path, replace(MACS, rounds=1), images=images, settings=settings)
+    fit = fitted_pixels(images, fitted)
+    assert len(seen[0]) == scored
+    assert not any((fit == pixels).flatten(1).all(1).any() for pixels in seen[0])
+
+
+def test_a_fit_to_all_training_images_leaves_none_to_score_parts_on(tmp_path):
+    with pytest.raises(ConfigError, match=r"all 12 training images.*give fewer --images"):
+        answers_of(tmp_path, MACS, images=random_images(12))
 
 
 def answers_of(path, budget, *, images=None, settings=LINEAR):
     images, run = images or random_images(), NotedRun(path)
-    fitter = Fitter(WEIGHTS, lambda: fitted_pixels(images), ridge=0.1, memory_gib=64.0)
+    taken = fitted_pixels(images, settings.images)
+    fitter = Fitter(WEIGHTS, lambda: taken, ridge=0.1, memory_gib=64.0)
     return search(MODEL, images, budget, settings, fitter, COSTS, run), run
 
 

@@ -229,6 +229,19 @@ def require_decidable(budget: Budget, images: Images) -> None:
         )
 
 
+def leave_images(settings: CutSettings, images: Images, budget: Budget) -> CutSettings:
+    """The settings with fewer images for fills, where too few others would be left to score on.
+
+    Fills are still fitted to at least half of the training images.
+    """
+    train = len(images.train)
+    count = min(settings.images, max(train - budget.score_images, (train + 1) // 2))
+    if budget.scores != "fisher" or count == settings.images:
+        return settings
+    say(f"fills are fitted to {count} of {train} training images, parts are scored on others")
+    return replace(settings, images=count)
+
+
 def search(
     model: Model,
     images: Images,
@@ -366,19 +379,18 @@ class _Rounds:
         return self.model.weights.patch_weight.new_empty(0, self.model.weights.channels, 1, 1)
 
     def score_images(self) -> ImageSet:
-        """Training images that no fill is fitted to, if there are enough of them."""
+        """Training images that no fill is fitted to."""
         # On the images of the fit a linear fill predicts cut parts too well: scores are too low.
         many, most, seed = self.budget.score_images, len(self.images.train), self.settings.seed
         fitted = self.images.calibration(min(self.settings.images, most), seed=seed)
         drawn = self.images.calibration(min(self.settings.images + many, most), seed=seed)
         unseen = np.flatnonzero(~np.isin(drawn.rows, fitted.rows))
-        if len(unseen) == many:
+        if len(unseen):
             return drawn.take(unseen)
-        say(
-            f"too few training images to score parts on {many} others than the {len(fitted)} that "
-            "fills are fitted to: cuts look cheaper than they are; give fewer --images"
+        raise ConfigError(
+            f"fills are fitted to all {most} training images: expected some to be left to score "
+            "parts on; give fewer --images"
         )
-        return self.images.calibration(min(many, most), seed=seed)
 
     def cost(self, circuit: Circuit) -> float:
         """What the budget limits: MACs, or predicted milliseconds."""
