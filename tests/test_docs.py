@@ -117,5 +117,5 @@ def test_label_files_shown_are_label_files():
     groups = [parse_task(block, origin="shown.yaml").groups for block in shown]
     assert groups == [
         ("cats", "dogs"), ("tabby", "golden retriever", "1"), ("n02123045", "other"),
-        ("cat", "dog"), ("cat", "dog"),
+        ("cat", "dog"), ("cat", "dog"), ("crane", "pug"),
     ]  # fmt: skip

@@ -25,6 +25,7 @@ from vitcut.inputs import (
     require_classes_of,
     require_made_for,
     subject,
+    warn_if_no_better,
 )
 from vitcut.names import SHIPPED_MODEL
 from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Point, Results
@@ -83,6 +84,7 @@ def discover(
     images.calibration(settings.images, seed=settings.seed)
     chosen = {"discover": as_plain(settings)}
     run.claim({**subject(model, images), **chosen}, free=("discover.tau", "discover.ablation"))
+    warn_if_no_better(model, images, run)
     from vitcut.discovery.search import find_circuits
 
     [(_, circuit)] = find_circuits(model, images, settings, [settings.tau], run)
@@ -162,6 +164,7 @@ def cut(
         chosen["circuit"] = circuit.fingerprint
     chosen["bench"] = None if bench is None else as_plain(bench)
     run.claim({**subject(model, images), **chosen}, free=run.free_bench())
+    warn_if_no_better(model, images, run)
     fitter = make_fitter(model, images, settings)
 
     def make(sought: Circuit, name: str | None, asked: dict[str, Any] | None) -> Cut:
@@ -316,8 +319,7 @@ def finetune(
     asked, device = settings, str(model.weights.device)
     # Chosen once, so that the dense model is trained in the same way.
     device = device if asked.device == "auto" else asked.device
-    settings = replace(asked, device=device).for_width(model.weights.width)
-    settings = for_machine(settings, run.path)
+    settings = for_machine(replace(asked, device=device), run.path)
     repairs.require_cut_of(start.model, model, images)
     taken = None
     if repaired_dense is not None:
@@ -403,6 +405,7 @@ def evaluate(
         ModelError: A logit is NaN or infinite.
         ArtefactError: ``out`` holds something else.
     """
+    from vitcut.benchmark.evaluation import say_if_no_better
     from vitcut.benchmark.points import dense_point, measure_accuracy
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
@@ -428,6 +431,7 @@ def evaluate(
             noted[role] = subject(dense, images)["model"]
     run.claim({**noted, "images": plain_images(images)})
     results, found = measure_accuracy(images, *ready)
+    say_if_no_better(found, images.test, images.task, split="test")
     results.save(run.path / RESULTS_FILE)
     if found.difference is not None:
         found.difference.save(run.path / DIFFERENCE_FILE)

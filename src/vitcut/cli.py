@@ -429,15 +429,10 @@ def _after_info(typed: Namespace) -> str:
 
 
 def _show_task(task: Any) -> None:
-    for group in task.groups:
-        names = [item.name for item in task.classes if item.group == group]
-        if task.folders:
-            # Hundreds of the model's classes may be one class of the data.
-            first = ", ".join(name.split(",")[0] for name in names[:3])
-            more = ", ..." if len(names) > 3 else ""
-            sys.stdout.write(f"{group}: {len(names)} classes ({first}{more})\n")
-        else:
-            sys.stdout.write(f"{group}: {', '.join(names)}\n")
+    for group, line in zip(task.groups, task.describe(), strict=True):
+        names = ", ".join(item.name for item in task.classes if item.group == group)
+        # Hundreds of the model's classes may be one class of the data.
+        sys.stdout.write(f"{line if task.folders else f'{group}: {names}'}\n")
 
 
 def _show_prepared(prepared: Any) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.images.settings import DataSettings
-from vitcut.labels import Labels
+from vitcut.labels import Labels, read_labels
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import Preprocessing, numbers
 from vitcut.progress import say
 from vitcut.results import DENSE
-from vitcut.runs import CONFIG_FILE, find_cut, find_run, has_cut, is_run, read_settings
+from vitcut.runs import (
+    CONFIG_FILE,
+    RESULTS_FILE,
+    Run,
+    find_cut,
+    find_run,
+    has_cut,
+    is_run,
+    read_settings,
+)
 from vitcut.settings import require_positive
 from vitcut.task import (
     Task,
@@ -50,6 +58,7 @@ def load_model(
     std: float | Sequence[float] | str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
+    labels: str | Path | Sequence[str] | None = None,
     device: str = "cpu",
 ) -> "Model":
     """Load a dense model, read its weights, and check that they reproduce its logits.
@@ -67,12 +76,15 @@ def load_model(
         random_weights: Build "timm:NAME" with random weights, without network access.
         image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
             position embeddings are resized. By default the size that its weights were trained at.
+        labels: A text file with the names of the model's classes, one per line, in the order of its
+            logits; in Python also a list of them. It replaces names that the model has of its own.
         device: Where the model computes: cpu, cuda, cuda:N, or auto (cuda if there is one).
 
     Raises:
         ModelError: There is no such model, it is damaged, or its weights are not finite.
         UnsupportedModelError: The model has a feature that vitcut does not understand.
         ConfigError: An argument is out of range, or is for another kind of model.
+        TaskError: ``labels`` cannot be read.
         ArtefactError: The run directory is damaged, or of another version.
     """
     from vitcut.model.load import load
@@ -85,6 +97,10 @@ def load_model(
         "std": numbers("std", std),
         "random_weights": random_weights,
         "image_size": image_size,
+        "labels": list(
+            read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels or ()
+        )
+        or None,
     }
     typed = {
         name: value for name, value in given.items() if value is not None and value is not False
@@ -109,7 +125,10 @@ def load_model(
         # A path is kept absolute: a run directory is read from other places too.
         if str(model) != SHIPPED_MODEL and Path(str(model)).exists():
             model = str(Path(str(model)).resolve())
+    named = given.pop("labels")
     loaded = load(model, **given).to(place)
+    if named is not None:
+        loaded = loaded.with_labels(named)
     for name in {"mean", "std"} & typed.keys():
         typed[name] = list(getattr(loaded.preprocessing, name))
     origin = {"model": str(model), **typed} if path is not None else None
@@ -143,7 +162,7 @@ def load_either(
     from vitcut.runtime import choose_device
 
     for name, value in dense.items():
-        if value not in {None, False}:
+        if value is not None and value is not False:
             raise ConfigError(
                 f"{name.replace('_', '-')} is for a dense model, got it with the cut in {path}: "
                 "leave it out"
@@ -175,9 +194,9 @@ def load_images(
             run directory that the model was loaded from, or else Tiny ImageNet, which is
             downloaded.
         task: A shipped task ("animals", "cats-dogs", "drawn") or a label file; in Python also a
-            `Task`. By default the task of the run directory that the model was loaded from, or else
-            the groups that a cut model was made for, or else the shipped task with the model's or
-            source's name, or else each class is its own group.
+            `Task`. By default each class is its own group; but a run directory keeps its task, a
+            cut model its groups, and the shipped model "animals" and the source "drawn" have
+            theirs.
         model: Prepare images for this model: its size, colours, crop and interpolation. Positions
             and names in the label file then refer to the model's classes instead of the data's.
         image_size: Height and width, in pixels. By default the model's, or 64 without a model.
@@ -224,9 +243,10 @@ def load_images(
         source = base.source if source is None else str(source)
         settings = replace(base, source=source, skip_bad_images=skip)
     if task is None:
-        named = [settings.source]
-        named += [model.name] if isinstance(model, Model) and not new_head else []
-        shipped = next((name for name in named if name in {SHIPPED_MODEL, "drawn"}), None)
+        # A folder of one's own may be called animals.
+        shipped = settings.source if settings.source == "drawn" else None
+        if isinstance(model, Model) and not new_head and model.name == SHIPPED_MODEL:
+            shipped = shipped or SHIPPED_MODEL
         task = own_task or shipped
     preprocessing = taken or _own_preprocessing(settings.image_size, mean, std)
     # A label file is read before images are fetched or decoded.
@@ -236,25 +256,24 @@ def load_images(
     every_class = wanted is None
     if wanted is not None and wanted is own_task:
         _require_names(wanted, labels)
-    wanted = wanted or all_classes_task(labels)
+    wanted = all_classes_task(labels) if wanted is None else wanted.naming(labels)
     if isinstance(model, Model) and not new_head:
         classes = model.weights.num_classes
-        labels, _ = find_labels(model.labels, model.name, classes, prepared.labels, wanted)
+        labels, _ = find_labels(model.labels, model.name, classes, labels, wanted)
         if every_class:
             _require_fine_classes(prepared.labels, labels, settings.source, model.name)
     elif names_imagenet(wanted) and not any(
-        labels.find(own) is not None or positions_below(own, labels) for own in wanted.class_ids
+        labels.called(own) or positions_below(own, labels) for own in wanted.class_ids
     ):
         # For a model that knows ImageNet's classes and is not given here.
         labels = imagenet_labels()
     images = split(prepared, settings, wanted.among(labels), preprocessing)
-    if images.task.folders:
-        sizes = Counter(item.group for item in images.task.classes)
-        made = [f"{group}: {sizes[group]}" for group in images.task.groups]
-        say(
-            f"task {images.task.name!r}: the images are labelled with {len(made)} groups, made of "
-            f"the model's classes: {', '.join(made[:8])}{', ...' if len(made) > 8 else ''}"
-        )
+    above = {item.id for item in wanted.classes} - {item.id for item in images.task.classes}
+    if images.task.folders or any(not labels.called(own) for own in above):
+        groups = "; ".join(images.task.describe()[:8])
+        more = "; ..." if len(images.task.groups) > 8 else ""
+        said = "the images are labelled with groups, " if images.task.folders else "groups "
+        say(f"task {images.task.name!r}: {said}made of the model's classes: {groups}{more}")
     return images
 
 
@@ -403,6 +422,20 @@ def for_images(model: "Model", images: "Images") -> "Model":
     require(model, Model)
     require_made_for(model.preprocessing, require(images, Images))
     return model.for_task(images.task, images.labels)
+
+
+def warn_if_no_better(model: "Model", images: "Images", run: Run) -> None:
+    """Before anything is cut, say so if the model does not know the task.
+
+    Args:
+        model: From `for_images`.
+        images: Val images are used.
+        run: Nothing is said again where there are results.
+    """
+    from vitcut.benchmark.evaluation import warn_if_no_better as warn
+
+    if not (run.path / RESULTS_FILE).exists():
+        warn(model.module, images.val, images.task, model.preprocessing)
 
 
 def require_made_for(wanted: Preprocessing, images: "Images") -> None:

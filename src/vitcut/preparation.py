@@ -1,5 +1,6 @@
 """Commands about data alone: decode it into the cache, propose a label file for it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,8 @@ def suggest(
     Args:
         source: Images whose classes have WordNet ids, or names of their ancestors, such as "dog";
             takes what prepare takes.
-        model: The model whose classes are grouped; takes what cut takes. By default ImageNet-1k's
-            classes.
+        model: The model whose classes are grouped, without those that it lacks; takes what cut
+            takes. By default ImageNet-1k's classes.
         groups: How many groups to make; 6 by default. If classes have names of ancestors, each is a
             group.
         out: The label file to write.
@@ -78,6 +79,7 @@ def suggest(
     with open_source(None if source is None else str(source)) as opened:
         ids = tuple(sorted(opened.class_names))
     data, labels = Labels(owner="the data", ids=ids, names=ids), imagenet_labels()
+    known = ids
     if model is not None:
         from vitcut.model.classes import find_labels
         from vitcut.model.model import Model
@@ -85,6 +87,7 @@ def suggest(
         loaded = load_model(model) if isinstance(model, (str, Path)) else require(model, Model)
         count, every = loaded.weights.num_classes, all_classes_task(data)
         labels, _ = find_labels(loaded.labels, loaded.name, count, data, every)
+        known = tuple(own for own in ids if labels.called(own))
     head = ["Groups suggested by WordNet 3.0 ancestors: look through them, and edit."]
     if is_coarser([*ids]):
         if groups is not None:
@@ -93,7 +96,9 @@ def suggest(
         task = written.among(labels).for_data(data)
         head += lines
     else:
-        written = task = suggest_task([*ids], 6 if groups is None else groups, path.stem)
+        written = suggest_task([*known], 6 if groups is None else groups, path.stem)
+        others = dict.fromkeys((own for own in ids if own not in known), "none of the model's")
+        written = task = replace(written, excluded={**written.excluded, **others})
     text = yaml.safe_dump(written.to_dict(), sort_keys=False, allow_unicode=True)
     write_text(path, "".join(f"# {line}\n" for line in head) + text)
     return task

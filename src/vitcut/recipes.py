@@ -28,6 +28,7 @@ from vitcut.inputs import (
     require,
     require_made_for,
     subject,
+    warn_if_no_better,
 )
 from vitcut.labels import Labels
 from vitcut.model.settings import VitSettings
@@ -365,6 +366,7 @@ def run(
     chosen["costs"] = costs.fingerprint
     target.claim({"model": {"model": OWN}, "images": plain_images(images), **chosen})
     model = for_images(_trained(images, vit, settings.train, target), images)
+    warn_if_no_better(model, images, target)
     cuts: list[Cut] = []
 
     def keep(folder: Path, make: Callable[[], Cut]) -> Cut:

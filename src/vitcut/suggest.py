@@ -5,7 +5,14 @@ from functools import cache
 from vitcut.errors import ConfigError, TaskError
 from vitcut.labels import Labels, plain_name
 from vitcut.task import Task, TaskClass
-from vitcut.wordnet import classes_below, find_synsets, imagenet_names, synsets
+from vitcut.wordnet import (
+    classes_below,
+    find_synsets,
+    imagenet_names,
+    known_synsets,
+    synsets,
+    with_wordnet_ids,
+)
 
 
 def is_coarser(class_ids: list[str]) -> bool:
@@ -33,7 +40,7 @@ def propose(class_ids: list[str], labels: Labels, name: str) -> tuple[Task, list
     Raises:
         TaskError: Fewer than two classes have a synset, or one includes another.
     """
-    known = set(labels.ids)
+    known = set(known_synsets(with_wordnet_ids(labels)))
     chosen: list[TaskClass] = []
     below: dict[str, set[str]] = {}
     lines: list[str] = []

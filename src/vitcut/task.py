@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from vitcut.errors import TaskError, one_line
 from vitcut.labels import Labels, plain_name
-from vitcut.wordnet import classes_below, find_synsets, synsets
+from vitcut.wordnet import classes_below, find_synsets, known_synsets, synsets
 
 _FORMS = ("groups", "classes", "one")
-_ENTRIES = ("name", "source", "excluded", "rest", "folders", *_FORMS)
+_ENTRIES = ("name", "source", "excluded", "rest", "folders", "model", *_FORMS)
 _IGNORE = "ignore"
 _FOLDERS = "'folders: {group: [folder, ...]}'"
 
@@ -50,6 +50,9 @@ class Task:
     folders: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """Ids of the data's classes by group, where these are whole groups (``cat/`` and ``dog/``).
     Empty if the images are labelled with the fine classes."""
+    model: dict[str, str] = field(default_factory=dict[str, str])
+    """What the model calls a class of the data, by the data's id: the model's id, position or
+    name. Classes that are not listed are matched by their own ids and names."""
 
     def __post_init__(self) -> None:
         owner = f"task {self.name!r}"
@@ -94,17 +97,7 @@ class Task:
             TaskError: A class is unknown, ambiguous or named twice, or no class is left for the
                 rest.
         """
-        positions: dict[str, tuple[int, ...]] = {}
-        above: set[str] = set()
-        for written in self.class_ids:
-            position = labels.find(written)
-            positions[written] = () if position is None else (position,)
-            if position is None:
-                above.add(written)
-                positions[written] = positions_below(written, labels)
-        unknown = [written for written, found in positions.items() if not found]
-        if unknown:
-            raise TaskError(unknown_classes(self.name, unknown, labels))
+        positions, above = self._positions_in(labels)
         # What the model or data lack may be left out too.
         left_out = set(self.excluded)
         for written in self.excluded:
@@ -140,6 +133,50 @@ class Task:
                 )
         return replace(self, classes=tuple(found[key] for key in sorted(found)))
 
+    def _positions_in(self, labels: Labels) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+        """Positions of what each class as written stands for; and which of them are ancestors."""
+        positions: dict[str, tuple[int, ...]] = {}
+        above: set[str] = set()
+        doubts: list[str] = []
+        for written in self.class_ids:
+            try:
+                position = labels.find(written)
+                positions[written] = () if position is None else (position,)
+                if position is None:
+                    above.add(written)
+                    positions[written] = positions_below(written, labels)
+            except TaskError as error:
+                doubts.append(str(error))
+        if doubts:
+            raise TaskError("; ".join(doubts))
+        unknown = [written for written, found in positions.items() if not found]
+        if unknown:
+            raise TaskError(unknown_classes(self.name, unknown, labels))
+        return positions, above
+
+    def naming(self, data: Labels) -> "Task":
+        """Read ``{0: cat}`` as "the data's class cat is the model's logit 0".
+
+        Only a position is read so that the data does not have as an id, and only beside a name of
+        one of the data's classes.
+        """
+        times = Counter(item.name for item in self.classes)
+
+        def own(written: str) -> str:
+            places = data.called(written)
+            return data.ids[places[0]] if len(places) == 1 else written
+
+        classes, said = list[TaskClass](), {own(key): logit for key, logit in self.model.items()}
+        for item in self.classes:
+            is_position = item.id.isdecimal() and item.id not in data.ids and item.id != item.name
+            if is_position and times[item.name] == len(data.called(item.name)) == 1:
+                said[own(item.name)] = item.id
+                classes.append(replace(item, id=own(item.name)))
+            else:
+                classes.append(item)
+        ordered = tuple(sorted(classes, key=lambda item: item.id))
+        return replace(self, classes=ordered, model=said)
+
     def for_data(self, data: Labels) -> "Task":
         """Settle what the images are labelled with: the fine classes, or whole groups.
 
@@ -155,12 +192,19 @@ class Task:
         Raises:
             TaskError: The data lacks a class or a folder.
         """
-        named = [item.id for item in self.classes if item.group != self.rest]
-        missing = [class_id for class_id in named if class_id not in data.ids]
+        named = [item for item in self.classes if item.group != self.rest]
+        missing = [item.id for item in named if item.id not in data.ids]
         if not self.folders and not missing:
             return self
-        found = {group: self.folders.get(group) or _called(group, data) for group in self.groups}
-        if not self.folders and (len(missing) < len(named) or not any(found.values())):
+        found: dict[str, tuple[str, ...]] = {}
+        for group in self.groups:
+            own = tuple(item.id for item in named if item.group == group)
+            # Where the data has all classes of a group, its images are theirs.
+            whole = own if set(own).isdisjoint(missing) else ()
+            found[group] = self.folders.get(group) or _called(group, data) or whole
+        stray = any(item.id in data.ids and item.id not in found[item.group] for item in named)
+        by_name = any(_called(group, data) for group in self.groups)
+        if not self.folders and (stray or not by_name):
             raise TaskError(
                 f"{unknown_classes(self.name, missing, data)}; if its classes are whole groups, "
                 f"list them: 'folders: {{{self.groups[0]}: [{data.ids[0]}]}}'"
@@ -175,6 +219,16 @@ class Task:
                     f"label file 'folders: {{{group}: [FOLDER]}}', or remove the group"
                 )
         return replace(self, folders=found)
+
+    def describe(self) -> list[str]:
+        """What each group is made of: ``cat: 5 classes (tabby, tiger cat, Persian cat, ...)``."""
+        lines: list[str] = []
+        for group in self.groups:
+            names = [item.name.split(",")[0] for item in self.classes if item.group == group]
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            count = "1 class" if len(names) == 1 else f"{len(names)} classes"
+            lines.append(f"{group}: {count} ({listed})")
+        return lines
 
     @cached_property
     def label_ids(self) -> tuple[str, ...]:
@@ -218,6 +272,7 @@ class Task:
         rest: dict[str, Any] = {} if self.rest is None else {"rest": self.rest}
         folders = {group: list(own) for group, own in self.folders.items()}
         rest |= {"folders": folders} if folders else {}
+        rest |= {"model": dict(self.model)} if self.model else {}
         groups = {group: listed for group, listed in members.items() if listed}
         return {"name": self.name, "excluded": dict(self.excluded), **rest, "groups": groups}
 
@@ -302,6 +357,12 @@ def parse_task(text: str, *, origin: str) -> Task:
     folders = content.get("folders") or {}
     if not isinstance(folders, dict):
         raise TaskError(f"{origin} is not a label file: expected {_FOLDERS}")
+    model = content.get("model") or {}
+    if not isinstance(model, dict) or not all(isinstance(own, str) for own in model.values()):
+        raise TaskError(
+            f"{origin} is not a label file: expected 'model: {{class of the data: what the model "
+            "calls it}}'"
+        )
     classes = [
         TaskClass(id=written, name=name or written, group=group)
         for group, members in groups.items()
@@ -317,6 +378,7 @@ def parse_task(text: str, *, origin: str) -> Task:
             group: tuple(folder for folder, _ in listed)
             for group, listed in _members_by_group(folders, origin, _FOLDERS).items()
         },
+        model={str(key): logit for key, logit in model.items()},
     )
 
 
@@ -337,14 +399,18 @@ def unknown_classes(name: str, unknown: list[str], labels: Labels) -> str:
                 f"{', '.join(labels.ids[:3])}: name some of them, or use another model or source"
             )
     listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-    near = next((near for near in map(labels.nearest, unknown) if near), list(labels.ids[:3]))
+    near = [(own, labels.nearest(own)) for own in unknown[:5]]
+    nearest = [f"{at[0]} (for {own})" for own, at in near if at]
+    if len(unknown) == 1:
+        nearest = near[0][1]
+    nearest = nearest or list(labels.ids[:3])
     # Only a model can be taught classes that it lacks.
     taught = ", or train it for your classes (vitcut train --model)"
     return (
         f"task {name!r} names {len(unknown)} classes that {labels.owner} lacks: {listed}; "
-        f"{labels.owner} has {len(labels.ids)} classes, such as {', '.join(near)}: correct the "
-        f"label file (ids, positions 0 to {len(labels.ids) - 1}, or names), or use another source"
-        f"{taught if labels.owner.startswith('model ') else ''}"
+        f"{labels.owner} has {len(labels.ids)} classes, such as {', '.join(nearest)}: "
+        f"correct the label file (ids, positions 0 to {len(labels.ids) - 1}, or names), or use "
+        f"another source{taught if labels.owner.startswith('model ') else ''}"
     )
 
 
@@ -358,7 +424,7 @@ def positions_below(written: str, labels: Labels) -> tuple[int, ...]:
     Raises:
         TaskError: Several ancestors have the name, and other classes.
     """
-    position = {class_id: at for at, class_id in enumerate(labels.ids)}
+    position = known_synsets(labels)
     found: dict[tuple[int, ...], str] = {}
     for key in find_synsets(written):
         below = tuple(position[own] for own in classes_below()[key] if own in position)

@@ -1,6 +1,6 @@
 """The part of WordNet 3.0 above ImageNet-1k's classes; table and licence are in assets/wordnet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
@@ -42,10 +42,34 @@ def imagenet_names() -> dict[str, str]:
     return {key: synset.names for key, synset in synsets().items() if key not in ancestors}
 
 
+@cache
 def imagenet_labels() -> Labels:
     """The classes of ImageNet-1k, in the usual order."""
     names = imagenet_names()
     return Labels(owner="ImageNet-1k", ids=tuple(names), names=tuple(names.values()))
+
+
+def with_wordnet_ids(labels: Labels) -> Labels:
+    """The same classes, with the WordNet id of each that has the name of one of ImageNet-1k's.
+
+    Two cranes and two maillots have one name each. In a thousand classes that are ImageNet's in the
+    usual order, their places tell them apart; elsewhere they get no id.
+    """
+    usual = imagenet_labels()
+    pairs = labels.match(usual)
+    in_order = len(labels.ids) == len(usual.ids) and all(at == at2 for at, at2 in pairs.items())
+    if in_order and 2 * len(pairs) > len(usual.ids):
+        pairs |= {at: at for at, near in enumerate(labels.may_be(usual)) if at in near}
+    also = labels.also or (frozenset[str](),) * len(labels.ids)
+    found = (own | {usual.ids[pairs[at]]} if at in pairs else own for at, own in enumerate(also))
+    return replace(labels, also=tuple(found))
+
+
+def known_synsets(labels: Labels) -> dict[str, int]:
+    """Positions of the classes that are ImageNet-1k's, by WordNet id."""
+    also = labels.also or ((),) * len(labels.ids)
+    keys = ((key, at) for at, own in enumerate(labels.ids) for key in (own, *also[at]))
+    return {key: at for key, at in keys if key in imagenet_names()}
 
 
 @cache

@@ -149,7 +149,8 @@ def test_every_command_takes_a_task_that_suggest_proposed(photos, imagenet, tmp_
     typed += ["--images", "24", "--score-images", "8", *BENCH, "--out", str(cut)]
     assert main(typed) == 0
     said = capsys.readouterr().err
-    assert said.count("made of the model's classes: Cat: 5, dog: 118\n") == 1
+    assert said.count("made of the model's classes: Cat: 5 classes (tabby, tiger cat, ") == 1
+    assert said.count("; dog: 118 classes (Chihuahua, Japanese spaniel, Maltese dog, ...)\n") == 1
     assert "left out 1 of 3 classes" in said
     assert main(typed) == 0
     assert main(["finetune", str(cut), *TRAIN, *BENCH, "--out", str(fine)]) == 0

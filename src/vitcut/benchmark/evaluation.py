@@ -14,13 +14,16 @@ from vitcut.errors import ConfigError, DataError, ModelError, TaskError
 from vitcut.images.load import ImageSet, normalise
 from vitcut.metrics import coarse_log_probs, kl_divergence
 from vitcut.preprocessing import Preprocessing
-from vitcut.progress import track
+from vitcut.progress import say, track
 from vitcut.results import AccuracyDifference
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task
 
 _MOST_IN_BATCH, _PIXELS_IN_BATCH = 256, 2**21
 """Images per call, and their pixels: 41 images of 224 x 224."""
+
+
+_MOST_FOR_WARNING = 300
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,6 +169,48 @@ def compare(
         low=low,
         high=high,
     )
+
+
+def warn_if_no_better(
+    model: Callable[[Tensor], Tensor], images: ImageSet, task: Task, preprocessing: Preprocessing
+) -> None:
+    """Say so if a model does not beat answering the largest group for every val image.
+
+    Args:
+        model: As for `evaluate`.
+        images: The val split; at most 300 of its images are used, drawn at random.
+        task: As for `evaluate`.
+        preprocessing: As for `evaluate`.
+    """
+    drawn = np.random.default_rng(0).permutation(len(images))[:_MOST_FOR_WARNING]
+    some = images.take(np.sort(drawn))
+    say_if_no_better(evaluate(model, some, task, preprocessing), some, task, split="val")
+
+
+def say_if_no_better(found: Evaluation, images: ImageSet, task: Task, *, split: str) -> None:
+    """Say so if an evaluation is not shown to beat answering the largest group for every image.
+
+    That is what a model looks like whose classes are in another order.
+
+    Args:
+        found: What the model answered.
+        images: To these images.
+        task: Of the images.
+        split: What they are called.
+    """
+    groups = task.group_of_label[images.labels]
+    largest = int(np.bincount(groups).argmax())
+    constant = groups == largest
+    low, high = paired_interval(found.correct_coarse, constant, seed=0)
+    if low <= 0:
+        share = float(constant.mean())
+        say(
+            f"warning: the model answers {found.accuracy_coarse:.1%} of {len(images)} {split} "
+            f"images right, always answering {task.groups[largest]!r} {share:.1%} (difference "
+            f"{100 * (found.accuracy_coarse - share):+.1f} points, 95 % interval "
+            f"{100 * low:+.1f} to {100 * high:+.1f}): it is not shown to know this task; check "
+            "the order of its classes (--labels), the task, and how its images are prepared"
+        )
 
 
 @contextmanager

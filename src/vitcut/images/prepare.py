@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from vitcut.progress import Meter, say
 from vitcut.runtime import usable_cores
 from vitcut.settings import config_hash
 from vitcut.store import atomic_folder, cache_dir, read_json, write_json
-from vitcut.wordnet import imagenet_names
+from vitcut.wordnet import imagenet_names, with_wordnet_ids
 
 FORMAT_VERSION = 2
 IMAGES_FILE = "images.npy"
@@ -59,6 +59,9 @@ class PreparedData:
     """Hex, of the source's content."""
     skipped: dict[str, str]
     """What is wrong with the images that did not decode, by path."""
+    class_order: tuple[str, ...] = ()
+    """As `ImageSource` has it."""
+    ordered_by: str = ""
 
     @cached_property
     def labels(self) -> Labels:
@@ -69,7 +72,14 @@ class PreparedData:
             known.get(own, own) if self.class_names[own] == own else self.class_names[own]
             for own in ids
         )
-        return Labels(owner="the data", ids=ids, names=names)
+        labels = Labels(
+            owner="the data",
+            ids=ids,
+            names=names,
+            stated=self.class_order,
+            stated_by=self.ordered_by,
+        )
+        return with_wordnet_ids(labels)
 
 
 def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
@@ -96,7 +106,10 @@ def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
         found = folder.exists()
         if not found:
             _build(source, folder, settings, framing)
-    prepared = open_prepared(folder)
+    # The order is no part of the cache: whoever is older than it knows none.
+    prepared = replace(
+        open_prepared(folder), class_order=source.class_order, ordered_by=source.ordered_by
+    )
     _refuse_bad_images(prepared.skipped, len(prepared.images), settings)
     if prepared.skipped:
         say(f"left out: {_bad_images(prepared.skipped, len(prepared.images))}")

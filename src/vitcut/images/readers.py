@@ -63,6 +63,11 @@ class ImageSource:
     """Hex hash of the content, wherever it is stored."""
     read: Callable[[int], bytes]
     """Encoded bytes of the record at a position; safe to call from several threads."""
+    class_order: tuple[str, ...] = ()
+    """The classes in the order that the source gives them, with those of no image; empty if it
+    gives none."""
+    ordered_by: str = ""
+    """What gives that order, for messages."""
 
 
 def read_tree(tree: FileTree) -> ImageSource:
@@ -115,12 +120,14 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
     """
     found: list[Record] = []
     places: dict[str, tuple[Path, str, int, int]] = {}  # file, column, row group, row in the group
+    orders: set[tuple[str, ...]] = set()
     splits = _splits(files, root=root, location=location)
     for path, split in splits.items():
         name = path.relative_to(root).as_posix()
         with _open_parquet(path) as file:
             image_column, label_column = _columns(file.schema_arrow, path)
-            class_ids = _class_ids(file, label_column, path)
+            class_ids, order = _class_ids(file, label_column, path)
+            orders.add(order)
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
             rows = [(at, row) for at, group in enumerate(groups) for row in range(group.num_rows)]
         for number, (class_id, (group, row)) in enumerate(zip(class_ids, rows, strict=True)):
@@ -128,6 +135,7 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
             found.append(record)
             places[record.path] = (path, image_column, group, row)
     records = _checked(found, location=location, expected=_PARQUET)
+    class_order = orders.pop() if len(orders) == 1 else _merged(orders)
 
     # Several threads ask for images in nearly ascending order, so a few row groups are enough.
     @lru_cache(maxsize=4)
@@ -151,6 +159,8 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
             [[path.relative_to(root).as_posix(), sha256_file(path)] for path in splits]
         ),
         read=read,
+        class_order=class_order,
+        ordered_by=f"the label column of {location}" if class_order else "",
     )
 
 
@@ -290,8 +300,19 @@ def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
     return images[0], (known or labels)[0]
 
 
-def _class_ids(file: pq.ParquetFile, column: str, path: Path) -> list[str]:
-    """The class of each row: the name that the schema gives to its label, or the label itself."""
+def _merged(orders: set[tuple[str, ...]]) -> tuple[str, ...]:
+    """The numbers of several files in one order; lists of names may contradict each other."""
+    numbers = [name.lstrip("-").isdecimal() for order in orders for name in order]
+    if not all(numbers) or any(list(order) != sorted(order, key=int) for order in orders):
+        return ()
+    return tuple(sorted({name for order in orders for name in order}, key=int))
+
+
+def _class_ids(file: pq.ParquetFile, column: str, path: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The class of each row, and the order of the classes if the labels are integers.
+
+    A class is called by the name that the schema gives to its label, or by the label itself.
+    """
     metadata: dict[bytes, Any] = file.schema_arrow.metadata or {}
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
@@ -312,4 +333,6 @@ def _class_ids(file: pq.ParquetFile, column: str, path: Path) -> list[str]:
             f"{path}: {len(class_ids) - len(known)} of {len(class_ids)} rows have no known label "
             f"in column {column!r}: expected one for every image"
         )
-    return known
+    if pa.types.is_integer(file.schema_arrow.field(column).type):
+        return known, tuple(names or sorted(set(known), key=int))
+    return known, ()

@@ -17,7 +17,7 @@ from vitcut.model.foreign import read_config, told_as
 from vitcut.model.model import Model
 from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
 from vitcut.model.timm_folders import load_random, load_timm
-from vitcut.model.transformers_folders import WEIGHTS, load_hf_folder
+from vitcut.model.transformers_folders import WEIGHTS, labels_of, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
 from vitcut.store import hash_of_read, sha256_file
@@ -107,7 +107,11 @@ def _wrap(
         std=per_channel(std, weights.channels, "std"),
         framing=replace(WHOLE, channels=weights.channels),
     )
-    return Model.of(own, type(module).__name__, preprocessing, None)
+    name = type(module).__name__
+    labels = labels_of(getattr(module, "config", None), name)
+    if labels is not None and len(labels.ids) != weights.num_classes:
+        labels = None  # Those of a classifier that was replaced.
+    return Model.of(own, name, preprocessing, labels)
 
 
 def _from_hub(name: str) -> Model:

@@ -1,6 +1,6 @@
 """A dense model as one value: module, checked weights, preprocessing and labels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcut.errors import ModelError, TaskError
+from vitcut.errors import ModelError, TaskError, UnsupportedModelError
 from vitcut.labels import Labels
 from vitcut.model.classes import find_labels, keep_rows
 from vitcut.model.saving import save_dense
@@ -63,10 +63,17 @@ class Model:
                     f"{name!r} has weights that are not finite, in {key}: expected a whole, "
                     "trained model"
                 )
+        weights = read_model(module)
+        if weights.num_classes == 1:
+            raise UnsupportedModelError(
+                f"not supported: {name!r} gives one logit, a regression or a yes/no of its own: "
+                "expected a classifier with a logit for each of two classes or more; retrain it "
+                "with two"
+            )
         return cls(
             module=module.eval(),
             name=name,
-            weights=read_model(module),
+            weights=weights,
             preprocessing=preprocessing,
             labels=labels,
             weight_hash=weight_hash(module),
@@ -90,8 +97,8 @@ class Model:
             return self
         num_classes = self.weights.num_classes
         known, told = find_labels(self.labels, self.name, num_classes, data, task)
-        if told is not None:
-            say(f"model: {self.name} does not name its classes: {told}")
+        for line in told:
+            say(f"model: {self.name} {line}")
         position = {class_id: at for at, class_id in enumerate(known.ids)}
         unknown = [class_id for class_id in task.class_ids if class_id not in position]
         if unknown:
@@ -115,6 +122,20 @@ class Model:
             labels=labels,
             kept_classes=task.class_ids,
         )
+
+    def with_labels(self, names: Sequence[str]) -> "Model":
+        """The same model, whose logits stand for these classes, in this order.
+
+        Raises:
+            ModelError: There are more or fewer names than logits.
+        """
+        if len(names) != self.weights.num_classes:
+            raise ModelError(
+                f"labels names {len(names)} classes, {self.name!r} has {self.weights.num_classes} "
+                "logits: expected one name for each, in their order"
+            )
+        given = tuple(names)
+        return replace(self, labels=Labels(owner=f"model {self.name!r}", ids=given, names=given))
 
     def to(self, device: torch.device | str) -> "Model":
         """The same model on another device; this one is left where it is."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import nn
@@ -62,6 +62,16 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
             )
         described = tuple(str(names.get(item, item)) for item in ids)
         labels = Labels(owner=f"model {spec!r}", ids=tuple(ids), names=described)
+    elif ":" not in name and (subset := infer_imagenet_subset(model)) is not None:
+        # timm's own weights, whose classes timm knows by their number.
+        known = ImageNetInfo(subset)
+        places = range(known.num_classes())
+        labels = Labels(
+            owner=f"model {spec!r}",
+            ids=tuple(map(known.index_to_label_name, places)),
+            names=tuple(known.index_to_description(at) for at in places),
+        )
+        say(f"model: {spec} has the classes of {subset}, as timm says")
     return Model.of(model, spec, preprocessing, labels)
 
 

@@ -84,13 +84,24 @@ def load_hf_folder(folder: Path, spec: str) -> Model:
         size = made
     taken = processor.preprocessing(size, sizes["num_channels"])
 
-    # Label texts are ids and names at once; the default LABEL_0, LABEL_1, ... means nothing.
-    numbers = sorted(module.config.id2label)
-    texts = tuple(str(module.config.id2label[number]) for number in numbers)
-    labels = None
-    if texts != tuple(f"LABEL_{number}" for number in numbers):
-        labels = Labels(owner=f"model {spec!r}", ids=texts, names=texts)
-    return Model.of(as_classifier(module), spec, taken, labels)
+    return Model.of(as_classifier(module), spec, taken, labels_of(module.config, spec))
+
+
+def labels_of(config: Any, spec: str) -> Labels | None:
+    """The classes that a configuration of transformers names.
+
+    Texts are ids and names at once; the default LABEL_0, LABEL_1, ... and numbers mean nothing.
+
+    Args:
+        config: Of a model.
+        spec: What the user asked for.
+    """
+    id2label: dict[int, Any] = getattr(config, "id2label", None) or {}
+    numbers = sorted(id2label)
+    texts = tuple(str(id2label[number]) for number in numbers)
+    if all(text in {f"LABEL_{at}", str(at)} for at, text in zip(numbers, texts, strict=True)):
+        return None
+    return Labels(owner=f"model {spec!r}", ids=texts, names=texts)
 
 
 def save_hf_folder(

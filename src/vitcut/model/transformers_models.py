@@ -86,6 +86,11 @@ class _TransformersReading(Reading):
                     if name.startswith(begin):
                         self.refuse(f"{name} ({reason})", yet=yet)
             self.refuse(name)
+        kind = getattr(self.model.config, "problem_type", None)
+        if kind not in {None, "single_label_classification"}:
+            several = "which gives an image several labels or none"
+            why = "which measures" if kind == "regression" else several
+            self.refuse(f"{name} for {kind}, {why}: vitcut cuts for one class per image")
         family, self._class_prefix = _FAMILIES[name]
         self._parts = import_module(f"transformers.models.{family}.modeling_{family}")
         self._require_own(self.model, name.removeprefix(self._class_prefix))
