@@ -101,11 +101,13 @@ def _wrap(
             f"mean and std need one number each, or {weights.channels}, one per channel, got "
             f"{len(mean)} and {len(std)}"
         )
+    turns = type(module).__module__.startswith("transformers.")
+    orientation = "apply" if turns else "ignore"
     preprocessing = Preprocessing(
         image_size=weights.image_size,
         mean=per_channel(mean, weights.channels, "mean"),
         std=per_channel(std, weights.channels, "std"),
-        framing=replace(WHOLE, channels=weights.channels),
+        framing=replace(WHOLE, channels=weights.channels, orientation=orientation),
     )
     return Model.of(own, type(module).__name__, preprocessing, None)
 
