@@ -6,6 +6,7 @@ same name share a flag.
 """
 
 import inspect
+import io
 import re
 import shlex
 import sys
@@ -100,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A path may have bytes that are not UTF-8, and a terminal another encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

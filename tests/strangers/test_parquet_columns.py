@@ -11,6 +11,7 @@ from data_samples import encoded, write_folder
 import vitcut
 from vitcut import cli
 from vitcut.errors import DataError
+from vitcut.images import readers
 from vitcut.images.sources import open_source
 
 ROWS = 4
@@ -135,3 +136,9 @@ def test_test_files_that_are_left_out_are_said(tmp_path: Path, capsys) -> None:
     with open_source(str(tmp_path)) as opened:
         assert len(opened.records) == 2 * ROWS
     assert "left out 1 of 3 files, which are named test" in capsys.readouterr().err
+
+
+def test_a_row_group_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(readers, "_MOST_GROUP_BYTES", 100)
+    with pytest.raises(DataError, match=r"row group of 0\.0 GiB.*write it with smaller row groups"):
+        _first(_write(tmp_path, {"image": PLAIN, "label": LABELS}))

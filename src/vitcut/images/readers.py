@@ -173,7 +173,19 @@ def read_parquet(
             labels_in = _label_column(file.schema_arrow, label_column, images_in, path)
             class_ids = _class_ids(file, labels_in, path)
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-            _refuse_huge(groups, images_in, path)
+            largest = max((group.total_byte_size for group in groups), default=0)
+            if largest > _MOST_GROUP_BYTES:
+                raise DataError(
+                    f"{path} has a row group of {largest / 2**30:.1f} GiB, which would be read at "
+                    f"once, expected at most {_MOST_GROUP_BYTES / 2**30:g}: write it with smaller "
+                    "row groups"
+                )
+            claimed = sum(group.num_rows for group in groups)
+            if len(class_ids) != claimed:
+                raise DataError(
+                    f"{path} is damaged: it has {len(class_ids)} labels and claims {claimed} rows; "
+                    "get the file again"
+                )
             rows = [(at, row) for at, group in enumerate(groups) for row in range(group.num_rows)]
         for number, (class_id, (group, row)) in enumerate(zip(class_ids, rows, strict=True)):
             record = Record(split=split, class_id=class_id, path=f"{name}:{number:09d}")
@@ -191,8 +203,12 @@ def read_parquet(
 
     def read(position: int) -> bytes:
         path, column, group, row = places[records[position].path]
-        found = images_of(path, column, group)[row].as_py()
-        content = found.get("bytes") if isinstance(found, dict) else found
+        group_images = images_of(path, column, group)
+        if row >= len(group_images):
+            raise DataError("the file is damaged: its row group lacks the row")
+        found = group_images[row]
+        inner = found["bytes"] if found.is_valid and pa.types.is_struct(found.type) else found
+        content = inner.as_py()
         if content is None:
             raise DataError("the row has a path instead of the bytes of the image")
         return content
@@ -476,22 +492,6 @@ def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) 
             "--label-column"
         )
     return given or known[0]
-
-
-def _refuse_huge(groups: list[Any], column: str, path: Path) -> None:
-    for group in groups:
-        parts = [group.column(number) for number in range(group.num_columns)]
-        size = sum(
-            part.total_uncompressed_size
-            for part in parts
-            if part.path_in_schema.partition(".")[0] == column
-        )
-        if size > _MOST_GROUP_BYTES:
-            raise DataError(
-                f"{path} has a row group with {size / 2**30:.1f} GiB of images, which would be "
-                f"read at once, expected at most {_MOST_GROUP_BYTES / 2**30:.0f}: write it with "
-                "smaller row groups"
-            )
 
 
 def _class_ids(file: pq.ParquetFile, column: str, path: Path) -> list[str]:
