@@ -17,7 +17,7 @@ from vitcut.preprocessing import numbers
 from vitcut.training.settings import TrainSettings
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
-NUM_FLAGS = 80
+NUM_FLAGS = 83
 DRAWN = ["--source", "drawn", "--task", "drawn"]
 
 

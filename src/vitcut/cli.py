@@ -6,6 +6,7 @@ same name share a flag.
 """
 
 import inspect
+import io
 import re
 import shlex
 import sys
@@ -16,7 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from docstring_parser import parse as parse_docstring
@@ -100,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A path may have bytes that are not UTF-8, and a terminal another encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 
@@ -216,12 +220,14 @@ def _loading(kind: str) -> Iterator[tuple[inspect.Parameter, str]]:
 
 
 def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, flag: bool) -> None:
-    """Add one argument; whatever is not a number or a yes/no flag is a string."""
+    """Add one argument; whatever is no number, yes/no or choice is a string."""
     default = None if parameter.default is parameter.empty else parameter.default
     numbers = [kind for kind in (int, float) if re.search(rf"\b{kind.__name__}\b", str(parameter))]
     kind: Any = type(default) if isinstance(default, (bool, int, float)) else str | None
     if default is None and numbers == [int]:
         kind = int | None
+    if get_origin(parameter.annotation) is Literal:
+        kind = parameter.annotation
     name = f"--{parameter.name}" if flag else parameter.name
     optional = parameter.default is not parameter.empty or parameter.name == "recipe"
     more: dict[str, Any] = {"nargs": "?"} if optional and not flag else {}
@@ -331,7 +337,7 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
 def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], dict[str, str]]:
     """Separate changes of a recipe from other words: ``--train.epochs 2``, ``--taus 0.01``."""
     own = {f"--{name}" for name in vars(parser.get_defaults())}
-    data = {"--source", "--skip_bad_images"}
+    data = {"--source", "--skip_bad_images", "--orientation", "--image_column", "--label_column"}
     top = ({f"--{field.name}" for field in fields(RunSettings)} - own) | data
     rest: list[str] = []
     changes: dict[str, str] = {}
@@ -374,6 +380,9 @@ def _after_prepare(typed: Namespace) -> str:
     words += [] if typed.source is None else ["--source", typed.source]
     words += [] if typed.image_size == 64 else ["--image-size", str(typed.image_size)]
     words += ["--skip-bad-images"] if typed.skip_bad_images else []
+    words += [] if typed.orientation == "auto" else ["--orientation", typed.orientation]
+    words += [] if typed.image_column is None else ["--image-column", typed.image_column]
+    words += [] if typed.label_column is None else ["--label-column", typed.label_column]
     return shlex.join([*words, "--task", "drawn" if typed.source == "drawn" else "LABELS.yaml"])
 
 

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.images.settings import DataSettings
@@ -184,6 +184,9 @@ def load_images(
     seed: int = 0,
     val_fraction: float = 0.1,
     skip_bad_images: bool = False,
+    orientation: Literal["auto", "apply", "ignore"] = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
     new_head: bool = False,
 ) -> "Images":
     """Prepare the images of a task; they are decoded once and kept in the cache.
@@ -207,6 +210,13 @@ def load_images(
             own.
         val_fraction: Fraction of each class's training images to set aside as the val split.
         skip_bad_images: Leave out images that cannot be decoded, instead of stopping.
+        orientation: Whether to turn pictures as their EXIF entry says: apply, ignore, or auto (what
+            the library does that the model's preprocessing comes from: transformers turns them,
+            timm and torchvision do not).
+        image_column: The column of a parquet file that holds the pictures; by default "image", or
+            the only one.
+        label_column: The column of a parquet file that holds the classes; by default label, labels,
+            fine_label or class, or the only one.
         new_head: The model is to be trained for the classes of the data, with a new classifier, so
             the classes that it knows do not matter.
 
@@ -234,14 +244,24 @@ def load_images(
         seed=seed,
         val_fraction=val_fraction,
         skip_bad_images=skip_bad_images,
+        orientation=orientation,
+        image_column=image_column,
+        label_column=label_column,
     )
     if run is not None and not (new_head and source is not None):
         # What is not said is the run's, but for the image size, which is the model's.
         base, own = _images_of(run, image_size=settings.image_size)
         task = own if task is None else task
         skip = base.skip_bad_images or skip_bad_images
-        source = base.source if source is None else str(source)
-        settings = replace(base, source=source, skip_bad_images=skip)
+        typed = settings if source is not None else base
+        settings = replace(
+            base,
+            source=typed.source,
+            skip_bad_images=skip,
+            orientation=base.orientation if orientation == "auto" else orientation,
+            image_column=image_column or typed.image_column,
+            label_column=label_column or typed.label_column,
+        )
     if task is None:
         # A folder of one's own may be called animals.
         shipped = settings.source if settings.source == "drawn" else None
@@ -249,6 +269,9 @@ def load_images(
             shipped = shipped or SHIPPED_MODEL
         task = own_task or shipped
     preprocessing = taken or _own_preprocessing(settings.image_size, mean, std)
+    if settings.orientation != "auto":
+        framing = replace(preprocessing.framing, orientation=settings.orientation)
+        preprocessing = replace(preprocessing, framing=framing)
     # A label file is read before images are fetched or decoded.
     wanted = task if isinstance(task, Task) or task is None else load_task(task)
     prepared = prepare_images(settings, preprocessing.framing)
@@ -421,6 +444,10 @@ def for_images(model: "Model", images: "Images") -> "Model":
 
     require(model, Model)
     require_made_for(model.preprocessing, require(images, Images))
+    if _orientation_was_chosen(images):
+        # It was chosen for what is made with the images too.
+        taken = replace(model.preprocessing, framing=images.preprocessing.framing)
+        model = replace(model, preprocessing=taken)
     return model.for_task(images.task, images.labels)
 
 
@@ -448,10 +475,16 @@ def require_made_for(wanted: Preprocessing, images: "Images") -> None:
         )
     for name, own in vars(wanted.framing).items():
         got = getattr(made.framing, name)
+        if name == "orientation" and (not images.num_turned or _orientation_was_chosen(images)):
+            continue
         if own != got:
             raise ConfigError(
                 f"the model takes images with {name} {own}, got {got}: give load_images model=..."
             )
+
+
+def _orientation_was_chosen(images: "Images") -> bool:
+    return images.origin.get("orientation", "auto") != "auto"
 
 
 def require_classes_of(compact: "CompactViT", task: Task) -> None:

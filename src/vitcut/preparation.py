@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
@@ -10,6 +10,7 @@ from vitcut.errors import ConfigError
 from vitcut.images.settings import DataSettings
 from vitcut.inputs import load_model, require
 from vitcut.labels import Labels
+from vitcut.preprocessing import Framing
 from vitcut.store import write_text
 from vitcut.task import Task, all_classes_task
 from vitcut.wordnet import imagenet_labels
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    source: str | Path | None = None, *, image_size: int = 64, skip_bad_images: bool = False
+    source: str | Path | None = None,
+    *,
+    image_size: int = 64,
+    skip_bad_images: bool = False,
+    orientation: Literal["auto", "apply", "ignore"] = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> "PreparedData":
     """Decode the images of a source into the cache.
 
@@ -29,18 +36,28 @@ def prepare(
             a Hugging Face dataset id, or "drawn"; by default Tiny ImageNet, which is downloaded.
         image_size: Height and width of the decoded images, in pixels.
         skip_bad_images: Leave out images that cannot be decoded, instead of stopping.
+        orientation: Whether to turn pictures as their EXIF entry says: apply, or ignore, which auto
+            stands for here.
+        image_column: The column of a parquet file that holds the pictures; by default "image", or
+            the only one.
+        label_column: The column of a parquet file that holds the classes; by default label, labels,
+            fine_label or class, or the only one.
 
     Raises:
         DataError: The source cannot be used.
     """
     from vitcut.images.prepare import prepare as prepare_images
 
+    settings = DataSettings(
+        source=None if source is None else str(source),
+        image_size=image_size,
+        skip_bad_images=skip_bad_images,
+        orientation=orientation,
+        image_column=image_column,
+        label_column=label_column,
+    )
     return prepare_images(
-        DataSettings(
-            source=None if source is None else str(source),
-            image_size=image_size,
-            skip_bad_images=skip_bad_images,
-        )
+        settings, Framing(orientation="ignore" if orientation == "auto" else orientation)
     )
 
 
@@ -49,6 +66,8 @@ def suggest(
     *,
     model: "str | Path | Model | None" = None,
     groups: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     out: str | Path = Path("labels.yaml"),
 ) -> Task:
     """Write a label file that groups ImageNet's classes by WordNet, without decoding images.
@@ -60,6 +79,8 @@ def suggest(
             takes. By default ImageNet-1k's classes.
         groups: How many groups to make; 6 by default. If classes have names of ancestors, each is a
             group.
+        image_column: The column of a parquet file that holds the pictures; as for prepare.
+        label_column: The column of a parquet file that holds the classes; as for prepare.
         out: The label file to write.
 
     Raises:
@@ -76,7 +97,8 @@ def suggest(
         raise ConfigError(f"{path} is there already: choose another --out, or move it away")
     if source == SOURCE_WORD:
         raise ConfigError(f"{SOURCE_WORD} pictures have a label file: give --task {SOURCE_WORD}")
-    with open_source(None if source is None else str(source)) as opened:
+    columns = {"image_column": image_column, "label_column": label_column}
+    with open_source(None if source is None else str(source), **columns) as opened:
         ids = tuple(sorted(opened.class_names))
     data, labels = Labels(owner="the data", ids=ids, names=ids), imagenet_labels()
     known = ids

@@ -1,7 +1,7 @@
 """From a picture to the tensor that a model takes: one value, for models and images alike."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,12 @@ Fit = Literal["crop", "squash"]
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 """Pillow's filters."""
+
+Orientation = Literal["ignore", "apply"]
+"""Take pixels as they are stored, or turn a picture as its EXIF entry says."""
+
+_MOST = 2.0
+"""No mean and no standard deviation of numbers from 0 to 1 is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,9 @@ class Framing:
     crop_fraction: float = 1.0
     """Side of the central square that is kept, after fitting; timm's ``crop_pct``."""
     interpolation: Interpolation = "bicubic"
+    orientation: Orientation = "ignore"
+    """As the library that the preprocessing comes from: torchvision and timm take pixels as they
+    are stored, transformers turns them."""
 
     def __post_init__(self) -> None:
         if self.channels not in {1, 3}:
@@ -41,6 +50,7 @@ class Framing:
             raise ConfigError(f"crop_fraction must be > 0 and <= 1, got {self.crop_fraction}")
         require_one_of("fit", self.fit, get_args(Fit))
         require_one_of("interpolation", self.interpolation, get_args(Interpolation))
+        require_one_of("orientation", self.orientation, get_args(Orientation))
 
     def shown_fraction(self, image_size: int) -> float:
         """Part of each fitted side that is kept: pictures are scaled to whole pixels, then cropped.
@@ -49,6 +59,13 @@ class Framing:
             image_size: Height and width of the result, in pixels.
         """
         return image_size / int(image_size / self.crop_fraction + 1e-6)
+
+    def key(self) -> dict[str, Any]:
+        """What tells this framing from others in hashes, which keep those of earlier versions."""
+        plain = asdict(self)
+        if self.orientation == "ignore":
+            del plain["orientation"]
+        return plain
 
 
 WHOLE = Framing()
@@ -67,6 +84,15 @@ class Preprocessing:
     """Divided by per channel, on the scale 0 to 1."""
     framing: Framing = WHOLE
     """Which part of the picture is kept, in which colours, and how it is scaled."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if any(abs(value) > _MOST for value in values):
+                listed = ", ".join(f"{value:g}" for value in values)
+                raise ConfigError(
+                    f"{name} must be on the scale 0 to 1, got {listed}, which seems to be on the "
+                    "scale 0 to 255: divide by 255"
+                )
 
 
 def per_channel(values: Any, channels: int, what: str) -> tuple[float, ...]:

@@ -38,6 +38,7 @@ from vitcut.results import CLASS_ONLY, Results
 from vitcut.runs import RESULTS_FILE, Run
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain, require_positive
+from vitcut.store import parse_yaml
 from vitcut.training.settings import FinetuneSettings, TrainSettings, TransferSettings
 
 if TYPE_CHECKING:
@@ -110,14 +111,14 @@ def read_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
             )
         path = Path(str(resources.files("vitcut"))) / "assets" / "recipes" / f"{recipe}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = parse_yaml(path.read_text(encoding="utf-8")) or {}
         for key, value in (changes or {}).items():
             *groups, name = key.split(".")
             place = content
             for group in groups:
                 place[group] = place.get(group) or {}
                 place = place[group]
-            place[name] = yaml.safe_load(value) if isinstance(value, str) else value
+            place[name] = parse_yaml(value) if isinstance(value, str) else value
     except FileNotFoundError:
         raise ConfigError(f"no recipe file at {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:

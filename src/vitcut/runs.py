@@ -13,6 +13,7 @@ import yaml
 
 from vitcut.errors import ArtefactError
 from vitcut.progress import say
+from vitcut.settings import require_utf8
 from vitcut.store import write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
@@ -56,6 +57,7 @@ class Run:
         """
         self.is_temporary = path is None
         self.path = Path(mkdtemp(prefix="vitcut-") if path is None else path)
+        require_utf8("out", self.path)
         if path is None:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         if (self.path.is_file() or self._names()) and not (self.path / CONFIG_FILE).exists():

@@ -39,6 +39,14 @@ def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> Non
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
+def require_utf8(name: str, path: object) -> None:
+    """Refuse a path whose bytes are not UTF-8: safetensors cannot open it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} must be a path in UTF-8, got {str(path)!a}: rename it") from None
+
+
 def require_runtime(name: str) -> None:
     """Refuse a runtime that this version cannot run."""
     require_one_of("runtime", name, get_args(RuntimeName))

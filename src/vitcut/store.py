@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
+import yaml
 
 from vitcut.errors import ArtefactError, VitcutError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ABANDONED_AFTER_S = 3600
+_YAML_DEPTH, _YAML_NODES = 50, 1_000_000
 
 
 def cache_dir() -> Path:
@@ -185,6 +187,36 @@ def _odd_keys(found: Any, expected: Any, place: str = "$") -> Iterator[str]:
     elif isinstance(found, list):
         for number, (one, other) in enumerate(zip(found, expected, strict=False)):
             yield from _odd_keys(one, other, f"{place}[{number}]")
+
+
+def parse_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
+    """Parse YAML that anyone may have written.
+
+    Raises:
+        yaml.YAMLError: It is not valid, nested too deeply, or larger than it looks.
+    """
+    sizes: dict[str, int] = {}  # nodes below each anchor, once all are written out
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=loader):
+        size, anchor = 0, getattr(event, "anchor", None)
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((anchor, 1))
+        elif isinstance(event, yaml.AliasEvent):
+            if anchor not in sizes:
+                raise yaml.YAMLError(f"*{anchor} names no earlier &{anchor}, or one that it is in")
+            size = sizes[anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        if size and anchor is not None:
+            sizes[anchor] = size
+        open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + size)
+        if len(open_nodes) > _YAML_DEPTH or open_nodes[-1][1] > _YAML_NODES:
+            raise yaml.YAMLError(
+                f"over {_YAML_DEPTH} levels or {_YAML_NODES:,} entries, with aliases written out"
+            )
+    return yaml.load(text, Loader=loader)
 
 
 def sha256_file(path: Path) -> str:

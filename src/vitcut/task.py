@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vitcut.errors import TaskError, one_line
 from vitcut.labels import Labels, plain_name
+from vitcut.store import parse_yaml
 from vitcut.wordnet import classes_below, find_synsets, known_synsets, synsets
 
 _FORMS = ("groups", "classes", "one")
@@ -337,7 +338,7 @@ def parse_task(text: str, *, origin: str) -> Task:
         TaskError: The text is not a label file.
     """
     try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
+        content = parse_yaml(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise TaskError(f"{origin} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):

@@ -13,8 +13,11 @@ from timm.data import create_transform
 
 from vitcut.errors import DataError
 from vitcut.images import decoding
-from vitcut.images.decoding import decode
-from vitcut.preprocessing import Framing, Interpolation
+from vitcut.preprocessing import WHOLE, Framing, Interpolation
+
+
+def decode(content: bytes, image_size: int, framing: Framing = WHOLE) -> np.ndarray:
+    return decoding.decode(content, image_size, framing).pixels
 
 
 @given(

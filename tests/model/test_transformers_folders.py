@@ -34,7 +34,9 @@ PREPROCESSOR = {
 }
 LABELS = ["cat", "dog", "owl"]
 FAMILIES = ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "CLIP"]
-TAKEN = replace(TINY, framing=Framing(crop_fraction=0.8, interpolation="bilinear"))
+TAKEN = replace(
+    TINY, framing=Framing(crop_fraction=0.8, interpolation="bilinear", orientation="apply")
+)
 
 
 def _build(family="ViT", **given):
@@ -112,25 +114,35 @@ def test_half_precision_on_disk_is_float32_in_memory(tmp_path, model):
             Framing(fit="squash"),
         ),
         ({"do_resize": False, "do_center_crop": False}, Framing()),
+        ({"do_center_crop": None, "resample": None}, Framing(crop_fraction=0.8)),
+        (
+            {"image_processor_type": "ViTImageProcessor", "resample": None, "do_center_crop": None}
+            | {"size": {"height": 32, "width": 32}},
+            Framing(fit="squash", interpolation="bilinear"),
+        ),
         ({"resample": 1, "size": {"shortest_edge": 32}}, Framing(interpolation="lanczos")),
     ],
 )
 def test_what_is_done_to_pictures_is_read(tmp_path, model, changes, framing):
     changes = {"resample": 3, **changes}
-    assert load(_save(tmp_path / "hf", model, **changes)).preprocessing.framing == framing
+    expected = replace(framing, orientation="apply")
+    assert load(_save(tmp_path / "hf", model, **changes)).preprocessing.framing == expected
 
 
-@pytest.mark.parametrize("kind", ["BitImageProcessor", "ViTImageProcessor"])
-def test_images_are_made_as_the_librarys_own_processor_makes_them(tmp_path, model, kind):
+@pytest.mark.parametrize("left_out", [(), ("do_center_crop", "resample", "image_mean")])
+@pytest.mark.parametrize("kind", ["Bit", "ViT", "DeiT", "CLIP"])
+def test_images_are_made_as_the_librarys_own_processor_makes_them(tmp_path, model, kind, left_out):
+    kind += "ImageProcessor"
     square = {"size": {"height": 32, "width": 32}, "do_center_crop": None}
     changes = square if kind.startswith("ViT") else {}
+    changes |= dict.fromkeys(left_out)
     folder = _save(tmp_path / "hf", model, image_processor_type=kind, **changes)
     loaded = load(folder)
     ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(90, 60, 3)
     picture = Image.fromarray(ramp.astype(np.uint8))
     picture.save(tmp_path / "picture.png")
     taken = loaded.preprocessing
-    pixels = decode((tmp_path / "picture.png").read_bytes(), 32, taken.framing)
+    pixels = decode((tmp_path / "picture.png").read_bytes(), 32, taken.framing).pixels
     ours = (pixels / 255 - np.array(taken.mean)) / np.array(taken.std)
     processor = getattr(transformers, kind).from_pretrained(folder)
     theirs = processor(picture, return_tensors="np")["pixel_values"][0]
@@ -155,7 +167,8 @@ def test_mean_and_std_are_brought_to_the_scale_0_to_1(tmp_path, model, changes, 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"image_mean": None}, "lacks image_mean: add it there"),
+        ({"image_mean": [123.675, 116.28, 103.53]}, "mean must be on the scale 0 to 1, got 123.6"),
+        ({"image_std": [58.4, 57.1, 57.4]}, "std must be on the scale 0 to 1, got 58.4.*by 255"),
         ({"image_std": [0.5, 0.5]}, "must be 3 numbers.*got 2"),
         ({"image_std": "0.5"}, "must be numbers, got '0.5'"),
         ({"resample": 9}, "has resample 9, expected 0 to 5"),
@@ -301,7 +314,7 @@ def test_a_saved_model_comes_back_equal_and_transformers_reads_it(tmp_path, fami
 def test_every_framing_is_saved(tmp_path, folder, framing):
     loaded = load(folder)
     save_tiny(loaded.module, tmp_path / "dense", replace(TINY, framing=framing))
-    assert load(tmp_path / "dense").preprocessing.framing == framing
+    assert load(tmp_path / "dense").preprocessing.framing == replace(framing, orientation="apply")
 
 
 def test_what_was_read_from_a_saved_folder_is_saved_again(tmp_path, folder):

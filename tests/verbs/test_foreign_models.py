@@ -84,8 +84,9 @@ def _grey(folder):
     return {"model": path, "arch": "test_vit", "mean": (0.4,), "std": (0.2,)}
 
 
+TURNED = Framing(fit="squash", interpolation="bilinear", orientation="apply")
 KINDS = {
-    "hf": (_hf, Framing(fit="squash", interpolation="bilinear"), ((0.4,) * 3, (0.5,) * 3)),
+    "hf": (_hf, TURNED, ((0.4,) * 3, (0.5,) * 3)),
     "torchvision": (
         _torchvision,
         Framing(crop_fraction=0.875, interpolation="bilinear"),

@@ -1,7 +1,7 @@
 """The images of a task as one value: train, val and test splits, disjoint and ready for a model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class Images:
     """Hex; of content, image size, task and splits."""
     origin: Mapping[str, Any]
     """The settings and the task, with its classes' ids, that load these images again."""
+    num_turned: int = 0
+    """How many pictures of the source have an EXIF orientation other than upright."""
 
     def calibration(self, count: int, *, seed: int) -> ImageSet:
         """Training images for discovery, equally many of each class that they are labelled with.
@@ -157,9 +159,10 @@ def split(
             [(item.id, item.group) for item in task.classes],
             task.groups,
             *([task.folders] if task.folders else []),
-            *([] if preprocessing.framing == WHOLE else [asdict(preprocessing.framing)]),
+            *([] if preprocessing.framing == WHOLE else [preprocessing.framing.key()]),
         ),
-        origin={**asdict(settings), "source": source, "task": task.to_dict()},
+        origin={**settings.plain(), "source": source, "task": task.to_dict()},
+        num_turned=prepared.num_turned,
         **sets,
     )
 

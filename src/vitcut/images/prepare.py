@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vitcut.errors import ArtefactError, DataError
-from vitcut.images.decoding import decode
+from vitcut.images.decoding import Picture, decode
 from vitcut.images.drawn import SOURCE_WORD, drawn_images
 from vitcut.images.readers import ImageSource
 from vitcut.images.settings import DataSettings
@@ -33,7 +33,7 @@ from vitcut.settings import config_hash
 from vitcut.store import atomic_folder, cache_dir, read_json, write_json
 from vitcut.wordnet import imagenet_names, with_wordnet_ids
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 IMAGES_FILE = "images.npy"
 _INDEX_FILE, _META_FILE = "index.parquet", "meta.json"
 _DAMAGE = (ArtefactError, OSError, EOFError, ValueError, KeyError, pa.ArrowException)
@@ -59,6 +59,8 @@ class PreparedData:
     """Hex, of the source's content."""
     skipped: dict[str, str]
     """What is wrong with the images that did not decode, by path."""
+    num_turned: int
+    """How many images have an EXIF orientation other than upright."""
     class_order: tuple[str, ...] = ()
     """As `ImageSource` has it."""
     ordered_by: str = ""
@@ -94,13 +96,14 @@ def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
     """
     if settings.source == SOURCE_WORD:
         return _drawn(settings, framing.channels)
-    with open_source(settings.source) as source:
+    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
+    with open_source(settings.source, **columns) as source:
         # The default framing is left out, so that keys of earlier versions still hold.
         key = config_hash(
             FORMAT_VERSION,
             source.fingerprint,
             settings.image_size,
-            *([] if framing == WHOLE else [asdict(framing)]),
+            *([] if framing == WHOLE else [framing.key()]),
         )
         folder = cache_dir() / "data" / key
         found = folder.exists()
@@ -113,6 +116,15 @@ def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
     _refuse_bad_images(prepared.skipped, len(prepared.images), settings)
     if prepared.skipped:
         say(f"left out: {_bad_images(prepared.skipped, len(prepared.images))}")
+    if prepared.num_turned:
+        told = {
+            "apply": "turned as it says; --orientation ignore takes pixels as they are stored",
+            "ignore": "ignored, as timm and torchvision do; --orientation apply turns them",
+        }
+        say(
+            f"data: {prepared.num_turned} of {len(prepared.images)} pictures have an EXIF "
+            f"orientation, which is {told[framing.orientation]}"
+        )
     say(
         f"data: {len(prepared.images)} images of {len(prepared.class_names)} classes, "
         f"{'found' if found else 'prepared'} in {folder}"
@@ -139,6 +151,7 @@ def _drawn(settings: DataSettings, channels: int) -> PreparedData:
         class_names={str(name): str(name) for name in np.unique(class_ids)},
         fingerprint=config_hash(SOURCE_WORD, 1, settings.seed),
         skipped={},
+        num_turned=0,
     )
 
 
@@ -156,15 +169,17 @@ def _build(source: ImageSource, folder: Path, settings: DataSettings, framing: F
                     "VITCUT_CACHE"
                 )
             bad: dict[int, str] = {}
+            num_turned = 0
             # A plain stream: a full disk is an error then, where a memory map would crash.
             with (part / IMAGES_FILE).open("wb") as stream:
                 _write_header(stream, (count, side, side, framing.channels))
                 with Meter("Decoding", count, unit="images") as meter:
                     for row, image in enumerate(_decoded(source, side, framing)):
-                        if isinstance(image, DataError):
-                            bad[row] = str(image)
+                        if isinstance(image, str):
+                            bad[row] = image
                         else:
-                            stream.write(image.tobytes())
+                            stream.write(image.pixels.tobytes())
+                            num_turned += image.orientation != 1
                         meter.advance()
                 stream.seek(0)
                 _write_header(stream, (count - len(bad), side, side, framing.channels))
@@ -191,6 +206,7 @@ def _build(source: ImageSource, folder: Path, settings: DataSettings, framing: F
                 "images_per_split": dict(sorted(counts.items())),
                 "class_names": dict(sorted(source.class_names.items())),
                 "skipped": skipped,
+                "num_turned": num_turned,
             }
             write_json(part / _META_FILE, meta)
     except OSError as error:
@@ -200,16 +216,15 @@ def _build(source: ImageSource, folder: Path, settings: DataSettings, framing: F
         ) from None
 
 
-def _decoded(
-    source: ImageSource, image_size: int, framing: Framing
-) -> Iterator[NDArray[np.uint8] | DataError]:
+def _decoded(source: ImageSource, image_size: int, framing: Framing) -> Iterator[Picture | str]:
     """Every image in order, or what is wrong with it; decoded in threads, block by block."""
 
-    def read(row: int) -> NDArray[np.uint8] | DataError:
+    def read(row: int) -> Picture | str:
         try:
             return decode(source.read(row), image_size, framing)
         except DataError as error:
-            return error
+            # Not the error itself, whose traceback would keep the content of the file.
+            return str(error)
 
     count = len(source.records)
     with ThreadPoolExecutor(min(usable_cores(), _MAX_THREADS)) as pool:
@@ -244,6 +259,7 @@ def open_prepared(folder: Path) -> PreparedData:
             class_names=meta["class_names"],
             fingerprint=meta["source_fingerprint"],
             skipped=meta["skipped"],
+            num_turned=meta["num_turned"],
         )
     except _DAMAGE as error:
         raise DataError(

@@ -2,11 +2,13 @@
 
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -14,29 +16,40 @@ import pyarrow.parquet as pq
 
 from vitcut.errors import DataError, one_line
 from vitcut.images.archives import FileTree
+from vitcut.images.decoding import HEAD_BYTES, picture_format
 from vitcut.progress import say
 from vitcut.store import sha256_file, sha256_json
 
 RecordSplit = Literal["train", "test"]
 
 _SUFFIXES = (
-    ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-_SPLIT_FOLDERS: dict[RecordSplit, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "test": ("val", "valid", "validation", "test", "testing"),
-}
-"""Names of the folders of each split, in any case; the first that exists is used."""
+"""Files that are pictures by name, in any case; the content of all others is looked at."""
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_BESIDE_SPLIT = {
+    "set", "sets", "image", "images", "img", "imgs", "data", "dataset", "seg", "split", "folder",
+}  # fmt: skip
+"""Words in the name of a split's folder, as in "seg_train", "training_set" or "test images"."""
 _CLASS_FOLDERS = (
-    "CLASS/*.jpg for two classes or more, or train/CLASS/*.jpg and val/CLASS/*.jpg, "
-    f"with images that end in {', '.join(_SUFFIXES)}"
+    "CLASS/*.jpg for two classes or more, or train/CLASS/*.jpg and val/CLASS/*.jpg, with images of "
+    "a format that Pillow reads"
 )
 
 _ANNOTATIONS = "val/val_annotations.txt"
+_TINY_IMAGENET_HOLDS = {"train", "val", "test", "wnids.txt", "words.txt"}
 _TINY_IMAGENET = "train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-_PARQUET = "rows with an image (struct of bytes and path) and a label, of two classes or more"
+_PARQUET = (
+    "rows with an image (bytes, or a struct of bytes and path) and a label, of two classes or more"
+)
+_MOST_GROUP_BYTES = 2 << 30
+"""The images of a row group are read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,53 +83,90 @@ class ImageSource:
     """What gives that order, for messages."""
 
 
+def has_pictures(tree: FileTree) -> bool:
+    """Whether any file is a picture by its name."""
+    return any(name.lower().endswith(_SUFFIXES) for name in tree.names)
+
+
 def read_tree(tree: FileTree) -> ImageSource:
     """List the images of Tiny ImageNet, or of class folders.
 
     Tiny ImageNet is recognised by its list of validation labels. Its classes are those of the train
     folders, with 200 ids or fewer; bounding boxes and the unlabelled test images are ignored.
 
-    Class folders are ``train/CLASS/...`` and ``val/CLASS/...``, or ``CLASS/...`` without splits. A
-    class is named after its folder and may have subfolders. Images elsewhere are left out and
-    counted; other files are ignored.
+    Class folders are ``train/CLASS/...`` and ``val/CLASS/...``, ``CLASS/train/...`` and
+    ``CLASS/val/...``, or ``CLASS/...`` without splits, in a folder of their own or not. A class is
+    named after its folder and may have subfolders. What is left out is counted: images elsewhere,
+    and files that are no images.
 
     Raises:
-        DataError: There are no images, fewer than two classes, or Tiny ImageNet's list of
-            validation labels does not match its images.
+        DataError: There are no images, fewer than two classes, folders could be classes or splits,
+            or Tiny ImageNet's list of validation labels does not match its images.
     """
-    is_tiny = _ANNOTATIONS in tree.names
-    expected = _TINY_IMAGENET if is_tiny else _CLASS_FOLDERS
-    found = _tiny_imagenet_records(tree) if is_tiny else _class_folder_records(tree)
-    records = _checked(found, location=tree.location, expected=expected)
-    class_names = {record.class_id: record.class_id for record in records}
-    if is_tiny and "words.txt" in tree.names:
-        for line in tree.read_text("words.txt").splitlines():
-            class_id, _, words = line.partition("\t")
-            if class_id in class_names and words.strip():
-                class_names[class_id] = words.strip()
+    lists = [name for name in tree.names if f"/{name}".endswith(f"/{_ANNOTATIONS}")]
+    class_names: dict[str, str] = {}
+    if lists:
+        tree = tree.below(lists[0].removesuffix(_ANNOTATIONS))
+        records = _checked(
+            _tiny_imagenet_records(tree), location=tree.location, expected=_TINY_IMAGENET
+        )
+        if "words.txt" in tree.names:
+            lines = tree.read_text("words.txt").splitlines()
+            class_names = {
+                own: words.strip() for own, _, words in (s.partition("\t") for s in lines)
+            }
+        seen = [name for name in tree.names if name.split("/")[0] in _TINY_IMAGENET_HOLDS]
+    else:
+        pictures = _pictures(tree)
+        top = _common_folder(pictures)
+        tree = tree.below(top)
+        found = _class_folder_records([name.removeprefix(top) for name in pictures], tree.location)
+        records = _checked(found, location=tree.location, expected=_CLASS_FOLDERS)
+        seen = [record.path for record in records]
+
+    def read(position: int) -> bytes:
+        with tree.open(records[position].path) as stream:
+            # What is no picture is not read whole.
+            head = stream.read(HEAD_BYTES)
+            if picture_format(head) is None:
+                raise DataError("not an image of a known format")
+            return head + stream.read()
+
     return ImageSource(
         records=records,
-        class_names=class_names,
-        fingerprint=tree.fingerprint,
-        read=lambda position: tree.read(records[position].path),
+        class_names={
+            record.class_id: class_names.get(record.class_id) or record.class_id
+            for record in records
+        },
+        fingerprint=tree.fingerprint(seen),
+        read=read,
     )
 
 
-def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource:
+def read_parquet(
+    files: list[Path],
+    *,
+    root: Path,
+    location: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageSource:
     """List the labelled images of parquet files as Hugging Face writes them.
 
-    A file needs a struct column with the bytes of the images, and a label column. Its split is part
-    of its name or folder, as in "train-00000.parquet". Files named "test" are used only if none is
-    named for validation. Row groups are read when their images are needed.
+    A file needs a column with the bytes of the images, alone or in a struct, and a label column.
+    Its split is part of its name or folder, as in "train-00000.parquet". Files named "test" are
+    used only if none is named for validation. Row groups are read when their images are needed.
 
     Args:
         files: At least one; all belong to the same dataset.
         root: The folder that file names are relative to.
         location: The source, for messages.
+        image_column: The column with the images; None takes "image", or the only one there is.
+        label_column: The column with the labels; None takes one with a usual name, or the only one.
 
     Raises:
-        DataError: A file is damaged or has no image or label column, or the files belong to several
-            configurations of a dataset, which may contain the same images.
+        DataError: A file is damaged, or it has no image or label column or several, or the files
+            belong to several configurations of a dataset, which may contain the same images.
     """
     found: list[Record] = []
     places: dict[str, tuple[Path, str, int, int]] = {}  # file, column, row group, row in the group
@@ -125,15 +175,29 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
     for path, split in splits.items():
         name = path.relative_to(root).as_posix()
         with _open_parquet(path) as file:
-            image_column, label_column = _columns(file.schema_arrow, path)
-            class_ids, order = _class_ids(file, label_column, path)
+            images_in = _image_column(file.schema_arrow, image_column, path)
+            labels_in = _label_column(file.schema_arrow, label_column, images_in, path)
+            class_ids, order = _class_ids(file, labels_in, path)
             orders.add(order)
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            largest = max((group.total_byte_size for group in groups), default=0)
+            if largest > _MOST_GROUP_BYTES:
+                raise DataError(
+                    f"{path} has a row group of {largest / 2**30:.1f} GiB, which would be read at "
+                    f"once, expected at most {_MOST_GROUP_BYTES / 2**30:g}: write it with smaller "
+                    "row groups"
+                )
+            claimed = sum(group.num_rows for group in groups)
+            if len(class_ids) != claimed:
+                raise DataError(
+                    f"{path} is damaged: it has {len(class_ids)} labels and claims {claimed} rows; "
+                    "get the file again"
+                )
             rows = [(at, row) for at, group in enumerate(groups) for row in range(group.num_rows)]
         for number, (class_id, (group, row)) in enumerate(zip(class_ids, rows, strict=True)):
             record = Record(split=split, class_id=class_id, path=f"{name}:{number:09d}")
             found.append(record)
-            places[record.path] = (path, image_column, group, row)
+            places[record.path] = (path, images_in, group, row)
     records = _checked(found, location=location, expected=_PARQUET)
     class_order = orders.pop() if len(orders) == 1 else _merged(orders)
 
@@ -143,11 +207,16 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
         # Opened anew each time: pyarrow's readers are not thread-safe.
         with _open_parquet(path) as file:
             table = file.read_row_group(group, columns=[column])
-        return table.column(0).combine_chunks().field("bytes")
+        return table.column(0)
 
     def read(position: int) -> bytes:
         path, column, group, row = places[records[position].path]
-        content = images_of(path, column, group)[row].as_py()
+        group_images = images_of(path, column, group)
+        if row >= len(group_images):
+            raise DataError("the file is damaged: its row group lacks the row")
+        found = group_images[row]
+        inner = found["bytes"] if found.is_valid and pa.types.is_struct(found.type) else found
+        content = inner.as_py()
         if content is None:
             raise DataError("the row has a path instead of the bytes of the image")
         return content
@@ -156,7 +225,11 @@ def read_parquet(files: list[Path], *, root: Path, location: str) -> ImageSource
         records=records,
         class_names={record.class_id: record.class_id for record in records},
         fingerprint=sha256_json(
-            [[path.relative_to(root).as_posix(), sha256_file(path)] for path in splits]
+            [
+                *([path.relative_to(root).as_posix(), sha256_file(path)] for path in splits),
+                # Left out where they are not said, so that hashes of earlier versions still hold.
+                *(name for name in ([image_column, label_column],) if name != [None, None]),
+            ]
         ),
         read=read,
         class_order=class_order,
@@ -176,31 +249,125 @@ def _checked(records: list[Record], *, location: str, expected: str) -> tuple[Re
     return tuple(sorted(records, key=lambda record: record.path))
 
 
-def _class_folder_records(tree: FileTree) -> list[Record]:
-    images = [name for name in tree.names if name.lower().endswith(_SUFFIXES)]
-    tops = sorted({name.split("/")[0] for name in images if name.count("/") > 1})
-    split_of: dict[str, RecordSplit] = {}
-    for split, names in _SPLIT_FOLDERS.items():
-        existing = [top for name in names for top in tops if top.lower() == name]
-        if existing:
-            split_of[existing[0]] = split
-    if "train" not in split_of.values():
-        split_of = {}  # Classes may have the names of splits.
-    records: list[Record] = []
-    for name in images:
-        folders = name.split("/")[:-1]
-        if not split_of and folders:
-            records.append(Record(split=None, class_id=folders[0], path=name))
-        elif len(folders) > 1 and folders[0] in split_of:
-            records.append(Record(split=split_of[folders[0]], class_id=folders[1], path=name))
-    outside = sorted(set(images) - {record.path for record in records})
+def _pictures(tree: FileTree) -> list[str]:
+    """The files that are pictures by their names or their content; the others are counted."""
+    pictures: list[str] = []
+    others: list[str] = []
+    for name in tree.names:
+        known = name.lower().endswith(_SUFFIXES)
+        if not known:
+            with tree.open(name) as stream:
+                known = picture_format(stream.read(HEAD_BYTES)) is not None
+        (pictures if known else others).append(name)
+    if others:
+        kinds = Counter(PurePosixPath(name).suffix or "no suffix" for name in others)
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3))
+        more = ", ..." if len(kinds) > 3 else ""
+        say(
+            f"data: left out {len(others)} of {len(tree.names)} files, which are no pictures "
+            f"({listed}{more}), first {others[0]!r}"
+        )
+    return pictures
+
+
+def _common_folder(names: list[str]) -> str:
+    """The folder, ending in "/", that holds all files and is not the only class; often ""."""
+    top = ""
+    while True:
+        first = {name[len(top) :].partition("/")[0] for name in names}
+        inner = f"{top}{first.pop()}/" if len(first) == 1 else ""
+        if not inner or not any("/" in name[len(inner) :] for name in names):
+            return top
+        top = inner
+
+
+def _class_folder_records(images: list[str], location: str) -> list[Record]:
+    """The images of class folders, from their names below the folder that holds all of them."""
+    inside = {name: name.split("/")[:-1] for name in images if "/" in name}
+    kinds = _split_kinds({folders[0] for folders in inside.values() if len(folders) > 1})
+    if "train" not in kinds:
+        second = {folders[1] if len(folders) > 1 else "" for folders in inside.values()}
+        kinds = _split_kinds(second)
+        if "train" in kinds and len(kinds) > 1:  # CLASS/train and CLASS/test: turn them round
+            if not all(map(_split_word, second)):
+                raise DataError(
+                    f"{location} has classes with folders for train and test, and images outside "
+                    "these: expected CLASS/train and CLASS/test for all images, or for none"
+                )
+            inside = {name: [own[1], own[0], *own[2:]] for name, own in inside.items()}
+        else:
+            kinds = {}  # Classes may have the names of splits.
+            tops = sorted({folders[0] for folders in inside.values()})
+            if len(tops) > 1 and all(map(_split_word, tops)):
+                raise DataError(
+                    f"{location} has images in {', '.join(tops)}, which are names of splits, and "
+                    f"tells no classes: expected {_CLASS_FOLDERS}"
+                )
+    splits: dict[str, RecordSplit] = {}
+    for kind in ("train", "val" if "val" in kinds else "test"):
+        folders = kinds.get(kind, [])
+        if len(folders) > 1:
+            raise DataError(
+                f"{location} has {' and '.join(folders)}, which can each be the {kind} split: "
+                "rename or merge them"
+            )
+        splits |= dict.fromkeys(folders, "train" if kind == "train" else "test")
+    if splits:
+        inside = _without_wrappers(
+            {name: own for name, own in inside.items() if own[0] in splits and len(own) > 1}
+        )
+    records = [
+        Record(
+            split=splits[own[0]] if splits else None,
+            class_id=unicodedata.normalize("NFC", own[1 if splits else 0]),
+            path=name,
+        )
+        for name, own in inside.items()
+    ]
+    outside = sorted(set(images) - inside.keys())
     if outside:
-        places = " and ".join(f"{folder}/CLASS" for folder in split_of) or "class folders"
+        places = " and ".join(f"{folder}/CLASS" for folder in splits) or "class folders"
         say(
             f"data: left out {len(outside)} of {len(images)} images, which are outside {places}, "
             f"first {outside[0]!r}"
         )
     return records
+
+
+def _split_word(folder: str) -> str | None:
+    """The split that a folder is named after: train, val or test."""
+    found = {_SPLIT_WORDS.get(word, word) for word in _words(folder) - _BESIDE_SPLIT}
+    return found.pop() if len(found) == 1 and found <= {"train", "val", "test"} else None
+
+
+def _split_kinds(folders: Iterable[str]) -> dict[str, list[str]]:
+    """The folders that are named after each split, of those that are."""
+    kinds: dict[str, list[str]] = {}
+    for folder in sorted(folders):
+        if (word := _split_word(folder)) is not None:
+            kinds.setdefault(word, []).append(folder)
+    return kinds
+
+
+def _without_wrappers(inside: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Leave out a folder between a split and its classes, by the folders of each image.
+
+    Some programs repeat the name of a split (seg_train/seg_train/CLASS), or put the classes of each
+    into a folder of their own (train/images/CLASS and test/images/CLASS).
+    """
+    wrapper: dict[str, str | None] = {}
+    for top in {own[0] for own in inside.values()}:
+        ways = [own for own in inside.values() if own[0] == top]
+        single = len({own[1] for own in ways}) == 1 and all(len(own) > 2 for own in ways)
+        wrapper[top] = ways[0][1] if single else None
+    if None in wrapper.values():
+        wrapper = {
+            top: name if name and _split_word(name) == _split_word(top) else None
+            for top, name in wrapper.items()
+        }
+    return {
+        name: own if wrapper[own[0]] is None else [own[0], *own[2:]] for name, own in inside.items()
+    }
 
 
 def _tiny_imagenet_records(tree: FileTree) -> list[Record]:
@@ -241,7 +408,7 @@ def _open_parquet(path: Path) -> Generator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
             yield file
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a complete parquet file: {one_line(error)}") from None
 
 
@@ -266,10 +433,16 @@ def _splits(files: list[Path], *, root: Path, location: str) -> dict[Path, Recor
             "one you want and give its path"
         )
     has_val = any(words & val_words for words in words_of.values())
+    unused = [path for path, words in words_of.items() if has_val and "test" in words]
+    if unused:
+        say(
+            f"data: left out {len(unused)} of {len(files)} files, which are named test where "
+            f"others are for validation, first {unused[0].name!r}"
+        )
     return {
         path: "train" if "train" in words else "test" if words & {"test", *val_words} else None
         for path, words in words_of.items()
-        if not (has_val and "test" in words)
+        if path not in unused
     }
 
 
@@ -277,27 +450,58 @@ def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z]+", name.lower()))
 
 
-def _columns(schema: pa.Schema, path: Path) -> tuple[str, str]:
-    """The names of the image column and of the label column."""
-    names = ", ".join(schema.names)
-    images = [
-        column.name
-        for column in schema
-        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0
-    ]
-    if not images:
+def _image_column(schema: pa.Schema, given: str | None, path: Path) -> str:
+    """The column of the images: the one that was given, or "image", or the only one."""
+
+    def has_bytes(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0 and has_bytes(kind.field("bytes").type)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    found = [column.name for column in schema if has_bytes(column.type)]
+    names, listed = ", ".join(schema.names), ", ".join(found)
+    if not found:
         raise DataError(
-            f"{path} has no image column among {names}: expected a struct with field 'bytes'"
+            f"{path} has no image column among {names}: expected bytes, or a struct with field "
+            "'bytes'"
         )
-    is_label = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
-    labels = [column.name for column in schema if any(test(column.type) for test in is_label)]
-    known = [name for name in _LABEL_COLUMNS if name in labels]
-    if not known and len(labels) != 1:
+    if given is not None and given not in found:
+        raise DataError(
+            f"{path} has no images in a column {given!r}: expected one of {listed} as image-column"
+        )
+    chosen = given or ("image" if "image" in found else found[0])
+    if given is None and chosen != "image" and len(found) > 1:
+        raise DataError(
+            f"{path} has several columns that can be the images, {listed}: say which with "
+            "--image-column"
+        )
+    return chosen
+
+
+def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) -> str:
+    """The column of the labels: given, or with a usual name, or the only one."""
+
+    def is_label(kind: pa.DataType) -> bool:
+        if pa.types.is_dictionary(kind):
+            return is_label(kind.value_type)
+        tests = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+        return any(test(kind) for test in tests)
+
+    found = [column.name for column in schema if is_label(column.type) and column.name != image]
+    names, listed = ", ".join(schema.names), ", ".join(found)
+    if given is not None and given not in found:
+        raise DataError(
+            f"{path} has no labels in a column {given!r}: expected one of {listed or 'none'} as "
+            "label-column"
+        )
+    known = [name for name in _LABEL_COLUMNS if name in found] or found
+    if given is None and len(known) != 1:
         raise DataError(
             f"{path}: cannot tell which of the columns {names} is the label: expected integers or "
-            f"strings in a column called {', '.join(_LABEL_COLUMNS[:-1])} or {_LABEL_COLUMNS[-1]}"
+            "strings in one that is called label, labels, fine_label or class; say which with "
+            "--label-column"
         )
-    return images[0], (known or labels)[0]
+    return given or known[0]
 
 
 def _merged(orders: set[tuple[str, ...]]) -> tuple[str, ...]:
@@ -314,15 +518,19 @@ def _class_ids(file: pq.ParquetFile, column: str, path: Path) -> tuple[list[str]
     A class is called by the name that the schema gives to its label, or by the label itself.
     """
     metadata: dict[bytes, Any] = file.schema_arrow.metadata or {}
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        names: list[str] | None = features[column].get("names")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    names: Any = None
+    # Other programs keep other things there.
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column].get("names")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         names = None
-    labels: Iterable[Any] = file.read(columns=[column]).column(0).to_pylist()
-    if names is None:
+    labels: list[Any] = file.read(columns=[column]).column(0).to_pylist()
+    if names is None or any(isinstance(label, str) for label in labels):
         class_ids = [None if label in {None, -1} else str(label) for label in labels]
     else:
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise DataError(f"{path} has two labels that are called {twice[0]!r}: rename one")
         class_ids = [
             names[label] if isinstance(label, int) and 0 <= label < len(names) else None
             for label in labels

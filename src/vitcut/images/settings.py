@@ -1,9 +1,12 @@
 """Settings of the data stage. Loads neither torch nor numpy."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from vitcut.errors import ConfigError
-from vitcut.settings import require_at_least
+from vitcut.settings import require_at_least, require_one_of
+
+Orientation = Literal["auto", "apply", "ignore"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,8 +14,9 @@ class DataSettings:
     """Which images to use, at what size, and how to split them."""
 
     source: str | None = None
-    """A Tiny ImageNet .zip or folder, a folder or .zip of class folders, a .parquet file, a Hugging
-    Face dataset id ("org/name"), or "drawn" (generated pictures). None downloads Tiny ImageNet."""
+    """A Tiny ImageNet .zip or folder, a folder or .zip of class folders, a .parquet file or a
+    folder of them, a Hugging Face dataset id ("org/name"), or "drawn" (generated pictures). None
+    downloads Tiny ImageNet."""
     image_size: int = 64
     """Height and width of the prepared images, in pixels."""
     seed: int = 0
@@ -21,6 +25,13 @@ class DataSettings:
     """Fraction of each class's training images to set aside as the val split."""
     skip_bad_images: bool = False
     """Leave out images that cannot be decoded, with a count, instead of stopping."""
+    orientation: Orientation = "auto"
+    """Whether to turn pictures as their EXIF entry says; auto does what the library does that the
+    model's preprocessing comes from."""
+    image_column: str | None = None
+    """The column of a parquet file that holds the pictures; by default "image", or the only one."""
+    label_column: str | None = None
+    """The column of a parquet file that holds the classes; by default found by its name."""
 
     def __post_init__(self) -> None:
         if self.source is not None and not self.source.strip():
@@ -33,3 +44,14 @@ class DataSettings:
             raise ConfigError(
                 f"val_fraction must be between 0 and 1, both excluded, got {self.val_fraction}"
             )
+        require_one_of("orientation", self.orientation, get_args(Orientation))
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values; what earlier versions did not have is left out if it is the default."""
+        later = ("orientation", "image_column", "label_column")
+        defaults = {field.name: field.default for field in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in later or value != defaults[name]
+        }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vitcut.errors import DataError, one_line
 from vitcut.images.archives import open_tree
-from vitcut.images.readers import ImageSource, read_parquet, read_tree
+from vitcut.images.readers import ImageSource, has_pictures, read_parquet, read_tree
 from vitcut.progress import Meter, say
 from vitcut.store import atomic_path, cache_dir
 
@@ -22,16 +22,28 @@ _TIMEOUT_S = 60
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+_PARQUET_BEGINS = b"PAR1"
+_OTHER_ARCHIVES = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}  # fmt: skip
+
+
 @contextmanager
-def open_source(source: str | None) -> Generator[ImageSource]:
-    """Open an archive, a folder, a parquet file or a dataset for reading.
+def open_source(
+    source: str | None, *, image_column: str | None = None, label_column: str | None = None
+) -> Generator[ImageSource]:
+    """Open an archive, a folder, parquet files or a dataset for reading.
 
     Args:
         source: As in `DataSettings`, except "drawn".
+        image_column: The column of pictures in parquet files; None finds it.
+        label_column: The column of classes in parquet files; None finds it.
 
     Raises:
         DataError: It does not exist, or cannot be read as one of these.
     """
+    chosen = {"image_column": image_column, "label_column": label_column}
     path = fetch_tiny_imagenet() if source is None else Path(source).expanduser()
     if not path.exists():
         name = str(source)
@@ -41,11 +53,33 @@ def open_source(source: str | None) -> Generator[ImageSource]:
                 "Hugging Face dataset id (org/name) or 'drawn'"
             )
         root, files = fetch_parquet_files(name)
-        yield read_parquet(files, root=root, location=name)
-    elif path.suffix == ".parquet":
-        yield read_parquet([path], root=path.parent, location=str(path))
-    else:
-        with open_tree(path) as tree:
+        yield read_parquet(files, root=root, location=name, **chosen)
+        return
+    head = b""
+    if path.is_file():
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    if path.suffix.lower() == ".parquet" or head.startswith(_PARQUET_BEGINS):
+        yield read_parquet([path], root=path.parent, location=str(path), **chosen)
+        return
+    others = [kind for begins, kind in _OTHER_ARCHIVES.items() if head.startswith(begins)]
+    if others or head[257:262] == b"ustar":
+        raise DataError(
+            f"{path} is a {others[0] if others else 'tar'} archive, expected a .zip: unpack it, "
+            "and give the folder"
+        )
+    with open_tree(path) as tree:
+        tables = [name for name in tree.names if name.lower().endswith(".parquet")]
+        if path.is_dir() and tables and not has_pictures(tree):
+            files = [path / name for name in tables]
+            yield read_parquet(files, root=path, location=str(path), **chosen)
+        else:
+            for column, name in chosen.items():
+                if name is not None:
+                    flag = column.replace("_", "-")
+                    raise DataError(
+                        f"{flag} is for parquet files, got it with {path}: leave it out"
+                    )
             yield read_tree(tree)
 
 

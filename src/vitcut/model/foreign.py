@@ -1,12 +1,14 @@
 """Reading what other libraries wrote: their errors in one line, and weights that do not fit."""
 
 import json
+import re
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from vitcut.errors import ModelError, one_line
 
@@ -16,6 +18,10 @@ LOAD_ERRORS = (
 )  # fmt: skip
 """What libraries raise for damaged files, and for settings or weights that do not fit. The Hub's
 errors are OSErrors."""
+_WIDTHS = ("hidden_size", "embed_dim", "hidden_dim", "width")
+_BESIDE_WIDTH = ("intermediate_size", "mlp_dim", "num_classes", "num_labels")
+"""Sizes of matrices whose other side is the width; attention has one of width x width."""
+_SIZE = re.compile("size|dim|width|heads|channels|classes|labels|tokens|ratio|chans")
 _SHOWN = 3
 """How many names a message lists."""
 
@@ -37,11 +43,55 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}, expected settings by name")
     return config
+
+
+def require_plausible(config: dict[str, Any], folder: Path) -> None:
+    """Refuse sizes that the weights cannot have, before a model of these sizes is built.
+
+    Args:
+        config: Settings of a model; those of a text model beside it do not matter.
+        folder: Holds the weights. Of pickled ones, only the number of bytes is known.
+
+    Raises:
+        ModelError: A layer would have no tensor, or a matrix would be larger than all weights.
+    """
+    num_tensors, num_weights = 0, 0
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        if path.suffix == ".bin":
+            num_tensors, num_weights = num_tensors + 10_000, num_weights + path.stat().st_size
+            continue
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as stored:
+            shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
+            num_tensors, num_weights = (
+                num_tensors + len(shapes),
+                num_weights + sum(map(prod, shapes)),
+            )
+    if not num_tensors:
+        return
+    found: dict[str, float] = {}
+    waiting = [config]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict) and key != "text_config":
+                waiting.append(value)
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[key] = max(value, found.get(key, value))
+    width = max(1, *(found.get(key, 1) for key in _WIDTHS))
+    for key, value in sorted(found.items(), key=lambda item: item[0] not in _WIDTHS):
+        of_layers = any(word in key for word in ("layers", "depth"))
+        most = num_tensors if of_layers else num_weights
+        if key in _WIDTHS or key in _BESIDE_WIDTH:
+            most /= width
+        if value > most and (of_layers or _SIZE.search(key)):
+            raise ModelError(
+                f"{folder / 'config.json'} has {key} {value:g}, which a model with {num_weights:,} "
+                f"weights in {num_tensors:,} tensors cannot have: restore the file"
+            )
 
 
 def listed(names: Sequence[str]) -> str:

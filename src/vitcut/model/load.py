@@ -13,13 +13,14 @@ from torch import nn
 from vitcut.errors import ConfigError, ModelError
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
-from vitcut.model.foreign import read_config, told_as
+from vitcut.model.foreign import read_config, require_plausible, told_as
 from vitcut.model.model import Model
 from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
 from vitcut.model.timm_folders import load_random, load_timm
 from vitcut.model.transformers_folders import WEIGHTS, labels_of, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
+from vitcut.settings import require_utf8
 from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"
@@ -61,6 +62,7 @@ def load(
                 said = flag.replace("-", "_")
                 raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
         return _wrap(model, means, stds)
+    require_utf8("model", model)
     name, path = str(model), Path(model)
     is_file = path.suffix in WEIGHT_SUFFIXES and path.is_file()
     for flag in given:
@@ -101,11 +103,13 @@ def _wrap(
             f"mean and std need one number each, or {weights.channels}, one per channel, got "
             f"{len(mean)} and {len(std)}"
         )
+    turns = type(module).__module__.startswith("transformers.")
+    orientation = "apply" if turns else "ignore"
     preprocessing = Preprocessing(
         image_size=weights.image_size,
         mean=per_channel(mean, weights.channels, "mean"),
         std=per_channel(std, weights.channels, "std"),
-        framing=replace(WHOLE, channels=weights.channels),
+        framing=replace(WHOLE, channels=weights.channels, orientation=orientation),
     )
     name = type(module).__name__
     labels = labels_of(getattr(module, "config", None), name)
@@ -127,6 +131,7 @@ def _from_hub(name: str) -> Model:
         folder = Path(snapshot_download(allow_patterns=_HF_FILES, **where))
         if not any((folder / file).is_file() for file in WEIGHTS):
             folder = Path(snapshot_download(allow_patterns=_PICKLED, **where))
+    require_plausible(config, folder)
     return load_hf_folder(folder, name)
 
 
@@ -153,6 +158,7 @@ def _from_folder(name: str) -> Model:
     hugging_face = "model_type" in config and "architecture" not in config
     if not (hugging_face or (folder / TENSORS).is_file()):
         raise ModelError(f"{folder} holds no {TENSORS}: expected it beside its {CONFIG}")
+    require_plausible(config, folder)
     if "vitcut" in config:
         _check_own(folder, config)
     if hugging_face:

@@ -157,9 +157,9 @@ def timm_preprocessing(
             crop_fraction=data["crop_pct"],
             interpolation=data["interpolation"],
         )
+        return Preprocessing(image_size=height, mean=mean, std=std, framing=framing)
     except ConfigError as error:
         raise ModelError(f"{spec!r}: {error}") from None
-    return Preprocessing(image_size=height, mean=mean, std=std, framing=framing)
 
 
 def save_timm_folder(

@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ _PREPROCESSOR = "preprocessor_config.json"
 _TOP = 255
 """The highest value of a pixel."""
 _PROCESSORS = ("Bit", "CLIP", "DeiT", "ViT")
+_PROCESSOR_OF_MODEL = {
+    "vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "clip": "CLIP",
+}  # fmt: skip
+"""The processor of a model whose settings name none, by ``model_type``."""
+_DEFAULTED = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
 _SHORTER_SIDE = ("Bit", "CLIP")
 """Processors for which a single number as ``size`` is the shorter side; the others squash."""
 
@@ -217,22 +226,29 @@ class _Processor:
                 f"{path.parent} holds no {path.name}, which says how images are scaled and "
                 "normalised: save the image processor that the model was trained with into it"
             )
-        content = read_config(path)
-        self._settings = content
+        written = read_config(path)
         names = ("image_processor_type", "feature_extractor_type")
-        named = next((content[name] for name in names if name in content), None)
+        named = next((written[name] for name in names if name in written), None)
+        if named is None:
+            model_type = str(read_config(path.parent / "config.json").get("model_type"))
+            named = _PROCESSOR_OF_MODEL.get(model_type, f"a model {model_type!r}")
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named))
-        if named is not None and kind not in _PROCESSORS:
+        if kind not in _PROCESSORS:
             raise ModelError(
                 f"{path} is of {kind}, expected one of "
                 f"{', '.join(f'{name}ImageProcessor' for name in _PROCESSORS)}"
             )
+        # What is not written, or null, is the default of the processor's class.
+        own_class: Any = getattr(import_module("transformers"), f"{kind}ImageProcessor")
+        content: dict[str, Any] = {name: getattr(own_class, name, None) for name in _DEFAULTED}
+        content |= {name: value for name, value in written.items() if value is not None}
+        self._settings = content
 
         # What is scaled to how many pixels before the crop; None if nothing is.
-        crops, size = content.get("do_center_crop"), content.get("size")
+        crops, size = content["do_center_crop"], content["size"]
         self._fit: Fit = "crop"
         self._scaled: int | None = None
-        if content.get("do_resize", True):
+        if content["do_resize"]:
             if isinstance(size, dict) and "shortest_edge" in size:
                 size = size["shortest_edge"]
             elif type(size) is not int or kind not in _SHORTER_SIDE:
@@ -241,30 +257,24 @@ class _Processor:
         elif crops:
             raise ModelError(f"{path} crops images that it does not scale: expected do_resize")
         # Height and width of its images; None if they keep their own size.
-        self.made_size = (
-            self._square("crop_size", content.get("crop_size")) if crops else self._scaled
-        )
+        self.made_size = self._square("crop_size", content["crop_size"]) if crops else self._scaled
 
     def preprocessing(self, size: int, channels: int) -> Preprocessing:
         """The preprocessing for a model of this image size and number of channels."""
         # Convert mean and deviation to the scale 0 to 1. A processor that multiplies pixels by f
         # and normalises by (x - m) / s computes (x - m / 255f) / (s / 255f) on that scale.
-        factor = 1.0
-        if self._settings.get("do_rescale", True):
-            factor = self._settings.get("rescale_factor", 1 / _TOP)
+        factor = self._settings["rescale_factor"] if self._settings["do_rescale"] else 1.0
         top = 1.0 if abs(factor * _TOP - 1) < 1e-6 else factor * _TOP
         mean, std = (0.0,) * channels, (1 / top,) * channels
-        if self._settings.get("do_normalize", True):
+        if self._settings["do_normalize"]:
             found: list[tuple[float, ...]] = []
             for key in ("image_mean", "image_std"):
-                if self._settings.get(key) is None:
-                    raise ModelError(f"{self.path} lacks {key}: add it there")
                 values = per_channel(self._settings[key], channels, f"{key} in {self.path}")
                 found.append(tuple(value / top for value in values))
             mean, std = found
 
         scaled = size if self._scaled is None else self._scaled
-        number = self._settings.get("resample", Image.Resampling.BILINEAR.value)
+        number = self._settings["resample"]
         if number not in range(6):
             raise ModelError(f"{self.path} has resample {number!r}, expected 0 to 5")
         interpolation: Any = Image.Resampling(number).name.lower()
@@ -279,10 +289,11 @@ class _Processor:
                 fit=self._fit,
                 crop_fraction=size / scaled,
                 interpolation=interpolation,
+                orientation="apply",
             )
+            return Preprocessing(image_size=size, mean=mean, std=std, framing=framing)
         except ConfigError as error:
             raise ModelError(f"{self.path.parent}: {error}") from None
-        return Preprocessing(image_size=size, mean=mean, std=std, framing=framing)
 
     def _square(self, key: str, value: Any) -> int:
         if isinstance(value, dict) and value.keys() >= {"height", "width"}:
