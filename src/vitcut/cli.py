@@ -290,6 +290,8 @@ def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str
     found: dict[str, Any] = {}
     for field in fields(settings):
         value = typed[field.name]
+        if field.name == "num_heads" and typed.get("model") is not None:
+            continue  # That of the pretrained model.
         if value != parser.get_default(field.name):
             found[field.name] = tuple(value) if isinstance(value, list) else value
     return found

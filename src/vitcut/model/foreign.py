@@ -68,7 +68,14 @@ def told_misfits(
             f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in mismatched
         ),
     }
-    found = {kind: sorted(names) for kind, names in kinds.items()}
+    # The classifier first, then what is nested least: of a whole model, those tell most.
+    found = {
+        kind: sorted(
+            names,
+            key=lambda name: (not name.startswith(("head", "classifier")), name.count("."), name),
+        )
+        for kind, names in kinds.items()
+    }
     return "; ".join(
         f"{len(names)} {kind} ({listed(names)})" for kind, names in found.items() if names
     )

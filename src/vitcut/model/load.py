@@ -24,10 +24,11 @@ from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"
 """Prefixes of model names."""
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-"""Suffixes of files that hold bare weights."""
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""Suffixes of files that hold bare weights, in lower case; .tar as in .pth.tar."""
 
 _HF_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1]]
+_TIMM_PICKLED = "pytorch_model.bin"
 _PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
 
 
@@ -37,6 +38,7 @@ def load(
     mean: float | Sequence[float] | str | None = None,
     std: float | Sequence[float] | str | None = None,
     arch: str | None = None,
+    num_heads: int | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
 ) -> Model:
@@ -49,6 +51,7 @@ def load(
         raise ConfigError(f"image-size must be >= 1, got {image_size}")
     flags = {
         "arch": arch,
+        "num-heads": num_heads,
         "mean": means,
         "std": stds,
         "random-weights": random_weights or None,
@@ -62,9 +65,9 @@ def load(
                 raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
         return _wrap(model, means, stds)
     name, path = str(model), Path(model)
-    is_file = path.suffix in WEIGHT_SUFFIXES and path.is_file()
+    is_file = path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
     for flag in given:
-        if flag in {"arch", "mean", "std"}:
+        if flag in {"arch", "num-heads", "mean", "std"}:
             if not is_file:
                 raise ConfigError(
                     f"{flag} is for a file of bare weights ({', '.join(WEIGHT_SUFFIXES)}), got it "
@@ -74,7 +77,7 @@ def load(
             why = ", whose weights or configuration say the size" if flag == "image-size" else ""
             raise ConfigError(f"{flag} is for timm:NAME, got it with {name!r}{why}: leave it out")
     if is_file:
-        return load_checkpoint(path, arch=arch, mean=means, std=stds)
+        return load_checkpoint(path, arch=arch, mean=means, std=stds, num_heads=num_heads)
     if name.startswith(TIMM):
         plain = name.removeprefix(TIMM)
         if random_weights:
@@ -147,7 +150,8 @@ def _from_folder(name: str) -> Model:
         )
     config = read_config(folder / CONFIG)
     hugging_face = "model_type" in config and "architecture" not in config
-    if not (hugging_face or (folder / TENSORS).is_file()):
+    # timm's save_for_hf writes this name, unless it is asked for safetensors.
+    if not (hugging_face or any((folder / name).is_file() for name in (TENSORS, _TIMM_PICKLED))):
         raise ModelError(f"{folder} holds no {TENSORS}: expected it beside its {CONFIG}")
     if "vitcut" in config:
         _check_own(folder, config)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,7 @@ def create_timm(arch: str, **sizes: Any) -> nn.Module:
         ModelError: There is no such architecture, or not in these sizes.
         ConfigError: It does not take an ``img_size``.
     """
-    if not timm.is_model(arch):
-        raise ModelError(f"timm has no architecture {arch!r}: timm.list_models('*vit*') lists them")
+    require_architecture(arch)
     try:
         return timm.create_model(arch, **sizes)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
@@ -100,6 +100,20 @@ def create_timm(arch: str, **sizes: Any) -> nn.Module:
         told = f"{arch} with {told}" if told else arch
         tagged = "; leave its tag out" if "tag" in reason else ""
         raise ModelError(f"timm cannot build {told}: {reason}{tagged}") from None
+
+
+def require_architecture(arch: str) -> None:
+    """Refuse a name that timm does not have, and propose similar ones.
+
+    Raises:
+        ModelError: There is no such architecture.
+    """
+    if timm.is_model(arch):
+        return
+    near = get_close_matches(arch, timm.list_models(), n=3, cutoff=0.7)
+    listed = "timm.list_models('*vit*') lists them"
+    hint = f"did you mean {' or '.join(near)}?" if near else listed
+    raise ModelError(f"timm has no architecture {arch!r}: {hint}")
 
 
 def timm_preprocessing(
