@@ -23,7 +23,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from vitcut import api, preparation
-from vitcut.errors import ConfigError, VitcutError
+from vitcut.errors import ConfigError, VitcutError, one_line, printable
 from vitcut.inputs import load_either, load_images, load_model
 from vitcut.names import SHIPPED_MODEL
 from vitcut.recipes import (
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (VitcutError, OSError) as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"vitcut: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"vitcut: error: {one_line(error)}\n")
         return EXIT_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command to continue\n")
@@ -150,9 +150,9 @@ def _dispatch(typed: list[str]) -> int:
     if verb.show is not None:
         verb.show(result)
     if verb.out is not None or typed_values.get("out") is not None:
-        sys.stdout.write(f"results: {typed_values.out}\n")
+        _tell(f"results: {typed_values.out}")
     if verb.then is not None:
-        sys.stdout.write(f"next: {verb.then(typed_values)}\n")
+        _tell(f"next: {verb.then(typed_values)}")
     return 0
 
 
@@ -430,6 +430,11 @@ def _after_info(typed: Namespace) -> str:
     return shlex.join([*_cutting(typed.model), "--target-macs", "FRACTION"])
 
 
+def _tell(text: str) -> None:
+    """Write lines to standard output as they are, except for what could steer a terminal."""
+    sys.stdout.write(f"{printable(text)}\n")
+
+
 def _show_task(task: Any) -> None:
     for group in task.groups:
         names = [item.name for item in task.classes if item.group == group]
@@ -437,9 +442,9 @@ def _show_task(task: Any) -> None:
             # Hundreds of the model's classes may be one class of the data.
             first = ", ".join(name.split(",")[0] for name in names[:3])
             more = ", ..." if len(names) > 3 else ""
-            sys.stdout.write(f"{group}: {len(names)} classes ({first}{more})\n")
+            _tell(f"{group}: {len(names)} classes ({first}{more})")
         else:
-            sys.stdout.write(f"{group}: {', '.join(names)}\n")
+            _tell(f"{group}: {', '.join(names)}")
 
 
 def _show_prepared(prepared: Any) -> None:
@@ -450,7 +455,7 @@ def _show_prepared(prepared: Any) -> None:
 
 
 def _show_found(circuit: Any) -> None:
-    sys.stdout.write("\n".join(show.circuit_lines(circuit)) + "\n")
+    _tell("\n".join(show.circuit_lines(circuit)))
     if circuit.ablation == "resample":
         sys.stdout.write("for a cut, search with --ablation mean: a cut fills with means\n")
 

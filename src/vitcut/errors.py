@@ -4,6 +4,14 @@ A message says in one line what was wrong, what was expected and what to do. The
 it and exits with code 2.
 """
 
+import unicodedata
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of what steers a terminal or cannot be written: control and format
+characters, lone surrogates, separators of lines and paragraphs."""
+_KEPT = {"\n", "\u200c", "\u200d"}
+"""Line breaks, and the joiners that Persian, Hindi and emoji are written with."""
+
 
 class VitcutError(Exception):
     """Base class of all errors that a user can fix."""
@@ -43,4 +51,16 @@ class ExactnessError(VitcutError):
 
 def one_line(error: BaseException) -> str:
     """The message of any error in one line, as ours are."""
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """Text from outside for a terminal: whatever could steer it is written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char
+        if char in _KEPT or unicodedata.category(char) not in _HIDDEN
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
