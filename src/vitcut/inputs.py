@@ -292,8 +292,6 @@ def _own_preprocessing(
     """
     known: Any = {}
     for name, value in {"mean": numbers("mean", mean), "std": numbers("std", std)}.items():
-        if value is not None and len(value) not in {1, 3}:
-            raise ConfigError(f"{name} must be one number or three, got {len(value)}")
         if value is not None:
             known[name] = value * 3 if len(value) == 1 else value
     for value in known.get("std", ()):

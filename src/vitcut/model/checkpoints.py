@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from vitcut.errors import ConfigError, ModelError, one_line
+from vitcut.errors import ConfigError, ModelError, one_line, shortage
 from vitcut.model.foreign import LOAD_ERRORS, listed, told_misfits
 from vitcut.model.model import Model
 from vitcut.model.timm_folders import create_timm, require_architecture, timm_preprocessing
@@ -338,6 +338,8 @@ def _read(path: Path) -> Any:
             "or is damaged: save model.state_dict() alone, best as .safetensors"
         ) from None
     except LOAD_ERRORS as error:
+        if shortage(error):
+            raise
         if "TorchScript" in str(error):
             raise ModelError(
                 f"{path} is a TorchScript program: expected weights: save model.state_dict() of "

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vitcut.errors import ModelError, one_line
+from vitcut.errors import ModelError, one_line, shortage
 
 LOAD_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -26,6 +26,8 @@ def told_as(problem: str) -> Generator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
+        if shortage(error):
+            raise
         raise ModelError(f"{problem}: {one_line(error)}") from None
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
+from vitcut.hub import hub_access
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
 from vitcut.model.foreign import read_config, told_as
@@ -20,6 +21,7 @@ from vitcut.model.timm_folders import load_random, load_timm
 from vitcut.model.transformers_folders import WEIGHTS, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
+from vitcut.settings import require_bounds
 from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"
@@ -47,8 +49,8 @@ def load(
     for value in stds or ():
         if not value > 0:
             raise ConfigError(f"std must be a finite number > 0, got {value:g}")
-    if image_size is not None and image_size < 1:
-        raise ConfigError(f"image-size must be >= 1, got {image_size}")
+    if image_size is not None:
+        require_bounds("image_size", image_size)
     flags = {
         "arch": arch,
         "num-heads": num_heads,
@@ -118,11 +120,11 @@ def _from_hub(name: str) -> Model:
     repository, _, revision = name.removeprefix(HUB).partition("@")
     where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     problem = f"cannot load the model {name!r}"
-    with told_as(problem):
+    with told_as(problem), hub_access():
         config = read_config(Path(hf_hub_download(filename=CONFIG, **where)))
     if "architecture" in config or "model_type" not in config:
         return load_timm(name, name)
-    with told_as(problem):
+    with told_as(problem), hub_access():
         folder = Path(snapshot_download(allow_patterns=_HF_FILES, **where))
         if not any((folder / file).is_file() for file in WEIGHTS):
             folder = Path(snapshot_download(allow_patterns=_PICKLED, **where))

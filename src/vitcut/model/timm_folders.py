@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError, one_line
+from vitcut.hub import hub_access
 from vitcut.labels import Labels
 from vitcut.model.foreign import told_as
 from vitcut.model.model import Model
@@ -43,7 +45,11 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
         # Built without weights first, so that a wrong size is refused before the download.
         _build_random(name, image_size)
         sizes["img_size"] = image_size
-    with told_as(f"cannot load the model {spec!r}"):
+    local = name.startswith("local-dir:")
+    if ":" not in name:
+        # Refused before the network is asked.
+        require_architecture(name)
+    with told_as(f"cannot load the model {spec!r}"), nullcontext() if local else hub_access():
         model: Any = timm.create_model(name, pretrained=True, **sizes)
     # timm silently initialises a new classifier if the number of classes differs.
     stored = model.pretrained_cfg.get("num_classes")

@@ -143,6 +143,7 @@ def _card(
         points=shown,
         comparisons=tuple(c for c in results.comparisons if c.point in names),
     )
+    cpu = plain_markdown(str(results.machine["cpu"]))
     name, title = plain_markdown(point.name), plain_markdown(repr(results.task))
     threads = point.latency[0].threads if point.latency else 1
     return f"""---
@@ -163,7 +164,7 @@ group: {groups}.
 ## Measured
 
 {to_markdown(point_table(chosen))}
-float32, {threads} thread(s) of {plain_markdown(str(results.machine["cpu"]))}, {point.images} test images.
+float32, {threads} thread(s) of {cpu}, {point.images} test images.
 Speed-ups are against the dense model in the same runtime, with their 95 % interval.
 
 ## Terms
