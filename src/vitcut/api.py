@@ -385,7 +385,7 @@ def evaluate(
     model: "Model | CompactViT | Cut",
     images: "Images",
     *,
-    against: "Model | CompactViT | Cut | None" = None,
+    against: "Model | CompactViT | Cut | Evaluation | None" = None,
     out: str | Path | None = None,
 ) -> "Evaluation":
     """Measure the accuracy of a dense or cut model on test images.
@@ -393,7 +393,8 @@ def evaluate(
     Args:
         model: From `load_model`, `cut` or ``CompactViT.from_pretrained``.
         images: The images of the task that the model was made for.
-        against: Another model, to compare with image by image; KL is the divergence from it.
+        against: Another model, to compare with image by image; KL is the divergence from it. In
+            Python also what evaluate gave for it on the same images.
         out: Run directory for ``results.json``, and ``difference.json`` if models are compared.
 
     Returns:
@@ -401,18 +402,23 @@ def evaluate(
 
     Raises:
         TaskError: The model's classes are not the task's.
-        ConfigError: The images were not prepared as the model needs them.
+        ConfigError: The images were not prepared as the model needs them, or the other evaluation
+            is of other images.
         ModelError: A logit is NaN or infinite.
         ArtefactError: ``out`` holds something else.
     """
-    from vitcut.benchmark.evaluation import say_if_no_better
+    from vitcut.benchmark.evaluation import Evaluation, say_if_no_better
     from vitcut.benchmark.points import dense_point, measure_accuracy
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images
     from vitcut.model.model import weight_hash
 
-    run, asked = Run(out), {"model": model} | ({} if against is None else {"against": against})
+    run, asked, earlier = Run(out), {"model": model}, None
+    if isinstance(against, Evaluation):
+        earlier = against
+    elif against is not None:
+        asked["against"] = against
     ready: list[tuple[Point, nn.Module, Preprocessing]] = []
     noted: dict[str, Any] = {}
     for role, given in asked.items():
@@ -429,8 +435,11 @@ def evaluate(
             point = dense_point(dense, name=dense.name)
             ready.append((point, dense.module, dense.preprocessing))
             noted[role] = subject(dense, images)["model"]
+    if earlier is not None:
+        noted["against"] = {"model": earlier.name}
     run.claim({**noted, "images": plain_images(images)})
-    results, found = measure_accuracy(images, *ready)
+    first, *others = ready
+    results, found = measure_accuracy(images, first, earlier or next(iter(others), None))
     say_if_no_better(found, images.test, images.task, split="test")
     results.save(run.path / RESULTS_FILE)
     if found.difference is not None:

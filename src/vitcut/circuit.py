@@ -18,7 +18,7 @@ from vitcut.store import read_json, sha256_json, write_json
 FORMAT_VERSION = 2
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Circuit:
     """The edges and neurons of a graph that are kept, and the ablation of all others.
 
@@ -73,6 +73,15 @@ class Circuit:
                 )
             neurons.setflags(write=False)
             object.__setattr__(self, "neurons", neurons)
+
+    def __repr__(self) -> str:
+        heads = f"{self.num_heads_kept} of {self.graph.num_layers * self.graph.num_heads} heads"
+        share = self.neurons_kept_fraction
+        neurons = "" if self.neurons is None else f", {share:.1%} of the neurons"
+        return (
+            f"Circuit({self.method}, {self.ablation} ablation, task {self.task!r}, keeps {heads}, "
+            f"{self.num_kept} of {self.graph.num_useful_edges} edges{neurons})"
+        )
 
     @classmethod
     def full(cls, graph: Graph, *, ablation: Ablation = "mean") -> "Circuit":

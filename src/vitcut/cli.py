@@ -6,15 +6,16 @@ same name share a flag.
 """
 
 import inspect
-import io
+import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -24,7 +25,8 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from vitcut import api, preparation
-from vitcut.errors import ConfigError, VitcutError
+from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
+from vitcut.hints import argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model
 from vitcut.names import SHIPPED_MODEL
 from vitcut.recipes import (
@@ -41,10 +43,19 @@ from vitcut.report import show
 from vitcut.report.info import show_info
 from vitcut.report.tables import recommend
 from vitcut.results import DENSE, Results
-from vitcut.runs import RESULTS_FILE, Run, find_circuit, find_cut, find_run, has_cut
+from vitcut.runs import (
+    CONFIG_FILE,
+    RESULTS_FILE,
+    TRAINING_FILE,
+    Run,
+    find_circuit,
+    find_cut,
+    find_run,
+    has_cut,
+)
 from vitcut.settings import as_plain
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_ERROR, EXIT_BROKEN_PIPE = 2, 141
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 _LEFT_OPEN = {"--compile"}
 """Yes/no flags whose default is neither."""
@@ -88,23 +99,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if word != "--debug"
     ]
     try:
-        return _dispatch(typed)
-    except (VitcutError, OSError) as error:
+        code = _dispatch(typed)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has ended, as in `vitcut show RUN | head`; the rest goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (VitcutError, OSError, MemoryError, RuntimeError) as error:
+        short = None if isinstance(error, VitcutError) else shortage(error)
+        if short is None and not isinstance(error, (VitcutError, OSError)):
+            raise
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"vitcut: error: {' '.join(str(error).split())}\n")
+        told = one_line(error) if short is None else f"the machine ran out of {short}"
+        sys.stderr.write(f"vitcut: error: {told}\n")
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command to continue\n")
-        return EXIT_INTERRUPTED
-
-
-def entry() -> None:
-    """The console script."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        # A path may have bytes that are not UTF-8, and a terminal another encoding.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
 
 
 def _dispatch(typed: list[str]) -> int:
@@ -121,9 +131,11 @@ def _dispatch(typed: list[str]) -> int:
     name, *rest = typed
     verb = VERBS.get(name)
     if verb is None:
-        near = get_close_matches(name, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VERBS)}"
-        raise ConfigError(f"no command {name!r}: {hint}")
+        told = {
+            verb: parse_docstring(item.call.__doc__ or "").short_description or ""
+            for verb, item in VERBS.items()
+        }
+        raise ConfigError(f"no command {name!r}: {nearest_verb(name, told)}")
     parser, changes = build_parser(name), {}
     if "changes" in inspect.signature(verb.call).parameters:
         rest, changes = _take_changes(rest, parser)
@@ -137,9 +149,7 @@ def _dispatch(typed: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ArgumentError, UnicodeDecodeError) as error:
-        # What jsonargparse says of an argument, in the words that a person typed.
-        text = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", " ".join(str(error).split()))
-        text = re.sub(r"<class '([\w.]+)'>|typing\.(?=Literal)", r"\1", _dashed(text)).rstrip(".")
+        text = _dashed(argument_error(one_line(error), list(vars(parser.get_defaults()))))
         raise ConfigError(f"{text}; vitcut {name} --help lists the flags") from error
     if "recipe" in typed_values:
         if typed_values.recipe is None:
@@ -150,14 +160,33 @@ def _dispatch(typed: list[str]) -> int:
         settings = as_plain(read_recipe(typed_values.get("recipe", name), changes))
         sys.stdout.write(yaml.safe_dump(settings, sort_keys=False))
         return 0
-    result = verb.call(**_values(verb, parser, typed_values, changes))
+    with _nothing_left(typed_values.get("out")):
+        result = verb.call(**_values(verb, parser, typed_values, changes))
     if verb.show is not None:
         verb.show(result)
     if verb.out is not None or typed_values.get("out") is not None:
-        sys.stdout.write(f"results: {typed_values.out}\n")
+        _tell(f"results: {typed_values.out}")
     if verb.then is not None:
-        sys.stdout.write(f"next: {verb.then(typed_values)}\n")
+        _tell(f"next: {verb.then(typed_values)}")
     return 0
+
+
+@contextmanager
+def _nothing_left(out: str | None) -> Generator[None]:
+    """Remove a new run directory if an error leaves nothing in it but its settings."""
+    folders = [] if out is None else [Path(out), *Path(out).parents]
+    fresh = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except Exception:
+        if fresh and fresh[0].is_dir():
+            left = {item.name for item in fresh[0].rglob("*")}
+            if left <= {CONFIG_FILE, TRAINING_FILE}:
+                shutil.rmtree(fresh[0])
+        for folder in fresh:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def build_parser(name: str) -> ArgumentParser:
@@ -170,6 +199,7 @@ def build_parser(name: str) -> ArgumentParser:
         prog=f"vitcut {name}",
         description=told.short_description,
         exit_on_error=False,
+        allow_abbrev=False,
         # A recipe is printed by this file, other settings by jsonargparse.
         print_config=None if "changes" in parameters else "--print_config",
     )
@@ -296,6 +326,8 @@ def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str
     found: dict[str, Any] = {}
     for field in fields(settings):
         value = typed[field.name]
+        if field.name == "num_heads" and typed.get("model") is not None:
+            continue  # That of the pretrained model.
         if value != parser.get_default(field.name):
             found[field.name] = tuple(value) if isinstance(value, list) else value
     return found
@@ -437,11 +469,16 @@ def _after_info(typed: Namespace) -> str:
     return shlex.join([*_cutting(typed.model), "--target-macs", "FRACTION"])
 
 
+def _tell(text: str) -> None:
+    """Write lines to standard output as they are, except for what could steer a terminal."""
+    sys.stdout.write(f"{printable(text)}\n")
+
+
 def _show_task(task: Any) -> None:
     for group, line in zip(task.groups, task.describe(), strict=True):
         names = ", ".join(item.name for item in task.classes if item.group == group)
         # Hundreds of the model's classes may be one class of the data.
-        sys.stdout.write(f"{line if task.folders else f'{group}: {names}'}\n")
+        _tell(line if task.folders else f"{group}: {names}")
 
 
 def _show_prepared(prepared: Any) -> None:
@@ -452,7 +489,7 @@ def _show_prepared(prepared: Any) -> None:
 
 
 def _show_found(circuit: Any) -> None:
-    sys.stdout.write("\n".join(show.circuit_lines(circuit)) + "\n")
+    _tell("\n".join(show.circuit_lines(circuit)))
     if circuit.ablation == "resample":
         sys.stdout.write("for a cut, search with --ablation mean: a cut fills with means\n")
 

@@ -54,6 +54,7 @@ def load_model(
     model: "str | Path | nn.Module",
     *,
     arch: str | None = None,
+    num_heads: int | None = None,
     mean: float | Sequence[float] | str | None = None,
     std: float | Sequence[float] | str | None = None,
     random_weights: bool = False,
@@ -66,9 +67,12 @@ def load_model(
     Args:
         model: "animals" (the shipped model), a run directory (the dense model that it trained or
             used), a timm or transformers folder, "timm:NAME", "hf-hub:REPOSITORY", or a weights
-            file (.safetensors, .pth). In Python also a ViT from timm, torchvision or transformers,
-            or of a class with an adapter; it is copied, not changed.
-        arch: Architecture of a weights file: a timm name, or "torchvision:NAME".
+            file (.safetensors, .pth, .ckpt). In Python also a ViT from timm, torchvision or
+            transformers, or of a class with an adapter; it is copied, not changed.
+        arch: Architecture of a weights file: a timm name, "torchvision:NAME", or "vit" for a plain
+            ViT of either library with sizes of its own, which the weights say.
+        num_heads: Heads per block of a weights file whose arch is "vit", which no weights tell; and
+            of a new model that is trained without a pretrained one (by default 8).
         mean: Mean to subtract from pixels on the scale 0 to 1: one number, or one per channel
             (0.485,0.456,0.406). Required for a module, optional for a weights file, and refused for
             anything else.
@@ -93,6 +97,7 @@ def load_model(
     place = choose_device(device)
     given: dict[str, Any] = {
         "arch": arch,
+        "num_heads": num_heads,
         "mean": numbers("mean", mean),
         "std": numbers("std", std),
         "random_weights": random_weights,
@@ -329,8 +334,6 @@ def _own_preprocessing(
     """
     known: Any = {}
     for name, value in {"mean": numbers("mean", mean), "std": numbers("std", std)}.items():
-        if value is not None and len(value) not in {1, 3}:
-            raise ConfigError(f"{name} must be one number or three, got {len(value)}")
         if value is not None:
             known[name] = value * 3 if len(value) == 1 else value
     for value in known.get("std", ()):

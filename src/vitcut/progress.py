@@ -1,9 +1,11 @@
 """Progress of anything that takes over two seconds: a bar on a terminal, plain lines elsewhere."""
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +15,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from vitcut.errors import printable
 
 T = TypeVar("T")
 
@@ -20,17 +25,33 @@ _FIRST_LINE_AFTER_S = 2.0
 _LINE_EVERY_S = 15.0
 
 
+class Terminal(Console):
+    """A console that prints text as it is, whatever names from outside it contains."""
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(
+            stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape what could steer a terminal; every string that is printed passes through here."""
+        return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line; rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def say(text: str) -> None:
     """Print one line for the user on standard error; standard output is for results."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-    console.print(text)
+    Terminal(stderr=True, soft_wrap=True).print(text.replace("\n", " "))
 
 
 class Meter:
     """Counts steps of one named job; use it as a context manager."""
 
     def __init__(self, label: str, total: int, *, unit: str = "steps") -> None:
-        self._label = label
+        self._label = printable(label)
         self._total = total
         self._unit = unit
         self._done = 0
@@ -42,13 +63,13 @@ class Meter:
     def __enter__(self) -> "Meter":
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=Terminal(stderr=True),
                 transient=True,
             )
             self._task = self._bar.add_task(self._label, total=self._total, rate="", note="")
@@ -62,7 +83,7 @@ class Meter:
     def advance(self, steps: int = 1, *, note: str | None = None) -> None:
         """Count ``steps`` more; ``note`` replaces the text at the end of the line."""
         self._done += steps
-        self._note = self._note if note is None else note
+        self._note = self._note if note is None else printable(note)
         now = time.monotonic()
         seconds = now - self._start
         rate = f"{self._done / max(seconds, 1e-9):.3g} {self._unit}/s"

@@ -18,6 +18,7 @@ from vitcut.store import write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
+TRAINING_FILE = "training.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 2
 _WITHOUT_EFFECT = {"discover.memory_gib", "discover.precision", "cut.memory_gib"}
@@ -77,7 +78,7 @@ class Run:
         """
         config = self.path / CONFIG_FILE
         # Settings may be corrected as long as there are no results of theirs.
-        if config.exists() and self._names() - {CONFIG_FILE, "training.json"}:
+        if config.exists() and self._names() - {CONFIG_FILE, TRAINING_FILE}:
             differing = differences(read_settings(self.path), settings)
             if not differing:
                 return

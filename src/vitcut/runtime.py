@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vitcut.errors import ConfigError
+from vitcut.settings import require_bounds
 
 _REPORTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "asimd")
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -65,12 +66,17 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def usable_threads() -> int:
+    """Threads to compute with: one per usable core, or fewer where OMP_NUM_THREADS says so."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(usable_cores(), int(asked)) if asked.isdecimal() and int(asked) else usable_cores()
+
+
 def set_threads(threads: int | None) -> None:
     """Limit torch to ``threads`` CPU threads; None leaves torch's own choice."""
     if threads is None:
         return
-    if threads < 1:
-        raise ConfigError(f"threads must be >= 1, got {threads}")
+    require_bounds("threads", threads)
     torch.set_num_threads(threads)
 
 

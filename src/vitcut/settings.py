@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+_CORES = os.cpu_count() or 1
+_BOUNDS = {
+    "seed": (0, 2**32 - 1, "what numpy takes"),
+    "threads": (1, _CORES, "the cores of this machine"),
+    "workers": (0, _CORES, "the cores of this machine"),
+    "image_size": (8, 8192, "pixels per side"),
+    "patch_size": (1, 8192, "pixels per side"),
+    "max_shift_px": (0, 8192, "pixels"),
+    "batch": (1, 2**16, "images that a model gets at once"),
+    "batch_size": (1, 2**16, "images that a model gets at once"),
+    "width": (1, 2**14, "of the residual stream"),
+    "depth": (1, 1000, "blocks"),
+    "num_heads": (1, 2**14, "heads per block"),
+    "mlp_ratio": (0, 100, "times the width"),
+}
+"""Least and most of the counts that settings share, and what the most is."""
+
+
 def require_positive(name: str, value: float) -> None:
     """Refuse zero, negative numbers, NaN and infinity."""
     if not (math.isfinite(value) and value > 0):
@@ -25,6 +44,13 @@ def require_at_least(name: str, value: float, least: float) -> None:
     """Refuse numbers below ``least``, and NaN."""
     if not value >= least:
         raise ConfigError(f"{name} must be >= {least}, got {value}")
+
+
+def require_bounds(name: str, value: float) -> None:
+    """Refuse a count that this machine, or a library that it is given to, cannot take."""
+    least, most, why = _BOUNDS[name]
+    if not least <= value <= most:
+        raise ConfigError(f"{name} must be between {least} and {most} ({why}), got {value}")
 
 
 def require_fraction(name: str, value: float) -> None:

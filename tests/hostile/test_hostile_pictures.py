@@ -198,7 +198,7 @@ def test_paths_that_are_not_utf8_are_taken_or_refused_in_one_line(tmp_path: Path
     )
 
     def run(*words: bytes) -> subprocess.CompletedProcess:
-        code = "from vitcut.cli import entry; entry()"
+        code = "from vitcut.__main__ import entry; entry()"
         words = (sys.executable.encode(), b"-c", code.encode(), *words)
         return subprocess.run(words, capture_output=True, env=environment, check=False)
 

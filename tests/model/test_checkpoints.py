@@ -28,6 +28,9 @@ def model() -> nn.Module:
 _expect_refusal = partial(expect_load_refusal, arch=ARCH)
 
 
+_PATCHES = {"patch_embed.proj.weight": torch.zeros(64, 3, 16, 16)}
+
+
 def _bare(state):
     return state
 
@@ -115,18 +118,23 @@ def test_a_pickle_that_needs_more_than_weights_is_refused_and_not_run(tmp_path, 
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({}, "holds no weights; expected a state dict"),
-        ({"head.weight": torch.zeros(2, 2), "epoch": 3}, r"not named tensors: epoch; expected a"),
+        ({}, r"no weights are in it\): expected those of a ViT"),
+        (
+            {"fc.weight": torch.zeros(2, 2), "epoch": 3},
+            r"\(found fc\.weight\): expected those of a",
+        ),
         (
             {"model": {0: torch.zeros(2), ("a", 1): torch.zeros(2)}},
-            r"named tensors: 0, \('a', 1\);",
+            r"no weights are in it\): expected those of a ViT",
         ),
         (
-            {"head.weight": torch.zeros(())},
+            {**_PATCHES, "head.weight": torch.zeros(())},
             r"head\.weight of shape \[\]: expected \[cl",
         ),
-        ({"head.weight": torch.zeros(0, 64)}, r"head\.weight of shape \[0, 64\]: expected"),
-        ({"fc.weight": torch.zeros(2, 2)}, r"has no head\.weight.*found fc\.weight"),
+        (
+            {**_PATCHES, "head.weight": torch.zeros(0, 64)},
+            r"head\.weight of shape \[0, 64\]: expected",
+        ),
         ([torch.zeros(2)], "holds a list, expected a state dict"),
     ],
 )

@@ -73,7 +73,7 @@ def test_no_example_is_refused():
 
 
 def test_no_threads_are_refused():
-    with pytest.raises(ConfigError, match="threads must be >= 1"):
+    with pytest.raises(ConfigError, match="threads must be between 1 and"):
         prepare_sessions("torch", tiny_model(), [IMAGES], threads=0)
 
 

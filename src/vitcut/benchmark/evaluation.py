@@ -26,7 +26,7 @@ _MOST_IN_BATCH, _PIXELS_IN_BATCH = 256, 2**21
 _MOST_FOR_WARNING = 300
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Evaluation:
     """What one model answered on one image set, image by image for paired comparisons."""
 
@@ -52,6 +52,22 @@ class Evaluation:
     """The model that `vitcut.evaluate` was asked to compare with."""
     difference: AccuracyDifference | None = None
     """Coarse accuracy less that of `against`, with its interval."""
+    fingerprint: str | None = None
+    """Of the images, where `vitcut.evaluate` measured it."""
+
+    def __repr__(self) -> str:
+        facts = [f"{self.images} images, coarse accuracy {self.accuracy_coarse:.1%}"]
+        if self.accuracy_fine is not None:
+            facts.append(f"fine {self.accuracy_fine:.1%}")
+        if self.kl is not None:
+            facts.append(f"KL {self.kl:.4f}")
+        if self.difference is not None:
+            low, high = 100 * self.difference.low, 100 * self.difference.high
+            facts.append(
+                f"{100 * self.difference.difference:+.1f} points against "
+                f"{self.difference.against!r} ({low:+.1f} to {high:+.1f})"
+            )
+        return f"Evaluation({'' if self.name is None else f'{self.name!r}, '}{', '.join(facts)})"
 
 
 def evaluate(

@@ -11,6 +11,7 @@ from vitcut.benchmark.evaluation import Evaluation, compare, evaluate
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.compact.operations import dense_macs
+from vitcut.errors import ConfigError
 from vitcut.images.load import Images, normalise
 from vitcut.model.model import Model
 from vitcut.preprocessing import Preprocessing
@@ -53,25 +54,37 @@ def add_accuracy(point: Point, found: Evaluation) -> Point:
 def measure_accuracy(
     images: Images,
     model: tuple[Point, nn.Module, Preprocessing],
-    against: tuple[Point, nn.Module, Preprocessing] | None = None,
+    against: tuple[Point, nn.Module, Preprocessing] | Evaluation | None = None,
 ) -> tuple[Results, Evaluation]:
     """Evaluate a model on the test images, beside another one if there is one; nothing is timed.
 
     Args:
         images: Of the task of both.
         model: What is known of it, its module, and how it takes images.
-        against: The other one: the reference of the KL divergence and of the difference.
+        against: The other one, or what it answered on the same images: the reference of the KL
+            divergence and of the difference.
+
+    Raises:
+        ConfigError: The other one was evaluated on other images.
     """
     point, module, preprocessing = model
     other, points = None, [point]
     if against is not None:
+        answered = isinstance(against, Evaluation)
+        start = Point(name=against.name or "the other") if answered else against[0]
         # Two modules of one class have the same name.
-        name = f"{against[0].name} (2)" if against[0].name == point.name else against[0].name
-        points.append(replace(against[0], name=name))
-        other = evaluate(against[1], images.test, images.task, against[2])
-        other = replace(other, name=name)
+        name = f"{start.name} (2)" if start.name == point.name else start.name
+        points.append(replace(start, name=name))
+        if answered and against.fingerprint not in {None, images.fingerprint}:
+            raise ConfigError(
+                "the other model was evaluated on other images or for another task: evaluate both "
+                "on the same"
+            )
+        task = images.task
+        other = against if answered else evaluate(against[1], images.test, task, against[2])
+        other = replace(other, name=name, fingerprint=images.fingerprint)
     found = evaluate(module, images.test, images.task, preprocessing, reference=other)
-    found = replace(found, name=point.name, against=other)
+    found = replace(found, name=point.name, against=other, fingerprint=images.fingerprint)
     if other is not None:
         difference = compare(points[0].name, found, points[1].name, other)
         found = replace(found, difference=difference)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName
-from vitcut.settings import require_at_least, require_positive, require_runtime
+from vitcut.settings import require_at_least, require_bounds, require_positive, require_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,14 @@ class BenchSettings:
         for name in self.runtimes:
             require_runtime(name)
         for batch in self.batches:
-            require_at_least("batch", batch, 1)
+            require_bounds("batch", batch)
         for name in ("runtimes", "batches"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 listed = ", ".join(map(str, values)) or "none"
                 raise ConfigError(f"{name} must be one or more different ones, got {listed}")
-        for name, least in (("threads", 1), ("min_rounds", 3), ("seed", 0)):
-            require_at_least(name, getattr(self, name), least)
+        require_at_least("min_rounds", self.min_rounds, 3)
+        for name in ("threads", "seed"):
+            require_bounds(name, getattr(self, name))
         for name in ("seconds", "min_sample_ms"):
             require_positive(name, getattr(self, name))

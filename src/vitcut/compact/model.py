@@ -73,6 +73,14 @@ class CompactViT(nn.Module):
     and into one table per stream.
     """
 
+    def __repr__(self) -> str:
+        shape = self.plan.shape
+        params = sum(tensor.numel() for tensor in self.parameters())
+        return (
+            f"CompactViT({shape.num_layers} blocks, {params:,} parameters, {shape.num_classes} "
+            f"classes, {shape.image_size} px)"
+        )
+
     def __init__(self, plan: Plan, info: ModelInfo | None = None) -> None:
         """Build the modules, freshly initialised.
 

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from vitcut.errors import ConfigError
 from vitcut.names import Ablation
-from vitcut.settings import require_at_least, require_one_of, require_positive
+from vitcut.settings import require_at_least, require_bounds, require_one_of, require_positive
 
 CutAblation = Literal["mean", "zero", "linear"]
 """Ablations that fold into constants."""
@@ -51,9 +51,9 @@ class CutSettings:
             raise ConfigError(f"ridge must be at least {_LEAST_RIDGE:g}, got {self.ridge}")
         require_positive("memory-gib", self.memory_gib)
         require_at_least("images", self.images, 1)
-        require_at_least("batch", self.batch, 1)
+        require_bounds("batch", self.batch)
         require_at_least("verify_images", self.verify_images, 1)
-        require_at_least("seed", self.seed, 0)
+        require_bounds("seed", self.seed)
 
     def ablation_for(self, circuit: Ablation | None) -> CutAblation:
         """What stands in for cut parts, given a circuit's own ablation, or None for a budget."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vitcut.names import Criterion, EdgeAblation, PairMode, Tokens
-from vitcut.settings import require_at_least, require_one_of, require_positive
+from vitcut.settings import require_at_least, require_bounds, require_one_of, require_positive
 
 Method = Literal["acdc"]
 """Discovery methods that find a circuit."""
@@ -44,7 +44,7 @@ class DiscoverSettings:
         require_positive("tau", self.tau)
         require_positive("memory-gib", self.memory_gib)
         require_at_least("images", self.images, 2)
-        require_at_least("seed", self.seed, 0)
+        require_bounds("seed", self.seed)
         for name, value, allowed in (
             ("method", self.method, Method),
             ("ablation of a search", self.ablation, EdgeAblation),

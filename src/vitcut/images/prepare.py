@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vitcut.errors import ArtefactError, DataError
+from vitcut.errors import ArtefactError, DataError, shortage
 from vitcut.images.decoding import Picture, decode
 from vitcut.images.drawn import SOURCE_WORD, drawn_images
 from vitcut.images.readers import ImageSource
@@ -28,7 +28,7 @@ from vitcut.images.sources import open_source
 from vitcut.labels import Labels
 from vitcut.preprocessing import WHOLE, Framing
 from vitcut.progress import Meter, say
-from vitcut.runtime import usable_cores
+from vitcut.runtime import usable_threads
 from vitcut.settings import config_hash
 from vitcut.store import atomic_folder, cache_dir, read_json, write_json
 from vitcut.wordnet import imagenet_names, with_wordnet_ids
@@ -210,6 +210,8 @@ def _build(source: ImageSource, folder: Path, settings: DataSettings, framing: F
             }
             write_json(part / _META_FILE, meta)
     except OSError as error:
+        if shortage(error):
+            raise
         raise DataError(
             f"cannot write the decoded images into {folder.parent} ({error}): free some space, or "
             "set VITCUT_CACHE to a folder that can be written"
@@ -227,7 +229,7 @@ def _decoded(source: ImageSource, image_size: int, framing: Framing) -> Iterator
             return str(error)
 
     count = len(source.records)
-    with ThreadPoolExecutor(min(usable_cores(), _MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(min(usable_threads(), _MAX_THREADS)) as pool:
         for start in range(0, count, _BLOCK_IMAGES):
             yield from pool.map(read, range(start, min(start + _BLOCK_IMAGES, count)))
 
@@ -262,6 +264,8 @@ def open_prepared(folder: Path) -> PreparedData:
             num_turned=meta["num_turned"],
         )
     except _DAMAGE as error:
+        if shortage(error):
+            raise
         raise DataError(
             f"the prepared data is damaged ({error}): delete {folder} and run again"
         ) from None

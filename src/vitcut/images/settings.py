@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from vitcut.errors import ConfigError
-from vitcut.settings import require_at_least, require_one_of
+from vitcut.settings import require_bounds, require_one_of
 
 Orientation = Literal["auto", "apply", "ignore"]
 
@@ -38,8 +38,8 @@ class DataSettings:
             raise ConfigError(
                 "source is empty: give a .zip, folder, .parquet file, dataset id or 'drawn'"
             )
-        require_at_least("image_size", self.image_size, 8)
-        require_at_least("seed", self.seed, 0)
+        require_bounds("image_size", self.image_size)
+        require_bounds("seed", self.seed)
         if not 0 < self.val_fraction < 1:
             raise ConfigError(
                 f"val_fraction must be between 0 and 1, both excluded, got {self.val_fraction}"

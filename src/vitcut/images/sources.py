@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vitcut.errors import DataError, one_line
+from vitcut.hub import hub_access
 from vitcut.images.archives import open_tree
 from vitcut.images.readers import ImageSource, has_pictures, read_parquet, read_tree
 from vitcut.progress import Meter, say
@@ -141,11 +142,12 @@ def fetch_parquet_files(dataset: str) -> tuple[Path, list[Path]]:
     try:
         # The Hub converts many datasets of other formats to parquet, on a branch of its own.
         for revision in ("main", "refs/convert/parquet"):
-            folder = Path(
-                snapshot_download(
-                    dataset, repo_type="dataset", revision=revision, allow_patterns="*.parquet"
+            with hub_access():
+                folder = Path(
+                    snapshot_download(
+                        dataset, repo_type="dataset", revision=revision, allow_patterns="*.parquet"
+                    )
                 )
-            )
             if files := sorted(folder.rglob("*.parquet")):
                 return folder, files
     except (OSError, HfHubHTTPError, HFValidationError) as error:

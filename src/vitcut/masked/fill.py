@@ -18,7 +18,7 @@ _METADATA = "fill"
 """Format version, hash of the content, and the fingerprint of the circuit, if any."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Fill:
     """Constants in place of cut parts and, under ``linear`` ablation, maps from the kept ones.
 

@@ -1,12 +1,13 @@
 """Which adapter reads which model: those for timm, torchvision and transformers, and users' own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import nn
 
-from vitcut.errors import ConfigError, UnsupportedModelError
+from vitcut.errors import ConfigError, UnsupportedModelError, VitcutError, one_line
 from vitcut.model.weights import ViTWeights, map_tensors
 from vitcut.shapes import Float, Tensor
 
@@ -69,7 +70,8 @@ def read_weights(model: nn.Module) -> ViTWeights:
         model = model.model
     kind, library = type(model), library_of(model)
     if kind in _registered:
-        weights: Any = _registered[kind](model)
+        with blamed_on_adapter(model):
+            weights: Any = _registered[kind](model)
         if not isinstance(weights, ViTWeights):
             raise UnsupportedModelError(
                 f"the adapter for {kind.__name__} gave a {type(weights).__name__}, expected "
@@ -88,10 +90,17 @@ def read_weights(model: nn.Module) -> ViTWeights:
                 f"pip install --upgrade {library}"
             ) from error
     name = kind.__name__
-    if name in {"OptimizedModule", "DataParallel", "DistributedDataParallel"}:
-        name = f"{name}, a wrapper: give the model inside it"
+    # DataParallel, torch.compile, Lightning and the like hold the ViT as an attribute.
+    held = [
+        (attribute, type(part).__name__)
+        for attribute, part in model.named_modules()
+        if part is not model and (library_of(part) in LIBRARIES or has_adapter(part))
+    ]
+    if held and not any(library_of_class(base) in LIBRARIES for base in kind.__mro__):
+        attribute, inside = held[0]
+        name = f"{name}, which holds a {inside}: give model.{attribute}, if that classifies alone"
     for base in kind.__mro__[1:]:
-        origin = base.__module__.partition(".")[0]
+        origin = library_of_class(base)
         if origin in LIBRARIES:
             name = f"{name}, a subclass of {origin}'s {base.__name__} that may differ"
             break
@@ -99,6 +108,28 @@ def read_weights(model: nn.Module) -> ViTWeights:
         f"not supported: {name}; expected a ViT of timm, torchvision or transformers, or a class "
         "that has an adapter: register one with vitcut.register_adapter"
     )
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a user's own adapter reads the model."""
+    return type(model) in _registered
+
+
+@contextmanager
+def blamed_on_adapter(model: nn.Module) -> Generator[None]:
+    """Say whose mistake it is if a user's adapter fails, or gives what cannot be computed with."""
+    try:
+        yield
+    except (VitcutError, MemoryError):
+        raise
+    except Exception as error:
+        if not has_adapter(model):
+            raise
+        kind = type(model).__name__
+        raise UnsupportedModelError(
+            f"the adapter for {kind} failed, or gave weights that cannot be computed with "
+            f"({type(error).__name__}: {one_line(error)}): mend the adapter"
+        ) from error
 
 
 def as_classifier(model: nn.Module) -> nn.Module:
@@ -111,7 +142,12 @@ def as_classifier(model: nn.Module) -> nn.Module:
 def library_of(model: nn.Module) -> str:
     """The package that a model's class comes from, also for one that `as_classifier` wrapped."""
     own = model.model if isinstance(model, LogitsOnly) else model
-    return type(own).__module__.partition(".")[0]
+    return library_of_class(type(own))
+
+
+def library_of_class(kind: type) -> str:
+    """The package that a class comes from."""
+    return kind.__module__.partition(".")[0]
 
 
 def adapter_of(library: str) -> Callable[[nn.Module], ViTWeights]:

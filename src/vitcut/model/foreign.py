@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from vitcut.errors import ModelError, one_line
+from vitcut.errors import ModelError, one_line, shortage
 
 LOAD_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -32,6 +32,8 @@ def told_as(problem: str) -> Generator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
+        if shortage(error):
+            raise
         raise ModelError(f"{problem}: {one_line(error)}") from None
 
 
@@ -118,7 +120,14 @@ def told_misfits(
             f"{name} {list(stored)} instead of {list(own)}" for name, stored, own in mismatched
         ),
     }
-    found = {kind: sorted(names) for kind, names in kinds.items()}
+    # The classifier first, then what is nested least: of a whole model, those tell most.
+    found = {
+        kind: sorted(
+            names,
+            key=lambda name: (not name.startswith(("head", "classifier")), name.count("."), name),
+        )
+        for kind, names in kinds.items()
+    }
     return "; ".join(
         f"{len(names)} {kind} ({listed(names)})" for kind, names in found.items() if names
     )

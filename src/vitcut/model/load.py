@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
+from vitcut.hub import hub_access
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
 from vitcut.model.foreign import read_config, require_plausible, told_as
@@ -20,15 +21,16 @@ from vitcut.model.timm_folders import load_random, load_timm
 from vitcut.model.transformers_folders import WEIGHTS, labels_of, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
-from vitcut.settings import require_utf8
+from vitcut.settings import require_bounds, require_utf8
 from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"
 """Prefixes of model names."""
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-"""Suffixes of files that hold bare weights."""
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""Suffixes of files that hold bare weights, in lower case; .tar as in .pth.tar."""
 
 _HF_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", WEIGHTS[1]]
+_TIMM_PICKLED = "pytorch_model.bin"
 _PICKLED = ["pytorch_model*.bin", WEIGHTS[3]]
 
 
@@ -38,6 +40,7 @@ def load(
     mean: float | Sequence[float] | str | None = None,
     std: float | Sequence[float] | str | None = None,
     arch: str | None = None,
+    num_heads: int | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
 ) -> Model:
@@ -46,10 +49,11 @@ def load(
     for value in stds or ():
         if not value > 0:
             raise ConfigError(f"std must be a finite number > 0, got {value:g}")
-    if image_size is not None and image_size < 1:
-        raise ConfigError(f"image-size must be >= 1, got {image_size}")
+    if image_size is not None:
+        require_bounds("image_size", image_size)
     flags = {
         "arch": arch,
+        "num-heads": num_heads,
         "mean": means,
         "std": stds,
         "random-weights": random_weights or None,
@@ -64,9 +68,9 @@ def load(
         return _wrap(model, means, stds)
     require_utf8("model", model)
     name, path = str(model), Path(model)
-    is_file = path.suffix in WEIGHT_SUFFIXES and path.is_file()
+    is_file = path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
     for flag in given:
-        if flag in {"arch", "mean", "std"}:
+        if flag in {"arch", "num-heads", "mean", "std"}:
             if not is_file:
                 raise ConfigError(
                     f"{flag} is for a file of bare weights ({', '.join(WEIGHT_SUFFIXES)}), got it "
@@ -76,7 +80,7 @@ def load(
             why = ", whose weights or configuration say the size" if flag == "image-size" else ""
             raise ConfigError(f"{flag} is for timm:NAME, got it with {name!r}{why}: leave it out")
     if is_file:
-        return load_checkpoint(path, arch=arch, mean=means, std=stds)
+        return load_checkpoint(path, arch=arch, mean=means, std=stds, num_heads=num_heads)
     if name.startswith(TIMM):
         plain = name.removeprefix(TIMM)
         if random_weights:
@@ -123,11 +127,11 @@ def _from_hub(name: str) -> Model:
     repository, _, revision = name.removeprefix(HUB).partition("@")
     where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     problem = f"cannot load the model {name!r}"
-    with told_as(problem):
+    with told_as(problem), hub_access():
         config = read_config(Path(hf_hub_download(filename=CONFIG, **where)))
     if "architecture" in config or "model_type" not in config:
         return load_timm(name, name)
-    with told_as(problem):
+    with told_as(problem), hub_access():
         folder = Path(snapshot_download(allow_patterns=_HF_FILES, **where))
         if not any((folder / file).is_file() for file in WEIGHTS):
             folder = Path(snapshot_download(allow_patterns=_PICKLED, **where))
@@ -156,7 +160,8 @@ def _from_folder(name: str) -> Model:
         )
     config = read_config(folder / CONFIG)
     hugging_face = "model_type" in config and "architecture" not in config
-    if not (hugging_face or (folder / TENSORS).is_file()):
+    # timm's save_for_hf writes this name, unless it is asked for safetensors.
+    if not (hugging_face or any((folder / name).is_file() for name in (TENSORS, _TIMM_PICKLED))):
         raise ModelError(f"{folder} holds no {TENSORS}: expected it beside its {CONFIG}")
     require_plausible(config, folder)
     if "vitcut" in config:

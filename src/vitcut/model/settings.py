@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import psutil
+
 from vitcut.errors import ConfigError
-from vitcut.settings import require_at_least, require_positive
+from vitcut.settings import require_bounds, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,20 @@ class VitSettings:
             )
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "width", "depth", "num_heads"):
-            require_at_least(name, getattr(self, name), 1)
+        for name in ("patch_size", "width", "depth", "num_heads", "mlp_ratio"):
+            require_bounds(name, getattr(self, name))
         require_positive("mlp_ratio", self.mlp_ratio)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be >= 0 and < 1, got {self.dropout}")
         if self.width % self.num_heads:
             raise ConfigError(
                 f"width must be a multiple of num_heads ({self.num_heads}), got {self.width}"
+            )
+        # Weights, gradients and two moments of AdamW, in float32.
+        gib = 16 * self.depth * (4 + 2 * self.mlp_ratio) * self.width**2 / 2**30
+        there = psutil.virtual_memory().total / 2**30
+        if gib > there:
+            raise ConfigError(
+                f"{self.depth} blocks of width {self.width} need {gib:.0f} GiB to train, this "
+                f"machine has {there:.0f}: choose a smaller width or depth"
             )

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError, one_line
+from vitcut.hub import hub_access
 from vitcut.labels import Labels
 from vitcut.model.foreign import told_as
 from vitcut.model.model import Model
@@ -42,7 +45,11 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
         # Built without weights first, so that a wrong size is refused before the download.
         _build_random(name, image_size)
         sizes["img_size"] = image_size
-    with told_as(f"cannot load the model {spec!r}"):
+    local = name.startswith("local-dir:")
+    if ":" not in name:
+        # Refused before the network is asked.
+        require_architecture(name)
+    with told_as(f"cannot load the model {spec!r}"), nullcontext() if local else hub_access():
         model: Any = timm.create_model(name, pretrained=True, **sizes)
     # timm silently initialises a new classifier if the number of classes differs.
     stored = model.pretrained_cfg.get("num_classes")
@@ -98,8 +105,7 @@ def create_timm(arch: str, **sizes: Any) -> nn.Module:
         ModelError: There is no such architecture, or not in these sizes.
         ConfigError: It does not take an ``img_size``.
     """
-    if not timm.is_model(arch):
-        raise ModelError(f"timm has no architecture {arch!r}: timm.list_models('*vit*') lists them")
+    require_architecture(arch)
     try:
         return timm.create_model(arch, **sizes)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
@@ -110,6 +116,20 @@ def create_timm(arch: str, **sizes: Any) -> nn.Module:
         told = f"{arch} with {told}" if told else arch
         tagged = "; leave its tag out" if "tag" in reason else ""
         raise ModelError(f"timm cannot build {told}: {reason}{tagged}") from None
+
+
+def require_architecture(arch: str) -> None:
+    """Refuse a name that timm does not have, and propose similar ones.
+
+    Raises:
+        ModelError: There is no such architecture.
+    """
+    if timm.is_model(arch):
+        return
+    near = get_close_matches(arch, timm.list_models(), n=3, cutoff=0.7)
+    listed = "timm.list_models('*vit*') lists them"
+    hint = f"did you mean {' or '.join(near)}?" if near else listed
+    raise ModelError(f"timm has no architecture {arch!r}: {hint}")
 
 
 def timm_preprocessing(

@@ -140,6 +140,43 @@ def build_torchvision(name: str, weights: Mapping[str, Tensor]) -> nn.Module:
         return models.get_model(name, weights=None, **sizes)
 
 
+def torchvision_of_shapes(
+    weights: Mapping[str, Tensor], num_heads: int
+) -> tuple[nn.Module, int, dict[str, Any]]:
+    """A ``VisionTransformer`` in the sizes of some weights.
+
+    Args:
+        weights: By torchvision's names.
+        num_heads: Heads per block.
+
+    Returns:
+        The model, freshly initialised; the side of its images, in pixels; and its sizes, by the
+        names of torchvision.
+
+    Raises:
+        KeyError: Weights that say a size are missing.
+        ValueError: The position embeddings are not those of a class token and a square.
+    """
+    layers = "encoder.layers.encoder_layer_"
+    count, patch = weights["encoder.pos_embedding"].shape[1], weights["conv_proj.weight"].shape[-1]
+    side = math.isqrt(max(count - 1, 0))
+    if side**2 != count - 1:
+        raise ValueError(f"{count} position embeddings, expected one more than a square")
+    # Checkpoints of early versions call the layers of an MLP linear_1 and linear_2.
+    names = (f"{layers}0.mlp.{name}.bias" for name in ("0", "linear_1"))
+    hidden = next((name for name in names if name in weights), f"{layers}0.mlp.0.bias")
+    sizes: dict[str, Any] = {
+        "image_size": side * patch,
+        "patch_size": patch,
+        "num_layers": len({name.split(".")[2] for name in weights if name.startswith(layers)}),
+        "num_heads": num_heads,
+        "hidden_dim": len(weights["conv_proj.weight"]),
+        "mlp_dim": len(weights[hidden]),
+        "num_classes": len(weights[HEAD]),
+    }
+    return VisionTransformer(**sizes), side * patch, sizes
+
+
 def torchvision_preprocessing(name: str, model: nn.Module) -> Preprocessing:
     """The preprocessing of torchvision's own weights of an architecture, at the model's size."""
     known = list(models.get_model_weights(name))

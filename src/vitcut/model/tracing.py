@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from vitcut.errors import ModelError, UnsupportedModelError
-from vitcut.model.adapters import logits_of, read_weights
+from vitcut.model.adapters import blamed_on_adapter, has_adapter, logits_of, read_weights
 from vitcut.model.forward import forward
 from vitcut.model.weights import ViTWeights, map_tensors
 from vitcut.shapes import Float, Tensor
@@ -22,6 +22,11 @@ def read_model(model: nn.Module) -> ViTWeights:
             not all float32 or all float64.
         ModelError: A weight is NaN or infinite.
     """
+    with blamed_on_adapter(model):
+        return _read_and_check(model)
+
+
+def _read_and_check(model: nn.Module) -> ViTWeights:
     weights = read_weights(model)
     tensors: list[Tensor] = []
 
@@ -122,7 +127,10 @@ def _require_same_logits(model: nn.Module, weights: ViTWeights) -> None:
     # Without the classifier's bias: where classes are masked, a huge one would loosen the bound.
     allowed = tolerance(weights.dtype, expected - weights.head_bias)
     if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does something that was not understood: its traced logits "
-            f"differ by {difference:.2g}; expected at most {allowed:.2g}"
-        )
+        name, far = type(model).__name__, f"differ by {difference:.2g}; expected at most"
+        what = f"{name} does something that was not understood: its traced logits"
+        remedy = "give a model of timm, torchvision or transformers that was not changed"
+        if has_adapter(model):
+            what = f"the adapter for {name} is wrong: the module's logits and those of what it read"
+            remedy = "mend the adapter"
+        raise UnsupportedModelError(f"{what} {far} {allowed:.2g}: {remedy}")

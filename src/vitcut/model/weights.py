@@ -8,13 +8,14 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
 from vitcut.compact.plan import ViTShape
 from vitcut.graph import Graph
 from vitcut.names import Activation, PatchReadout, TokenKind, Tokens
+from vitcut.settings import require_one_of
 from vitcut.shapes import Float, Tensor
 
 W = TypeVar("W")
@@ -103,6 +104,9 @@ class MlpWeights:
     """LayerNorm over all hidden units before the ``out`` product (sub-norm). A neuron is what comes
     out of it; its statistics are taken over all neurons, including those that are cut."""
 
+    def __post_init__(self) -> None:
+        require_one_of("activation", self.activation, get_args(Activation))
+
     @property
     def gate(self) -> tuple[Tensor, Tensor] | None:
         """Weight and bias of the gate, if there is one; a missing bias is zeros."""
@@ -145,6 +149,9 @@ class ViTWeights:
     patch_readout: PatchReadout = "none"
     patch_norm: NormWeights | None = None
     """LayerNorm on patches plus positions, before the first block (timm's ``norm_pre``)."""
+
+    def __post_init__(self) -> None:
+        require_one_of("patch_readout", self.patch_readout, get_args(PatchReadout))
 
     @cached_property
     def shape(self) -> ViTShape:

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from vitcut.benchmark.evaluation import Evaluation
-from vitcut.report.tables import point_table, to_markdown
+from vitcut.report.tables import plain_markdown, point_table, to_markdown
 from vitcut.results import DENSE_REPAIRED, Point, Results
 from vitcut.store import write_text
 from vitcut.task import Task
@@ -23,13 +23,15 @@ _NO_LONGER = "It no longer computes the masked original; `circuit.json` says wha
 def dense_card(task: Task, result: TrainResult, config: TrainSettings) -> str:
     """The card of a trained dense model."""
     groups = "\n".join(
-        f"- {group}: {', '.join(item.name for item in task.classes if item.group == group)}"
+        plain_markdown(
+            f"- {group}: {', '.join(item.name for item in task.classes if item.group == group)}"
+        )
         for group in task.groups
     )
     fine = ""
     if result.accuracy_fine is not None:
         fine = f"{result.accuracy_fine:.1%} over the {len(task.classes)} classes and "
-    return f"""# A small Vision Transformer for the task {task.name!r}
+    return f"""# A small Vision Transformer for the task {plain_markdown(repr(task.name))}
 
 Trained by vitcut: {config.augmentation} augmentation, best of {result.epochs_run} epochs (epoch
 {result.best_epoch}), seed {config.seed}. On val images, which chose the epoch, it reaches
@@ -51,13 +53,14 @@ over the {len(task.groups)} groups.
 
 def transferred_card(task: Task, start: str, result: TrainResult | Probe, found: Evaluation) -> str:
     """The card of a pretrained model that was given the classes of a task."""
+    origin = plain_markdown(repr(start))
     if isinstance(result, Probe):
-        made = f"""Only its classifier is new: logistic regression on the features of {start!r},
+        made = f"""Only its classifier is new: logistic regression on the features of {origin},
 with an L2 penalty of {result.penalty:g}"""
     else:
-        made = f"""Fine-tuned by vitcut from {start!r}, with a new classifier: best of
+        made = f"""Fine-tuned by vitcut from {origin}, with a new classifier: best of
 {result.epochs_run} epochs (epoch {result.best_epoch})"""
-    return f"""# A Vision Transformer for the task {task.name!r}
+    return f"""# A Vision Transformer for the task {plain_markdown(repr(task.name))}
 
 {made}, which val images chose ({result.accuracy_fine:.1%} over the
 {len(task.classes)} classes, {result.accuracy_coarse:.1%} over the {len(task.groups)} groups).
@@ -67,13 +70,13 @@ On {found.images} test images, it reaches {found.accuracy_fine:.1%} over the cla
 
 ## Terms
 
-The weights inherit the terms of {start!r} and those of the pictures.
+The weights inherit the terms of {origin} and those of the pictures.
 """
 
 
 def dense_repaired_card(task: Task, result: TrainResult, config: FinetuneSettings) -> str:
     """The card of a dense model that got a cut model's repair."""
-    return f"""# A Vision Transformer for the task {task.name!r}, fine-tuned
+    return f"""# A Vision Transformer for the task {plain_markdown(repr(task.name))}, fine-tuned
 
 Fine-tuned by vitcut: {_recipe(result, config)}. On the val images, which chose the epoch, it
 reaches {result.accuracy_coarse:.1%} over the {len(task.groups)} groups. Cut models that were
@@ -131,7 +134,7 @@ def _card(
     results: Results, point: Point, made: str, task: Task, *, shown: tuple[Point, ...]
 ) -> str:
     sizes = Counter(item.group for item in task.classes)
-    groups = ", ".join(f"{group} ({sizes[group]})" for group in task.groups)
+    groups = plain_markdown(", ".join(f"{group} ({sizes[group]})" for group in task.groups))
     names = {item.name for item in shown}
     chosen = Results(
         task=results.task,
@@ -140,13 +143,15 @@ def _card(
         points=shown,
         comparisons=tuple(c for c in results.comparisons if c.point in names),
     )
+    cpu = plain_markdown(str(results.machine["cpu"]))
+    name, title = plain_markdown(point.name), plain_markdown(repr(results.task))
     threads = point.latency[0].threads if point.latency else 1
     return f"""---
 library_name: vitcut
 tags: [vision-transformer, circuit, pruning]
 ---
 
-# {point.name}: the circuit of a Vision Transformer for the task {results.task!r}
+# {name}: the circuit of a Vision Transformer for the task {title}
 
 {made}
 
@@ -159,7 +164,7 @@ group: {groups}.
 ## Measured
 
 {to_markdown(point_table(chosen))}
-float32, {threads} thread(s) of {results.machine["cpu"]}, {point.images} test images.
+float32, {threads} thread(s) of {cpu}, {point.images} test images.
 Speed-ups are against the dense model in the same runtime, with their 95 % interval.
 
 ## Terms

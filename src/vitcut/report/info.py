@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from vitcut.preprocessing import Preprocessing
+from vitcut.progress import Terminal
 from vitcut.results import Point
 from vitcut.selection.settings import Budget
 
@@ -101,7 +101,7 @@ def show_info(info: Info) -> None:
     table.title_justify = "left"
     for name, text in _facts(info):
         table.add_row(name, text)
-    Console(markup=False, highlight=False).print(table)
+    Terminal().print(table)
 
 
 def _facts(info: Info) -> Iterator[tuple[str, str]]:

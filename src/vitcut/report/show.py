@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
+from vitcut.progress import Terminal
 from vitcut.report.tables import NO_LOSS, headline, point_table, print_table, recommend
 from vitcut.results import CLASS_ONLY, AccuracyDifference, Results
 from vitcut.runs import (
@@ -105,7 +105,7 @@ def show_plan_of(path: Path) -> None:
 
 def show_results(results: Results) -> None:
     """Print what a command measured: the table, and per point the proof and the KLs of the cut."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Terminal(soft_wrap=True)
     cuts = [point for point in results.points if point.name != CLASS_ONLY]
     for point in cuts:
         console.print(headline(results, point))
@@ -165,7 +165,7 @@ def show_pairs(repair: "Repair") -> None:
 def show_difference(found: AccuracyDifference) -> None:
     """Print by how much a model is more accurate than another, with its interval."""
     difference, low, high = (100 * x for x in (found.difference, found.low, found.high))
-    Console(soft_wrap=True, highlight=False, markup=False).print(
+    Terminal(soft_wrap=True).print(
         f"{found.point} against {found.against}: coarse accuracy {difference:+.1f} points "
         f"(95 % interval {low:+.1f} to {high:+.1f}, {found.images} images in pairs)"
     )
@@ -173,7 +173,7 @@ def show_difference(found: AccuracyDifference) -> None:
 
 def show_evaluation(found: "Evaluation") -> None:
     """Print accuracies, the confusion of the groups, and the difference to another model."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Terminal(soft_wrap=True)
     measured = [found] if found.against is None else [found, found.against]
     table = Table(title=f"on {found.images} test images")
     table.add_column("model")
@@ -214,7 +214,7 @@ def show_calibration(found: "Calibration") -> None:
     from vitcut.runtime import describe_machine
 
     machine = describe_machine()
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Terminal(soft_wrap=True)
     flags = " ".join(machine["cpu_flags"])
     console.print(f"{machine['cpu']}, {machine['cores']} cores, {flags}")
     console.print(
@@ -234,7 +234,7 @@ def show_circuit(circuit: Circuit) -> None:
 
     Heads and neurons where parts were cut, edges by the target that reads them where edges were.
     """
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Terminal(soft_wrap=True)
     for line in circuit_lines(circuit):
         console.print(line)
     graph, edges, neurons = circuit.graph, _cuts_edges(circuit), circuit.neurons
@@ -351,7 +351,7 @@ def show_plan(plan: "Plan", *, costs: "list[CostModel] | None" = None) -> None:
             f"us: predicted, ONNX Runtime, one thread, {batches} images ({costs[0].origin} costs)"
         )
     table.caption = "; ".join(notes)
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _cuts_edges(circuit: Circuit) -> bool:

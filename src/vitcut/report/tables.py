@@ -1,13 +1,15 @@
 """Results as tables, for terminals and for Markdown."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from rich.console import Console
 from rich.table import Table
 
+from vitcut.errors import printable
 from vitcut.names import RuntimeName
+from vitcut.progress import Terminal
 from vitcut.results import CLASS_ONLY, DENSE, Point, Results
 
 _ABSENT = "-"
@@ -128,19 +130,25 @@ def recommend(results: Results) -> Point | None:
     return max(cuts, key=lambda p: p.accuracy_coarse or 0.0)
 
 
+def plain_markdown(text: str) -> str:
+    """Text from outside that Markdown and HTML show as it is, in one line."""
+    escaped = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~#>!$])", r"\\\1", escaped)
+
+
 def to_markdown(table: PointTable) -> str:
     """A Markdown table: the first column to the left, numbers to the right."""
     lines = [
         table.headers,
         ("---", *["---:"] * (len(table.headers) - 1)),
-        *(tuple(cell.replace("|", r"\|") for cell in row) for row in table.rows),
+        *(tuple(map(plain_markdown, row)) for row in table.rows),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def print_table(table: PointTable, *, title: str | None = None) -> None:
     """Write a table to standard output; in parts below each other where it is too wide."""
-    console = Console(markup=False, highlight=False)
+    console = Terminal()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     for part in split_table(table, console.width):
@@ -181,7 +189,7 @@ def _widths(table: PointTable) -> list[int]:
     """Of each column: that of its longest cell, or of the longest word of its header."""
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headers)
     return [
-        max(len(text) for text in (*header.split(), *cells))
+        max(len(printable(text)) for text in (*header.split(), *cells))
         for header, cells in zip(table.headers, columns, strict=True)
     ]
 

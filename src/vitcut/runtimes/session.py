@@ -11,7 +11,7 @@ from torch import nn
 
 from vitcut.errors import ConfigError, ExactnessError
 from vitcut.names import RuntimeName
-from vitcut.settings import require_runtime
+from vitcut.settings import require_bounds, require_runtime
 from vitcut.shapes import Float, Tensor
 
 RUNTIMES: dict[RuntimeName, str] = {
@@ -68,8 +68,7 @@ def prepare_sessions(
         ExactnessError: The runtime's logits differ from torch's.
     """
     require_runtime(name)
-    if threads < 1:
-        raise ConfigError(f"threads must be >= 1, got {threads}")
+    require_bounds("threads", threads)
     if not examples:
         raise ConfigError(f"runtime {name!r} needs at least one example batch, got none")
     try:

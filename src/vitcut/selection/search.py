@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -41,7 +40,7 @@ from vitcut.images.stratified import choose_evenly
 from vitcut.masked.fitting import Fitter, fit_gib
 from vitcut.model.model import Model
 from vitcut.model.weights import ViTWeights
-from vitcut.progress import say
+from vitcut.progress import Terminal, say
 from vitcut.runs import PATH_FILE, Run
 from vitcut.selection.greedy import Alive
 from vitcut.selection.responses import held_gib
@@ -184,7 +183,7 @@ def print_path(steps: Sequence[PathStep]) -> None:
         )
     timing = "MACs and latency as parts of the dense model's; " if timed else ""
     table.caption = f"{timing}change: of coarse accuracy, in points, 95 % paired interval"
-    Console().print(table)
+    Terminal().print(table)
 
 
 def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> None:

@@ -8,6 +8,7 @@ from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName, Tokens
 from vitcut.settings import (
     require_at_least,
+    require_bounds,
     require_fraction,
     require_one_of,
     require_positive,
@@ -82,7 +83,7 @@ class Budget:
         require_one_of("tokens", self.tokens, get_args(Tokens))
         for name in ("rounds", "score_images", "val_images"):
             require_at_least(name, getattr(self, name), 1)
-        require_at_least("seed", self.seed, 0)
+        require_bounds("seed", self.seed)
         require_fraction("refresh_fraction", self.refresh_fraction)
         if self.scores != "fisher" and self.joint:
             raise ConfigError(f"{self.scores} scores add up: give --joint false with them")

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vitcut.errors import ArtefactError
+from vitcut.runs import TRAINING_FILE
 from vitcut.settings import config_hash
 from vitcut.shapes import Tensor
 from vitcut.store import atomic_path, load, save, write_text
 
 _FORMAT_VERSION = 1
-_MARKER = "training.json"
 _LAST = Path("checkpoints") / "last.safetensors"
 
 
@@ -103,7 +103,7 @@ class TrainingFolder:
         """
         found = _read_marker(self._root)
         if found is None:
-            save(self._root / _MARKER, self._own, version=_FORMAT_VERSION)
+            save(self._root / TRAINING_FILE, self._own, version=_FORMAT_VERSION)
             return None
         if found.settings_hash != self._own.settings_hash:
             raise ArtefactError(
@@ -115,7 +115,7 @@ class TrainingFolder:
 
     def finish(self, result: TrainResult) -> None:
         """Record the result; from now on `open` returns it."""
-        save(self._root / _MARKER, replace(self._own, result=result), version=_FORMAT_VERSION)
+        save(self._root / TRAINING_FILE, replace(self._own, result=result), version=_FORMAT_VERSION)
 
     def save_epoch(
         self,
@@ -208,7 +208,7 @@ def begun_training(root: Path) -> dict[str, Any] | None:
 
 
 def _read_marker(root: Path) -> _Marker | None:
-    path = root / _MARKER
+    path = root / TRAINING_FILE
     if not path.exists():
         return None
     found = _without_device(load(path, _Marker, kind="training", version=_FORMAT_VERSION))
@@ -233,7 +233,9 @@ def read_training(root: Path) -> tuple[dict[str, Any], TrainResult]:
     Raises:
         ArtefactError: There is none, it is damaged, or it is not finished.
     """
-    found = _without_device(load(root / _MARKER, _Marker, kind="training", version=_FORMAT_VERSION))
+    found = _without_device(
+        load(root / TRAINING_FILE, _Marker, kind="training", version=_FORMAT_VERSION)
+    )
     if found.result is None:
         raise ArtefactError(f"the training in {root} is not finished: run its command again")
     return found.settings, found.result

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vitcut.errors import ConfigError
-from vitcut.settings import require_at_least, require_fraction, require_positive
+from vitcut.settings import require_at_least, require_bounds, require_fraction, require_positive
 
 Augmentation = Literal["light", "reference", "none"]
 """How training images are augmented: cheaply, whole batches at once (light), as in the reference
@@ -63,18 +63,19 @@ class TrainSettings:
     """Processes that augment images (reference only); the result does not depend on it."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("weight_decay", "max_shift_px", "workers", "seed"):
-            require_at_least(name, getattr(self, name), 0)
+        require_at_least("epochs", self.epochs, 1)
+        require_at_least("weight_decay", self.weight_decay, 0)
         require_at_least("warmup_epochs", self.warmup, 0)
+        for name in ("batch_size", "max_shift_px", "workers", "seed"):
+            require_bounds(name, getattr(self, name))
         for name in ("label_smoothing", "cutmix_fraction"):
             require_fraction(name, getattr(self, name))
         if self.learning_rate is not None:
             require_positive("learning_rate", self.learning_rate)
-        for name in ("patience", "threads"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
+        if self.patience is not None:
+            require_at_least("patience", self.patience, 1)
+        if self.threads is not None:
+            require_bounds("threads", self.threads)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be between 0 and 1, got {self.ema_decay}")
         if self.warmup >= self.epochs:

@@ -1,0 +1,74 @@
+"""What to type instead of what was typed: commands, flags and values. Loads no torch."""
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+}
+"""Python's types, in words; of several, the first counts."""
+_OTHER_WORDS = {
+    "cut": "prune compress shrink slim compile export convert",
+    "discover": "search find circuit",
+    "eval": "evaluate test validate accuracy predict classify infer",
+    "bench": "benchmark time latency speed profile",
+    "finetune": "fine-tune repair distill retrain recover",
+    "train": "fit pretrain probe",
+    "show": "view print plot report results",
+    "info": "inspect describe summary",
+    "checks": "doctor calibrate environment",
+    "suggest": "label annotate",
+    "run": "recipe sweep experiment",
+    "prepare": "download decode",
+}
+"""What people may type for a command, as long as no command of that name exists."""
+_CLASS = re.compile(r"<class '([\w.]+)'>|typing\.(?=Literal)")
+_REFUSED = re.compile(
+    r"--(\S+): (?:Expected an? (?P<kind>.+?)\. Got value: (?P<value>.*)"
+    r"|Does not validate .*? Subtypes: \[(?P<kinds>.*?)\] Errors: .* Given value: (?P<given>.*))"
+)
+"""A value of the wrong type, in jsonargparse's words."""
+
+
+def argument_error(text: str, names: Sequence[str]) -> str:
+    """What jsonargparse says of an argument, as our own errors have it.
+
+    Args:
+        text: Its message, in one line.
+        names: The flags of the command, without dashes.
+    """
+    text = _CLASS.sub(r"\1", re.sub(r'^Parser key "([\w.]+)":', r"--\1:", text))
+    if found := _REFUSED.fullmatch(text):
+        kinds = found["kind"] or found["kinds"]
+        words = re.findall(r"'([^']+)'", kinds) if "Literal" in kinds else []
+        expected = f"one of {', '.join(words)}" if words else ""
+        for kind, told in _KINDS.items():
+            expected = expected or (told if re.search(rf"\b{kind}\b", kinds) else "")
+        value = found["value"] if found["kind"] else found["given"]
+        if expected:
+            return f"{found[1].replace('_', '-')} must be {expected}, got {value}"
+    if unknown := re.match(r"[Uu]nrecognized arguments: (--[\w.]+)", text):
+        near = get_close_matches(unknown[1], [f"--{name}" for name in names], n=1)
+        text += f": did you mean {near[0]}?" if near else ""
+    return text.rstrip(".")
+
+
+def nearest_verb(name: str, verbs: Mapping[str, str]) -> str:
+    """What to type instead of a command that does not exist.
+
+    Args:
+        name: What was typed.
+        verbs: What each command does, by its name.
+    """
+    meant = {word: verb for verb, words in _OTHER_WORDS.items() for word in words.split()}
+    known = {**meant, **{verb: verb for verb in verbs}}
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.7)
+    if not near:
+        return f"expected one of {', '.join(verbs)}"
+    verb = known[near[0]]
+    return f"did you mean {verb}? ({verbs[verb].rstrip('.')})"

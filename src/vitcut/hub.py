@@ -1,0 +1,39 @@
+"""Access to the Hugging Face Hub that fails within seconds where there is no network."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+_ANSWERS_WITHIN_S = 5.0
+
+
+@contextmanager
+def hub_access() -> Generator[None]:
+    """Use the Hub inside this block; where it does not answer, only what was downloaded before.
+
+    Its own client tries again for more than a minute.
+
+    Raises:
+        ConnectionError: The Hub does not answer, and the block failed without it.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before, problem = constants.HF_HUB_OFFLINE, None
+    if not before:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_ANSWERS_WITHIN_S)
+        # The client's library, and with it the class of its errors, differs by version.
+        except Exception as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception:
+        if problem is None:
+            raise
+        raise ConnectionError(
+            f"{constants.ENDPOINT} does not answer ({problem}), and it was not downloaded before: "
+            "check the network, or give a folder or file"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = before
