@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from forging import forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import circuits, undisturbed
@@ -136,6 +137,8 @@ def test_a_file_of_the_first_version_still_loads(file):
         pytest.param(lambda c: c.update(task="flowers"), id="other task"),
         pytest.param(lambda c: c["provenance"].update(kl=0.0), id="other KL"),
         pytest.param(lambda c: c.update(sha256=None), id="null for a hash"),
+        pytest.param(lambda c: c.pop("sha256"), id="no hash"),
+        pytest.param(lambda c: c.update(tau=float("nan")), id="NaN"),
     ],
 )
 def test_an_altered_file_is_refused(file, change):
@@ -151,8 +154,18 @@ def test_an_altered_file_is_refused(file, change):
         pytest.param(lambda c: c["kept"].update({"mlp.9": ["embed"]}), id="unknown target"),
         pytest.param(lambda c: c["kept"].update({"mlp.0": 3}), id="a number for a list"),
         pytest.param(lambda c: c.pop("graph"), id="no graph"),
-        pytest.param(lambda c: c.pop("sha256"), id="no hash"),
-        pytest.param(lambda c: c.update(tau=float("nan")), id="NaN"),
+        pytest.param(lambda c: c.update(more=1), id="unknown field"),
+        pytest.param(lambda c: c.update(tau=-1.0), id="negative tau"),
+        pytest.param(lambda c: c.update(tau=1e400), id="infinite tau"),
+        pytest.param(lambda c: c["graph"].update(num_layers=10**6), id="a graph beyond its file"),
+        pytest.param(lambda c: c["graph"].update(num_layers=True), id="a bool as number"),
+        pytest.param(lambda c: c["graph"].update(groups=["cls", "cls"]), id="a kind twice"),
+        pytest.param(lambda c: c["kept"]["mlp.0"].append("attn.0.0"), id="other fingerprint"),
+        pytest.param(lambda c: c["kept"]["classifier"].append("mlp.0"), id="an edge twice"),
+        pytest.param(lambda c: c.update(method=3), id="a number as method"),
+        pytest.param(lambda c: c["provenance"].update(kl="0"), id="text as KL"),
+        pytest.param(lambda c: c["provenance"].update(merges=[{}]), id="an empty merge"),
+        pytest.param(lambda c: c["provenance"].update(discovered_under="x"), id="under nothing"),
         pytest.param(lambda c: c.update(provenance=["abc"]), id="a list as provenance"),
         pytest.param(lambda c: c.update(graph={"num_layers": "2", "num_heads": 2}), id="text"),
         pytest.param(lambda c: c.update(kept=[]), id="a list of edges"),
@@ -162,7 +175,7 @@ def test_an_altered_file_is_refused(file, change):
     ],
 )
 def test_a_malformed_file_is_refused(file, change):
-    _edit(file, change)
+    forge(file, change)
     _expect_refusal(file, "is not a valid circuit")
 
 
@@ -173,6 +186,8 @@ def test_a_malformed_file_is_refused(file, change):
         pytest.param(lambda n: n.update(per_mlp=2), id="fewer neurons"),
         pytest.param(lambda n: n.update(per_mlp=0), id="no neurons"),
         pytest.param(lambda n: n.update(per_mlp="3"), id="text"),
+        pytest.param(lambda n: n.update(per_mlp=10**9), id="neurons beyond any model"),
+        pytest.param(lambda n: n["kept"]["mlp.0.cls"].append(-1), id="a negative number"),
         pytest.param(lambda n: n["kept"].pop("mlp.1.patch"), id="an MLP less"),
         pytest.param(lambda n: n["kept"].update({"mlp.0.cls": {}}), id="no list"),
     ],
@@ -180,7 +195,7 @@ def test_a_malformed_file_is_refused(file, change):
 def test_malformed_neurons_are_refused(tmp_path, change):
     path = tmp_path / "circuit.json"
     _parts().save(path)
-    _edit(path, lambda content: change(content["neurons"]))
+    forge(path, lambda content: change(content["neurons"]))
     _expect_refusal(path, "is not a valid circuit")
 
 

@@ -2,9 +2,9 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 import pytest
+from forging import forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,17 +21,23 @@ def maybe(strategy):
     return st.none() | strategy
 
 
+def in_order(p10_ms, rest):
+    return Latency(p10_ms=p10_ms, median_ms=2 * p10_ms, p90_ms=2 * p10_ms, **rest)
+
+
 latencies = st.builds(
-    Latency,
-    runtime=st.sampled_from(["torch", "onnxruntime"]),
-    device=st.just("cpu"),
-    dtype=st.just("float32"),
-    batch=st.integers(1, 1024),
-    threads=st.integers(1, 64),
-    median_ms=positive,
-    p10_ms=positive,
-    p90_ms=positive,
-    images_per_s=positive,
+    in_order,
+    positive,
+    st.fixed_dictionaries(
+        {
+            "runtime": st.sampled_from(["torch", "onnxruntime"]),
+            "device": st.just("cpu"),
+            "dtype": st.just("float32"),
+            "batch": st.integers(1, 1024),
+            "threads": st.integers(1, 64),
+            "images_per_s": positive,
+        }
+    ),
 )
 points = st.builds(
     Point,
@@ -42,12 +48,12 @@ points = st.builds(
     edges_total=maybe(counts),
     neurons_kept_fraction=maybe(fractions),
     accuracy_fine=maybe(fractions),
-    accuracy_coarse=maybe(fractions),
+    accuracy_coarse=st.just(7 / 8),
     kl=maybe(positive),
     macs=maybe(counts),
     latency=st.lists(latencies, max_size=3).map(tuple),
     confusion=maybe(st.just(((3, 1), (0, 4)))),
-    faithfulness=maybe(st.just({"zero": {"kl": 0.1}})),
+    faithfulness=maybe(st.just({"discovery": {"ablation": "mean", "kl": 0.1}, "cut": None})),
     model=maybe(st.just("points/a/model")),
 )
 
@@ -76,7 +82,7 @@ def test_saving_and_loading_is_the_identity(tmp_path_factory, several, with_dens
     path = tmp_path_factory.mktemp("results") / "results.json"
     dense = several[0] if several and with_dense else None
     cut = tuple(several[1:] if dense else several)
-    compared = tuple(comparison(point.name) for point in cut)
+    compared = tuple(comparison(point.name, against=dense.name) for point in cut if dense)
     before = Results(task="animals", machine=MACHINE, dense=dense, points=cut, comparisons=compared)
     before.save(path)
     assert Results.load(path) == before
@@ -87,7 +93,7 @@ def test_every_key_is_in_the_file_though_nothing_was_measured(tmp_path):
     results("a").save(path)
     content = json.loads(path.read_text())
     assert list(content) == [
-        "format_version", "task", "machine", "dense", "points", "comparisons",
+        "format_version", "task", "machine", "dense", "points", "comparisons", "sha256",
     ]  # fmt: skip
     assert list(content["points"][0]) == [
         "name", "method", "granularity", "ablation", "tau", "budget", "edges_total", "edges_kept",
@@ -100,16 +106,25 @@ def test_every_key_is_in_the_file_though_nothing_was_measured(tmp_path):
     assert content["dense"]["latency"] == []
 
 
-def change(path: Path, edit) -> None:
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(format_version=2), "upgrade vitcut"),
+        (lambda c: c.update(format_version=3), "upgrade vitcut"),
+        (lambda c: c.update(format_version=1), "make it again"),
+        (lambda c: c["points"][0].update(model="../../home"), "within the run directory"),
+        (lambda c: c["points"][0].update(circuit="/etc/passwd"), "within the run directory"),
+        (lambda c: c["points"][0].update(heads_kept=3, heads_total=2), "what point 'a' keeps"),
+        (lambda c: c["points"][0].update(macs=-1), "macs of point 'a' must be >= 0"),
+        (lambda c: c["points"][0].update(change_low=0.2, change_high=0.1), "must not fall"),
+        (lambda c: c["points"][0].update(confusion=[[3, 1], [0, 4]]), "contradicts its accuracy"),
+        (lambda c: c["points"][0].update(ablation="magic"), "Invalid enum value"),
+        (lambda c: c["points"][0].update(budget={"macs": "0.2"}), "budget"),
+        (lambda c: c["points"][0].update(faithfulness={"cut": {"kl": 1.0}}), "faithfulness"),
+        (lambda c: c.update(machine={}), "does not say its cpu"),
+        (
+            lambda c: c.update(comparisons=[asdict(comparison("b"))]),
+            "compares point 'b', which it does not hold",
+        ),
         (lambda c: c.pop("format_version"), "no format_version"),
         (lambda c: c.pop("dense"), "dense"),
         (lambda c: c["dense"].pop("kl"), "kl"),
@@ -123,7 +138,7 @@ def change(path: Path, edit) -> None:
 def test_a_file_that_is_not_ours_is_refused_in_one_line(tmp_path, edit, message):
     path = tmp_path / "results.json"
     results("a").save(path)
-    change(path, edit)
+    forge(path, edit)
     with pytest.raises(ArtefactError, match=message) as caught:
         Results.load(path)
     assert "\n" not in str(caught.value)

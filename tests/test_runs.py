@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from vitcut.circuit import Circuit
@@ -137,6 +140,50 @@ def test_work_is_done_once_and_read_back(tmp_path, capsys):
         assert Run(tmp_path / "run").once("a/circuit.json", make, Circuit.load) == circuit
     assert made == [1]
     assert f"{tmp_path / 'run' / 'a' / 'circuit.json'} is there already" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time_works_in_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitcut.runs._PATIENCE_S", 0)
+    code = """
+import sys
+from vitcut.runs import Run
+run = Run(sys.argv[1])
+run.claim({"task": "drawn"})
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "claimed\n"
+        _expect_refusal(tmp_path / "run", "is in use by another process: wait for it to end")
+        other.kill()
+    Run(tmp_path / "run").claim(SETTINGS)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_a_process_may_come_back_to_its_own_directory(tmp_path):
+    runs = [Run(tmp_path), Run(tmp_path)]
+    for run in runs:
+        run.claim(SETTINGS)
+
+
+def test_what_killed_processes_left_is_swept_at_the_next_start(claimed):
+    (claimed / "points" / ".model.0123456789ab.part" / "deep").mkdir(parents=True)
+    (claimed / ".results.json.0123456789ab.part").mkdir()
+    (claimed / ".model.old").mkdir()
+    (claimed / "model").mkdir()
+    Run(claimed).claim(SETTINGS)
+    assert sorted(path.name for path in claimed.iterdir()) == ["config.yaml", "model", "points"]
+    assert list((claimed / "points").iterdir()) == []
+
+
+def test_settings_that_somebody_changed_are_refused(claimed):
+    text = (claimed / "config.yaml").read_text()
+    (claimed / "config.yaml").write_text(text.replace("epochs: 3", "epochs: 4"))
+    _expect_refusal(claimed, "was altered")
+    (claimed / "config.yaml").write_text(text.replace("- 0.2", "- &a 0.2\n  - *a"))
+    _expect_refusal(claimed, "is not readable: it holds an alias")
 
 
 def test_a_temporary_run_goes_with_its_value():

@@ -28,7 +28,7 @@ from vitcut.inputs import (
     warn_if_no_better,
 )
 from vitcut.names import SHIPPED_MODEL
-from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Point, Results
+from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, Asked, Point, Results
 from vitcut.runs import (
     DIFFERENCE_FILE,
     REPAIR_FILE,
@@ -38,6 +38,7 @@ from vitcut.runs import (
     find_circuit,
     find_cut,
     find_run,
+    read_settings,
 )
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain
@@ -137,7 +138,7 @@ def cut(
     """
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
-    from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
+    from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter, require_cut_from
     from vitcut.report.cards import write_cards
     from vitcut.report.tables import recommend
     from vitcut.selection.search import leave_images, require_decidable, search
@@ -167,7 +168,7 @@ def cut(
     warn_if_no_better(model, images, run)
     fitter = make_fitter(model, images, settings)
 
-    def make(sought: Circuit, name: str | None, asked: dict[str, Any] | None) -> Cut:
+    def make(sought: Circuit, name: str | None, asked: Asked | None) -> Cut:
         return cut_circuit(
             model, images, sought, settings, fitter=fitter, costs=costs, name=name, budget=asked
         )
@@ -189,7 +190,7 @@ def cut(
     cuts: list[Cut] = []
     for folder, given in wanted.items():
         made = run.once(folder, lambda given=given: make(*given), Cut.load)
-        cuts.append(replace(made, folder=run.kept(folder)))
+        cuts.append(replace(require_cut_from(made, model), folder=run.kept(folder)))
     if bench is None:
         return cuts[-1]
 
@@ -301,7 +302,7 @@ def finetune(
     """
     from vitcut.benchmark.points import dense_point, evaluate_points, measure
     from vitcut.compact.model import CompactViT
-    from vitcut.compiler.cut import Cut, class_only
+    from vitcut.compiler.cut import Cut, class_only, require_cut_from
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
     from vitcut.report.cards import dense_repaired_card, repaired_card
@@ -334,10 +335,11 @@ def finetune(
         "bench": None if bench is None else as_plain(bench),
     }
     run.claim({**subject(model, images), **chosen}, free=run.free_bench())
+    start = replace(run.once("start", lambda: start, Cut.load), folder=run.kept("start"))
     repaired = run.once(
         "model", lambda: repairs.repair_cut(start, model, images, settings, run.path)[0], Cut.load
     )
-    repaired = replace(repaired, folder=run.kept("model"))
+    repaired = replace(require_cut_from(repaired, model), folder=run.kept("model"))
     _, training = read_training(run.path)
     dense, dense_training, folder = None, None, run.path / DENSE_REPAIRED
     if taken is not None:
@@ -351,7 +353,6 @@ def finetune(
 
         dense = run.once(f"{folder.name}/dense", make, Model.load)
         _, dense_training = read_training(folder)
-
     told = repairs.Repair(training=training, dense_training=dense_training, paired=())
 
     def measured(timing: BenchSettings) -> Results:
@@ -362,7 +363,7 @@ def finetune(
             point = replace(
                 dense_point(model, name=DENSE_REPAIRED),
                 seconds=round(dense_training.seconds, 2),
-                model=None if run.is_temporary else run.relative(folder / "dense"),
+                model=None if run.is_temporary or taken else f"{folder.name}/dense",
             )
             points[DENSE_REPAIRED] = point, dense.module
         points |= {item.name: (item.point(run.path), item.model) for item in (start, repaired)}
@@ -427,7 +428,7 @@ def evaluate(
             require_classes_of(cut.model, require(images, Images).task)
             require_made_for(preprocessing_of(cut.model), images)
             name = cut.name if cut.folder is None else str(cut.folder)
-            point = replace(cut.point(run.path), name=name)
+            point = replace(cut.point(), name=name)
             ready.append((point, cut.model, preprocessing_of(cut.model)))
             noted[role] = {"model": name, "weight_hash": weight_hash(cut.model)}
         else:
@@ -505,19 +506,24 @@ def bench(
     points: dict[str, tuple[Point, nn.Module]] = {
         CLASS_ONLY: class_only(model, images, CutSettings())
     }
+    # A repaired dense model that was reused lies where its own repair put it.
+    reused = read_settings(path).get("repaired_dense")
     for point in earlier.points:
-        if point.model is not None:
-            folder = path / point.model
+        place = reused if point.name == DENSE_REPAIRED and isinstance(reused, str) else None
+        place = f"{place}/dense" if place else point.model
+        if place is not None:
+            folder = path / place
             if point.name == DENSE_REPAIRED:
                 module: nn.Module = Model.load(folder).module
             else:
                 module = Cut.load(folder).model
-            files = {"model": point.model, "circuit": point.circuit}
-            moved = {
-                key: None if name is None or target.is_temporary else target.relative(path / name)
-                for key, name in files.items()
-            }
-            points[point.name] = replace(point, **moved), module
+            # They lie in another directory than the new results.
+            points[point.name] = replace(point, model=None, circuit=None), module
+    if len(points) == 1 and {point.name for point in earlier.points} - points.keys():
+        raise ArtefactError(
+            f"{path} holds no models, only what was measured of those in another run directory: "
+            "give that one"
+        )
     results = measure(model, images, points, settings)
     results.save(target.path / RESULTS_FILE)
     return results

@@ -5,17 +5,80 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.graph import Graph
 from vitcut.names import Ablation, TokenKind
-from vitcut.store import read_json, sha256_json, write_json
+from vitcut.store import hash_of_read, read_json, sealed, sha256_json, write_json
 
 FORMAT_VERSION = 2
+_OLDEST = 1
+_MOST_EDGES, _MOST_NEURONS = 1 << 28, 1 << 28
+"""Beyond any ViT: a file that claims more is refused before anything of that size is made."""
+
+
+class Provenance(TypedDict, total=False):
+    """What vitcut writes into a circuit's provenance and reads again; there may be more."""
+
+    model: str | None
+    weight_hash: str
+    images_fingerprint: str
+    settings: "Searched"
+    discovered_under: Ablation
+    kl: float
+    pairs: int
+    node_evaluations: int
+    oracle_calls: int
+    precision: str
+    seconds: float | None
+    merges: list["Merge"]
+
+
+class Searched(TypedDict, total=False):
+    """The settings of a search that name the images it was made on."""
+
+    images: int
+    seed: int
+
+
+class Merge(TypedDict):
+    """What one merging of streams did."""
+
+    parent: str
+    edges_restored: int
+    cost_before: float
+    cost_after: float
+
+
+class _Shape(TypedDict, total=False):
+    num_layers: int
+    num_heads: int
+    groups: list[str]
+    readout: list[str]
+
+
+class _Neurons(TypedDict):
+    per_mlp: int
+    kept: dict[str, list[int]]
+
+
+class _File(TypedDict, total=False):
+    """The keys and types of ``circuit.json``."""
+
+    method: str
+    task: str | None
+    tau: float | None
+    provenance: Provenance
+    fingerprint: str
+    graph: _Shape
+    ablation: Ablation
+    kept: dict[str, list[str]]
+    neurons: _Neurons
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -56,6 +119,8 @@ class Circuit:
                 f"{graph.sources[source].name} -> {graph.targets[target].name} is not an edge of "
                 "this graph: the source must write before the target reads, in the same token kind"
             )
+        if self.tau is not None and not 0 < self.tau < np.inf:
+            raise CircuitError(f"tau must be a finite number > 0, got {self.tau}")
         if self.ablation not in get_args(Ablation):
             raise CircuitError(
                 f"ablation must be one of {', '.join(get_args(Ablation))}, got {self.ablation!r}"
@@ -186,6 +251,23 @@ class Circuit:
         provenance = {"discovered_under": self.ablation, **self.provenance}
         return replace(self, ablation=ablation, provenance=provenance)
 
+    def require_origin(self, weight_hash: str, images_fingerprint: str) -> None:
+        """Check that a circuit that was read back was found in a model, and on some images.
+
+        Raises:
+            CircuitError: It was found in another model, or on other images.
+        """
+        for name, wanted in (
+            ("weight_hash", weight_hash),
+            ("images_fingerprint", images_fingerprint),
+        ):
+            found = self.provenance.get(name)
+            if found != wanted:
+                raise CircuitError(
+                    f"the circuit in the run directory is of another search ({name} {found!r}, "
+                    f"expected {wanted!r}): choose another --out"
+                )
+
     @property
     def discovered_under(self) -> Ablation:
         """The ablation of the search, whatever the circuit's own is now."""
@@ -297,7 +379,6 @@ class Circuit:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``circuit.json``, with a hash of all of it."""
         content = {
-            "format_version": FORMAT_VERSION,
             "method": self.method,
             "task": self.task,
             "tau": self.tau,
@@ -305,7 +386,7 @@ class Circuit:
             "fingerprint": self.fingerprint,
             **self._content(),
         }
-        return {**content, "sha256": sha256_json(content)}
+        return sealed(content, FORMAT_VERSION)
 
     def save(self, path: str | Path) -> None:
         """Write ``circuit.json``, atomically."""
@@ -318,45 +399,60 @@ class Circuit:
         Raises:
             ArtefactError: The file is missing, damaged, altered or of a newer version.
         """
-        content = read_json(path, kind="circuit", newest_version=FORMAT_VERSION)
+        content = read_json(path, kind="circuit", version=FORMAT_VERSION, oldest=_OLDEST)
         try:
-            hashed = content.pop("sha256")
-            unaltered = sha256_json(content) == hashed
-            written = content["graph"]
-            graph = Graph(
-                num_layers=written["num_layers"],
-                num_heads=written["num_heads"],
-                kinds=tuple(written.get("groups", ())),
-                readout=tuple(written.get("readout", ())),
-            )
-            kept = np.zeros(graph.edges.shape, dtype=np.bool_)
-            for target, sources in content["kept"].items():
-                numbers = [graph.source_numbers[source] for source in sources]
-                kept[numbers, graph.target_numbers[target]] = True
-            neurons = None
-            if (listed := content.get("neurons")) is not None:
-                shape = (graph.num_layers, graph.num_kinds, listed["per_mlp"])
-                neurons = np.zeros(shape, dtype=np.bool_)
-                for layer, kind in np.ndindex(shape[:2]):
-                    name = graph.sources[graph.mlp_source(layer, kind)].name
-                    neurons[layer, kind, listed["kept"][name]] = True
-            circuit = cls(
-                graph=graph,
-                kept=kept,
-                neurons=neurons,
-                ablation=content["ablation"],
-                method=content["method"],
-                task=content["task"],
-                tau=content["tau"],
-                provenance=content["provenance"],
-            )
-        except (LookupError, TypeError, ValueError, AttributeError, CircuitError) as error:
+            circuit = cls._from_content(content)
+        except (msgspec.ValidationError, LookupError, ValueError, CircuitError) as error:
             raise ArtefactError(f"{path} is not a valid circuit: {error!r}") from None
-        if not unaltered:
-            raise ArtefactError(
-                f"{path} was altered: its hash is not the one it was written with; discover the "
-                "circuit again"
-            )
+        return circuit
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> "Circuit":
+        """The circuit that the content of a file stands for; it must be just what is written."""
+        msgspec.convert(content, _File)
+        unknown = content.keys() - _File.__annotations__.keys()
+        if unknown:
+            raise ValueError(f"unknown field {min(unknown)!r}")
+        written, listed = content["graph"], content.get("neurons")
+        kinds = tuple(written.get("groups", ()))
+        layers, heads = written["num_layers"], written["num_heads"]
+        # Every target is listed, so that the file bounds the size of its graph.
+        targets, sources = len(content["kept"]), (layers * (heads + 1) + 1) * max(1, len(kinds))
+        if targets < layers * (3 * heads + 1) or targets * sources > _MOST_EDGES:
+            raise ValueError(f"{layers} blocks of {heads} heads, but {targets} targets")
+        graph = Graph(
+            num_layers=layers,
+            num_heads=heads,
+            kinds=kinds,
+            readout=tuple(written.get("readout", ())),
+        )
+        kept = np.zeros(graph.edges.shape, dtype=np.bool_)
+        for target, names in content["kept"].items():
+            numbers = [graph.source_numbers[source] for source in names]
+            kept[numbers, graph.target_numbers[target]] = True
+        neurons = None
+        if listed is not None:
+            shape = (graph.num_layers, graph.num_kinds, listed["per_mlp"])
+            if not 0 < np.prod(shape, dtype=object) < _MOST_NEURONS:
+                raise ValueError(f"{listed['per_mlp']} neurons per MLP")
+            neurons = np.zeros(shape, dtype=np.bool_)
+            for layer, kind in np.ndindex(shape[:2]):
+                name = graph.sources[graph.mlp_source(layer, kind)].name
+                neurons[layer, kind, listed["kept"][name]] = True
+        circuit = cls(
+            graph=graph,
+            kept=kept,
+            neurons=neurons,
+            ablation=content["ablation"],
+            method=content["method"],
+            task=content["task"],
+            tau=content["tau"],
+            provenance=content["provenance"],
+        )
+        if circuit.fingerprint != content.get("fingerprint") or circuit.fingerprint != hash_of_read(
+            {key: content.get(key) for key in circuit._content()}
+        ):
+            raise ValueError("its graph, parts and fingerprint contradict each other")
         return circuit
 
 

@@ -5,7 +5,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+import msgspec
 
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.images.settings import DataSettings
@@ -25,6 +27,7 @@ from vitcut.runs import (
     read_settings,
 )
 from vitcut.settings import require_positive
+from vitcut.store import convert
 from vitcut.task import (
     Task,
     TaskClass,
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from vitcut.model.model import Model
 
 T = TypeVar("T")
+
+_AGAIN = "run its command again in a new directory"
 
 OWN = "."
 """Marks a model that is in the run directory itself, wherever that is moved."""
@@ -115,13 +120,7 @@ def load_model(
         path = Path(model)
         if str(model) != SHIPPED_MODEL and is_run(path):
             run = path
-            noted = read_settings(path).get("model")
-            if not isinstance(noted, dict) or not noted.keys() <= {*given, "model", "weight_hash"}:
-                raise ArtefactError(
-                    f"{path / CONFIG_FILE} is damaged: its model is {noted!r}; run its command "
-                    "again in a new directory"
-                )
-            stored = {key: value for key, value in noted.items() if key != "weight_hash"}
+            stored = _origin_of(path)
             model = stored.pop("model", OWN)
             given |= {**stored, **typed}
             typed = {**stored, **typed}
@@ -312,14 +311,44 @@ def _images_of(run: Path, *, image_size: int) -> tuple[DataSettings, Task]:
         ArtefactError: What it says of them is damaged.
     """
     stored: Any = read_settings(run).get("images")
+    what = f"the images in {run / CONFIG_FILE} are none"
     try:
         task = parse_task(json.dumps(stored.pop("task")), origin=str(run))
         del stored["fingerprint"]
-        return replace(DataSettings(**stored), image_size=image_size), task
-    except (KeyError, TypeError, AttributeError, TaskError, ConfigError) as error:
+    except (KeyError, TypeError, AttributeError, TaskError) as error:
+        raise ArtefactError(f"{what}: {error!r}; {_AGAIN}") from None
+    data = convert(stored, DataSettings, what=what, remedy=_AGAIN)
+    return replace(data, image_size=image_size), task
+
+
+class _Origin(TypedDict, total=False):
+    """What a run directory says of its model: the arguments of `load_model`, and its hash."""
+
+    model: str
+    arch: str
+    mean: list[float]
+    std: list[float]
+    random_weights: bool
+    image_size: int
+    weight_hash: str
+
+
+def _origin_of(run: Path) -> dict[str, Any]:
+    """The arguments of `load_model` that load a run directory's model.
+
+    Raises:
+        ArtefactError: What it says of it is damaged.
+    """
+    noted: Any = read_settings(run).get("model")
+    try:
+        known = msgspec.convert(noted, _Origin)
+        if known.keys() != noted.keys():
+            raise ValueError(f"unknown {', '.join(sorted(noted.keys() - known.keys()))}")
+    except (msgspec.ValidationError, ValueError) as error:
         raise ArtefactError(
-            f"{run / CONFIG_FILE} is damaged: {error!r}; run its command again in a new directory"
+            f"the model in {run / CONFIG_FILE} is none: {error}; {_AGAIN}"
         ) from None
+    return {key: value for key, value in noted.items() if key != "weight_hash"}
 
 
 def _own_preprocessing(

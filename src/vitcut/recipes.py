@@ -268,7 +268,12 @@ def _transferred(
             f"test: {found.accuracy_fine:.1%} of {found.images} images right over the classes, "
             f"{found.accuracy_coarse:.1%} over the groups"
         )
-        return replace(made, card=transferred_card(images.task, model.name, result, found))
+        return replace(
+            made,
+            card=transferred_card(
+                images.task, model.public_name or "a model of vitcut", result, found
+            ),
+        )
 
     return _own(run.once("dense", make, Model.load), run)
 
@@ -334,7 +339,7 @@ def run(
     """
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
-    from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter
+    from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter, require_cut_from
     from vitcut.discovery.search import find_circuits
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
@@ -372,6 +377,7 @@ def run(
 
     def keep(folder: Path, make: Callable[[], Cut]) -> Cut:
         made = target.once(str(folder / "model"), make, Cut.load)
+        require_cut_from(made, model)
         cuts.append(replace(made, folder=target.kept(f"{folder}/model")))
         return cuts[-1]
 

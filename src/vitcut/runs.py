@@ -3,24 +3,27 @@
 import json
 import os
 import shutil
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Protocol, TypeVar, runtime_checkable
+from weakref import WeakValueDictionary
 
 import yaml
 
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, one_line
 from vitcut.progress import say
 from vitcut.settings import require_utf8
-from vitcut.store import write_text
+from vitcut.store import lock_folder, sealed, sweep, unsealed, write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
 TRAINING_FILE = "training.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
-_VERSION = 2
+_VERSION = 3
+_PATIENCE_S = 6
 _WITHOUT_EFFECT = {"discover.memory_gib", "discover.precision", "cut.memory_gib"}
 """Settings that change no result: a run may be continued with others."""
 
@@ -34,6 +37,43 @@ class Kept(Protocol):
 
 
 T = TypeVar("T", bound=Kept)
+
+
+class _Lock:
+    """A run directory in use by this process, until nothing refers to it any more."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Lock":
+        """Lock a directory, which is created if need be.
+
+        Raises:
+            ArtefactError: Another process works in it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder.resolve()
+        lock = _HELD.get(place) or cls()
+        if place not in _HELD:
+            # Processes that train together share a directory; the first of them writes.
+            shared, opened = int(os.environ.get("WORLD_SIZE", "1")) > 1, None
+            for patience in range(_PATIENCE_S, -1, -1):
+                try:
+                    opened = lock_folder(place, wait=False, shared=shared)
+                    break
+                except BlockingIOError:
+                    # Workers of a process that was killed notice it after some seconds.
+                    if patience == 0:
+                        raise ArtefactError(
+                            f"{folder} is in use by another process: wait for it to end, or choose "
+                            "another --out"
+                        ) from None
+                    time.sleep(1)
+            if opened is not None:
+                weakref.finalize(lock, os.close, opened)
+            _HELD[place] = lock
+        return lock
+
+
+_HELD: WeakValueDictionary[Path, _Lock] = WeakValueDictionary()
 
 
 class Run:
@@ -74,8 +114,11 @@ class Run:
             free: Dotted keys that may differ from those of an earlier run in the directory.
 
         Raises:
-            ArtefactError: The directory holds results of other settings.
+            ArtefactError: The directory holds results of other settings, or another process works
+                in it.
         """
+        self._lock = _Lock.of(self.path)
+        sweep(self.path, deep=True)
         config = self.path / CONFIG_FILE
         # Settings may be corrected as long as there are no results of theirs.
         if config.exists() and self._names() - {CONFIG_FILE, TRAINING_FILE}:
@@ -95,18 +138,16 @@ class Run:
                     f"{self.path} holds a run of other settings: {key} was {was!r}, now {now!r}; "
                     "choose another --out"
                 )
-        write_text(
-            config, yaml.safe_dump({"format_version": _VERSION, **settings}, sort_keys=False)
-        )
+        write_text(config, yaml.safe_dump(sealed(settings, _VERSION), sort_keys=False))
 
     def free_bench(self) -> tuple[str, ...]:
         """The timing may be changed, or asked for later, until something was measured."""
         return () if (self.path / RESULTS_FILE).exists() else ("bench",)
 
     def _names(self) -> set[str]:
-        """What lies in the directory, without files that a killed process left half-written."""
+        """What lies in the directory, without what a killed process left half-written."""
         found = self.path.iterdir() if self.path.is_dir() else ()
-        return {item.name for item in found if not item.name.endswith(".part")}
+        return {item.name for item in found if item.suffix not in {".part", ".old"}}
 
     def once(self, name: str, make: Callable[[], T], load: Callable[[Path], T]) -> T:
         """Do a piece of work, or read back what it came to.
@@ -130,10 +171,6 @@ class Run:
     def kept(self, name: str) -> Path | None:
         """Where something stays; None in a temporary directory, where nothing does."""
         return None if self.is_temporary else self.path / name
-
-    def relative(self, path: Path) -> str:
-        """A path as seen from this directory, with "/" between folders."""
-        return Path(os.path.relpath(path, self.path)).as_posix()
 
 
 def is_run(folder: Path) -> bool:
@@ -236,16 +273,24 @@ def read_settings(run: Path) -> dict[str, Any]:
     """
     path = run / CONFIG_FILE
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtefactError(f"{path} is not readable: {reason}") from None
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ArtefactError(f"{path} is not readable: {one_line(error)}") from None
     if not isinstance(settings, dict) or settings.get("format_version") != _VERSION:
         raise ArtefactError(
             f"{run} is not a run directory of this version of vitcut (another version or another "
             "program wrote it): run its command again in a new directory"
         )
-    return settings
+    return unsealed(settings, path, kind="run", version=_VERSION, oldest=_VERSION)
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, as it is written here: they let a short file stand for a huge one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias, which no settings have")
+        return super().compose_node(parent, index)
 
 
 def differences(was: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -253,8 +298,6 @@ def differences(was: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, An
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         found: dict[str, tuple[Any, Any]] = {}
         for key in {**was, **now}:
-            if not prefix and key == "format_version":
-                continue
             name = f"{prefix}.{key}" if prefix else str(key)
             found |= differences(was.get(key), now.get(key), name)
         return found

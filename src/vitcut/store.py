@@ -1,14 +1,19 @@
-"""Files that survive a kill: atomic, hashed and versioned. Never pickle."""
+"""Files that survive a kill: atomic, hashed at writing and verified at reading. Never pickle.
 
+A file that is read again is *sealed*: it holds its format version and the SHA-256 of everything
+else in it. JSON holds them beside its values, safetensors (``tensors.py``) in their metadata.
+"""
+
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
-import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -23,8 +28,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_ABANDONED_AFTER_S = 3600
+_PART = re.compile(r"\..+\.\w{8,12}\.part")
+_LARGEST = 2**63
 _YAML_DEPTH, _YAML_NODES = 50, 1_000_000
+REMEDY = "restore it, or delete it and run again"
 
 
 def cache_dir() -> Path:
@@ -35,24 +42,22 @@ def cache_dir() -> Path:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Generator[Path]:
-    """Yield a temporary file beside ``path`` that takes its name when the block succeeds.
+    """Yield a temporary file that takes the name ``path`` when the block succeeds.
 
     A reader of ``path`` sees the old content or the whole new content, even after a kill.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    # In a folder of its own, because libraries put temporary files beside what they write.
+    with _part(path) as part:
+        temporary = part / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         # Without the sync a power cut may keep the rename and lose the bytes.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -60,38 +65,127 @@ def atomic_folder(folder: Path, *, replace: bool = True) -> Generator[Path]:
     """Yield a temporary folder beside ``folder`` that takes its name when the block succeeds.
 
     A folder cannot be replaced in one step: the earlier one is first moved aside. A process killed
-    at this moment leaves it there, and the next call puts it back. The next call also removes
-    temporary folders of killed processes.
+    at this moment leaves it there, and the next call puts it back.
 
     Args:
         folder: The folder to write.
         replace: Whether to replace an earlier folder. If False, an earlier folder stays and the
             new one is dropped.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _settle(folder)
-    for part in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+    with _part(folder) as part:
+        _settle(folder)
         try:
-            changed = max(item.stat().st_mtime for item in (part, *part.iterdir()))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        # A folder that has changed recently may belong to a process that is still running.
-        if time.time() - changed > _ABANDONED_AFTER_S:
-            shutil.rmtree(part, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+            yield part
+            if replace and folder.exists():
+                folder.replace(_aside(folder))
+            try:
+                part.replace(folder)
+            except OSError:
+                if replace or not folder.is_dir():
+                    raise
+        finally:
+            _settle(folder)
+
+
+@contextmanager
+def _part(path: Path) -> Generator[Path]:
+    """Yield a new folder beside ``path``, which nobody sweeps away before the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
+    while True:
+        part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+        part.mkdir()
+        lock = lock_folder(part)
+        if part.exists():
+            break
+        # Another process took it for an abandoned one before it was locked.
+        _unlock(lock)
     try:
         yield part
-        part.chmod(0o755)
-        if replace and folder.exists():
-            folder.replace(_aside(folder))
-        try:
-            part.replace(folder)
-        except OSError:
-            if replace or not folder.is_dir():
-                raise
     finally:
-        _settle(folder)
         shutil.rmtree(part, ignore_errors=True)
+        _unlock(lock)
+
+
+def lock_folder(folder: Path, *, wait: bool = True, shared: bool = False) -> int | None:
+    """Lock a folder until the file descriptor that is returned is closed, or the process ends.
+
+    Args:
+        folder: An existing folder.
+        wait: Whether to wait for another process that holds the lock.
+        shared: Whether others may hold the lock too, if they share it.
+
+    Returns:
+        The file descriptor; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+        FileNotFoundError: There is no such folder.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(opened, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise
+    except OSError:
+        os.close(opened)
+        return None
+    return opened
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def sweep(folder: Path, *, deep: bool = False) -> None:
+    """Remove the temporary files that killed processes left in a folder.
+
+    Args:
+        folder: The folder, which need not exist.
+        deep: Look into the folders in it, too, and finish replacing folders that were left halfway.
+            No other process may write into it meanwhile.
+    """
+    if not folder.is_dir():
+        return
+    _sweep(list(folder.rglob(".*.part") if deep else folder.glob(".*.part")))
+    for aside in list(folder.rglob(".*.old")) if deep else ():
+        _settle(aside.with_name(aside.name[1:].removesuffix(".old")))
+
+
+def _sweep(parts: Iterable[Path]) -> None:
+    """Remove temporary files and folders whose process has ended."""
+    for part in parts:
+        if not _PART.fullmatch(part.name):
+            continue
+        with suppress(OSError):  # In use, or already gone.
+            lock = lock_folder(part, wait=False)
+            if lock is None:
+                continue
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink()
+            os.close(lock)
+
+
+def _aside(folder: Path) -> Path:
+    """Where an earlier folder lies while a new one takes its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _settle(folder: Path) -> None:
+    """Put back an earlier folder that nothing has replaced; remove one that has been replaced."""
+    aside = _aside(folder)
+    if not folder.exists():
+        if aside.exists():
+            aside.replace(folder)
+    elif aside.is_symlink():
+        aside.unlink()
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -100,65 +194,119 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically, keys in the given order; NaN is refused."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, *, kind: str, newest_version: int) -> dict[str, Any]:
-    """Read a versioned JSON file that vitcut wrote.
+def sealed(content: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """JSON values with their format version and the hash of it all."""
+    whole = {"format_version": version, **content}
+    return {**whole, "sha256": sha256_json(whole)}
+
+
+def unsealed(content: Any, path: Path, *, kind: str, version: int, oldest: int) -> dict[str, Any]:
+    """What `sealed` was given, after its version and hash are checked.
+
+    Args:
+        content: What was read.
+        path: Where, for messages.
+        kind: What it holds, for messages: "circuit", "results", ...
+        version: The newest format version that the caller understands.
+        oldest: The oldest one.
+
+    Raises:
+        ArtefactError: It is something else, of another version, or was altered.
+    """
+    found = content.get("format_version") if isinstance(content, dict) else None
+    if type(found) is not int:
+        raise ArtefactError(f"{path} is not a vitcut {kind} file: it has no format_version")
+    if found > version:
+        raise ArtefactError(
+            f"{path} has format_version {found}, this vitcut reads up to {version}: upgrade vitcut"
+        )
+    if found < oldest:
+        raise ArtefactError(
+            f"{path} has format_version {found}, this vitcut reads {version}: make it again with "
+            "the command that wrote it"
+        )
+    whole = {key: value for key, value in content.items() if key != "sha256"}
+    own = hash_of_read(whole)
+    if own is None or own != content.get("sha256"):
+        raise ArtefactError(
+            f"{path} was altered: its hash is not the one that it was written with; {REMEDY}"
+        )
+    del whole["format_version"]
+    return whole
+
+
+def read_json(
+    path: str | Path, *, kind: str, version: int, oldest: int | None = None
+) -> dict[str, Any]:
+    """Read sealed JSON, without its format version and hash.
 
     Args:
         path: The file.
         kind: What it holds, for messages: "circuit", "results", ...
-        newest_version: The highest ``format_version`` that the caller understands.
+        version: The newest ``format_version`` that the caller understands.
+        oldest: The oldest one; None if there is only the newest.
 
     Raises:
-        ArtefactError: The file is missing, damaged, or of a newer version.
+        ArtefactError: The file is missing, damaged, altered, or of another version.
     """
+    path = Path(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"no {kind} file at {path}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is not a readable {kind} file: {error}") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if type(version) is not int:
-        raise ArtefactError(f"{path} is not a vitcut {kind} file: it has no format_version")
-    if version > newest_version:
-        raise ArtefactError(
-            f"{path} has format_version {version}, this vitcut reads up to {newest_version}: "
-            "upgrade vitcut"
-        )
-    return content
+    return unsealed(
+        content, path, kind=kind, version=version, oldest=version if oldest is None else oldest
+    )
 
 
 def save(path: str | Path, value: "DataclassInstance", *, version: int) -> None:
-    """Write a dataclass as versioned JSON, atomically: ``format_version``, then every field.
+    """Write a dataclass as sealed JSON, atomically: ``format_version``, then every field.
 
     Args:
         path: The file.
         value: A dataclass of JSON values, tuples and further dataclasses.
         version: The ``format_version``.
     """
-    write_json(path, {"format_version": version, **asdict(value)})
+    write_json(path, sealed(json.loads(json.dumps(asdict(value), allow_nan=False)), version))
 
 
 def load(path: str | Path, schema: type[T], *, kind: str, version: int) -> T:
-    """Read a dataclass that `save` wrote, and check every key and type.
+    """Read a dataclass that `save` wrote, and check every key, type and range.
 
     Args:
         path: The file.
         schema: The dataclass. Its ``__post_init__`` runs.
         kind: What the file holds, for messages: "results", "training", ...
-        version: The highest ``format_version`` that the caller understands.
+        version: The ``format_version`` that the caller understands.
 
     Raises:
-        ArtefactError: The file is missing, damaged, or of a newer version; a key is missing or
-            unknown, or a value has the wrong type.
+        ArtefactError: The file is missing, damaged, altered, or of another version; a key is
+            missing or unknown, or a value has the wrong type or is out of range.
     """
-    content = read_json(path, kind=kind, newest_version=version)
-    del content["format_version"]
+    content = read_json(path, kind=kind, version=version)
+    return convert(content, schema, what=f"{path} is not a {kind} file of format_version {version}")
+
+
+def convert(content: Any, schema: type[T], *, what: str, remedy: str = REMEDY) -> T:
+    """JSON values as a dataclass, every key and type checked, in nested ones too.
+
+    Args:
+        content: What was read.
+        schema: The dataclass. Its ``__post_init__`` runs.
+        what: What is wrong if it is not one, for the message.
+        remedy: What to do then.
+
+    Raises:
+        ArtefactError: A key is missing or unknown, or a value has the wrong type or is out of
+            range.
+    """
     try:
         value = msgspec.convert(content, schema, str_keys=True)
     except (msgspec.ValidationError, VitcutError) as error:
@@ -167,26 +315,25 @@ def load(path: str | Path, schema: type[T], *, kind: str, version: int) -> T:
         # msgspec replaces a missing key by its default and drops an unknown one. `save` writes
         # every key, so what it would write now shows which ones are missing or unknown.
         expected = json.loads(json.dumps(asdict(cast("DataclassInstance", value))))
-        problem = next(_odd_keys(content, expected), None)
+        problem = next(_odd_values(content, expected), None)
         if problem is None:
             return value
-    raise ArtefactError(
-        f"{path} is not a {kind} file of format_version {version}: {problem}; restore it, or "
-        "delete it and run again"
-    )
+    raise ArtefactError(f"{what}: {problem}; {remedy}")
 
 
-def _odd_keys(found: Any, expected: Any, place: str = "$") -> Iterator[str]:
-    """Name every key that only one of two JSON values has."""
+def _odd_values(found: Any, expected: Any, place: str = "$") -> Iterator[str]:
+    """Name every key that only one of two JSON values has, and numbers that are out of range."""
     if isinstance(found, dict):
         for key in {**expected, **found}:
             if key in found and key in expected:
-                yield from _odd_keys(found[key], expected[key], f"{place}.{key}")
+                yield from _odd_values(found[key], expected[key], f"{place}.{key}")
             else:
                 yield f"{'unknown' if key in found else 'missing'} field `{key}` - at `{place}`"
     elif isinstance(found, list):
         for number, (one, other) in enumerate(zip(found, expected, strict=False)):
-            yield from _odd_keys(one, other, f"{place}[{number}]")
+            yield from _odd_values(one, other, f"{place}[{number}]")
+    elif isinstance(found, (int, float)) and not -_LARGEST < found < _LARGEST:
+        yield f"a number that is out of range - at `{place}`"
 
 
 def parse_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
@@ -232,25 +379,8 @@ def sha256_json(content: Any) -> str:
 
 
 def hash_of_read(content: Any) -> str | None:
-    """The SHA-256 of a value read from JSON; None if it holds NaN or infinity."""
+    """The SHA-256 of a value that was read; None if it is not one that JSON can hold."""
     try:
         return sha256_json(content)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         return None
-
-
-def _aside(folder: Path) -> Path:
-    """Where an earlier folder lies while a new one takes its name."""
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _settle(folder: Path) -> None:
-    """Put back an earlier folder that nothing has replaced; remove one that has been replaced."""
-    aside = _aside(folder)
-    if not folder.exists():
-        if aside.exists():
-            aside.replace(folder)
-    elif aside.is_symlink():
-        aside.unlink()
-    else:
-        shutil.rmtree(aside, ignore_errors=True)

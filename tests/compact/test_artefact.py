@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from strategies import skipping_a_head, split_circuits
 from tiny import random_fill, random_pixels, random_vit
 
@@ -17,7 +16,7 @@ from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError
 from vitcut.masked.fill import Fill
 from vitcut.preprocessing import Framing, Preprocessing
-from vitcut.store import sha256_file, sha256_json
+from vitcut.store import sealed
 
 WEIGHTS = random_vit(num_heads=3)
 INFO = ModelInfo(
@@ -28,7 +27,7 @@ INFO = ModelInfo(
     source_model="timm:vit_tiny",
     source_sha256="ab",
 )
-SQUASHED = Framing(channels=1, fit="squash", crop_fraction=0.9, interpolation="box")
+SQUASHED = Framing(fit="squash", crop_fraction=0.9, interpolation="box")
 
 
 def compiled(circuit):
@@ -142,10 +141,10 @@ def test_a_newer_format_is_refused(folder):
         CompactViT.from_pretrained(folder)
 
 
-def test_an_older_format_says_to_cut_again(folder):
+def test_an_older_format_says_what_to_do(folder):
     change_config(folder, format_version=5)
     with pytest.raises(
-        ArtefactError, match=r"format_version 5, this vitcut reads 6: cut the model again"
+        ArtefactError, match=r"format_version 5, this vitcut reads 7: make it again"
     ):
         CompactViT.from_pretrained(folder)
 
@@ -169,7 +168,7 @@ def test_an_altered_plan_is_refused(folder):
     plan = json.loads((folder / CONFIG).read_text())["plan"]
     plan["shape"]["eps"] = 0.1
     change_config(folder, plan=plan)
-    with pytest.raises(ArtefactError, match=f"was altered: it is not the one that {TENSORS}"):
+    with pytest.raises(ArtefactError, match=r"config\.json was altered"):
         CompactViT.from_pretrained(folder)
 
 
@@ -194,37 +193,25 @@ ALTERED = {
 def test_altered_information_is_refused(folder, name):
     for value in ALTERED[name]:
         change_config(folder, **{name: value})
-        with pytest.raises(ArtefactError, match=f"was altered: it is not the one that {TENSORS}"):
+        with pytest.raises(ArtefactError, match=r"config\.json was altered"):
             CompactViT.from_pretrained(folder)
 
 
 def _resave(folder, change):
-    """Write a model directory with another config, as another version of vitcut would."""
+    """Write a model directory with another config and the right hash."""
     config = json.loads((folder / CONFIG).read_text())
     change(config)
-    described = {key: config[key] for key in config.keys() - {"format_version", "model_sha256"}}
-    save_file(
-        load_file(folder / TENSORS),
-        folder / TENSORS,
-        metadata={"config_sha256": sha256_json(described)},
-    )
-    config["model_sha256"] = sha256_file(folder / TENSORS)
-    (folder / CONFIG).write_text(json.dumps(config))
-
-
-def test_a_model_from_before_a_kind_of_model_was_known_is_read(folder):
-    now = CompactViT.from_pretrained(folder)
-    _resave(folder, lambda config: config["plan"]["shape"].pop("neuron_norm"))
-    before = CompactViT.from_pretrained(folder)
-    pixels = random_pixels(WEIGHTS)
-    assert before.plan == now.plan
-    assert torch.equal(before(pixels), now(pixels))
+    for key in ("format_version", "sha256"):
+        del config[key]
+    (folder / CONFIG).write_text(json.dumps(sealed(config, 7)))
 
 
 @pytest.mark.parametrize("name", [item.name for item in fields(ModelInfo)])
 def test_missing_information_is_named(folder, name):
     _resave(folder, lambda config: config.pop(name))
-    with pytest.raises(ArtefactError, match=f"lacks {name}: save the model again"):
+    with pytest.raises(
+        ArtefactError, match=f"`{name}` - at .*: *|missing field `{name}`.*save the model again"
+    ):
         CompactViT.from_pretrained(folder)
 
 
@@ -252,7 +239,7 @@ def test_a_preprocessing_comes_back(folder, framing):
 def test_a_preprocessing_that_is_not_known_is_refused(folder, value):
     _resave(folder, lambda config: config.update(preprocessing=value))
     with pytest.raises(
-        ArtefactError, match=r"preprocessing in .*config\.json is not one.*upgrade vitcut"
+        ArtefactError, match=r"config\.json: its information does not fit.*save the model again"
     ):
         CompactViT.from_pretrained(folder)
 
@@ -284,11 +271,14 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_earlier_directory(folder
     ("change", "message"),
     [
         (
-            lambda t: t.update({"classifier.bias": torch.zeros(9)}),
+            lambda t: t.update({"classifier.bias": torch.zeros(9, dtype=torch.float64)}),
             r"classifier\.bias in .* the shape \[4\] .* got \[9\]",
         ),
         (lambda t: t.pop("classifier.bias"), r"classifier\.bias in .* the shape \[4\] .* got None"),
-        (lambda t: t.update(spare=torch.zeros(1)), r"spare in .* the shape None .* got \[1\]"),
+        (
+            lambda t: t.update(spare=torch.zeros(1, dtype=torch.float64)),
+            r"spare in .* the shape None .* got \[1\]",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_the_plan_are_refused(folder, monkeypatch, change, message):

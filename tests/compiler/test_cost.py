@@ -1,8 +1,8 @@
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from forging import forge
 from strategies import parts_per_kind
 from tiny import REFERENCE, random_vit
 
@@ -140,19 +140,16 @@ def test_costs_of_another_machine_are_read_with_a_note(tmp_path, monkeypatch, ca
             r"call must be a finite number > 0, got 0\.0",
         ),
         (lambda c: c["nanoseconds"].update(call=-1), "got -1"),
-        (lambda c: c["nanoseconds"].update(call=float("nan")), "got nan"),
-        (lambda c: c["nanoseconds"].update(call=float("inf")), "got inf"),
+        (lambda c: c["nanoseconds"].update(call=float("nan")), "was altered"),
         (lambda c: c["nanoseconds"].update(call="3"), "got '3'"),
         (lambda c: c["nanoseconds"].update(call=True), "got True"),
-        (lambda c: c.update(format_version=2), "format_version 2, this vitcut reads up to 1"),
+        (lambda c: c.update(format_version=3), "format_version 3, this vitcut reads up to 2"),
     ],
 )
 def test_damaged_costs_are_refused_in_one_line(tmp_path, change, message):
     path = tmp_path / "costs.json"
     MEASURED.save(path)
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    forge(path, change)
     with pytest.raises(ArtefactError, match=message) as caught:
         CostModel.load(path)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -85,8 +86,21 @@ def test_a_log_whose_stages_are_not_those_of_the_search_is_refused(tmp_path, cha
         "rename": [line.replace('"mlp.1"', '"mlp.99"') for line in lines],
     }
     log.write_text("".join(altered[change]))
-    with pytest.raises(ArtefactError, match="does not hold the stages of this search"):
+    with pytest.raises(ArtefactError, match="was altered: its hashes"):
         acdc(weights, make_oracle(weights), settings_of(), log=log)
+
+
+def test_no_byte_of_a_log_can_be_altered_in_silence(tmp_path):
+    weights, log = random_vit(), tmp_path / "decisions.jsonl"
+    whole = acdc(weights, make_oracle(weights), settings_of(), log=log)
+    content, drawn = log.read_bytes(), np.random.default_rng(0)
+    for place in drawn.integers(0, 8 * len(content), 40):
+        altered = bytearray(content)
+        altered[place // 8] ^= 1 << place % 8
+        log.write_bytes(altered)
+        with suppress(ArtefactError):
+            found = acdc(weights, make_oracle(weights), settings_of(), log=log)
+            assert found.decisions == whole.decisions, f"bit {place}"
 
 
 def test_memory_and_precision_may_change_when_a_search_goes_on(tmp_path):

@@ -4,12 +4,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_samples import encoded, shades, tiny_imagenet, write_folder, write_parquet, write_zip
+from forging import forge
 
 from vitcut.errors import DataError
 from vitcut.images import prepare as prepare_module
@@ -110,45 +111,39 @@ import os, signal
 from vitcut.images import prepare
 from vitcut.images.settings import DataSettings
 def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-prepare.write_json = kill
+prepare.save = kill
 prepare.prepare(DataSettings(source={str(path)!r}, image_size=8))
 """
     killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(list((cache / "data").glob(".*.part"))) == 1
     again = prepare(_config(path))
+    assert len(list((cache / "data").iterdir())) == 1
     shutil.rmtree(cache)
     np.testing.assert_array_equal(again.images, prepare(_config(path)).images)
 
 
-def test_what_killed_runs_left_is_removed_after_a_while(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_zip(tmp_path / "a.zip", tiny_imagenet())
-    prepare(_config(path))
-    folder = next((cache / "data").iterdir())
-    abandoned = folder.rename(folder.with_name(f".{folder.name}.abc.part"))
-    prepare(_config(path))
-    assert abandoned.exists()
-    shutil.rmtree(folder)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 4000)
-    prepare(_config(path))
-    assert not abandoned.exists()
+def test_what_a_killed_run_left_of_other_data_goes_too(tmp_path: Path, cache: Path) -> None:
+    for part in (cache / ".a.zip.0123456789ab.part", cache / "data" / ".key.0123456789ab.part"):
+        part.mkdir(parents=True)
+        (part / "images.npy").write_bytes(b"half")
+    prepare(_config(write_zip(tmp_path / "a.zip", tiny_imagenet())))
+    assert [item.name for item in cache.iterdir()] == ["data"]
+    assert len(list((cache / "data").iterdir())) == 1
 
 
 def test_a_faster_process_wins_and_both_have_the_data(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_zip(tmp_path / "a.zip", tiny_imagenet())
-    write_json = prepare_module.write_json
+    save = prepare_module.save
 
-    def overtaken(*meta: object) -> None:
-        monkeypatch.setattr(prepare_module, "write_json", write_json)
+    def overtaken(*meta: object, **version: int) -> None:
+        monkeypatch.setattr(prepare_module, "save", save)
         prepare(_config(path))
-        write_json(*meta)
+        save(*meta, **version)
 
-    monkeypatch.setattr(prepare_module, "write_json", overtaken)
+    monkeypatch.setattr(prepare_module, "save", overtaken)
     assert len(prepare(_config(path)).images) == 24
     assert len(list((cache / "data").iterdir())) == 1
 
@@ -181,6 +176,45 @@ def test_a_damaged_cache_says_what_to_delete(
     damaged = next((cache / "data").iterdir()) / name
     damaged.write_bytes(damaged.read_bytes()[:size])
     with pytest.raises(DataError, match=r"damaged .*: delete"):
+        prepare(_config(path))
+
+
+@pytest.mark.parametrize("name", ["images.npy", "index.parquet", "meta.json"])
+def test_no_bit_of_the_cache_can_be_flipped_in_silence(
+    tmp_path: Path, cache: Path, name: str
+) -> None:
+    path = write_zip(tmp_path / "a.zip", tiny_imagenet())
+    whole = prepare(_config(path))
+    images = np.array(whole.images)
+    damaged = next((cache / "data").iterdir()) / name
+    content = damaged.read_bytes()
+    for place in np.random.default_rng(0).integers(0, 8 * len(content), 12):
+        altered = bytearray(content)
+        altered[place // 8] ^= 1 << place % 8
+        damaged.write_bytes(altered)
+        with suppress(DataError):
+            again = prepare(_config(path))
+            assert (again.images == images).all(), f"bit {place}"
+            assert again.paths.tolist() == whole.paths.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": 23},
+        {"image_size": 9},
+        {"source_fingerprint": "of other pictures"},
+        {"class_names": {}},
+        {"files": {}},
+        {"skipped": [1]},
+        {"more": 1},
+    ],
+)
+def test_a_forged_cache_is_refused(tmp_path: Path, cache: Path, change: dict[str, object]) -> None:
+    path = write_zip(tmp_path / "a.zip", tiny_imagenet())
+    prepare(_config(path))
+    forge(next((cache / "data").iterdir()) / "meta.json", lambda content: content.update(change))
+    with pytest.raises(DataError, match=r"prepared data is .*delete"):
         prepare(_config(path))
 
 

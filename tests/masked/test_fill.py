@@ -14,8 +14,7 @@ from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.masked.fill import Fill, zero_fill
 from vitcut.masked.masking import masked_run
-from vitcut.model.weights import hash_tensors
-from vitcut.store import sha256_json
+from vitcut.tensors import write_tensors
 
 TENSORS = ("sources", "neurons", "head_maps", "neuron_maps")
 WEIGHTS = random_vit()
@@ -92,9 +91,8 @@ def test_the_fingerprint_does_not_depend_on_the_layout_in_memory():
     [
         pytest.param(lambda p: rewrite(p, tensors={"sources": torch.zeros(3, 4)}), id="a tensor"),
         pytest.param(lambda p: rewrite(p, tensors={"more": torch.zeros(1)}), id="one tensor more"),
-        pytest.param(lambda p: rewrite(p, metadata={}), id="no hash"),
         pytest.param(
-            lambda p: rewrite(p, metadata={"fill": f"1 {Fill.load(p).fingerprint} "}),
+            lambda p: rewrite(p, metadata=of_another_circuit(p)),
             id="another circuit",
         ),
     ],
@@ -105,9 +103,20 @@ def test_an_altered_fill_is_refused(file, change):
         Fill.load(file)
 
 
+def of_another_circuit(path):
+    with safe_open(path, framework="pt") as stored:
+        return {"vitcut": stored.metadata()["vitcut"].replace('"circuit": "', '"circuit": "0')}
+
+
+def test_a_fill_without_a_hash_is_refused(file):
+    rewrite(file, metadata={})
+    with pytest.raises(ArtefactError, match="is not a vitcut fill file: it has no format_version"):
+        Fill.load(file)
+
+
 def test_a_newer_fill_is_refused(file):
-    rewrite(file, metadata={"fill": f"2 {Fill.load(file).fingerprint} "})
-    with pytest.raises(ArtefactError, match="format_version 2, this vitcut reads up to 1: update"):
+    write_tensors(file, load_file(file), {"circuit": None}, version=3)
+    with pytest.raises(ArtefactError, match="format_version 3, this vitcut reads up to 2: upgrade"):
         Fill.load(file)
 
 
@@ -130,11 +139,20 @@ def test_a_missing_fill_and_a_folder_are_refused(tmp_path):
             Fill.load(path)
 
 
-def test_tensors_of_other_names_are_refused_even_under_their_own_hash(file):
-    rewrite(file, tensors={"more": torch.zeros(1)})
-    content = sha256_json([None, hash_tensors(sorted(load_file(file).items()))])
-    rewrite(file, metadata={"fill": f"1 {content} "})
-    with pytest.raises(ArtefactError, match="is not a fill: it holds head_maps, more"):
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({"more": torch.zeros(1)}, {"circuit": None}),
+        ({"sources": torch.zeros(1)}, {"circuit": None}),
+        ({"sources": torch.zeros(1, 1, 1, dtype=torch.int64)}, {"circuit": None}),
+        ({}, {"circuit": 3}),
+        ({}, {}),
+        ({}, {"circuit": None, "more": 1}),
+    ],
+)
+def test_what_is_no_fill_is_refused_even_under_its_own_hash(file, change, facts):
+    write_tensors(file, load_file(file) | change, facts, version=2)
+    with pytest.raises(ArtefactError, match="is not a fill: it holds head_maps, "):
         Fill.load(file)
 
 

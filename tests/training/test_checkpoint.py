@@ -1,19 +1,15 @@
-import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from forging import forge
 from safetensors import SafetensorError
 from torch import nn
 
 from vitcut.errors import ArtefactError
-from vitcut.training.checkpoint import (
-    EpochMetrics,
-    TrainingFolder,
-    TrainResult,
-    read_tensors,
-    read_training,
-    write_tensors,
-)
+from vitcut.settings import config_hash
+from vitcut.tensors import read_tensors, write_tensors
+from vitcut.training.checkpoint import EpochMetrics, TrainingFolder, TrainResult, read_training
 
 RESULT = TrainResult(
     best_epoch=2,
@@ -50,43 +46,35 @@ def _row(epoch):
     )
 
 
-def test_tensors_and_facts_come_back_bit_by_bit(tmp_path):
-    tensors = {"a/b.c": torch.randn(3, 4), "step": torch.tensor(7.0), "n": torch.tensor([1, 2])}
-    write_tensors(tmp_path / "x" / "last.safetensors", tensors, {"epochs": 3})
-    again, facts = read_tensors(tmp_path / "x" / "last.safetensors")
-    assert facts == {"epochs": 3}
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
-
-
 @pytest.mark.parametrize("content", [None, b"", b"text instead of tensors", b"\xff" * 100])
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, content):
-    path = tmp_path / "last.safetensors"
-    if content is not None:
-        path.write_bytes(content)
+    folder, parts = _folder(tmp_path), _parts()
+    folder.save_epoch(_row(1), **parts, is_best=True)
+    folder.best.unlink() if content is None else folder.best.write_bytes(content)
     with pytest.raises(ArtefactError, match="not a readable checkpoint") as caught:
-        read_tensors(path)
+        folder.load_best(parts["model"], RESULT)
     assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.safetensors"
-    write_tensors(path, {}, {"epochs": 1})
+    folder, parts = _folder(tmp_path), _parts()
+    folder.save_epoch(_row(1), **parts, is_best=True)
 
     def full_disk(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("vitcut.training.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("vitcut.tensors.save_file", full_disk)
     with pytest.raises(ArtefactError, match=r"cannot write .*No space left"):
-        write_tensors(path, {}, {"epochs": 2})
-    assert read_tensors(path) == ({}, {"epochs": 1})
-    assert list(tmp_path.iterdir()) == [path]
+        folder.save_epoch(_row(2), **parts, is_best=False)
+    assert _folder(tmp_path).resume(**parts) == [_row(1)]
+    names = sorted(path.name for path in folder.last.parent.iterdir())
+    assert names == ["best.safetensors", "last.safetensors"]
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     folder = _folder(tmp_path)
     assert folder.open() is None
-    write_tensors(folder.last, {}, {})
+    folder.save_epoch(_row(1), **_parts(), is_best=True)
     with pytest.raises(ArtefactError, match="other settings"):
         _folder(tmp_path, seed=1).open()
 
@@ -111,12 +99,14 @@ def test_a_finished_training_says_its_settings_and_its_result(tmp_path):
     [
         ({"settings": None}, "Expected `object`, got `null` - at `$.settings`"),
         ({"result": {"best_epoch": 1}}, "missing required field `accuracy_fine` - at `$.result`"),
+        ({"settings": {"seed": 1}}, "its settings are not those that its hash is of"),
+        ({"result": {**asdict(RESULT), "best_epoch": 4}}, "the best of 3 epochs is 4"),
+        ({"result": {**asdict(RESULT), "accuracy_coarse": 1.5}}, "must be between 0 and 1"),
     ],
 )
 def test_a_damaged_marker_is_refused_by_key(tmp_path, change, message):
     _folder(tmp_path).open()
-    path = tmp_path / "training.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    forge(tmp_path / "training.json", lambda content: content.update(change))
     for read in (_folder(tmp_path).open, lambda: read_training(tmp_path)):
         with pytest.raises(ArtefactError, match="is not a training file") as caught:
             read()
@@ -137,8 +127,8 @@ def test_the_state_of_an_epoch_comes_back_bit_by_bit(tmp_path, averaged):
     for one, other in zip(*(moment.values() for moment in moments), strict=True):
         assert one.keys() == other.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(one[name], other[name]) for name in one)
-    best, _ = read_tensors(folder.best)
-    assert torch.equal(best["weight"], saved["average" if averaged else "model"].weight)
+    folder.load_best(fresh["model"], replace(RESULT, best_epoch=1))
+    assert torch.equal(fresh["model"].weight, saved["average" if averaged else "model"].weight)
 
 
 def test_metrics_after_the_checkpoint_are_cut_off_half_lines_too(tmp_path):
@@ -161,13 +151,49 @@ def test_without_a_checkpoint_a_training_starts_over(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("lines", [[], [1], ["no json"], [{"epoch": 1}, {"epoch": 2}], [2, 2]])
-def test_metrics_that_do_not_fit_their_checkpoint_are_refused(tmp_path, lines):
+@pytest.mark.parametrize("lines", [[], ["no json"], ['{"epoch": 9}\n'] * 3])
+def test_metrics_are_those_of_the_checkpoint_whatever_their_file_says(tmp_path, lines):
     folder, parts = _folder(tmp_path), _parts()
-    folder.save_epoch(_row(1), **parts, is_best=False)
-    row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    folder.save_epoch(_row(2), **parts, is_best=False)
-    found = [json.dumps({**row, "epoch": line} if line in (1, 2) else line) for line in lines]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(found))
-    with pytest.raises(ArtefactError, match="does not hold the 2 epochs"):
-        folder.resume(**parts)
+    for epoch in (1, 2):
+        folder.save_epoch(_row(epoch), **parts, is_best=False)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert _folder(tmp_path).resume(**parts) == [_row(1), _row(2)]
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+def _state(rows, **changes):
+    return {"of": config_hash({}), "epochs": [asdict(row) for row in rows]} | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "facts", "message"),
+    [
+        ({}, _state([_row(1)], of="0"), "is a checkpoint of another training"),
+        ({}, _state([_row(2)]), "does not hold all epochs"),
+        ({}, _state([_row(1), _row(1)]), "does not hold all epochs"),
+        ({}, {"of": config_hash({})}, "is not a checkpoint: .*`epochs`"),
+        ({"model/weight": torch.ones(9)}, _state([_row(1)]), "does not fit the model"),
+        ({"model/more": torch.ones(9)}, _state([_row(1)]), "does not fit the model"),
+        ({"optimizer/0.exp_avg": torch.ones(9)}, _state([_row(1)]), "does not fit the model"),
+        ({"optimizer/7.exp_avg": torch.ones(9)}, _state([_row(1)]), "does not fit the model"),
+        ({"optimizer/x": torch.ones(9)}, _state([_row(1)]), "does not fit the model"),
+        ({"optimizer/0.more": torch.ones(1, 2)}, _state([_row(1)]), "does not fit the model"),
+        ({"model/weight": torch.ones(1, 2) / 0}, _state([_row(1)]), "not finite"),
+    ],
+)
+def test_a_forged_state_is_refused_in_one_line(tmp_path, change, facts, message):
+    folder, parts = _folder(tmp_path), _parts()
+    folder.save_epoch(_row(1), **parts, is_best=True)
+    tensors, _ = read_tensors(folder.last, kind="checkpoint", version=2)
+    write_tensors(folder.last, tensors | change, facts, version=2)
+    with pytest.raises(ArtefactError, match=message) as caught:
+        _folder(tmp_path).resume(**parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_best_weights_are_those_of_the_epoch_that_was_best(tmp_path):
+    folder, parts = _folder(tmp_path), _parts()
+    folder.save_epoch(_row(1), **parts, is_best=True)
+    with pytest.raises(ArtefactError, match="is not of epoch 2, the best one"):
+        folder.load_best(parts["model"], RESULT)

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import PREPROCESSING, SETTINGS, tiny_images, tiny_model
 
+from vitcut import tensors as tensor_files
 from vitcut.errors import ArtefactError, ConfigError, ModelError
 from vitcut.model.model import weight_hash
 from vitcut.model.reference import build_reference
 from vitcut.model.settings import VitSettings
-from vitcut.training import checkpoint, loop
+from vitcut.training import loop
 from vitcut.training.checkpoint import TrainResult
 from vitcut.training.loop import SoftCrossEntropy, create_optimizer, training_precision
 from vitcut.training.settings import TrainSettings
@@ -89,7 +90,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_repeats_the_epoch(
 ):
     """Also leaves what a kill in the middle of a file leaves."""
     writes = iter(range(100))
-    save_file = checkpoint.save_file
+    save_file = tensor_files.save_file
 
     def dying(tensors, path, **options):
         if next(writes) == write:
@@ -98,7 +99,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_repeats_the_epoch(
         save_file(tensors, path, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", dying)
+        patched.setattr(tensor_files, "save_file", dying)
         with pytest.raises(Killed):
             _train(tmp_path)
     assert _train(tmp_path)[0] == undisturbed[None][0]

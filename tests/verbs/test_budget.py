@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from forging import forge
 from safetensors.torch import load_file
 
 import vitcut
@@ -16,6 +17,7 @@ from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import count_macs
+from vitcut.compiler import cut as cutting
 from vitcut.compiler.cut import FILL_FILE, Cut
 from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError, CircuitError
@@ -27,6 +29,7 @@ from vitcut.runs import find_circuit
 from vitcut.selection import search as searching
 from vitcut.selection.search import PathStep, SearchPath
 from vitcut.selection.settings import Budget
+from vitcut.store import sealed, write_json
 
 PATH_FILE, STEP_FILE = "path.json", "step.json"
 SHORT = {
@@ -179,7 +182,7 @@ STAGES = {
     "before the first round is measured": (PathStep, "save", 0),
     "in the second round": (Circuit, "save", 0),
     "before the path is written": (SearchPath, "save", 0),
-    "before the model is saved": (CompactViT, "save_pretrained", 0),
+    "before the model is saved": (cutting, "fill_folder", 0),
     "before anything is measured": (points, "measure", 0),
 }
 
@@ -321,8 +324,47 @@ def test_an_impossible_budget_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("content", ["{}", '{"steps": [{"name": 1}]}', '{"steps": []}'])
 def test_a_damaged_path_is_refused(tmp_path, content):
-    (tmp_path / PATH_FILE).write_text(json.dumps({"format_version": 1, **json.loads(content)}))
+    write_json(tmp_path / PATH_FILE, sealed(json.loads(content), 2))
     with pytest.raises(ArtefactError, match=r"path\.json is not a path file"):
+        SearchPath.load(tmp_path / PATH_FILE)
+
+
+STEP = {
+    "name": "macs-0.5000",
+    "circuit": "path/macs-0.5000/circuit.json",
+    "macs": 10,
+    "macs_fraction": 0.5,
+    "accuracy_coarse": 0.9,
+    "kl": 0.1,
+    "heads_kept": 3,
+    "neurons_kept_fraction": 0.5,
+    "latency_fraction": None,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"circuit": "../circuit.json"},
+        {"name": "../..", "circuit": "path/../../circuit.json"},
+        {"accuracy_coarse": 1.5},
+        {"macs": -1},
+        {"latency_fraction": 0.0},
+        {"change_low": -2.0},
+    ],
+)
+def test_a_step_whose_values_cannot_be_is_refused(tmp_path, change):
+    PathStep(**STEP).save(tmp_path / "step.json")
+    assert PathStep.load(tmp_path / "step.json") == PathStep(**STEP)
+    forge(tmp_path / "step.json", lambda content: content.update(change))
+    with pytest.raises(ArtefactError, match=r"step\.json is not a step file"):
+        PathStep.load(tmp_path / "step.json")
+
+
+def test_answers_are_steps_of_the_path(tmp_path):
+    SearchPath(steps=(PathStep(**STEP),), answers=("macs-0.5000",)).save(tmp_path / PATH_FILE)
+    forge(tmp_path / PATH_FILE, lambda content: content.update(answers=["../../elsewhere"]))
+    with pytest.raises(ArtefactError, match=r"answers must be one of macs-0\.5000"):
         SearchPath.load(tmp_path / PATH_FILE)
 
 

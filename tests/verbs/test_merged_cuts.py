@@ -59,7 +59,7 @@ def test_a_merged_circuit_is_saved_compiled_and_told_of(
 
     point = Results.load(out / "results.json").points[-1]
     merged = point.faithfulness["merge"]
-    assert (merged["edges_restored"], merged["streams"]) == (4, [7, 5])
+    assert (merged["edges_restored"], merged["streams"]) == (4, (7, 5))
     before, after = merged["kl"]
     assert before > after == pytest.approx(0, abs=1e-6)
     assert point.max_abs_diff < 1e-4

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forging import forge
 from safetensors.torch import load_file
 
 import vitcut
@@ -12,6 +13,7 @@ from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
+from vitcut.compiler import cut as cutting
 from vitcut.compiler.cut import Cut
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
@@ -149,7 +151,7 @@ def test_a_finished_repair_is_not_redone(finished, repaired, capsys):
 
 
 STAGES = {
-    "before the compact model is saved": (CompactViT, "save_pretrained"),
+    "before the compact model is saved": (cutting, "fill_folder"),
     "before the dense model is saved": (Model, "save"),
     "before anything is measured": (points, "measure"),
     "before the card": (cards, "repaired_card"),
@@ -217,8 +219,7 @@ def test_a_repaired_dense_model_has_to_be_there_and_finished(finished, repaired,
         _repair(finished, tmp_path / "out", repaired_dense=tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(repaired / "dense-repaired", copy)
-    content = json.loads((copy / "training.json").read_text())
-    (copy / "training.json").write_text(json.dumps(content | {"result": None}))
+    forge(copy / "training.json", lambda content: content.update(result=None))
     with pytest.raises(ArtefactError, match="is not finished"):
         _repair(finished, tmp_path / "out", repaired_dense=copy)
 
@@ -296,9 +297,9 @@ def test_a_folder_of_another_repair_is_refused(finished, repaired):
 
 
 def test_a_damaged_record_of_a_repair_is_refused(repaired, tmp_path):
-    content = json.loads((repaired / REPAIR_FILE).read_text())
     for change in ({"paired": [{"point": 1}]}, {"training": None}, {"dense_training": 3}):
-        (tmp_path / REPAIR_FILE).write_text(json.dumps(content | change))
+        shutil.copyfile(repaired / REPAIR_FILE, tmp_path / REPAIR_FILE)
+        forge(tmp_path / REPAIR_FILE, lambda content, change=change: content.update(change))
         with pytest.raises(ArtefactError, match=r"repair\.json is not a repair file"):
             Repair.load(tmp_path / REPAIR_FILE)
 

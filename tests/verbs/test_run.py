@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import yaml
+from forging import forge
 
 from vitcut.circuit import Circuit
 from vitcut.cli import main
@@ -124,9 +125,7 @@ def test_an_edited_label_file_is_noticed_even_by_a_complete_run(recipe, finished
 def test_other_images_at_the_same_path_are_noticed(recipe, finished, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    settings = yaml.safe_load((copy / "config.yaml").read_text())
-    settings["images"]["fingerprint"] = "of other pictures"
-    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    forge(copy / "config.yaml", lambda c: c["images"].update(fingerprint="of other pictures"))
     assert _run(recipe, copy) == 2
     assert "begun with other images or another label file" in capsys.readouterr().err
 

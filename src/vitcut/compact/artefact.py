@@ -1,34 +1,34 @@
 """The model directory: config.json, tensors, circuit, fill and card. Never pickle."""
 
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vitcut.circuit import Circuit
 from vitcut.compact.plan import Plan
-from vitcut.errors import ArtefactError, ConfigError
-from vitcut.preprocessing import Framing, Preprocessing
+from vitcut.errors import ArtefactError
+from vitcut.preprocessing import Preprocessing
 from vitcut.shapes import Tensor
 from vitcut.store import (
     atomic_folder,
     atomic_path,
-    hash_of_read,
+    convert,
     read_json,
+    sealed,
     sha256_file,
-    sha256_json,
     write_json,
     write_text,
 )
+from vitcut.tensors import require_finite
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
-_HASH = "config_sha256"
-_UNHASHED = {"format_version", "model_sha256"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -48,6 +48,33 @@ class ModelInfo:
     source_sha256: str | None = None
     """Hash of the weights it was cut from."""
 
+    def require_fit(self, plan: Plan) -> None:
+        """Check that this describes a model of that plan.
+
+        Raises:
+            ArtefactError: It does not.
+        """
+        taken, shape = self.preprocessing, plan.shape
+        classes, groups = len(self.class_names), len(self.group_names)
+        if taken is not None and (taken.image_size, taken.framing.channels) != (
+            shape.image_size,
+            shape.channels,
+        ):
+            raise ArtefactError(
+                f"images of {taken.image_size} pixels and {taken.framing.channels} channels for a "
+                f"model that takes {shape.image_size} and {shape.channels}; save the model again"
+            )
+        if (
+            classes not in {0, shape.num_classes}
+            or len(self.group_of_class) not in {0, shape.num_classes}
+            or not all(0 <= group < groups for group in self.group_of_class)
+            or len(set(self.group_names)) < groups
+        ):
+            raise ArtefactError(
+                f"{classes} names and {len(self.group_of_class)} groups of {groups} for "
+                f"{shape.num_classes} logits; save the model again"
+            )
+
 
 def save_folder(
     folder: Path,
@@ -64,40 +91,53 @@ def save_folder(
         raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
         raise ArtefactError(f"{folder} exists and is not a model directory: choose another --out")
-    # Whatever cannot be read is refused before anything is written.
-    beside: dict[str, bytes] = {}
-    if circuit is not None:
-        is_text = str(circuit).lstrip().startswith("{")
-        beside[CIRCUIT] = str(circuit).encode() if is_text else _read(circuit, "circuit")
-    if fill is not None:
-        beside[FILL] = _read(fill, "fill")
-    described = {**asdict(info), "plan": plan.to_dict()}
-    with atomic_folder(folder) as temporary:
-        plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        try:
-            # One key of metadata: safetensors writes several in random order.
-            with atomic_path(temporary / TENSORS) as path:
-                save_file(plain, path, metadata={_HASH: sha256_json(described)})
-        except SafetensorError as error:
-            raise ArtefactError(
-                f"cannot write {TENSORS} into {folder.parent}: {error}; is the disk full?"
-            ) from None
-        # The hashes bind both files to each other: the config's is in the tensors' file.
-        version = {"format_version": FORMAT_VERSION}
-        hashes = {"model_sha256": sha256_file(temporary / TENSORS)}
-        write_json(temporary / CONFIG, {**version, **hashes, **described})
-        for name, content in beside.items():
-            with atomic_path(temporary / name) as path:
-                path.write_bytes(content)
+    with atomic_folder(folder) as fresh:
+        if circuit is not None and str(circuit).lstrip().startswith("{"):
+            write_text(fresh / CIRCUIT, str(circuit))
+        elif circuit is not None:
+            _copy(circuit, fresh / CIRCUIT)
+        if fill is not None:
+            _copy(fill, fresh / FILL)
+        fill_folder(fresh, plan=plan, info=info, tensors=tensors)
         if card is not None:
-            write_text(temporary / CARD, card)
+            write_text(fresh / CARD, card)
+
+
+def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[str, Tensor]) -> None:
+    """Write a model into a new folder, and bind it to the circuit and the fill that lie there.
+
+    They are bound by what they compute, so that one model has the same hashes however long it took
+    to find, and wherever it lies.
+    """
+    path = fresh / TENSORS
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        with atomic_path(path) as temporary:
+            save_file(plain, temporary)
+    except SafetensorError as error:
+        raise ArtefactError(
+            f"cannot write {TENSORS} into {fresh.parent}: {error}; is the disk full?"
+        ) from None
+    described = {
+        "model_sha256": sha256_file(path),
+        "circuit": None,
+        "fill": None,
+        **asdict(info),
+        "plan": plan.to_dict(),
+    }
+    if (fresh / CIRCUIT).exists():
+        described["circuit"] = Circuit.load(fresh / CIRCUIT).fingerprint
+    if (fresh / FILL).exists():
+        described["fill"] = sha256_file(fresh / FILL)
+    write_json(fresh / CONFIG, sealed(described, FORMAT_VERSION))
 
 
 def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
     """Read the plan, the information and the tensors of a model directory.
 
     Raises:
-        ArtefactError: A file is missing, damaged, altered or of another version.
+        ArtefactError: A file is missing, damaged, altered or of another version, or not the one
+            that the others were saved with.
     """
     if not (folder / CONFIG).exists():
         # A run directory has models in it, which may be what was meant.
@@ -106,45 +146,43 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
         where = f"it is a run directory, give one of its models: {', '.join(map(str, models))}"
         expected = f"expected a model directory that vitcut wrote, with {CONFIG} and {TENSORS}"
         raise ArtefactError(f"no compact model at {folder}: {where if models else expected}")
-    config = read_json(folder / CONFIG, kind="compact model", newest_version=FORMAT_VERSION)
-    if config["format_version"] < FORMAT_VERSION:
-        raise ArtefactError(
-            f"{folder / CONFIG} has format_version {config['format_version']}, this vitcut reads "
-            f"{FORMAT_VERSION}: cut the model again from its circuit"
-        )
-    path = folder / TENSORS
+    config = read_json(folder / CONFIG, kind="compact model", version=FORMAT_VERSION)
+    path, plan = folder / TENSORS, config.pop("plan", None)
+    bound = {name: config.pop(name, None) for name in ("model_sha256", "circuit", "fill")}
     if not path.is_file():
         raise ArtefactError(f"{folder} lacks {TENSORS}: copy the whole model directory")
-    if sha256_file(path) != config.get("model_sha256"):
+    if sha256_file(path) != bound["model_sha256"]:
         raise ArtefactError(f"{path} was altered: its hash is not the one in {CONFIG}")
+    circuit, fill = folder / CIRCUIT, folder / FILL
+    beside = {
+        "circuit": Circuit.load(circuit).fingerprint if circuit.exists() else None,
+        "fill": sha256_file(fill) if fill.exists() else None,
+    }
+    for name, found in beside.items():
+        if found not in {None, bound[name]}:
+            raise ArtefactError(
+                f"the {name} in {folder} is not the one that the model was saved with: restore it, "
+                "or remove it"
+            )
     try:
         with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"{path} is not readable: {error}") from None
-    described = {key: config[key] for key in config.keys() - _UNHASHED}
-    if hash_of_read(described) != metadata.get(_HASH):
+    types = {str(tensor.dtype) for tensor in tensors.values()}
+    if len(types) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise ArtefactError(
-            f"{folder / CONFIG} was altered: it is not the one that {TENSORS} was saved with"
+            f"{path} must hold floating-point numbers of one type, got {', '.join(sorted(types))}"
         )
-    values: dict[str, Any] = {}
-    for name in (item.name for item in fields(ModelInfo)):
-        if name not in config:
-            raise ArtefactError(f"{folder / CONFIG} lacks {name}: save the model again")
-        values[name] = tuple(config[name]) if isinstance(config[name], list) else config[name]
+    require_finite(tensors, path)
     try:
-        taken: Any = values["preprocessing"]
-        if taken is not None:
-            taken |= {name: tuple(taken[name]) for name in ("mean", "std")}
-            taken["framing"] = Framing(**taken["framing"])
-            values["preprocessing"] = Preprocessing(**taken)
-    except (TypeError, KeyError, ConfigError) as error:
-        raise ArtefactError(
-            f"the preprocessing in {folder / CONFIG} is not one that this vitcut knows "
-            f"({error!r}): upgrade vitcut, or save the model again"
-        ) from None
-    return Plan.from_dict(config["plan"]), ModelInfo(**values), tensors
+        read = Plan.from_dict(plan)
+        what = "its information does not fit"
+        info = convert(config, ModelInfo, what=what, remedy="save the model again")
+        info.require_fit(read)
+    except ArtefactError as error:
+        raise ArtefactError(f"{folder / CONFIG}: {error}") from None
+    return read, info, tensors
 
 
 def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Path:
@@ -170,11 +208,9 @@ def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Pat
         raise ArtefactError(f"no model directory at {name}, nor a hub model: {reason}") from None
 
 
-def _read(path: str | Path, kind: str) -> bytes:
+def _copy(path: str | Path, to: Path) -> None:
     try:
-        content = Path(path).read_bytes()
-        if kind == "circuit":
-            content.decode()
-        return content
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"cannot read the {kind} {path}: {error}") from None
+        with atomic_path(to) as temporary:
+            shutil.copyfile(path, temporary)
+    except OSError as error:
+        raise ArtefactError(f"cannot read the {to.stem} {path}: {error}") from None

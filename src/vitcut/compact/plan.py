@@ -4,15 +4,17 @@ A plan holds no tensors, so a circuit's cost is known before any weight is folde
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from vitcut.errors import ArtefactError
 from vitcut.names import Activation, Letter, PatchReadout, TokenKind
+from vitcut.store import convert
 
 EMBED = "embed"
 """The name of the patch embedding among the terms of a stream."""
+
+_REMEDY = "save the model again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,37 +272,15 @@ class Plan:
 
     @classmethod
     def from_dict(cls, content: Any) -> "Plan":
-        """Rebuild a plan from ``to_dict``, also after a trip through JSON.
+        """Rebuild a plan from ``to_dict``, also after a trip through JSON, and check all of it.
 
         Raises:
-            ArtefactError: ``content`` is not a plan.
+            ArtefactError: ``content`` is not a plan, or not one that can be computed.
         """
-        return _decode(cls, content, "plan")
+        from vitcut.compact.validity import find_fault  # imports this file
 
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """``value``, made of JSON's types, as an instance of the annotated ``kind``.
-
-    Nothing is converted but lists to tuples: ``True`` is not an int, and 1 not a float.
-    """
-    if is_dataclass(kind):
-        names = {item.name for item in fields(kind)}
-        # A field with a default may be missing: it may be younger than the plan.
-        needed = {item.name for item in fields(kind) if item.default is MISSING}
-        if not isinstance(value, dict) or not needed <= set(value) <= names:
-            got = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
-            raise ArtefactError(
-                f"{where} must have the keys {', '.join(sorted(names))}, got {got}: "
-                "save the model again"
-            )
-        make, hints = cast(type, kind), get_type_hints(kind)
-        return make(**{key: _decode(hints[key], value[key], f"{where}.{key}") for key in value})
-    origin, members = get_origin(kind), get_args(kind)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_decode(members[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is UnionType:
-        (member,) = set(members) - {NoneType}
-        return None if value is None else _decode(member, value, where)
-    if value in members if origin is Literal else type(value) is kind:
-        return value
-    raise ArtefactError(f"{where} must be {kind}, got {value!r}: save the model again")
+        plan = convert(content, cls, what="the plan is not one", remedy=_REMEDY)
+        fault = find_fault(plan)
+        if fault is not None:
+            raise ArtefactError(f"the plan cannot be computed: {fault}; {_REMEDY}")
+        return plan

@@ -12,9 +12,9 @@ from vitcut.compiler.settings import CutSettings
 from vitcut.errors import ArtefactError
 from vitcut.progress import say
 from vitcut.runtime import describe_machine
-from vitcut.store import read_json, sha256_json, write_json
+from vitcut.store import read_json, sealed, sha256_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Unit = Literal[
     "call",
@@ -134,7 +134,7 @@ class CostModel:
     def save(self, path: str | Path) -> None:
         """Write costs that were measured on this machine, as JSON."""
         content = {"machine": _machine(), "nanoseconds": self.nanoseconds}
-        write_json(path, {"format_version": FORMAT_VERSION, **content})
+        write_json(path, sealed(content, FORMAT_VERSION))
 
     @classmethod
     def load(cls, path: str | Path, *, batch: int = 64) -> "CostModel":
@@ -148,7 +148,7 @@ class CostModel:
             ArtefactError: The file is missing, damaged or of a newer version, or a cost is missing,
                 unknown or no positive number.
         """
-        content = read_json(path, kind="costs", newest_version=FORMAT_VERSION)
+        content = read_json(path, kind="costs", version=FORMAT_VERSION)
         costs = content.get("nanoseconds")
         if not isinstance(costs, dict) or set(costs) != set(get_args(Unit)):
             got = ", ".join(costs) if isinstance(costs, dict) else repr(costs)

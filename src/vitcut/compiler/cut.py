@@ -1,6 +1,5 @@
 """A cut: a circuit compiled into a compact model, and the proof that it equals the masked one."""
 
-import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -9,26 +8,51 @@ from typing import Any
 
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.circuit import Circuit
-from vitcut.compact.artefact import ModelInfo
+from vitcut.compact.artefact import TENSORS, ModelInfo, fill_folder
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import count_macs
 from vitcut.compiler.cost import CostModel
 from vitcut.compiler.emit import Exactness, compile_circuit, verify
 from vitcut.compiler.merging import MERGES, merge_streams, num_streams
 from vitcut.compiler.settings import CutSettings
-from vitcut.errors import ArtefactError, CircuitError
+from vitcut.errors import ArtefactError, CircuitError, ConfigError
 from vitcut.images.load import Images, ImageSet, normalise
 from vitcut.images.stratified import choose_evenly
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import Fitter
 from vitcut.model.model import Model
-from vitcut.results import CLASS_ONLY, Point, Results
+from vitcut.results import CLASS_ONLY, Asked, Faithfulness, Measured, Merged, Point, Results
 from vitcut.runs import CIRCUIT_FILE
-from vitcut.store import atomic_folder, read_json, write_json
+from vitcut.settings import require_at_least
+from vitcut.store import atomic_folder, load, save, sha256_file
 
 FILL_FILE = "fill.safetensors"
 _FACTS_FILE = "cut.json"
-_VERSION = 2
+_VERSION = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """The content of ``cut.json``."""
+
+    model: str
+    """SHA-256 of the file of tensors that it lies beside."""
+    name: str
+    exactness: Exactness | None
+    faithfulness: Faithfulness | None
+    budget: Asked | None
+    seconds: float | None
+
+    def __post_init__(self) -> None:
+        if not self.name.isprintable() or {"/", "\\"} & {*self.name} or self.name.strip(". ") == "":
+            raise ConfigError(f"a cut cannot be called {self.name!r}")
+        if self.exactness is not None:
+            found = self.exactness
+            if not 0 <= found.max_abs_diff <= found.tolerance:
+                raise ConfigError("the compact model is not within the tolerance")
+            require_at_least("images", found.images, 1)
+        if self.seconds is not None:
+            require_at_least("seconds", self.seconds, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -43,12 +67,12 @@ class Cut:
     linear fill is kept."""
     exactness: Exactness | None = None
     """How far it is from the masked model; None for a repaired model, which computes another."""
-    faithfulness: dict[str, Any] | None = None
+    faithfulness: Faithfulness | None = None
     """KL on the calibration images under the ablations of discovery and of the cut, and the effect
     of merging if it was asked for."""
     name: str = "cut"
     """Name of its point in results."""
-    budget: dict[str, Any] | None = None
+    budget: Asked | None = None
     """What the circuit was searched for: {"macs": 0.2}, or {"latency": 0.25, ...}."""
     seconds: float | None = None
     """How long finding and cutting it took; None if unknown."""
@@ -59,19 +83,22 @@ class Cut:
 
     def save(self, folder: Path) -> None:
         """Write a model directory with the circuit, a linear fill and the facts of the cut."""
+        model = self.model
         with atomic_folder(folder) as fresh:
-            circuit = None if self.circuit is None else json.dumps(self.circuit.to_dict(), indent=1)
-            self.model.save_pretrained(fresh, circuit=circuit)
+            if self.circuit is not None:
+                self.circuit.save(fresh / CIRCUIT_FILE)
             if self.fill is not None and self.fill.circuit is not None:
                 self.fill.save(fresh / FILL_FILE)
-            facts = {
-                "name": self.name,
-                "exactness": None if self.exactness is None else vars(self.exactness),
-                "faithfulness": self.faithfulness,
-                "budget": self.budget,
-                "seconds": self.seconds,
-            }
-            write_json(fresh / _FACTS_FILE, {"format_version": _VERSION, **facts})
+            fill_folder(fresh, plan=model.plan, info=model.info, tensors=model.state_dict())
+            facts = _Facts(
+                model=sha256_file(fresh / TENSORS),
+                name=self.name,
+                exactness=self.exactness,
+                faithfulness=self.faithfulness,
+                budget=self.budget,
+                seconds=self.seconds,
+            )
+            save(fresh / _FACTS_FILE, facts, version=_VERSION)
 
     @classmethod
     def load(cls, folder: Path) -> "Cut":
@@ -81,38 +108,37 @@ class Cut:
             ArtefactError: It is damaged, or of another version.
         """
         model = CompactViT.from_pretrained(folder)
-        path, fill = folder / CIRCUIT_FILE, folder / FILL_FILE
+        path, fill, facts = folder / CIRCUIT_FILE, folder / FILL_FILE, folder / _FACTS_FILE
         circuit = Circuit.load(path) if path.is_file() else None
         known: dict[str, Any] = {}
-        if (folder / _FACTS_FILE).is_file():
-            known = read_json(folder / _FACTS_FILE, kind="cut", newest_version=_VERSION)
-            del known["format_version"]
+        if facts.is_file():
+            found = load(facts, _Facts, kind="cut", version=_VERSION)
+            if found.model != sha256_file(folder / TENSORS):
+                raise ArtefactError(
+                    f"{facts} is not of the model that it lies beside: restore it, or remove it"
+                )
+            known = {key: value for key, value in vars(found).items() if key != "model"}
         elif circuit is not None:
             known["name"] = point_name(circuit)
-        try:
-            exactness = known.pop("exactness", None)
-            return cls(
-                model=model,
-                circuit=circuit,
-                fill=Fill.load(fill) if fill.is_file() else None,
-                exactness=None if exactness is None else Exactness(**exactness),
-                folder=folder,
-                **known,
-            )
-        except TypeError as error:
-            raise ArtefactError(
-                f"{folder / _FACTS_FILE} is damaged: {error}; cut the model again"
-            ) from None
+        return cls(
+            model=model,
+            circuit=circuit,
+            fill=Fill.load(fill) if fill.is_file() else None,
+            folder=folder,
+            **known,
+        )
 
     def point(self, run: Path | None = None) -> Point:
         """What is known about the compact model before it is measured.
 
         Args:
-            run: The directory that the point's paths are relative to; None leaves them out.
+            run: The directory that the point's paths are relative to; paths out of it are left
+                out. None leaves out all.
         """
         circuit, point, place = self.circuit, Point(name=self.name), None
         if run is not None and self.folder is not None:
-            place = Path(os.path.relpath(self.folder, run)).as_posix()
+            inside = Path(os.path.relpath(self.folder, run)).as_posix()
+            place = None if inside.startswith("..") else inside
         if circuit is not None:
             graph = circuit.graph
             point = replace(
@@ -157,7 +183,7 @@ def cut_circuit(
     fitter: Fitter,
     costs: CostModel,
     name: str | None = None,
-    budget: dict[str, Any] | None = None,
+    budget: Asked | None = None,
 ) -> Cut:
     """Compile a circuit, check the result, and measure it again under the cut's ablation.
 
@@ -190,7 +216,7 @@ def cut_circuit(
         class_names=task.class_names,
         group_names=task.groups,
         group_of_class=tuple(task.group_of_class.tolist()),
-        source_model=model.name,
+        source_model=model.public_name,
         source_sha256=model.weight_hash,
     )
     count = min(settings.verify_images, len(images.val))
@@ -199,15 +225,19 @@ def cut_circuit(
     exactness = verify(compact, weights, final, fill, pixels)
     faithfulness = _faithfulness(model, images, circuit, final, compact)
     if settings.merge:
-        merged: dict[str, Any] = {"edges_restored": 0, "kl": None}
-        merged["streams"] = [num_streams(compact.plan)] * 2
+        merged: Merged = {
+            "edges_restored": 0,
+            "kl": None,
+            "streams": (num_streams(compact.plan), num_streams(compact.plan)),
+        }
         if final is not parent:
             before = compile_circuit(weights, parent, fitter.fit(parent).fill, costs=costs)
+            # On val: the test images are for reporting.
+            was, now = _kls(model, images, [before, compact])
             merged = {
                 "edges_restored": final.provenance[MERGES][-1]["edges_restored"],
-                "streams": [num_streams(before.plan), num_streams(compact.plan)],
-                # On val: the test images are for reporting.
-                "kl": _kls(model, images, [before, compact]),
+                "streams": (num_streams(before.plan), num_streams(compact.plan)),
+                "kl": (was, now),
             }
         faithfulness["merge"] = merged
     finding, cutting = circuit.provenance.get("seconds"), time.perf_counter() - start
@@ -235,6 +265,21 @@ def require_found_in(circuit: Circuit, model: Model) -> None:
             f"the circuit was found in a model whose weights hash to {str(found)[:12]}, those of "
             f"{model.name!r} hash to {model.weight_hash[:12]}: use the model that it was found in"
         )
+
+
+def require_cut_from(cut: Cut, model: Model) -> Cut:
+    """A cut that was read back, which must have been cut from this model.
+
+    Raises:
+        ArtefactError: It was cut from another one.
+    """
+    found = cut.model.info.source_sha256
+    if found != model.weight_hash:
+        raise ArtefactError(
+            f"{cut.name} was cut from weights that hash to {str(found)[:12]}, those of "
+            f"{model.name!r} hash to {model.weight_hash[:12]}: choose another --out"
+        )
+    return cut
 
 
 def class_only(model: Model, images: Images, settings: CutSettings) -> tuple[Point, CompactViT]:
@@ -269,12 +314,12 @@ def point_name(circuit: Circuit) -> str:
 
 def _faithfulness(
     model: Model, images: Images, found: Circuit, final: Circuit, compact: CompactViT
-) -> dict[str, Any]:
+) -> Faithfulness:
     """KL on the images of discovery, as found and as cut; None if unknown."""
-    settings, kl = found.provenance.get("settings"), found.provenance.get("kl")
-    if settings is None or kl is None:
+    settings, kl = found.provenance.get("settings") or {}, found.provenance.get("kl")
+    if kl is None or not {"images", "seed"} <= settings.keys():
         return {"discovery": None, "cut": None}
-    discovery = {"ablation": found.discovered_under, "kl": kl}
+    discovery: Measured = {"ablation": found.discovered_under, "kl": kl}
     if found.provenance.get("images_fingerprint") != images.fingerprint:
         return {"discovery": discovery, "cut": None}
     searched = images.calibration(settings["images"], seed=settings["seed"])
@@ -284,8 +329,8 @@ def _faithfulness(
 
 def _kls(
     model: Model, images: Images, compact: list[CompactViT], *, on: ImageSet | None = None
-) -> list[float | None]:
+) -> list[float]:
     """Mean KL(dense || compact) of compact models, on val images unless others are given."""
     on, task, preprocessing = on or images.val, images.task, model.preprocessing
     dense = evaluate(model.module, on, task, preprocessing)
-    return [evaluate(each, on, task, preprocessing, reference=dense).kl for each in compact]
+    return [evaluate(each, on, task, preprocessing, reference=dense).kl or 0.0 for each in compact]

@@ -1,17 +1,19 @@
 """``decisions.jsonl``: the decision on every edge, so that a killed search can go on.
 
-The first line names the search. Every stage then has one line per edge and a line that ends it. A
-stage without that line was interrupted and is decided again.
+The first line names the search. Every stage then has one line per edge and a line that ends it,
+with a hash of everything before. A stage without that line was interrupted and is decided again.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, ConfigError
+from vitcut.store import convert
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class Decision:
     """Mean KL of the circuit after this decision, in nats."""
     decided_by: str
     """``fast``, ``oracle`` or ``dead``."""
+
+    def __post_init__(self) -> None:
+        if self.decided_by not in {"fast", "oracle", "dead"}:
+            raise ConfigError(f"decided_by is {self.decided_by!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,8 @@ class DecisionLog:
         self._path = path
         self._header = {"format_version": FORMAT_VERSION, "search": identity}
         self.stages: list[Stage] = []
+        self._digest = hashlib.sha256()
+        """Of all lines of complete stages, each stage's last line without its hash."""
         if path is None or not path.exists():
             return
         self._read(path)
@@ -77,29 +85,34 @@ class DecisionLog:
         if self._path is None:
             return
         rows: list[dict[str, Any]] = [dict(vars(item)) for item in stage.decisions]
-        rows.append({"stage_ends": True, **vars(stage)})
-        del rows[-1]["decisions"]
         if not self._path.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             rows.insert(0, self._header)
+        end = {"stage_ends": True, **vars(stage)}
+        del end["decisions"]
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in [*rows, end])
+        self._digest.update(text.encode())
+        lines = text.splitlines(keepends=True)
+        lines[-1] = json.dumps({**end, "sha256": self._digest.hexdigest()}) + "\n"
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            stream.writelines(lines)
 
     def restart(self) -> None:
         """Forget every stage: the search starts over."""
         self.stages.clear()
+        self._digest = hashlib.sha256()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
-        complete, size, decisions = 0, 0, list[Decision]()
+        complete, size, decisions, pending = 0, 0, list[Decision](), b""
         not_a_log = f"{path} is not a decision log: delete it, or choose another --out"
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break  # A kill cut this line short.
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise ArtefactError(not_a_log)
@@ -119,16 +132,22 @@ class DecisionLog:
                         "settings: delete it, or choose another --out"
                     )
                 complete = size
+                self._digest.update(line)
                 continue
-            try:
-                if "stage_ends" in row:
-                    del row["stage_ends"]
-                    self.stages.append(Stage(decisions=tuple(decisions), **row))
-                    complete, decisions = size, []
-                else:
-                    decisions.append(Decision(**row))
-            except TypeError as error:
-                raise ArtefactError(f"{path} is damaged ({error}): delete it") from None
+            what, remedy = f"{path} is damaged", "delete it"
+            if "stage_ends" not in row:
+                decisions.append(convert(row, Decision, what=what, remedy=remedy))
+                pending += line
+                continue
+            written = row.pop("sha256", None)
+            self._digest.update(pending + (json.dumps(row) + "\n").encode())
+            if written != self._digest.hexdigest():
+                raise ArtefactError(f"{path} was altered: its hashes are not its own; delete it")
+            del row["stage_ends"]
+            listed = [vars(item) for item in decisions]
+            stage = convert({"decisions": listed, **row}, Stage, what=what, remedy=remedy)
+            self.stages.append(stage)
+            complete, decisions, pending = size, [], b""
         if complete == 0:
             path.unlink()
             return

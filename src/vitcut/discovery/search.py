@@ -161,7 +161,7 @@ def find_circuits(
                 task=images.task.name,
                 tau=tau,
                 provenance={
-                    "model": model.name,
+                    "model": model.public_name,
                     "weight_hash": model.weight_hash,
                     "images_fingerprint": images.fingerprint,
                     "settings": as_plain(replace(settings, tau=tau)),
@@ -175,6 +175,7 @@ def find_circuits(
             )
 
         circuit = run.once(str(folder / CIRCUIT_FILE), find, Circuit.load)
+        circuit.require_origin(model.weight_hash, images.fingerprint)
         if circuit.tau != tau:
             raise ConfigError(
                 f"{run.path / folder} holds a circuit of tau {circuit.tau!r}, not {tau!r}, which "

@@ -30,15 +30,33 @@ from vitcut.preprocessing import WHOLE, Framing
 from vitcut.progress import Meter, say
 from vitcut.runtime import usable_threads
 from vitcut.settings import config_hash
-from vitcut.store import atomic_folder, cache_dir, read_json, write_json
+from vitcut.store import atomic_folder, cache_dir, load, save, sha256_file, sweep
 from vitcut.wordnet import imagenet_names, with_wordnet_ids
 
 FORMAT_VERSION = 3
 IMAGES_FILE = "images.npy"
 _INDEX_FILE, _META_FILE = "index.parquet", "meta.json"
 _DAMAGE = (ArtefactError, OSError, EOFError, ValueError, KeyError, pa.ArrowException)
+_SLOW_BYTES = 1 << 30
+"""About half a second of hashing, or two on a CPU without instructions for it."""
 _BLOCK_IMAGES = 512
 _MAX_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Meta:
+    """The content of ``meta.json``."""
+
+    source_fingerprint: str
+    image_size: int
+    channels: int
+    images: int
+    images_per_split: dict[str, int]
+    class_names: dict[str, str]
+    skipped: dict[str, str]
+    num_turned: int
+    files: dict[str, str]
+    """SHA-256 of the files beside it, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -106,13 +124,19 @@ def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
             *([] if framing == WHOLE else [framing.key()]),
         )
         folder = cache_dir() / "data" / key
+        for place in (cache_dir(), folder.parent):
+            sweep(place)
         found = folder.exists()
         if not found:
             _build(source, folder, settings, framing)
-    # The order is no part of the cache: whoever is older than it knows none.
-    prepared = replace(
-        open_prepared(folder), class_order=source.class_order, ordered_by=source.ordered_by
-    )
+        prepared = open_prepared(folder)
+        shape = (settings.image_size, settings.image_size, framing.channels)
+        if (prepared.fingerprint, prepared.images.shape[1:]) != (source.fingerprint, shape):
+            raise DataError(
+                f"the prepared data is of another source or size: delete {folder} and run again"
+            )
+        # The order is no part of the cache.
+        prepared = replace(prepared, class_order=source.class_order, ordered_by=source.ordered_by)
     _refuse_bad_images(prepared.skipped, len(prepared.images), settings)
     if prepared.skipped:
         say(f"left out: {_bad_images(prepared.skipped, len(prepared.images))}")
@@ -198,17 +222,18 @@ def _build(source: ImageSource, folder: Path, settings: DataSettings, framing: F
                 part / _INDEX_FILE,
             )
             counts = Counter(record.split or "undivided" for record in kept)
-            meta = {
-                "format_version": FORMAT_VERSION,
-                "source_fingerprint": source.fingerprint,
-                "image_size": side,
-                "images": len(kept),
-                "images_per_split": dict(sorted(counts.items())),
-                "class_names": dict(sorted(source.class_names.items())),
-                "skipped": skipped,
-                "num_turned": num_turned,
-            }
-            write_json(part / _META_FILE, meta)
+            meta = _Meta(
+                source_fingerprint=source.fingerprint,
+                image_size=side,
+                channels=framing.channels,
+                images=len(kept),
+                images_per_split=dict(sorted(counts.items())),
+                class_names=dict(sorted(source.class_names.items())),
+                skipped=skipped,
+                num_turned=num_turned,
+                files={name: sha256_file(part / name) for name in (IMAGES_FILE, _INDEX_FILE)},
+            )
+            save(part / _META_FILE, meta, version=FORMAT_VERSION)
     except OSError as error:
         if shortage(error):
             raise
@@ -247,21 +272,38 @@ def open_prepared(folder: Path) -> PreparedData:
         DataError: A file of it is missing or damaged, or a newer vitcut wrote it.
     """
     try:
-        meta = read_json(folder / _META_FILE, kind="prepared data", newest_version=FORMAT_VERSION)
+        meta = load(folder / _META_FILE, _Meta, kind="prepared data", version=FORMAT_VERSION)
+        if (folder / IMAGES_FILE).stat().st_size > _SLOW_BYTES:
+            say(f"checking the decoded images in {folder}")
+        for name in (IMAGES_FILE, _INDEX_FILE):
+            if sha256_file(folder / name) != meta.files.get(name):
+                raise ValueError(f"{name} was altered: its hash is not the one in {_META_FILE}")
         images = np.load(folder / IMAGES_FILE, mmap_mode="r")
         with pq.ParquetFile(folder / _INDEX_FILE) as file:
             index = file.read().to_pydict()
-        if not meta["images"] == len(images) == len(index["path"]):
-            raise ValueError(f"{meta['images']} images were prepared, {len(images)} are there")
+        count = len(index["path"])
+        if images.dtype != np.uint8 or images.shape != (
+            meta.images,
+            meta.image_size,
+            meta.image_size,
+            meta.channels,
+        ):
+            raise ValueError(f"its images are {images.shape} {images.dtype}")
+        if not meta.images == count == len(set(index["path"])):
+            raise ValueError(f"{meta.images} images were prepared, {count} are listed")
+        if not set(index["class_id"]) <= meta.class_names.keys():
+            raise ValueError("an image is of a class without a name")
+        if not (set(index["split"]) <= {"train", "test"} or set(index["split"]) == {""}):
+            raise ValueError(f"its splits are {sorted(map(str, set(index['split'])))}")
         return PreparedData(
             images=images,
             class_ids=np.array(index["class_id"], np.str_),
             splits=np.array(index["split"], np.str_),
             paths=np.array(index["path"], np.str_),
-            class_names=meta["class_names"],
-            fingerprint=meta["source_fingerprint"],
-            skipped=meta["skipped"],
-            num_turned=meta["num_turned"],
+            class_names=meta.class_names,
+            fingerprint=meta.source_fingerprint,
+            skipped=meta.skipped,
+            num_turned=meta.num_turned,
         )
     except _DAMAGE as error:
         if shortage(error):

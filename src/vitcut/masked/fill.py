@@ -3,19 +3,16 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
-from vitcut.model.weights import ViTWeights, hash_tensors
+from vitcut.model.weights import ViTWeights
 from vitcut.shapes import Float, Tensor
-from vitcut.store import atomic_path, sha256_json
+from vitcut.store import sha256_json
+from vitcut.tensors import hash_tensors, read_tensors, write_tensors
 
-_TENSORS = ("sources", "neurons", "head_maps", "neuron_maps")
-_FORMAT_VERSION = 1
-_METADATA = "fill"
-"""Format version, hash of the content, and the fingerprint of the circuit, if any."""
+_DIMENSIONS = {"sources": (3, 4), "neurons": (3, 4), "head_maps": (5,), "neuron_maps": (4,)}
+"""How many each tensor may have."""
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -75,44 +72,35 @@ class Fill:
         Raises:
             ArtefactError: The file cannot be written.
         """
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
-        # A single metadata key: safetensors writes several in random order.
-        metadata = {_METADATA: f"{_FORMAT_VERSION} {self.fingerprint} {self.circuit or ''}"}
-        try:
-            with atomic_path(path) as temporary:
-                save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise ArtefactError(f"cannot write {path}: {error}; is the disk full?") from None
+        write_tensors(
+            Path(path), self._tensors(), {"circuit": self.circuit}, version=_FORMAT_VERSION
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Fill":
         """Read a file written by ``save``.
 
         Raises:
-            ArtefactError: The file is missing, damaged, altered or of a newer version.
+            ArtefactError: The file is missing, damaged, altered or of another version.
         """
-        try:
-            with safe_open(path, framework="pt") as stored:
-                words = (stored.metadata() or {}).get(_METADATA, "").split(" ")
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ArtefactError(f"{path} is not a readable fill: {error}") from None
-        version, content, circuit, *_ = [*words, "", ""]
-        if version.isdigit() and int(version) > _FORMAT_VERSION:
-            raise ArtefactError(
-                f"{path} has format_version {version}, this vitcut reads up to {_FORMAT_VERSION}: "
-                "update vitcut"
-            )
-        if content != _content_hash(tensors, circuit or None):
-            raise ArtefactError(
-                f"{path} was altered: its content does not match its hash; cut again"
-            )
-        if not {"sources"} <= set(tensors) <= set(_TENSORS):
+        tensors, facts = read_tensors(Path(path), kind="fill", version=_FORMAT_VERSION)
+        wrong = [
+            name
+            for name, tensor in tensors.items()
+            if tensor.ndim not in _DIMENSIONS.get(name, ()) or not tensor.is_floating_point()
+        ]
+        circuit = facts.get("circuit")
+        if (
+            wrong
+            or "sources" not in tensors
+            or facts.keys() != {"circuit"}
+            or not isinstance(circuit, str | None)
+        ):
             raise ArtefactError(
                 f"{path} is not a fill: it holds {', '.join(sorted(tensors)) or 'nothing'}, "
-                f"expected sources and optionally {', '.join(_TENSORS[1:])}"
+                f"expected sources and optionally {', '.join(list(_DIMENSIONS)[1:])}; cut again"
             )
-        return cls(**tensors, circuit=circuit or None)
+        return cls(**tensors, circuit=circuit)
 
     @property
     def fingerprint(self) -> str:
@@ -121,7 +109,7 @@ class Fill:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors that this fill has, by name."""
-        values = {name: getattr(self, name) for name in _TENSORS}
+        values = {name: getattr(self, name) for name in _DIMENSIONS}
         return {name: tensor for name, tensor in values.items() if tensor is not None}
 
 

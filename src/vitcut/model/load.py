@@ -207,6 +207,10 @@ def _check_own(folder: Path, config: dict[str, Any]) -> None:
         # Folders of earlier versions have no hash of their configuration.
         CONFIG: (own.get("config_sha256"), hash_of_read(library)),
     }
+    others = own.get("files_sha256", {})
+    for file, expected in others.items() if isinstance(others, dict) else ():
+        path = folder / Path(file).name
+        found[path.name] = (expected, sha256_file(path) if path.is_file() else None)
     for file, (expected, now) in found.items():
         if expected is not None and expected != now:
             raise ModelError(

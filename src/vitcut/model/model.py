@@ -14,10 +14,11 @@ from vitcut.labels import Labels
 from vitcut.model.classes import find_labels, keep_rows
 from vitcut.model.saving import save_dense
 from vitcut.model.tracing import read_model
-from vitcut.model.weights import ViTWeights, hash_tensors
+from vitcut.model.weights import ViTWeights
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import say
 from vitcut.task import Task, unknown_classes
+from vitcut.tensors import hash_tensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -136,6 +137,14 @@ class Model:
             )
         given = tuple(names)
         return replace(self, labels=Labels(owner=f"model {self.name!r}", ids=given, names=given))
+
+    @property
+    def public_name(self) -> str | None:
+        """What published files call it: no path of this machine, nor a run directory's name."""
+        place = None if self.origin is None else str(self.origin.get("model", ""))
+        if self.run is not None or place is None:
+            return None if self.run is not None else Path(self.name).name
+        return Path(place).name if Path(place).is_absolute() else place
 
     def to(self, device: torch.device | str) -> "Model":
         """The same model on another device; this one is left where it is."""

@@ -59,6 +59,11 @@ def save_dense(
             "format_version": FORMAT_VERSION,
             "weights_sha256": sha256_file(fresh / TENSORS),
             "config_sha256": sha256_json(config),
+            "files_sha256": {
+                item.name: sha256_file(item)
+                for item in sorted(fresh.iterdir())
+                if item.name not in {CONFIG, TENSORS}
+            },
         }
         write_json(fresh / CONFIG, config)
         write_text(fresh / "README.md", card)

@@ -4,8 +4,7 @@ LayerScale is folded into the output projections, so a head or an MLP writes exa
 to the residual stream.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, get_args
@@ -268,17 +267,6 @@ class ViTWeights:
     ) -> "ViTWeights":
         """The same weights in another type or on another device."""
         return map_tensors(self, lambda tensor: tensor.to(device=device, dtype=dtype))
-
-
-def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes, types and values of tensors, in hex."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        # As bytes, because numpy has no bfloat16.
-        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(plain.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def map_tensors(value: W, change: Callable[[Tensor], Tensor]) -> W:

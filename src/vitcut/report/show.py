@@ -127,13 +127,16 @@ def show_results(results: Results) -> None:
                 line += "" if cut is None else f", {cut['kl']:.3f} as cut ({cut['ablation']})"
             console.print(line)
         merged = facts.get("merge")
-        if merged is not None and merged["kl"] is None:
+        if merged is None:
+            continue
+        (before, after), kls = merged["streams"], merged["kl"]
+        if kls is None:
             console.print(
-                f"{point.name}: nothing merged: with its {merged['streams'][1]} streams no edge "
-                "that came back would save time"
+                f"{point.name}: nothing merged: with its {after} streams no edge that came back "
+                "would save time"
             )
-        elif merged is not None:
-            (before, after), (was, now) = merged["streams"], merged["kl"]
+        else:
+            was, now = kls
             console.print(
                 f"{point.name}: merged: {merged['edges_restored']} edges came back, {before} -> "
                 f"{after} streams, KL on val images {was:.3f} -> {now:.3f} ({point.ablation})"

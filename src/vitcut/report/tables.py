@@ -10,7 +10,7 @@ from rich.table import Table
 from vitcut.errors import printable
 from vitcut.names import RuntimeName
 from vitcut.progress import Terminal
-from vitcut.results import CLASS_ONLY, DENSE, Point, Results
+from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
 
 _ABSENT = "-"
 _PREFERRED: RuntimeName = "onnxruntime"
@@ -121,7 +121,8 @@ def headline(results: Results, point: Point) -> str:
 
 def recommend(results: Results) -> Point | None:
     """The smallest cut that loses at most one point for certain, else the most accurate one."""
-    cuts = [point for point in results.points if point.model is not None and point.macs]
+    others = {CLASS_ONLY, DENSE_REPAIRED}
+    cuts = [point for point in results.points if point.name not in others and point.macs]
     if not cuts:
         return None
     safe = [p for p in cuts if p.change_low is not None and p.change_low >= -NO_LOSS]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,15 +40,23 @@ from vitcut.masked.fitting import Fitter, fit_gib
 from vitcut.model.model import Model
 from vitcut.model.weights import ViTWeights
 from vitcut.progress import Terminal, say
-from vitcut.runs import PATH_FILE, Run
+from vitcut.results import Asked, require_inside
+from vitcut.runs import CIRCUIT_FILE, PATH_FILE, Run
 from vitcut.selection.greedy import Alive
 from vitcut.selection.responses import held_gib
 from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
-from vitcut.settings import as_plain, require_memory
+from vitcut.settings import (
+    as_plain,
+    require_at_least,
+    require_fraction,
+    require_memory,
+    require_one_of,
+    require_positive,
+)
 from vitcut.shapes import Tensor
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 _MOST_ROUNDS = 16
 """How many rounds a latency budget may take."""
@@ -87,6 +94,18 @@ class PathStep:
     """Latency as a fraction of the dense model's, in the runtime and at the batch size of a latency
     budget; None where it is not measured."""
 
+    def __post_init__(self) -> None:
+        require_one_of("circuit", self.circuit, (f"path/{self.name}/{CIRCUIT_FILE}",))
+        require_inside("circuit", self.circuit)
+        for name in ("accuracy_coarse", "neurons_kept_fraction"):
+            require_fraction(name, getattr(self, name))
+        for name in ("macs", "macs_fraction", "heads_kept"):
+            require_at_least(name, getattr(self, name), 0)
+        if self.latency_fraction is not None:
+            require_positive("latency_fraction", self.latency_fraction)
+        for change in (self.change_low, self.change_high):
+            require_fraction("change", abs(change or 0.0))
+
     def save(self, path: Path) -> None:
         """Write the step atomically: its latency is measured once, and decides the next round."""
         store.save(path, self, version=_FORMAT_VERSION)
@@ -112,6 +131,9 @@ class SearchPath:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ArtefactError("it has no steps")
+        names = [step.name for step in self.steps]
+        for answer in self.answers:
+            require_one_of("answers", answer, tuple(names))
 
     def save(self, path: Path) -> None:
         """Write ``path.json`` atomically."""
@@ -134,26 +156,42 @@ class Answer:
     circuit: Circuit
     name: str
     """Of its point."""
-    asked: dict[str, Any]
+    asked: Asked
     """What was asked for: {"macs": 0.2}, {"max_drop": 1.0}, or {"latency": 0.25, ...}."""
 
 
 def _answers(
-    path: SearchPath, budget: Budget, settings: CutSettings, run: Run
+    path: SearchPath,
+    budget: Budget,
+    settings: CutSettings,
+    run: Run,
+    model: Model,
+    images: Images,
 ) -> tuple[Answer, ...]:
     names = path.answers or (path.steps[-1].name,)
-    asked: list[dict[str, Any]] = [{"macs": target} for target in budget.macs]
+    asked: list[Asked] = [{"macs": target} for target in budget.macs]
     if budget.target_latency is not None:
-        timed = {"runtime": budget.runtime, "batch": settings.batch}
-        asked = [{"latency": budget.target_latency, **timed}]
+        asked = [
+            {
+                "latency": budget.target_latency,
+                "runtime": budget.runtime,
+                "batch": settings.batch,
+            }
+        ]
     elif budget.max_drop is not None:
         asked = [{"max_drop": budget.max_drop}]
+    if len(names) != len(asked):
+        raise ArtefactError(
+            f"{run.path / PATH_FILE} answers {len(names)} targets, this search has {len(asked)}: "
+            "choose another --out"
+        )
     found = {step.name: step for step in path.steps}
     answers: list[Answer] = []
     for name, wanted in zip(names, asked, strict=True):
         circuit = Circuit.load(run.path / found[name].circuit)
         kind, target = next(iter(wanted.items()))
         kind = kind.replace("_", "-")
+        circuit.require_origin(model.weight_hash, images.fingerprint)
         point = f"{budget.scores}-{circuit.ablation}-{kind}-{target:g}"
         answers.append(Answer(circuit=circuit, name=point, asked=wanted))
     return tuple(answers)
@@ -302,7 +340,8 @@ def search(
             answers=tuple(map(_macs_name, budget.macs)),
         )
 
-    return _answers(run.once(PATH_FILE, find, SearchPath.load), budget, settings, run)
+    path = run.once(PATH_FILE, find, SearchPath.load)
+    return _answers(path, budget, settings, run, model, images)
 
 
 def _macs_name(fraction: float) -> str:
@@ -478,7 +517,7 @@ class _Rounds:
                 method=self.budget.scores,
                 task=self.images.task.name,
                 provenance={
-                    "model": self.model.name,
+                    "model": self.model.public_name,
                     "weight_hash": self.model.weight_hash,
                     "images_fingerprint": self.images.fingerprint,
                     "selection": as_plain(self.budget),
@@ -491,6 +530,7 @@ class _Rounds:
 
         file = f"path/{name}/circuit.json"
         circuit = self.run.once(file, cut, Circuit.load)
+        circuit.require_origin(self.model.weight_hash, self.images.fingerprint)
         if resumed:
             self.resumed = True
             self.selection.resume(circuit)

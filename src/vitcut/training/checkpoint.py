@@ -1,29 +1,28 @@
 """The files of one training: ``training.json``, ``metrics.jsonl`` and ``checkpoints/``.
 
-Every file but the metrics is replaced atomically, and nothing is pickled.
+Every file but the metrics is replaced atomically, and nothing is pickled. The metrics are for
+people: the checkpoint holds those that count.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, ConfigError, one_line
 from vitcut.runs import TRAINING_FILE
-from vitcut.settings import config_hash
+from vitcut.settings import config_hash, require_at_least, require_fraction
 from vitcut.shapes import Tensor
-from vitcut.store import atomic_path, load, save, write_text
+from vitcut.store import convert, load, save, write_text
+from vitcut.tensors import read_tensors, write_tensors
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _LAST = Path("checkpoints") / "last.safetensors"
+_REMEDY = "delete its training's folder and run again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +42,20 @@ class TrainResult:
     images_per_s: float
     """Training images per second of training steps."""
     precision: str | None = None
-    """Of the training forward pass; None in files of earlier versions."""
+    """Of the training forward pass."""
     threads: int | None = None
-    """CPU threads of torch, in the process that finished; None in files of earlier versions."""
+    """CPU threads of torch, in the process that finished."""
+
+    def __post_init__(self) -> None:
+        for name in ("accuracy_fine", "accuracy_coarse"):
+            if getattr(self, name) is not None:
+                require_fraction(name, getattr(self, name))
+        for name in ("seconds", "images_per_s"):
+            require_at_least(name, getattr(self, name), 0)
+        if self.threads is not None:
+            require_at_least("threads", self.threads, 1)
+        if not 1 <= self.best_epoch <= self.epochs_run:
+            raise ConfigError(f"the best of {self.epochs_run} epochs is {self.best_epoch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +75,13 @@ class EpochMetrics:
     train_seconds: float
     """Evaluation excluded."""
 
+    def __post_init__(self) -> None:
+        for name in ("accuracy_fine", "accuracy_coarse"):
+            if getattr(self, name) is not None:
+                require_fraction(name, getattr(self, name))
+        for name in ("learning_rate", "seconds", "train_seconds"):
+            require_at_least(name, getattr(self, name), 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Marker:
@@ -73,6 +90,20 @@ class _Marker:
     settings_hash: str
     settings: dict[str, Any]
     result: TrainResult | None = None
+
+    def __post_init__(self) -> None:
+        if self.settings_hash != config_hash(self.settings):
+            raise ConfigError("its settings are not those that its hash is of")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What a checkpoint holds besides tensors."""
+
+    of: str
+    """Hash of the training's settings."""
+    epochs: tuple[EpochMetrics, ...]
+    """All that the state has seen; for the best weights, theirs alone."""
 
 
 class TrainingFolder:
@@ -86,6 +117,7 @@ class TrainingFolder:
     def __init__(self, root: Path, settings: dict[str, Any]) -> None:
         self._root = root
         self._own = _Marker(settings_hash=config_hash(settings), settings=settings)
+        self._rows: tuple[EpochMetrics, ...] = ()
         self._metrics = root / "metrics.jsonl"
         self.last = root / _LAST
         """State after the last whole epoch."""
@@ -141,9 +173,10 @@ class TrainingFolder:
         """
         # The state goes last. A kill before it leaves the earlier state, so the epoch is repeated;
         # `resume` cuts off its metrics, and the same epoch writes the same best weights again.
+        self._rows = (*self._rows[: row.epoch - 1], row)
         if is_best:
             kept = model if average is None else average
-            write_tensors(self.best, kept.state_dict(), {})
+            self._write(self.best, kept.state_dict(), (row,))
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(row), allow_nan=False) + "\n")
         state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
@@ -151,7 +184,7 @@ class TrainingFolder:
             state |= {f"optimizer/{number}.{name}": value for name, value in moments.items()}
         if average is not None:
             state |= {f"ema/{name}": tensor for name, tensor in average.state_dict().items()}
-        write_tensors(self.last, state, {"epochs": row.epoch})
+        self._write(self.last, state, self._rows)
 
     def resume(
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
@@ -162,39 +195,99 @@ class TrainingFolder:
             The metrics of the epochs that the state has seen.
 
         Raises:
-            ArtefactError: The state is damaged, or does not fit the metrics.
+            ArtefactError: The state is damaged, or is another training's.
         """
-        epochs = 0
+        self._rows = ()
         if self.last.exists():
-            tensors, facts = read_tensors(self.last)
-            epochs = facts["epochs"]
+            tensors, self._rows = self._read(self.last)
+            if [row.epoch for row in self._rows] != list(range(1, len(self._rows) + 1)):
+                raise ArtefactError(
+                    f"{self.last} does not hold all epochs that it has seen: {_REMEDY}"
+                )
             parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
             for key, tensor in tensors.items():
                 part, _, name = key.partition("/")
                 parts[part][name] = tensor
-            model.load_state_dict(parts["model"])
-            state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
-            for key, value in parts["optimizer"].items():
-                number, _, name = key.partition(".")
-                state[int(number)][name] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
-            if average is not None:
-                average.load_state_dict(parts["ema"])
+            try:
+                _load_weights(model, parts["model"])
+                _load_moments(optimizer, parts["optimizer"])
+                if average is not None:
+                    _load_weights(average, parts["ema"])
+            except (RuntimeError, ValueError, LookupError) as error:
+                raise ArtefactError(
+                    f"{self.last} does not fit the model that is trained "
+                    f"({one_line(error)[:200]}): {_REMEDY}"
+                ) from None
         # Metrics are appended before the state is written: lines of an epoch that was killed in
         # between, and half lines, follow those that the state knows of.
-        text = self._metrics.read_text(encoding="utf-8") if self._metrics.exists() else ""
-        lines = text.splitlines(keepends=True)[:epochs]
-        try:
-            rows = [msgspec.json.decode(line, type=EpochMetrics) for line in lines]
-        except msgspec.DecodeError:
-            rows = []
-        if [row.epoch for row in rows] != list(range(1, epochs + 1)):
-            raise ArtefactError(
-                f"{self._metrics} does not hold the {epochs} epochs that its checkpoint has "
-                "seen: delete the training's folder and run again"
-            )
+        lines = [json.dumps(asdict(row), allow_nan=False) + "\n" for row in self._rows]
         write_text(self._metrics, "".join(lines))
-        return rows
+        return list(self._rows)
+
+    def load_best(self, model: nn.Module, result: TrainResult) -> None:
+        """Load the weights of the best epoch.
+
+        Raises:
+            ArtefactError: They are missing, damaged, or of another epoch or training.
+        """
+        weights, rows = self._read(self.best)
+        if [row.epoch for row in rows] != [result.best_epoch]:
+            raise ArtefactError(
+                f"{self.best} is not of epoch {result.best_epoch}, the best one: {_REMEDY}"
+            )
+        try:
+            _load_weights(model, weights)
+        except (RuntimeError, ValueError) as error:
+            raise ArtefactError(
+                f"{self.best} does not fit the model ({one_line(error)[:200]}): {_REMEDY}"
+            ) from None
+
+    def _write(
+        self, path: Path, tensors: dict[str, Tensor], rows: tuple[EpochMetrics, ...]
+    ) -> None:
+        facts = asdict(_State(of=self._own.settings_hash, epochs=rows))
+        write_tensors(path, tensors, facts, version=_FORMAT_VERSION)
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], tuple[EpochMetrics, ...]]:
+        """Tensors and metrics of a checkpoint, which must be of this training."""
+        tensors, facts = read_tensors(path, kind="checkpoint", version=_FORMAT_VERSION)
+        state = convert(facts, _State, what=f"{path} is not a checkpoint", remedy=_REMEDY)
+        if state.of != self._own.settings_hash:
+            raise ArtefactError(f"{path} is a checkpoint of another training: {_REMEDY}")
+        return tensors, state.epochs
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load weights of the model's own types; torch would convert others.
+
+    Raises:
+        ValueError: One is of another type.
+        RuntimeError: They are of another model.
+    """
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name in own and tensor.dtype != own[name].dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, expected {own[name].dtype}")
+    model.load_state_dict(weights)
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    """Load an optimizer's state, one step and two moments per parameter.
+
+    Raises:
+        ValueError: It is not one of these parameters.
+    """
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    state: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in moments.items():
+        number, _, name = key.partition(".")
+        shape = torch.Size() if name == "step" else parameters[int(number)].shape
+        if value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"{key} has shape {list(value.shape)}, expected {list(shape)}")
+        state[int(number)][name] = value
+    if any(found.keys() != {"step", "exp_avg", "exp_avg_sq"} for found in state.values()):
+        raise ValueError("the optimizer's state is not that of its parameters")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
 
 
 def begun_training(root: Path) -> dict[str, Any] | None:
@@ -211,20 +304,10 @@ def _read_marker(root: Path) -> _Marker | None:
     path = root / TRAINING_FILE
     if not path.exists():
         return None
-    found = _without_device(load(path, _Marker, kind="training", version=_FORMAT_VERSION))
+    found = load(path, _Marker, kind="training", version=_FORMAT_VERSION)
     # Nothing is lost before the first checkpoint: whoever comes takes the folder.
     kept = found.result is not None or (root / _LAST).exists()
     return found if kept else None
-
-
-def _without_device(found: _Marker) -> _Marker:
-    """Earlier versions recorded the device, with which a training could not go on elsewhere."""
-    config = found.settings.get("config", {})
-    if "device" not in config:
-        return found
-    config = {key: value for key, value in config.items() if key != "device"}
-    settings = {**found.settings, "config": config}
-    return replace(found, settings=settings, settings_hash=config_hash(settings))
 
 
 def read_training(root: Path) -> tuple[dict[str, Any], TrainResult]:
@@ -233,40 +316,7 @@ def read_training(root: Path) -> tuple[dict[str, Any], TrainResult]:
     Raises:
         ArtefactError: There is none, it is damaged, or it is not finished.
     """
-    found = _without_device(
-        load(root / TRAINING_FILE, _Marker, kind="training", version=_FORMAT_VERSION)
-    )
+    found = load(root / TRAINING_FILE, _Marker, kind="training", version=_FORMAT_VERSION)
     if found.result is None:
         raise ArtefactError(f"the training in {root} is not finished: run its command again")
     return found.settings, found.result
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and JSON values into one safetensors file, atomically.
-
-    Raises:
-        ArtefactError: The file cannot be written.
-    """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with atomic_path(path) as temporary:
-            save_file(plain, temporary, metadata={"vitcut": json.dumps(facts)})
-    except SafetensorError as error:
-        raise ArtefactError(f"cannot write {path}: {error}; is the disk full?") from None
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the JSON values that `write_tensors` wrote.
-
-    Raises:
-        ArtefactError: The file is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as stream:
-            facts = json.loads(stream.metadata()["vitcut"])
-            return {name: stream.get_tensor(name) for name in stream.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ArtefactError(
-            f"{path} is not a readable checkpoint ({error}): delete its training's folder and "
-            "run again"
-        ) from None

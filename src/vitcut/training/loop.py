@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vitcut.errors import ConfigError, ModelError
+from vitcut.errors import ArtefactError, ConfigError, ModelError
 from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.model import weight_hash
@@ -30,13 +30,7 @@ from vitcut.settings import as_plain, require_positive
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task
 from vitcut.training.batches import Batch, TrainingBatches, normalize
-from vitcut.training.checkpoint import (
-    EpochMetrics,
-    TrainingFolder,
-    TrainResult,
-    begun_training,
-    read_tensors,
-)
+from vitcut.training.checkpoint import EpochMetrics, TrainingFolder, TrainResult, begun_training
 from vitcut.training.settings import TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)
@@ -140,8 +134,7 @@ def train(
             layer_decay=layer_decay,
         ).run()
         folder.finish(result)
-    weights, _ = read_tensors(folder.best)
-    model.load_state_dict(weights)
+    folder.load_best(model, result)
     model.to(home).eval()
     return result
 
@@ -165,7 +158,13 @@ def for_machine(settings: S, out: Path) -> S:
     chosen: dict[str, Any] = {"precision": precision, "compile": device.type == "cuda"}
     begun = begun_training(out)
     if begun is not None:
-        chosen, why = begun["config"], "as this training began"
+        chosen, why = begun.get("config") or {}, "as this training began"
+        if chosen.get("precision") not in {"float32", "bfloat16"} or not isinstance(
+            chosen.get("compile"), bool
+        ):
+            raise ArtefactError(
+                f"the training in {out} does not say its precision: delete it and run again"
+            )
     if settings.precision == "auto":
         say(f"precision: {chosen['precision']} ({why})")
         settings = replace(settings, precision=chosen["precision"])

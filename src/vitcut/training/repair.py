@@ -20,7 +20,7 @@ from vitcut.training.distillation import Distillation, repair
 from vitcut.training.loop import training_settings
 from vitcut.training.settings import FinetuneSettings
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,13 @@ from vitcut.progress import Meter, say, track
 from vitcut.runtime import choose_device, set_threads
 from vitcut.settings import config_hash
 from vitcut.shapes import Float, Tensor
-from vitcut.training.checkpoint import TrainResult, read_tensors, write_tensors
+from vitcut.tensors import read_tensors, write_tensors
+from vitcut.training.checkpoint import TrainResult
 from vitcut.training.loop import for_machine, train, training_precision
 from vitcut.training.settings import TrainSettings, TransferSettings
 
 FEATURES_FILE = "features.safetensors"
+_VERSION = 2
 _PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Strong to weak, so that each fit starts near its optimum."""
 _BATCH_SIZE = 64
@@ -196,11 +198,19 @@ def _features(
     """
     path, device = out / FEATURES_FILE, choose_device(settings.device)
     if path.exists():
-        tensors, facts = read_tensors(path)
-        if facts.get("of") != known:
+        tensors, facts = read_tensors(path, kind="features", version=_VERSION)
+        if facts != {"of": known}:
             raise ArtefactError(
                 f"{path} holds features of another model, other images or another precision: "
                 "choose another --out"
+            )
+        size = sum(layer.in_features for layer in layers)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = {"train": (len(images.train), size), "val": (len(images.val), size)}
+        if shapes != expected or not all(t.is_floating_point() for t in tensors.values()):
+            raise ArtefactError(
+                f"{path} holds features of shapes {shapes}, expected {expected}: delete it and run "
+                "again"
             )
         say(f"{path} is there already")
         return tensors["train"].to(device), tensors["val"].to(device)
@@ -227,5 +237,5 @@ def _features(
     module.cpu()
     for hook in hooks:
         hook.remove()
-    write_tensors(path, tensors, {"of": known})
+    write_tensors(path, tensors, {"of": known}, version=_VERSION)
     return tensors["train"], tensors["val"]

@@ -1,0 +1,41 @@
+"""Bit flips, forged artefacts and kills: a few of each here, all of them under ``-m slow``."""
+
+from collections import Counter
+
+import pytest
+from reliability_cases import KILLED, flips, forgeries, kills, tensor_forgeries
+
+
+def _expect(cases, least, allowed):
+    found = Counter(cases)
+    assert found.total() >= least
+    wrong = {key: number for key, number in found.items() if key[1] not in allowed}
+    assert not wrong
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing(lab):
+    few = ("cache: images.npy", "config.yaml", "results.json", "model: cut.json", "circuit.json")
+    _expect(flips(lab, each=3, only=few), 15, {"refused", "same"})
+
+
+def test_a_forged_artefact_is_refused(lab):
+    _expect(forgeries(lab, most=3), 30, {"refused", "same"})
+
+
+def test_a_killed_stage_ends_as_if_it_had_not_been_killed(lab):
+    _expect(kills(lab, each=2, only=("train", "discover")), 4, {"same"})
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_any_kind_of_file_is_silent(lab):
+    _expect(flips(lab, each=12), 12 * 24, {"refused", "same"})
+
+
+@pytest.mark.slow
+def test_no_forged_artefact_of_any_kind_is_accepted(lab):
+    _expect([*forgeries(lab, most=40), *tensor_forgeries(lab)], 120, {"refused", "same"})
+
+
+@pytest.mark.slow
+def test_no_kill_changes_a_result_or_leaves_anything(lab):
+    _expect(kills(lab, each=25), 25 * len(KILLED), {"same"})
