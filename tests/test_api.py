@@ -258,7 +258,7 @@ def test_a_trained_model_is_the_same_when_the_call_is_repeated(images, tmp_path)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mean": (0.5, 0.5)}, "mean must be one number or three, got 2"),
+        ({"mean": (0.5, 0.5)}, "mean must be one number, or three for .*, got 2"),
         ({"std": 0.0}, "std must be a finite number > 0"),
         ({"mean": 0.5, "model": "model"}, "the model says its own mean and std"),
     ],
@@ -296,7 +296,11 @@ def test_a_module_is_copied_and_left_as_it_was():
     [
         (build_module(), {}, "needs mean and std"),
         (build_module(), {"mean": MEAN, "std": (1.0, 0.0, 1.0)}, "std must be .* got 0"),
-        (build_module(), {"mean": (0.5, 0.5), "std": 0.5}, "or 3, one per channel, got 2 and 1"),
+        (
+            build_module(),
+            {"mean": (0.5, 0.5), "std": 0.5},
+            "mean must be one number, or three for .*, got 2",
+        ),
         (
             build_module(),
             {"mean": "grey", "std": 0.5},

@@ -7,6 +7,7 @@ from functools import wraps
 
 import pytest
 import yaml
+from forging import forge
 from PIL import Image
 
 from vitcut import cli
@@ -35,7 +36,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "foreign" / "thesis.tex").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "points").mkdir()
-    (tmp_path / "other" / "config.yaml").write_text("format_version: 2\ntaus: [0.5]\n")
+    (tmp_path / "other" / "config.yaml").write_text("format_version: 3\ntaus: [0.5]\n")
+    forge(tmp_path / "other" / "config.yaml", lambda _: None)
     (tmp_path / "bogus.yaml").write_text("task: drawn\nbogus: 3\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("task: [\n")

@@ -141,11 +141,10 @@ class Circuit:
 
     def __repr__(self) -> str:
         heads = f"{self.num_heads_kept} of {self.graph.num_layers * self.graph.num_heads} heads"
-        share = self.neurons_kept_fraction
-        neurons = "" if self.neurons is None else f", {share:.1%} of the neurons"
         return (
             f"Circuit({self.method}, {self.ablation} ablation, task {self.task!r}, keeps {heads}, "
-            f"{self.num_kept} of {self.graph.num_useful_edges} edges{neurons})"
+            f"{self.num_kept} of {self.graph.num_useful_edges} edges, "
+            f"{self.neurons_kept_fraction:.1%} of the neurons)"
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from vitcut.benchmark.settings import BenchSettings
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError, TaskError, one_line
+from vitcut.hints import argument_error
 from vitcut.images.settings import DataSettings
 from vitcut.inputs import (
     OWN,
@@ -151,7 +152,8 @@ def settings_from(content: Any, origin: str) -> RunSettings:
         text = one_line(error)
         unknown = re.search(r"option '([\w.]+)'", text, re.IGNORECASE)
         if unknown is None:
-            raise ConfigError(f"{origin}: {text.replace('run.', '')}") from None
+            told = argument_error(text.replace("run.", ""), [])
+            raise ConfigError(f"{origin}: {told}") from None
         known = [key.removeprefix("run.") for key in parser.get_defaults().keys()]  # noqa: SIM118
         near = get_close_matches(unknown[1], [*known, *FinetuneSettings.__dataclass_fields__], n=1)
         hint = f"did you mean {near[0]}?" if near else "vitcut run demo --print-config shows them"

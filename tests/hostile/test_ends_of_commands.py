@@ -147,6 +147,7 @@ def test_what_is_typed_wrongly_is_told_before_any_work(tmp_path, capsys, typed):
 
 def test_nothing_is_left_where_an_error_comes_after_the_start(tmp_path, capsys):
     words = "train --source drawn --task drawn --image-size 16 --patch-size 8 --max-shift-px 99"
+    words += " --precision float32"
     told = _error([*words.split(), "--out", "new/run"], capsys)
     assert "max_shift_px must be below the images' 16 pixels" in told
     assert not [item for item in tmp_path.iterdir() if item.name != "cache"]

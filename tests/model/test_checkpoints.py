@@ -326,7 +326,7 @@ def test_a_run_remembers_what_was_given_and_takes_what_is_given_anew(model, tmp_
     ("flag", "typed", "match"),
     [
         ("mean", "grey", "mean must be a number, or one per channel, got 'grey'"),
-        ("std", "0.5,0", "std must be a finite number > 0, got 0"),
+        ("std", "0.5,0.5,0", "std must be a finite number > 0, got 0"),
         ("mean", "nan", "mean must be a finite number, got nan"),
     ],
 )
