@@ -124,11 +124,11 @@ def numbers(name: str, given: Any) -> tuple[float, ...] | None:
         numbers = tuple(float(item) for item in ([items] if isinstance(items, Real) else items))
     except (TypeError, ValueError):
         raise ConfigError(f"{name} must be a number, or one per channel, got {given!r}") from None
+    for value in numbers:
+        if not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, got {value}")
     if len(numbers) not in {1, 3}:
         raise ConfigError(
             f"{name} must be one number, or three for red, green and blue, got {len(numbers)}"
         )
-    for value in numbers:
-        if not math.isfinite(value):
-            raise ConfigError(f"{name} must be a finite number, got {value}")
     return numbers

@@ -9,7 +9,7 @@ from vitcut.errors import ConfigError
     [
         ({"runtimes": ()}, "runtimes .* got none"),
         ({"batches": (1, 1)}, "batches .* got 1, 1"),
-        ({"batches": (0,)}, "batch must be >= 1, got 0"),
+        ({"batches": (0,)}, "batch must be between 1 and .*, got 0"),
         ({"threads": 0}, "threads"),
         ({"seconds": 0.0}, "seconds"),
         ({"seconds": float("nan")}, "seconds"),

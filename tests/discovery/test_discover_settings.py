@@ -11,7 +11,7 @@ def test_tau_must_be_a_positive_number(tau):
 
 
 def test_a_negative_seed_is_refused():
-    with pytest.raises(ConfigError, match="seed must be >= 0"):
+    with pytest.raises(ConfigError, match="seed must be between 0 and"):
         DiscoverSettings(seed=-1)
 
 

@@ -47,6 +47,7 @@ def test_no_network_says_that_the_source_is_neither_here_nor_there(
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with (
         pytest.raises(DataError, match=r"'org/name' is not a file or folder here.*no network"),
         open_source("org/name"),

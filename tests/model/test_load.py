@@ -247,7 +247,7 @@ def test_a_grey_model_of_timm_is_read_with_one_mean(tmp_path):
     ("said", "match"),
     [
         ({"mean": (0.5, float("inf"))}, "mean must be a finite number, got inf"),
-        ({"std": (0.5, -0.1)}, r"std must be a finite number > 0, got -0\.1"),
+        ({"std": (0.5, 0.5, -0.1)}, r"std must be a finite number > 0, got -0\.1"),
         ({"std": (float("nan"),)}, "std must be a finite number, got nan"),
         ({"image_size": 0}, "image-size must be >= 1, got 0"),
         ({"image_size": -16}, "image-size must be >= 1, got -16"),

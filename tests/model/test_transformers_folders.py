@@ -347,6 +347,7 @@ def test_a_saved_folder_without_its_weights_is_refused(tmp_path, folder):
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     """A hub of one repository; returns what was asked of it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     asked = []
     cache = tmp_path / "cache"
     cache.mkdir()

@@ -26,7 +26,7 @@ NAN, INF = float("nan"), float("inf")
         ({"val_images": 0}, "val_images must be >= 1, got 0"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
         ({"score_images": 0}, "score_images must be >= 1, got 0"),
-        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"seed": -1}, "seed must be between 0 and .*, got -1"),
         ({"refresh_fraction": 1.5}, "refresh_fraction must be between 0 and 1"),
         ({"refresh_fraction": NAN}, "refresh_fraction must be between 0 and 1"),
         ({"scores": "random"}, "random scores add up: give --joint false"),

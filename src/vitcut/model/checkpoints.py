@@ -145,7 +145,16 @@ def _build(
             f"num-heads is for arch {OWN_SIZES}, got it with {arch!r}, which says how many there "
             "are: leave it out"
         )
-    if arch.startswith(_TORCHVISION):
+    of_torchvision = _PATCHES not in weights
+    if arch.startswith(_TORCHVISION) != of_torchvision:
+        written, remedy = (
+            ("torchvision", "torchvision:NAME") if of_torchvision else ("timm", "NAME")
+        )
+        raise ModelError(
+            f"{path} has the names of {written}'s ViTs, which do not fit {arch}: give "
+            f"--arch {remedy} of the architecture that it was trained as, or --arch {OWN_SIZES}"
+        )
+    if of_torchvision:
         from vitcut.model.torchvision_models import (
             HEAD,
             build_torchvision,

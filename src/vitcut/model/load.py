@@ -21,7 +21,7 @@ from vitcut.model.timm_folders import load_random, load_timm
 from vitcut.model.transformers_folders import WEIGHTS, labels_of, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
 from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
-from vitcut.settings import require_bounds, require_utf8
+from vitcut.settings import require_at_least, require_bounds, require_utf8
 from vitcut.store import hash_of_read, sha256_file
 
 TIMM, HUB = "timm:", "hf-hub:"
@@ -50,7 +50,9 @@ def load(
         if not value > 0:
             raise ConfigError(f"std must be a finite number > 0, got {value:g}")
     if image_size is not None:
-        require_bounds("image_size", image_size)
+        require_at_least("image-size", image_size, 1)
+        # The least is the model's: one patch.
+        require_bounds("image_size", max(image_size, 8))
     flags = {
         "arch": arch,
         "num-heads": num_heads,

@@ -434,11 +434,6 @@ def _require_fit(
             f"augmentation 'reference' varies colours, the images have {channels} channel: use "
             "'light' or 'none'"
         )
-    if settings.augmentation == "light" and settings.max_shift_px >= min(height, width):
-        raise ConfigError(
-            f"max_shift_px must be below the images' {min(height, width)} pixels, got "
-            f"{settings.max_shift_px}: nothing of a picture would be left"
-        )
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, channels, height, width, device=device))
@@ -447,6 +442,11 @@ def _require_fit(
             f"the model does not take images of {height} x {width} pixels and {channels} "
             f"channels: {' '.join(str(error).split())}"
         ) from None
+    if settings.augmentation == "light" and settings.max_shift_px >= min(height, width):
+        raise ConfigError(
+            f"max_shift_px must be below the images' {min(height, width)} pixels, got "
+            f"{settings.max_shift_px}: nothing of a picture would be left"
+        )
     wanted = len(images.task.class_ids)
     if logits.shape[1] != wanted:
         raise ModelError(
