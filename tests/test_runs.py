@@ -59,7 +59,7 @@ def test_other_settings_are_refused_by_the_key_that_differs(claimed, settings, m
 
 def test_settings_may_be_mended_before_any_work_is_done(tmp_path):
     Run(tmp_path).claim(SETTINGS)
-    (tmp_path / ".config.yaml.x.part").touch()
+    (tmp_path / ".config.yaml.0123456789ab.part").touch()
     mended = SETTINGS | {"task": "animals"}
     Run(tmp_path).claim(mended)
     assert read_settings(tmp_path).items() >= mended.items()
@@ -171,7 +171,7 @@ def test_a_process_may_come_back_to_its_own_directory(tmp_path):
 def test_what_killed_processes_left_is_swept_at_the_next_start(claimed):
     (claimed / "points" / ".model.0123456789ab.part" / "deep").mkdir(parents=True)
     (claimed / ".results.json.0123456789ab.part").mkdir()
-    (claimed / ".model.old").mkdir()
+    (claimed / ".model.replaced-by-vitcut").mkdir()
     (claimed / "model").mkdir()
     Run(claimed).claim(SETTINGS)
     assert sorted(path.name for path in claimed.iterdir()) == ["config.yaml", "model", "points"]

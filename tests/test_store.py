@@ -199,8 +199,8 @@ def test_sweeping_leaves_what_others_call_a_part(tmp_path):
 
 def test_a_replacement_that_was_left_halfway_is_finished(tmp_path):
     _write_folder(tmp_path / "x", "new")
-    _write_folder(tmp_path / ".x.old", "old")
-    _write_folder(tmp_path / ".y.old", "old")
+    _write_folder(tmp_path / ".x.replaced-by-vitcut", "old")
+    _write_folder(tmp_path / ".y.replaced-by-vitcut", "old")
     sweep(tmp_path, deep=True)
     assert _texts(tmp_path) == {"x": "new", "y": "old"}
 

@@ -52,6 +52,7 @@ from vitcut.runs import (
     find_cut,
     find_run,
     has_cut,
+    is_in_use,
 )
 from vitcut.settings import as_plain
 
@@ -179,7 +180,7 @@ def _nothing_left(out: str | None) -> Generator[None]:
     try:
         yield
     except Exception:
-        if fresh and fresh[0].is_dir():
+        if fresh and fresh[0].is_dir() and not is_in_use(fresh[0]):
             left = {item.name for item in fresh[0].rglob("*")}
             if left <= {CONFIG_FILE, TRAINING_FILE}:
                 shutil.rmtree(fresh[0])

@@ -107,10 +107,7 @@ def load_model(
         "std": numbers("std", std),
         "random_weights": random_weights,
         "image_size": image_size,
-        "labels": list(
-            read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels or ()
-        )
-        or None,
+        "labels": labels if labels is None else list(_class_names(labels)),
     }
     typed = {
         name: value for name, value in given.items() if value is not None and value is not False
@@ -311,7 +308,7 @@ def _images_of(run: Path, *, image_size: int) -> tuple[DataSettings, Task]:
         ArtefactError: What it says of them is damaged.
     """
     stored: Any = read_settings(run).get("images")
-    what = f"the images in {run / CONFIG_FILE} are none"
+    what = f"{run / CONFIG_FILE} does not describe images"
     try:
         task = parse_task(json.dumps(stored.pop("task")), origin=str(run))
         del stored["fingerprint"]
@@ -328,9 +325,15 @@ class _Origin(TypedDict, total=False):
     arch: str
     mean: list[float]
     std: list[float]
+    num_heads: int
     random_weights: bool
     image_size: int
+    labels: list[str]
     weight_hash: str
+
+
+def _class_names(labels: Sequence[str] | str | Path) -> Sequence[str]:
+    return read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels
 
 
 def _origin_of(run: Path) -> dict[str, Any]:
@@ -346,7 +349,7 @@ def _origin_of(run: Path) -> dict[str, Any]:
             raise ValueError(f"unknown {', '.join(sorted(noted.keys() - known.keys()))}")
     except (msgspec.ValidationError, ValueError) as error:
         raise ArtefactError(
-            f"the model in {run / CONFIG_FILE} is none: {error}; {_AGAIN}"
+            f"{run / CONFIG_FILE} does not describe a model: {error}; {_AGAIN}"
         ) from None
     return {key: value for key, value in noted.items() if key != "weight_hash"}
 

@@ -162,7 +162,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"cannot read the labels {path}: {error}") from None
     names = tuple(line.strip() for line in lines)
-    if not all(names):
+    if not names or not all(names):
         number = names.index("") + 1 if names else 1
         raise TaskError(
             f"line {number} of {path} is empty: expected the name of one class on every line, in "

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ import yaml
 from vitcut.errors import ArtefactError, one_line
 from vitcut.progress import say
 from vitcut.settings import require_utf8
-from vitcut.store import lock_folder, sealed, sweep, unsealed, write_text
+from vitcut.store import is_leftover, lock_folder, sealed, sweep, unsealed, write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
@@ -51,29 +52,45 @@ class _Lock:
         """
         folder.mkdir(parents=True, exist_ok=True)
         place = folder.resolve()
-        lock = _HELD.get(place) or cls()
-        if place not in _HELD:
-            # Processes that train together share a directory; the first of them writes.
-            shared, opened = int(os.environ.get("WORLD_SIZE", "1")) > 1, None
-            for patience in range(_PATIENCE_S, -1, -1):
-                try:
-                    opened = lock_folder(place, wait=False, shared=shared)
-                    break
-                except BlockingIOError:
-                    # Workers of a process that was killed notice it after some seconds.
-                    if patience == 0:
-                        raise ArtefactError(
-                            f"{folder} is in use by another process: wait for it to end, or choose "
-                            "another --out"
-                        ) from None
+        with _LOCKING:
+            lock = _HELD.get(place)
+            if lock is None:
+                lock, opened = cls(), cls._open(place, folder)
+                if opened is not None:
+                    weakref.finalize(lock, os.close, opened)
+                _HELD[place] = lock
+            return lock
+
+    @staticmethod
+    def _open(place: Path, folder: Path) -> int | None:
+        for patience in range(_PATIENCE_S, -1, -1):
+            try:
+                return lock_folder(place, wait=False)
+            except BlockingIOError:
+                # Workers of a process that was killed notice it after some seconds.
+                if patience:
                     time.sleep(1)
-            if opened is not None:
-                weakref.finalize(lock, os.close, opened)
-            _HELD[place] = lock
-        return lock
+        raise ArtefactError(
+            f"{folder} is in use by another process: wait for it to end, or choose another --out"
+        )
 
 
+_LOCKING = threading.Lock()
 _HELD: WeakValueDictionary[Path, _Lock] = WeakValueDictionary()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether another process works in a run directory."""
+    place = folder.resolve()
+    if place in _HELD:
+        return False
+    try:
+        opened = lock_folder(place, wait=False)
+    except BlockingIOError:
+        return True
+    if opened is not None:
+        os.close(opened)
+    return False
 
 
 class Run:
@@ -117,8 +134,10 @@ class Run:
             ArtefactError: The directory holds results of other settings, or another process works
                 in it.
         """
-        self._lock = _Lock.of(self.path)
-        sweep(self.path, deep=True)
+        # Of processes that train together, only the first one locks, sweeps and writes.
+        if int(os.environ.get("RANK", "0")) == 0:
+            self._lock = _Lock.of(self.path)
+            sweep(self.path, deep=True)
         config = self.path / CONFIG_FILE
         # Settings may be corrected as long as there are no results of theirs.
         if config.exists() and self._names() - {CONFIG_FILE, TRAINING_FILE}:
@@ -147,7 +166,7 @@ class Run:
     def _names(self) -> set[str]:
         """What lies in the directory, without what a killed process left half-written."""
         found = self.path.iterdir() if self.path.is_dir() else ()
-        return {item.name for item in found if item.suffix not in {".part", ".old"}}
+        return {item.name for item in found if not is_leftover(item.name)}
 
     def once(self, name: str, make: Callable[[], T], load: Callable[[Path], T]) -> T:
         """Do a piece of work, or read back what it came to.

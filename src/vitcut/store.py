@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PART = re.compile(r"\..+\.\w{8,12}\.part")
+_ASIDE = ".replaced-by-vitcut"
 _LARGEST = 2**63
 _YAML_DEPTH, _YAML_NODES = 50, 1_000_000
 REMEDY = "restore it, or delete it and run again"
@@ -95,11 +96,12 @@ def _part(path: Path) -> Generator[Path]:
     while True:
         part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
         part.mkdir()
-        lock = lock_folder(part)
-        if part.exists():
-            break
-        # Another process took it for an abandoned one before it was locked.
-        _unlock(lock)
+        # Another process may take it for an abandoned one before it is locked.
+        with suppress(FileNotFoundError):
+            lock = lock_folder(part)
+            if part.exists():
+                break
+            _unlock(lock)
     try:
         yield part
     finally:
@@ -107,13 +109,12 @@ def _part(path: Path) -> Generator[Path]:
         _unlock(lock)
 
 
-def lock_folder(folder: Path, *, wait: bool = True, shared: bool = False) -> int | None:
+def lock_folder(folder: Path, *, wait: bool = True) -> int | None:
     """Lock a folder until the file descriptor that is returned is closed, or the process ends.
 
     Args:
         folder: An existing folder.
         wait: Whether to wait for another process that holds the lock.
-        shared: Whether others may hold the lock too, if they share it.
 
     Returns:
         The file descriptor; None where the file system has no locks.
@@ -123,9 +124,8 @@ def lock_folder(folder: Path, *, wait: bool = True, shared: bool = False) -> int
         FileNotFoundError: There is no such folder.
     """
     opened = os.open(folder, os.O_RDONLY)
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(opened, kind if wait else kind | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(opened)
         raise
@@ -151,8 +151,8 @@ def sweep(folder: Path, *, deep: bool = False) -> None:
     if not folder.is_dir():
         return
     _sweep(list(folder.rglob(".*.part") if deep else folder.glob(".*.part")))
-    for aside in list(folder.rglob(".*.old")) if deep else ():
-        _settle(aside.with_name(aside.name[1:].removesuffix(".old")))
+    for aside in list(folder.rglob(f".*{_ASIDE}")) if deep else ():
+        _settle(aside.with_name(aside.name[1:].removesuffix(_ASIDE)))
 
 
 def _sweep(parts: Iterable[Path]) -> None:
@@ -173,7 +173,12 @@ def _sweep(parts: Iterable[Path]) -> None:
 
 def _aside(folder: Path) -> Path:
     """Where an earlier folder lies while a new one takes its name."""
-    return folder.with_name(f".{folder.name}.old")
+    return folder.with_name(f".{folder.name}{_ASIDE}")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is what a killed process leaves behind."""
+    return _PART.fullmatch(name) is not None or (name.startswith(".") and name.endswith(_ASIDE))
 
 
 def _settle(folder: Path) -> None:

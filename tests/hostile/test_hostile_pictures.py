@@ -58,7 +58,7 @@ def test_what_does_not_decode_is_not_kept_in_memory(
     write = write_zip if kind == "zip" else write_folder
     path = write(tmp_path / "a.zip", files)
     del files
-    monkeypatch.setattr(prepare_module, "usable_cores", lambda: 1)
+    monkeypatch.setattr(prepare_module, "usable_threads", lambda: 1)
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="12 of 18 images do not decode"):

@@ -1,7 +1,7 @@
 """The images of a task as one value: train, val and test splits, disjoint and ready for a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def split(
             *([task.folders] if task.folders else []),
             *([] if preprocessing.framing == WHOLE else [preprocessing.framing.key()]),
         ),
-        origin={**settings.plain(), "source": source, "task": task.to_dict()},
+        origin={**asdict(settings), "source": source, "task": task.to_dict()},
         num_turned=prepared.num_turned,
         **sets,
     )

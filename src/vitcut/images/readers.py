@@ -199,7 +199,7 @@ def read_parquet(
             found.append(record)
             places[record.path] = (path, images_in, group, row)
     records = _checked(found, location=location, expected=_PARQUET)
-    class_order = orders.pop() if len(orders) == 1 else _merged(orders)
+    class_order = orders.pop() if len(orders) == 1 else _merged(orders, location)
 
     # Several threads ask for images in nearly ascending order, so a few row groups are enough.
     @lru_cache(maxsize=4)
@@ -504,11 +504,23 @@ def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) 
     return given or known[0]
 
 
-def _merged(orders: set[tuple[str, ...]]) -> tuple[str, ...]:
-    """The numbers of several files in one order; lists of names may contradict each other."""
+def _merged(orders: set[tuple[str, ...]], location: str) -> tuple[str, ...]:
+    """The numbers of several files in one order.
+
+    Raises:
+        DataError: They are not all plain numbers: the files would mean different classes.
+    """
     numbers = [name.lstrip("-").isdecimal() for order in orders for name in order]
-    if not all(numbers) or any(list(order) != sorted(order, key=int) for order in orders):
-        return ()
+    if (
+        () in orders
+        or not all(numbers)
+        or any(list(order) != sorted(order, key=int) for order in orders)
+    ):
+        told = " and ".join(repr(order[:3]) if order else "text" for order in sorted(orders)[:2])
+        raise DataError(
+            f"the parquet files of {location} label their classes differently, {told}: write all "
+            "with the same label names, in the same order"
+        )
     return tuple(sorted({name for order in orders for name in order}, key=int))
 
 

@@ -1,7 +1,7 @@
 """Settings of the data stage. Loads neither torch nor numpy."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from vitcut.errors import ConfigError
 from vitcut.settings import require_bounds, require_one_of
@@ -45,13 +45,3 @@ class DataSettings:
                 f"val_fraction must be between 0 and 1, both excluded, got {self.val_fraction}"
             )
         require_one_of("orientation", self.orientation, get_args(Orientation))
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON values; what earlier versions did not have is left out if it is the default."""
-        later = ("orientation", "image_column", "label_column")
-        defaults = {field.name: field.default for field in fields(self)}
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in later or value != defaults[name]
-        }
