@@ -320,7 +320,7 @@ def finetune(
     asked, device = settings, str(model.weights.device)
     # Chosen once, so that the dense model is trained in the same way.
     device = device if asked.device == "auto" else asked.device
-    settings = for_machine(replace(asked, device=device), run.path)
+    settings = for_machine(replace(asked, device=device).for_width(model.weights.width), run.path)
     repairs.require_cut_of(start.model, model, images)
     taken = None
     if repaired_dense is not None:
