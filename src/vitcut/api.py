@@ -165,7 +165,8 @@ def cut(
         chosen["circuit"] = circuit.fingerprint
     chosen["bench"] = None if bench is None else as_plain(bench)
     run.claim({**subject(model, images), **chosen}, free=run.free_bench())
-    warn_if_no_better(model, images, run)
+    if circuit is not None:
+        warn_if_no_better(model, images, run)
     fitter = make_fitter(model, images, settings)
 
     def make(sought: Circuit, name: str | None, asked: Asked | None) -> Cut:

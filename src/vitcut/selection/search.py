@@ -23,7 +23,7 @@ from torch import nn
 
 from vitcut import store
 from vitcut.benchmark.bootstrap import paired_interval
-from vitcut.benchmark.evaluation import Evaluation, evaluate
+from vitcut.benchmark.evaluation import Evaluation, evaluate, say_if_no_better
 from vitcut.benchmark.latency import measure_latency
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
@@ -321,6 +321,7 @@ def search(
         _require_room(model, images, budget, settings)
         timed = fractions is None
         rounds = _Rounds(model, images, budget, settings, fitter, costs, run, threads, timed)
+        say_if_no_better(rounds.dense, rounds.val, images.task, split="val")
         dense = dense_macs(model.weights.shape)
         if fractions is not None:
             costed = {
@@ -582,15 +583,14 @@ class _Rounds:
         """The dense model on val images."""
         return self.evaluated(self.model.module)
 
-    def evaluated(self, module: nn.Module, reference: Evaluation | None = None) -> Evaluation:
-        """A module on val images."""
+    @cached_property
+    def val(self) -> ImageSet:
+        """The val images that steps are measured on."""
         val = self.images.val
         count = len(val) if self.budget.max_drop else min(self.budget.val_images, len(val))
-        chosen = choose_evenly(val.labels, count, seed=self.settings.seed)
-        return evaluate(
-            module,
-            val.take(chosen),
-            self.images.task,
-            self.model.preprocessing,
-            reference=reference,
-        )
+        return val.take(choose_evenly(val.labels, count, seed=self.settings.seed))
+
+    def evaluated(self, module: nn.Module, reference: Evaluation | None = None) -> Evaluation:
+        """A module on these images."""
+        task, taken = self.images.task, self.model.preprocessing
+        return evaluate(module, self.val, task, taken, reference=reference)
