@@ -6,7 +6,7 @@ import pytest
 from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError
 from vitcut.graph import Graph
-from vitcut.runs import Run, find_run, read_settings
+from vitcut.runs import Run, find_run, is_in_use, read_settings
 
 SETTINGS = {"task": "drawn", "train": {"epochs": 3, "std": [0.1, 0.2]}}
 
@@ -166,6 +166,13 @@ def test_a_process_may_come_back_to_its_own_directory(tmp_path):
     runs = [Run(tmp_path), Run(tmp_path)]
     for run in runs:
         run.claim(SETTINGS)
+    assert not is_in_use(tmp_path)
+    words = "from pathlib import Path; from vitcut.runs import is_in_use; import sys; "
+    words += "print(is_in_use(Path(sys.argv[1])))"
+    other = subprocess.run(
+        [sys.executable, "-c", words, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert other.stdout == "True\n"
 
 
 def test_what_killed_processes_left_is_swept_at_the_next_start(claimed):

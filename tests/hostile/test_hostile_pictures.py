@@ -165,16 +165,22 @@ def test_flipped_bytes_of_an_archive_are_told_or_do_not_matter(tmp_path: Path, m
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in PICTURES.items():
             archive.writestr(name, content)
-    _told_or_harmless(path)
+    told, read = _told_or_harmless(path)
+    assert told
+    assert told + read == min(NUM_FLIPS, path.stat().st_size)
 
 
 def test_flipped_bytes_of_a_parquet_file_are_told_or_do_not_matter(tmp_path: Path) -> None:
-    _told_or_harmless(write_parquet(tmp_path / "a.parquet", [0, 1, 0, 1], names=["cat", "dog"]))
+    path = write_parquet(tmp_path / "a.parquet", [0, 1, 0, 1], names=["cat", "dog"])
+    told, read = _told_or_harmless(path)
+    assert told
+    assert told + read == min(NUM_FLIPS, path.stat().st_size)
 
 
-def _told_or_harmless(path: Path) -> None:
-    """No flipped byte gives anything but a picture set or one of our errors."""
+def _told_or_harmless(path: Path) -> tuple[int, int]:
+    """How many flipped bytes give one of our errors, and how many pictures; others raise."""
     whole, numbers = path.read_bytes(), np.random.default_rng(0)
+    told = read = 0
     for at in numbers.choice(len(whole), min(NUM_FLIPS, len(whole)), replace=False):
         flipped = bytearray(whole)
         flipped[at] ^= 1 << int(numbers.integers(8))
@@ -184,7 +190,10 @@ def _told_or_harmless(path: Path) -> None:
                 for position in range(len(source.records)):
                     decoding.decode(source.read(position), 8)
         except VitcutError:
-            pass
+            told += 1
+        else:
+            read += 1
+    return told, read
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs names that are only bytes")

@@ -65,10 +65,13 @@ def test_the_letters_of_every_script_stay():
     assert one_line(ValueError("a\nb\x1b")) == r"a b\x1b"
 
 
-def test_a_bar_shows_a_label_with_brackets(monkeypatch):
+def test_a_bar_shows_a_label_with_brackets(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with Meter("pets[/v2]", 2) as meter:
         meter.advance(note="[/x]")
+    shown = capsys.readouterr().err
+    assert "pets[/v2]" in shown
+    assert "[/x]" in shown
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "[a](http://b)", "|x|", "# h\n# g"])

@@ -103,11 +103,14 @@ def save_folder(
             write_text(fresh / CARD, card)
 
 
-def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[str, Tensor]) -> None:
+def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[str, Tensor]) -> str:
     """Write a model into a new folder, and bind it to the circuit and the fill that lie there.
 
     They are bound by what they compute, so that one model has the same hashes however long it took
     to find, and wherever it lies.
+
+    Returns:
+        The SHA-256 of its weights, in hex, which is also in its configuration.
     """
     path = fresh / TENSORS
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -118,8 +121,9 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
         raise ArtefactError(
             f"cannot write {TENSORS} into {fresh.parent}: {error}; is the disk full?"
         ) from None
+    weights_hash = sha256_file(path)
     described = {
-        "model_sha256": sha256_file(path),
+        "model_sha256": weights_hash,
         "circuit": None,
         "fill": None,
         **asdict(info),
@@ -130,6 +134,12 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
     if (fresh / FILL).exists():
         described["fill"] = sha256_file(fresh / FILL)
     write_json(fresh / CONFIG, sealed(described, FORMAT_VERSION))
+    return weights_hash
+
+
+def recorded_hash(folder: Path) -> str:
+    """The SHA-256 of the weights of a model directory, as `load_folder` has checked it."""
+    return read_json(folder / CONFIG, kind="compact model", version=FORMAT_VERSION)["model_sha256"]
 
 
 def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:

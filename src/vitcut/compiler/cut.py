@@ -8,7 +8,7 @@ from typing import Any
 
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.circuit import Circuit
-from vitcut.compact.artefact import TENSORS, ModelInfo, fill_folder
+from vitcut.compact.artefact import ModelInfo, fill_folder, recorded_hash
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import count_macs
 from vitcut.compiler.cost import CostModel
@@ -24,7 +24,7 @@ from vitcut.model.model import Model
 from vitcut.results import CLASS_ONLY, Asked, Faithfulness, Measured, Merged, Point, Results
 from vitcut.runs import CIRCUIT_FILE
 from vitcut.settings import require_at_least
-from vitcut.store import atomic_folder, load, save, sha256_file
+from vitcut.store import atomic_folder, load, save
 
 FILL_FILE = "fill.safetensors"
 _FACTS_FILE = "cut.json"
@@ -89,9 +89,9 @@ class Cut:
                 self.circuit.save(fresh / CIRCUIT_FILE)
             if self.fill is not None and self.fill.circuit is not None:
                 self.fill.save(fresh / FILL_FILE)
-            fill_folder(fresh, plan=model.plan, info=model.info, tensors=model.state_dict())
+            weights = model.state_dict()
             facts = _Facts(
-                model=sha256_file(fresh / TENSORS),
+                model=fill_folder(fresh, plan=model.plan, info=model.info, tensors=weights),
                 name=self.name,
                 exactness=self.exactness,
                 faithfulness=self.faithfulness,
@@ -113,7 +113,7 @@ class Cut:
         known: dict[str, Any] = {}
         if facts.is_file():
             found = load(facts, _Facts, kind="cut", version=_VERSION)
-            if found.model != sha256_file(folder / TENSORS):
+            if found.model != recorded_hash(folder):
                 raise ArtefactError(
                     f"{facts} is not of the model that it lies beside: restore it, or remove it"
                 )

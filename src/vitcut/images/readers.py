@@ -179,21 +179,7 @@ def read_parquet(
             labels_in = _label_column(file.schema_arrow, label_column, images_in, path)
             class_ids, order = _class_ids(file, labels_in, path)
             orders.add(order)
-            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-            largest = max((group.total_byte_size for group in groups), default=0)
-            if largest > _MOST_GROUP_BYTES:
-                raise DataError(
-                    f"{path} has a row group of {largest / 2**30:.1f} GiB, which would be read at "
-                    f"once, expected at most {_MOST_GROUP_BYTES / 2**30:g}: write it with smaller "
-                    "row groups"
-                )
-            claimed = sum(group.num_rows for group in groups)
-            if len(class_ids) != claimed:
-                raise DataError(
-                    f"{path} is damaged: it has {len(class_ids)} labels and claims {claimed} rows; "
-                    "get the file again"
-                )
-            rows = [(at, row) for at, group in enumerate(groups) for row in range(group.num_rows)]
+            rows = _rows(file, len(class_ids), path)
         for number, (class_id, (group, row)) in enumerate(zip(class_ids, rows, strict=True)):
             record = Record(split=split, class_id=class_id, path=f"{name}:{number:09d}")
             found.append(record)
@@ -235,6 +221,24 @@ def read_parquet(
         class_order=class_order,
         ordered_by=f"the label column of {location}" if class_order else "",
     )
+
+
+def _rows(file: pq.ParquetFile, labels: int, path: Path) -> list[tuple[int, int]]:
+    """The row group of each image of a file, and its row in the group."""
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > _MOST_GROUP_BYTES:
+        raise DataError(
+            f"{path} has a row group of {largest / 2**30:.1f} GiB, which would be read at once, "
+            f"expected at most {_MOST_GROUP_BYTES / 2**30:g}: write it with smaller row groups"
+        )
+    claimed = sum(group.num_rows for group in groups)
+    if labels != claimed:
+        raise DataError(
+            f"{path} is damaged: it has {labels} labels and claims {claimed} rows; get the file "
+            "again"
+        )
+    return [(at, row) for at, group in enumerate(groups) for row in range(group.num_rows)]
 
 
 def _checked(records: list[Record], *, location: str, expected: str) -> tuple[Record, ...]:
