@@ -41,7 +41,7 @@ from vitcut.wordnet import find_synsets, imagenet_labels
 if TYPE_CHECKING:
     from torch import nn
 
-    from vitcut.compact.artefact import ModelInfo
+    from vitcut.compact.info import ModelInfo
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images

@@ -10,7 +10,8 @@ from strategies import skipping_a_head, split_circuits
 from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
-from vitcut.compact.artefact import CONFIG, TENSORS, ModelInfo
+from vitcut.compact.artefact import CONFIG, TENSORS
+from vitcut.compact.info import ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError

@@ -3,16 +3,16 @@
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vitcut.circuit import Circuit
+from vitcut.compact.info import ModelInfo
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
-from vitcut.preprocessing import Preprocessing
 from vitcut.shapes import Tensor
 from vitcut.store import (
     atomic_folder,
@@ -30,50 +30,6 @@ FORMAT_VERSION = 7
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """What a user of a model needs to know besides its tensors."""
-
-    preprocessing: Preprocessing | None = None
-    """How pictures become what the model takes; None where that is not known."""
-    class_names: tuple[str, ...] = ()
-    """One per logit; empty if unknown."""
-    group_names: tuple[str, ...] = ()
-    group_of_class: tuple[int, ...] = ()
-    """The group number of each class."""
-    source_model: str | None = None
-    """What the model was cut from."""
-    source_sha256: str | None = None
-    """Hash of the weights it was cut from."""
-
-    def require_fit(self, plan: Plan) -> None:
-        """Check that this describes a model of that plan.
-
-        Raises:
-            ArtefactError: It does not.
-        """
-        taken, shape = self.preprocessing, plan.shape
-        classes, groups = len(self.class_names), len(self.group_names)
-        if taken is not None and (taken.image_size, taken.framing.channels) != (
-            shape.image_size,
-            shape.channels,
-        ):
-            raise ArtefactError(
-                f"images of {taken.image_size} pixels and {taken.framing.channels} channels for a "
-                f"model that takes {shape.image_size} and {shape.channels}; save the model again"
-            )
-        if (
-            classes not in {0, shape.num_classes}
-            or len(self.group_of_class) not in {0, shape.num_classes}
-            or not all(0 <= group < groups for group in self.group_of_class)
-            or len(set(self.group_names)) < groups
-        ):
-            raise ArtefactError(
-                f"{classes} names and {len(self.group_of_class)} groups of {groups} for "
-                f"{shape.num_classes} logits; save the model again"
-            )
 
 
 def save_folder(

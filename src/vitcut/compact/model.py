@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from vitcut.compact.artefact import ModelInfo, load_folder, resolve_folder, save_folder
+from vitcut.compact.artefact import load_folder, resolve_folder, save_folder
 from vitcut.compact.attention import CompactAttention, HeadOutput
+from vitcut.compact.info import ModelInfo
 from vitcut.compact.layers import ACTIVATIONS, Stream, Written, by_image, make_table, write
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
 from vitcut.errors import ArtefactError, ModelError

@@ -8,7 +8,8 @@ from typing import Any
 
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.circuit import Circuit
-from vitcut.compact.artefact import ModelInfo, fill_folder, recorded_hash
+from vitcut.compact.artefact import fill_folder, recorded_hash
+from vitcut.compact.info import ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import count_macs
 from vitcut.compiler.cost import CostModel
