@@ -1,4 +1,4 @@
-"""Flip bits, forge artefacts and kill stages, and write docs/reliability.md.
+"""Flip bits, forge artefacts, kill stages, type nonsense, and write docs/reliability.md.
 
 ``python benchmarks/reliability.py`` takes a quarter of an hour on one core. The cases are those of
 ``pytest -m slow tests/hostile/test_reliability.py``.
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "hostile")]
 
 import torch  # noqa: E402
+from bad_inputs import bad_inputs  # noqa: E402
 from reliability_cases import Lab, flips, forgeries, kills, table, tensor_forgeries  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
@@ -30,12 +31,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     start, parts = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
         lab = Lab.make(Path(folder))
         for title, cases in {
             "flipped bits in": flips(lab, each=given.flips),
             "forged": [*forgeries(lab, most=given.forgeries), *tensor_forgeries(lab)],
             "killed": kills(lab, each=given.kills),
+            "bad input to": bad_inputs(lab, Path(scratch)),
         }.items():
             counted = Counter(cases)
             for (name, outcome), number in counted.items():

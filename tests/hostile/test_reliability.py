@@ -1,9 +1,12 @@
-"""Bit flips, forged artefacts and kills: a few of each here, all of them under ``-m slow``."""
+"""Flips, forgeries, kills and bad input: a few of each here, all of them under ``-m slow``."""
 
 from collections import Counter
 
 import pytest
+from bad_inputs import bad_inputs
 from reliability_cases import KILLED, flips, forgeries, kills, tensor_forgeries
+
+from vitcut import cli
 
 # Read by nobody but people: no result depends on it.
 _UNREAD = "metrics.jsonl"
@@ -41,6 +44,18 @@ def test_a_killed_stage_ends_as_if_it_had_not_been_killed(lab):
     _expect(kills(lab, each=2, only=("train", "discover")), 4, {"same"})
 
 
+def test_bad_input_ends_in_one_line_and_leaves_no_file(lab, tmp_path):
+    _expect(bad_inputs(lab, tmp_path, only=("suggest", "info", "show")), 50, {"refused"})
+
+
+def test_what_a_command_takes_is_counted_as_accepted(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr("bad_inputs.BAD_VALUES", {"device": ("cpu",)})
+    monkeypatch.setattr("bad_inputs.BAD_PATHS", ())
+    [(verb, outcome)] = bad_inputs(lab, tmp_path, only=("info",))
+    assert verb == "info"
+    assert outcome.startswith("ACCEPTED with 0")
+
+
 @pytest.mark.slow
 def test_no_flipped_bit_of_any_kind_of_file_is_silent(lab):
     _expect_refusals(flips(lab, each=12), 12 * 24)
@@ -54,3 +69,9 @@ def test_no_forged_artefact_of_any_kind_is_accepted(lab):
 @pytest.mark.slow
 def test_no_kill_changes_a_result_or_leaves_anything(lab):
     _expect(kills(lab, each=25), 25 * len(KILLED), {"same"})
+
+
+@pytest.mark.slow
+def test_no_bad_input_to_any_command_is_accepted_or_unclear(lab, tmp_path):
+    found = _expect(bad_inputs(lab, tmp_path), 150, {"refused"})
+    assert {verb for verb, _ in found} >= set(cli.VERBS) - {"demo"}
