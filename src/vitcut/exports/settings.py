@@ -46,6 +46,16 @@ class ExportSettings:
         if self.batch != "dynamic":
             require_bounds("batch", self.batch)
         require_one_of("precision", self.precision, get_args(Precision))
+        if self.with_preprocessing and self.precision != "float32":
+            raise ConfigError(
+                f"precision {self.precision} is for files that take normalised images, got it with "
+                "with-preprocessing: leave one of them out"
+            )
+        if self.with_preprocessing and self.batch not in {"dynamic", 1}:
+            raise ConfigError(
+                "a file with preprocessing takes one picture of any size, got batch "
+                f"{self.batch}: leave batch or with-preprocessing out"
+            )
         only_onnx = [name for name in self.to if name != "onnx"]
         for name, value, plain in (
             ("with-preprocessing", self.with_preprocessing, False),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitcut.compact.info import ModelInfo
+from vitcut.images.load import Images
 from vitcut.names import TargetName
 from vitcut.shapes import Float, Tensor, UInt8
 
@@ -24,8 +25,8 @@ class Subject:
     """Two normalised images or more."""
     pixels: UInt8[Tensor, "images y x channels"]
     """The same images as they were before they were normalised."""
-    real: bool
-    """Whether they are pictures of the task, and not noise."""
+    images: Images | None = None
+    """Where they come from; None if they are random."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +46,10 @@ class Written:
     the file beside the script; or a whole Markdown section, if it begins with a code fence."""
     details: dict[str, Any] = field(default_factory=dict[str, Any])
     """More for export.json, such as the opset."""
+    parity: dict[str, Any] | None = None
+    """What it has compared itself, if the file gives no logits."""
+    exact: bool = True
+    """Whether its logits must equal torch's up to the rounding of float32."""
 
 
 TARGETS: dict[TargetName, str] = {
