@@ -294,7 +294,7 @@ def _values(
 
         path = find_cut(Path(typed.cut), typed.point)
         values["cut"], base = Cut.load(path), find_run(path)
-    if "settings" in parameters and "out" in parameters:
+    if "settings" in parameters and "out" in parameters and parameters["out"].default is None:
         Run(typed.out)
     loaded = {name: _kind(parameter) for name, parameter in parameters.items()}
     optional = "model" in parameters and parameters["model"].default is None

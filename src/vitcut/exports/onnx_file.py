@@ -46,9 +46,10 @@ import json
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
-picture = np.asarray(Image.open("picture.jpg").convert("RGB"))[None]
+picture = Image.open("picture.jpg")
+picture = np.asarray(TURNED.convert("RGB"))[None]
 session = onnxruntime.InferenceSession("{FILE}", providers=["CPUExecutionProvider"])
 (probabilities,) = session.run(["{PROBABILITIES_NAME}"], {{"{PICTURES_NAME}": picture}})
 
@@ -71,7 +72,12 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
     parity: dict[str, Any] | None = None
     use, report = _USE, dict[str, Any]()
     if settings.with_preprocessing:
-        parity, use = write_pictures(subject, path, settings, noted), _USE_PICTURES
+        parity, batch = write_pictures(subject, path, settings, noted), 1
+        taken = subject.info.preprocessing
+        turned = taken is not None and taken.framing.orientation == "apply"
+        use = _USE_PICTURES.replace(
+            "TURNED", "ImageOps.exif_transpose(picture)" if turned else "picture"
+        ).replace(", ImageOps" if not turned else "\0", "")
         run = _no_logits
     else:
         export_onnx(
@@ -97,6 +103,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         needs=("onnxruntime",),
         use=use,
         details={
+            "batch": batch or "dynamic",
             "opset": settings.opset,
             "ir_version": onnx.load(path).ir_version,
             "with_preprocessing": settings.with_preprocessing,

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -113,6 +114,7 @@ def write_graph(
     model = onnx.load(path)
     if opset <= _READ_BY_1_17:
         model.ir_version = _IR_VERSION
+        _add_biases(model.graph)
     # Shapes of inner values, which runtimes infer, and where in torch's code each node comes from.
     del model.graph.value_info[:]
     for part in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
@@ -121,6 +123,24 @@ def write_graph(
         del each.metadata_props[:]
     onnx.helper.set_model_props(model, dict(metadata))
     onnx.save(model, path)
+
+
+def _add_biases(graph: onnx.GraphProto) -> None:
+    """Give LayerNormalizations without a bias one of zeros.
+
+    ONNX Runtime 1.17 looks for an attention behind each, and ends the process where it reads the
+    bias of one that has none.
+    """
+    scales = {item.name: item for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "LayerNormalization" and len(node.input) == 2:
+            scale = onnx.numpy_helper.to_array(scales[node.input[1]])
+            name = f"no_bias_{len(scale)}"
+            if name not in scales:
+                zeros = onnx.numpy_helper.from_array(np.zeros_like(scale), name)
+                graph.initializer.append(zeros)
+                scales[name] = zeros
+            node.input.append(name)
 
 
 @contextmanager
