@@ -145,17 +145,39 @@ def write_pictures(
         opset=settings.opset,
         metadata=noted,
     )
+    run = load_pictures_run(path)
+    return compare_pictures(lambda picture: run(picture[None]), model, subject)
+
+
+def load_pictures_run(path: Path) -> Callable[[NDArray[Any]], Tensor]:
+    """What an ONNX file of one input and one output computes of it, on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (taken,) = session.get_inputs()
+    return lambda pictures: torch.from_numpy(session.run(None, {taken.name: pictures})[0])
+
+
+def compare_pictures(
+    run: Callable[[NDArray[np.uint8]], Tensor], model: PictureModel, subject: Subject
+) -> dict[str, Any]:
+    """How far probabilities of pictures are from those with Pillow's preprocessing.
+
+    Args:
+        run: A picture, height x width x 3, to probabilities, shape [1, groups], by the file.
+        model: What the file was written from.
+        subject: What was exported; its pixels are made into pictures of several shapes.
+
+    Raises:
+        ExactnessError: The file computes something else than torch, or than Pillow and torch.
+    """
     taken = model.preprocessing
     shown = _pictures(subject.pixels.numpy())
     farthest, farthest_pixel, equal = 0.0, 0.0, 0
     with torch.inference_mode():
         for picture in shown:
             own = torch.from_numpy(picture[None])
-            (got,) = session.run([PROBABILITIES_NAME], {PICTURES_NAME: picture[None]})
-            got = torch.from_numpy(got)
+            got = run(picture)
             require_parity(got, model(own), runtime="onnxruntime")
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "PNG")

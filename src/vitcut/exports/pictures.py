@@ -36,12 +36,15 @@ class PictureModel(nn.Module):
         tall pictures first, which can change a byte by a few units.
     """
 
-    def __init__(self, model: nn.Module, info: ModelInfo) -> None:
+    def __init__(
+        self, model: nn.Module, info: ModelInfo, *, places: torch.dtype = torch.float64
+    ) -> None:
         """Put the parts together.
 
         Args:
             model: Normalised images to logits.
             info: Preprocessing and groups; without groups, each class is one.
+            places: What the places of pixels are computed in.
 
         Raises:
             ConfigError: It does not say how images are prepared.
@@ -49,7 +52,7 @@ class PictureModel(nn.Module):
         super().__init__()
         if info.preprocessing is None:
             raise ConfigError("the model does not say how its images are made")
-        self.model, self.preprocessing = model, info.preprocessing
+        self.model, self.preprocessing, self.places = model, info.preprocessing, places
         taken = info.preprocessing
         scale = 255 * torch.tensor(taken.std, dtype=torch.float64)
         shift = torch.tensor(taken.mean, dtype=torch.float64) * 255
@@ -78,7 +81,7 @@ class PictureModel(nn.Module):
             pixels = (((pixels * share).sum(1, keepdim=True) + 32768) / 65536).floor()
         # Each length as a tensor, which an exported graph computes with: the last index plus one.
         height, width = (
-            torch.arange(length, dtype=torch.float64)[-1:] + 1 for length in pictures.shape[1:3]
+            torch.arange(length, dtype=self.places)[-1:] + 1 for length in pictures.shape[1:3]
         )
         if self.preprocessing.framing.fit == "crop":
             shorter = torch.minimum(height, width)
@@ -101,7 +104,7 @@ def resampling(
 
     Args:
         number: Pixels of the picture in this direction.
-        length: The same as a tensor, float64, shape [1].
+        length: The same as a tensor of shape [1]; all is computed in its type.
         side: Of the part of the picture that the model's whole images stand for, of which
             ``crop_fraction`` is shown.
         preprocessing: Image size, crop and filter.
@@ -109,8 +112,8 @@ def resampling(
     size, kind = preprocessing.image_size, preprocessing.framing.interpolation
     extent = side * preprocessing.framing.shown_fraction(size)
     step = extent / size
-    centres = (length - extent) / 2 + (torch.arange(size, dtype=torch.float64) + 0.5) * step
-    places = torch.arange(number, dtype=torch.float64)
+    centres = (length - extent) / 2 + (torch.arange(size, dtype=length.dtype) + 0.5) * step
+    places = torch.arange(number, dtype=length.dtype)
     if kind == "nearest":
         return (places == centres.floor()[:, None]).float()
     # Pictures that shrink are smoothed: the filter is as wide as an output pixel.
