@@ -142,7 +142,7 @@ def export_targets(subject: Subject, out: Path, settings: ExportSettings) -> lis
         with atomic_folder(out / target) as folder:
             written = write(subject, folder, settings)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            about = {
+            about: dict[str, Any] = {
                 "format_version": FORMAT_VERSION,
                 "target": target,
                 "file": str(written.file.relative_to(folder)),

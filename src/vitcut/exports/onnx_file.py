@@ -29,7 +29,7 @@ from vitcut.runtimes.onnx_runtime import (
     load_session,
     write_graph,
 )
-from vitcut.runtimes.session import in_batches, require_parity
+from vitcut.runtimes.session import in_batches
 from vitcut.shapes import Tensor
 
 FILE, METADATA_KEY, METADATA_VERSION = "model.onnx", "vitcut", 1
@@ -132,7 +132,7 @@ def write_pictures(
     """Write a file that takes pictures as bytes, and compare it with Pillow's preprocessing.
 
     Raises:
-        ExactnessError: It computes something else than torch, or than Pillow and torch.
+        ExactnessError: Its probabilities are not those of Pillow's preprocessing and torch.
     """
     model = PictureModel(subject.module, subject.info).eval()
     write_graph(
@@ -169,7 +169,7 @@ def compare_pictures(
         subject: What was exported; its pixels are made into pictures of several shapes.
 
     Raises:
-        ExactnessError: The file computes something else than torch, or than Pillow and torch.
+        ExactnessError: They are too far.
     """
     taken = model.preprocessing
     shown = _pictures(subject.pixels.numpy())
@@ -178,7 +178,6 @@ def compare_pictures(
         for picture in shown:
             own = torch.from_numpy(picture[None])
             got = run(picture)
-            require_parity(got, model(own), runtime="onnxruntime")
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "PNG")
             seen = decode(file.getvalue(), taken.image_size, taken.framing).pixels

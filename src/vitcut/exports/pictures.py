@@ -36,6 +36,11 @@ class PictureModel(nn.Module):
         tall pictures first, which can change a byte by a few units.
     """
 
+    scale: Tensor
+    shift: Tensor
+    groups: Tensor | None
+    """Which class belongs to which group, shape [classes, groups]; None if each is its own."""
+
     def __init__(
         self, model: nn.Module, info: ModelInfo, *, places: torch.dtype = torch.float64
     ) -> None:

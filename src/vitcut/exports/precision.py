@@ -44,9 +44,11 @@ def reduce(
     stored = {item.key: item.value for item in model.metadata_props}
     if precision == "float16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.onnx_model import OnnxModel
 
         # Images and logits stay float32, so nothing changes for whoever runs the file.
         model = convert_float_to_float16(model, keep_io_types=True)
+        OnnxModel(model).topological_sort()
     else:
         model = _quantized(path, model, subject.examples, batch or _CALIBRATION_BATCH)
     onnx.helper.set_model_props(model, stored)

@@ -69,7 +69,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
     file takes pictures as they are.
 
     Raises:
-        ExactnessError: ONNX Runtime computes something else than torch, or than Pillow and torch.
+        ExactnessError: Its probabilities are not those of Pillow's preprocessing and torch.
     """
     path = folder / FILE
     path.parent.mkdir()

@@ -6,7 +6,7 @@ from functools import partial
 
 from rich.table import Table
 
-from vitcut.errors import plain_markdown
+from vitcut.errors import plain_markdown, printable
 from vitcut.names import RuntimeName
 from vitcut.progress import Terminal
 from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
