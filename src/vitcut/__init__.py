@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         cut,
         discover,
         evaluate,
+        export,
         finetune,
         info,
         show,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vitcut.compiler.settings import CutSettings
     from vitcut.discovery.settings import DiscoverSettings
     from vitcut.errors import VitcutError
+    from vitcut.exports.settings import ExportSettings
     from vitcut.inputs import load_images, load_model
     from vitcut.model.adapters import register_adapter
     from vitcut.model.settings import VitSettings
@@ -39,6 +41,7 @@ _HOMES = {
     "CompactViT": "compact.model",
     "CutSettings": "compiler.settings",
     "DiscoverSettings": "discovery.settings",
+    "ExportSettings": "exports.settings",
     "FinetuneSettings": "training.settings",
     "RunSettings": "recipes",
     "Task": "task",
@@ -52,6 +55,7 @@ _HOMES = {
     "demo": "recipes",
     "discover": "api",
     "evaluate": "api",
+    "export": "api",
     "finetune": "api",
     "info": "api",
     "load_images": "inputs",
@@ -73,6 +77,7 @@ __all__ = [
     "CompactViT",
     "CutSettings",
     "DiscoverSettings",
+    "ExportSettings",
     "FinetuneSettings",
     "RunSettings",
     "Task",
@@ -87,6 +92,7 @@ __all__ = [
     "demo",
     "discover",
     "evaluate",
+    "export",
     "finetune",
     "info",
     "load_images",

@@ -27,7 +27,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from vitcut import api, preparation
 from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
 from vitcut.hints import argument_error, nearest_verb
-from vitcut.inputs import load_either, load_images, load_model
+from vitcut.inputs import load_either, load_images, load_model, run_of
 from vitcut.names import SHIPPED_MODEL
 from vitcut.recipes import (
     RunSettings,
@@ -294,7 +294,7 @@ def _values(
 
         path = find_cut(Path(typed.cut), typed.point)
         values["cut"], base = Cut.load(path), find_run(path)
-    if "settings" in parameters and "out" in parameters:
+    if "settings" in parameters and "out" in parameters and parameters["out"].default is None:
         Run(typed.out)
     loaded = {name: _kind(parameter) for name, parameter in parameters.items()}
     optional = "model" in parameters and parameters["model"].default is None
@@ -313,13 +313,25 @@ def _values(
         if typed.get("against") is not None:
             values["against"] = LOADERS[EITHER](typed.against, device=typed.device)
     if "images" in parameters:
-        names = inspect.signature(load_images).parameters
-        loading = {name: typed[name] for name in names if name in typed and name not in _NOT_TYPED}
-        if "model" in values and (typed.model is not None or not optional):
-            loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
-            loading["new_head"] = optional
-        values["images"] = LOADERS["Images"](**loading)
+        found = _load_images(typed, values, parameters["images"], new_head=optional)
+        values["images"] = found
     return values
+
+
+def _load_images(
+    typed: Namespace, values: dict[str, Any], parameter: inspect.Parameter, *, new_head: bool
+) -> Any:
+    """The images of a command; None if it can do without, and nothing says where they are."""
+    if parameter.default is None and typed.source is None and run_of(values["model"]) is None:
+        if typed.task is not None:
+            raise ConfigError("task is for images, got no source: give --source, or leave it out")
+        return None
+    names = inspect.signature(load_images).parameters
+    loading = {name: typed[name] for name in names if name in typed and name not in _NOT_TYPED}
+    if "model" in values and (typed.model is not None or not new_head):
+        loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
+        loading["new_head"] = new_head
+    return LOADERS["Images"](**loading)
 
 
 def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str, Any]:
@@ -552,6 +564,9 @@ VERBS = {
     "eval": Verb(call=api.evaluate, show=show.show_evaluation),
     "info": Verb(call=api.info, show=show_info, then=_after_info),
     "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
+    "export": Verb(
+        call=api.export, show=show.show_exported, check=api.check_export, out="runs/export"
+    ),
     "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
     "show": Verb(call=api.show),
 }

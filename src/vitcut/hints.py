@@ -13,10 +13,11 @@ _KINDS = {
 }
 """Python's types, in words; of several, the first counts."""
 _OTHER_WORDS = {
-    "cut": "prune compress shrink slim compile export convert",
+    "cut": "prune compress shrink slim compile",
     "discover": "search find circuit",
     "eval": "evaluate test validate accuracy predict classify infer",
     "bench": "benchmark time latency speed profile",
+    "export": "convert onnx deploy ship",
     "finetune": "fine-tune repair distill retrain recover",
     "train": "fit pretrain probe",
     "show": "view print plot report results",
@@ -50,8 +51,10 @@ def argument_error(text: str, names: Sequence[str]) -> str:
         for kind, told in _KINDS.items():
             expected = expected or (told if re.search(rf"\b{kind}\b", kinds) else "")
         value = found["value"] if found["kind"] else found["given"]
+        near = get_close_matches(value, words, n=1)
+        meant = f": did you mean {near[0]}?" if near else ""
         if expected:
-            return f"{found[1].replace('_', '-')} must be {expected}, got {value}"
+            return f"{found[1].replace('_', '-')} must be {expected}, got {value}{meant}"
     if unknown := re.match(r"[Uu]nrecognized arguments: (--[\w.]+)", text):
         near = get_close_matches(unknown[1], [f"--{name}" for name in names], n=1)
         text += f": did you mean {near[0]}?" if near else ""

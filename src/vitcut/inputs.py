@@ -390,6 +390,11 @@ def _require_fine_classes(data: Labels, labels: Labels, source: str | None, mode
         )
 
 
+def run_of(model: "Model | CompactViT | Cut") -> Path | None:
+    """The run directory that a model was loaded from, whose images are its own."""
+    return _wanted_by(model)[1]
+
+
 def _wanted_by(
     model: "Model | CompactViT | Cut",
 ) -> "tuple[Preprocessing, Path | None, Task | None]":
@@ -434,6 +439,29 @@ def preprocessing_of(compact: "CompactViT") -> Preprocessing:
             "with its preprocessing"
         )
     return compact.info.preprocessing
+
+
+def info_of(model: "Model", images: "Images | None") -> "ModelInfo":
+    """What a dense model says of itself where it is exported.
+
+    Args:
+        model: From `for_images`, if there are images.
+        images: Their task has the groups; without them, only the shipped model has some.
+    """
+    from vitcut.compact.info import ModelInfo
+
+    task, labels = None if images is None else images.task, model.labels
+    if task is None and labels is not None and model.name == SHIPPED_MODEL:
+        task = load_task(SHIPPED_MODEL).among(labels)
+        task = task if task.class_ids == labels.ids else None
+    return ModelInfo(
+        preprocessing=model.preprocessing,
+        class_names=task.class_names if task else labels.names if labels else (),
+        group_names=task.groups if task else (),
+        group_of_class=tuple(map(int, task.group_of_class)) if task else (),
+        source_model=model.public_name,
+        source_sha256=model.weight_hash,
+    )
 
 
 def _own_task(info: "ModelInfo") -> Task | None:

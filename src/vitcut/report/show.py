@@ -1,5 +1,6 @@
 """Circuits, plans and results as text for a terminal. Loads torch only for a compact model."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vitcut.compiler.calibrate import Calibration
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut
+    from vitcut.exports.export import Exported
     from vitcut.training.repair import Repair, Repaired
 
 _SEARCH_FACTS = {"kl", "pairs", "node_evaluations", "oracle_calls", "seconds"}
@@ -367,3 +369,16 @@ def _model_folder(path: Path) -> Path | None:
         if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
             return folder
     return None
+
+
+def show_exported(exported: "list[Exported]") -> None:
+    """Print where each file of an export is, how large it is, and how it compares with torch."""
+    for item in exported:
+        about = item.about
+        parity = about["parity"]
+        sys.stdout.write(
+            f"{item.target}: {item.folder / about['file']}, {about['bytes'] / 1e6:.2f} MB; "
+            f"{parity['labels_equal']} of {parity['images']} answers as torch's on "
+            f"{about['parity_on']}, {parity['of'].partition(',')[0]} differ by at most "
+            f"{parity['max_abs_diff']:.1g}\n"
+        )

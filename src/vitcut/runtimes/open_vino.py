@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitcut.runtimes.session import Session, frozen_copy, require_parity
-from vitcut.shapes import Tensor
+from vitcut.shapes import Float, Tensor
 
 _TELEMETRY = "openvino_telemetry"
 
@@ -47,36 +47,54 @@ def prepare(module: nn.Module, examples: Sequence[Tensor], *, threads: int) -> t
         ExactnessError: OpenVINO's logits differ from torch's on an example.
     """
     model = frozen_copy(module).cpu()
+    converted = convert(model, examples[0])
+    sessions: list[Session] = []
+    for example in examples:
+        fixed = converted.clone()
+        fixed.reshape(list(example.shape))
+        run = compile_model(fixed, threads=threads, fused=len(example) >= _FUSED_FROM)
+        with torch.inference_mode():
+            require_parity(run(example), model(example), runtime="openvino")
+        sessions.append(Session(runtime="openvino", batch=len(example), threads=threads, run=run))
+    return tuple(sessions)
+
+
+def convert(model: nn.Module, example: Float[Tensor, "batch channels y x"]) -> openvino.Model:
+    """OpenVINO's form of a frozen module on the CPU, of no fixed shape."""
     # `openvino.convert_model` does the same, and sends usage data.
     with warnings.catch_warnings():
         # Tracing is deprecated, and warns of sizes read as numbers: parity is checked instead.
         warnings.simplefilter("ignore")
         # Traced with two images, so that no size of 1 is taken for a constant.
         decoder = TorchScriptPythonDecoder(
-            model, example_input=examples[0][:1].repeat(2, 1, 1, 1), shared_memory=False
+            model, example_input=example[:1].repeat(2, 1, 1, 1), shared_memory=False
         )
     frontend = FrontEndManager().load_by_framework("pytorch")
-    converted = frontend.convert(frontend.load(decoder))
-    sessions: list[Session] = []
-    for example in examples:
-        fixed = converted.clone()
-        fixed.reshape(list(example.shape))
-        settings: dict[str, str | int | bool] = {
-            # Otherwise OpenVINO computes in bfloat16 where the CPU can.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,
-        }
-        if len(example) < _FUSED_FROM:
-            settings["SNIPPETS_MODE"] = "DISABLE"
-        compiled = openvino.Core().compile_model(fixed, "CPU", settings)
-        run = partial(_run, compiled.create_infer_request())
-        with torch.inference_mode():
-            require_parity(run(example), model(example), runtime="openvino")
-        sessions.append(Session(runtime="openvino", batch=len(example), threads=threads, run=run))
-    return tuple(sessions)
+    return frontend.convert(frontend.load(decoder))
+
+
+def compile_model(
+    model: openvino.Model, *, threads: int, fused: bool
+) -> Callable[[Tensor], Tensor]:
+    """A function that runs a model on the CPU.
+
+    Args:
+        model: Images to logits.
+        threads: CPU threads.
+        fused: Whether OpenVINO may use its snippets; see `_FUSED_FROM`.
+    """
+    settings: dict[str, str | int | bool] = {
+        # Otherwise OpenVINO computes in bfloat16 where the CPU can.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
+    if not fused:
+        settings["SNIPPETS_MODE"] = "DISABLE"
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    return partial(_run, compiled.create_infer_request())
 
 
 def _run(request: openvino.InferRequest, images: Tensor) -> Tensor:

@@ -97,6 +97,17 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval().requires_grad_(requires_grad=False)
 
 
+def in_batches(run: Callable[[Tensor], Tensor], batch: int) -> Callable[[Tensor], Tensor]:
+    """Let what takes exactly ``batch`` images take any number; the last call is filled up."""
+
+    def each(images: Tensor) -> Tensor:
+        missing = -len(images) % batch
+        filled = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
+        return torch.cat([run(part.contiguous()) for part in filled.split(batch)])[: len(images)]
+
+    return each
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a model computes: where its first parameter is."""
     return next((each.device for each in module.parameters()), torch.device("cpu"))
@@ -106,7 +117,7 @@ def require_parity(
     got: Float[Tensor, "..."],
     expected: Float[Tensor, "batch classes"],
     *,
-    runtime: RuntimeName,
+    runtime: str,
 ) -> None:
     """Refuse logits that differ from torch's by more than float32 rounding; NaN is never equal.
 
