@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         cut,
         discover,
         evaluate,
-        export,
         finetune,
         info,
         show,
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from vitcut.circuit import Circuit
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.settings import CutSettings
+    from vitcut.delivery import export
     from vitcut.discovery.settings import DiscoverSettings
     from vitcut.errors import VitcutError
     from vitcut.exports.settings import ExportSettings
@@ -55,7 +55,7 @@ _HOMES = {
     "demo": "recipes",
     "discover": "api",
     "evaluate": "api",
-    "export": "api",
+    "export": "delivery",
     "finetune": "api",
     "info": "api",
     "load_images": "inputs",

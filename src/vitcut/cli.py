@@ -24,7 +24,7 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from vitcut import api, preparation
+from vitcut import api, delivery, preparation
 from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
 from vitcut.hints import argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model, run_of
@@ -565,7 +565,10 @@ VERBS = {
     "info": Verb(call=api.info, show=show_info, then=_after_info),
     "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
     "export": Verb(
-        call=api.export, show=show.show_exported, check=api.check_export, out="runs/export"
+        call=delivery.export,
+        show=show.show_exported,
+        check=delivery.check_export,
+        out="runs/export",
     ),
     "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
     "show": Verb(call=api.show),

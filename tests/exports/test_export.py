@@ -18,9 +18,9 @@ from strategies import parts_per_kind
 from tiny import random_fill, random_vit
 
 import vitcut
-from vitcut.api import check_export
 from vitcut.compact.info import ModelInfo
 from vitcut.compiler.emit import compile_circuit
+from vitcut.delivery import check_export
 from vitcut.errors import ArtefactError, ConfigError, ExactnessError
 from vitcut.exports.pictures import PictureModel
 from vitcut.exports.settings import ExportSettings
