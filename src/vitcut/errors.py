@@ -88,3 +88,9 @@ def printable(text: str) -> str:
         else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def plain_markdown(text: str) -> str:
+    """Text from outside that Markdown and HTML show as it is, in one line."""
+    escaped = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~#>!$])", r"\\\1", escaped)

@@ -5,6 +5,7 @@ import platform
 import random
 import re
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +82,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a measured number depends on: CPU, flags, cores, load, GPU, versions."""
+    """What a measured number depends on: CPU, flags, cores, load, GPU, versions, the day."""
     cpu = _read_cpu()
     flags = _cpu_flags(cpu)
     versions: dict[str, str | None] = dict.fromkeys(_REPORTED_PACKAGES)
@@ -98,6 +99,7 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 

@@ -1,13 +1,12 @@
 """Results as tables, for terminals and for Markdown."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from rich.table import Table
 
-from vitcut.errors import printable
+from vitcut.errors import plain_markdown, printable
 from vitcut.names import RuntimeName
 from vitcut.progress import Terminal
 from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
@@ -129,12 +128,6 @@ def recommend(results: Results) -> Point | None:
     if safe:
         return min(safe, key=lambda p: p.macs or 0)
     return max(cuts, key=lambda p: p.accuracy_coarse or 0.0)
-
-
-def plain_markdown(text: str) -> str:
-    """Text from outside that Markdown and HTML show as it is, in one line."""
-    escaped = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_\[\]|~#>!$])", r"\\\1", escaped)
 
 
 def to_markdown(table: PointTable) -> str:
