@@ -50,3 +50,11 @@ PairMode = Literal["each_other_group", "one_random"]
 
 RuntimeName = Literal["torch", "torch-compile", "onnxruntime", "openvino"]
 """The software that runs a model; every measured latency names its own."""
+
+# Exports
+
+TargetName = Literal["onnx", "openvino", "pt2", "executorch", "litert", "transformers-js"]
+"""What a model is exported for; each has a folder of its own."""
+
+Precision = Literal["float32", "float16", "int8"]
+"""The numbers that an exported model computes with."""

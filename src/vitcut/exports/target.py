@@ -1,0 +1,69 @@
+"""What a target gets and gives back, and where each target is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitcut.compact.info import ModelInfo
+from vitcut.names import TargetName
+from vitcut.shapes import Float, Tensor, UInt8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """What is exported."""
+
+    module: nn.Module
+    """Normalised images to logits: a frozen copy on the CPU, in evaluation mode."""
+    info: ModelInfo
+    """Preprocessing, classes and groups; all of them are there."""
+    examples: Float[Tensor, "images channels y x"]
+    """Two normalised images or more."""
+    pixels: UInt8[Tensor, "images y x channels"]
+    """The same images as they were before they were normalised."""
+    real: bool
+    """Whether they are pictures of the task, and not noise."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Written:
+    """What a target has made."""
+
+    file: Path
+    """The file that a runtime opens, inside the folder."""
+    run: Callable[[Tensor], Tensor]
+    """Normalised images to logits, computed by the target's runtime from the file on disk."""
+    tools: dict[str, str]
+    """Versions of the packages that made and ran it, by name."""
+    needs: tuple[str, ...]
+    """What to install where the file is used, besides numpy and pillow."""
+    use: str
+    """For the README: Python lines that make the array ``logits`` from the array ``images``, with
+    the file beside the script; or a whole Markdown section, if it begins with a code fence."""
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+    """More for export.json, such as the opset."""
+
+
+TARGETS: dict[TargetName, str] = {
+    "onnx": "vitcut.exports.onnx_file",
+    "openvino": "vitcut.exports.openvino_file",
+    "pt2": "vitcut.exports.pt2_file",
+    "executorch": "vitcut.exports.executorch_file",
+    "litert": "vitcut.exports.litert_file",
+    "transformers-js": "vitcut.exports.transformers_js",
+}
+"""The module of each target. Its ``write(subject, folder, settings)`` fills a folder and gives a
+`Written`."""
+
+PACKAGES: dict[TargetName, tuple[tuple[str, str], ...]] = {
+    "onnx": (("cut", "onnxruntime"), ("cut", "onnxscript")),
+    "openvino": (("openvino", "openvino"),),
+    "pt2": (),
+    "executorch": (("executorch", "executorch"),),
+    "litert": (("litert", "litert_torch"),),
+    "transformers-js": (("cut", "onnxruntime"), ("cut", "onnxscript")),
+}
+"""The extra of vitcut and the module of each package that a target needs besides torch."""
