@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 
     from vitcut.benchmark.evaluation import Evaluation
     from vitcut.compact.model import CompactViT
-    from vitcut.compiler.calibrate import Calibration
     from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images
     from vitcut.model.model import Model
     from vitcut.preprocessing import Preprocessing
+    from vitcut.report.checks import Checks
     from vitcut.report.info import Info
     from vitcut.training.repair import Repaired
 
@@ -536,30 +536,32 @@ def checks(
     models: int = 18,
     seconds: float = 0.5,
     save: str | Path | None = None,
-) -> "Calibration":
-    """Describe the machine, and measure what the operations of compact models cost on it.
+) -> "Checks":
+    """Describe the machine and what is installed; with save, measure what operations cost on it.
 
     Args:
         model: Sets the sizes to measure; its weights do not matter.
         models: How many random compact models to measure.
         seconds: Time spent on each compact model at each batch size.
-        save: File to write the costs to, for ``--costs``.
+        save: File to write the costs to, for ``--costs``. Without it, nothing is measured.
 
     Raises:
         ConfigError: Fewer than 3 models.
     """
-    from vitcut.compiler.calibrate import calibrate
-
     if models < 3:
         raise ConfigError(f"models must be at least 3, got {models}")
+    from vitcut.report.checks import check_machine
+
+    if save is None:
+        return check_machine()
+    from vitcut.compiler.calibrate import calibrate
     from vitcut.model.model import Model
 
     loaded = load_model(model) if isinstance(model, (str, Path)) else require(model, Model)
     weights = loaded.weights
     found = calibrate(weights.shape, weights.split_graph, models=models, seconds=seconds)
-    if save is not None:
-        found.costs.save(Path(save))
-    return found
+    found.costs.save(Path(save))
+    return check_machine(found)
 
 
 def show(path: str | Path, *, plan: bool = False) -> None:

@@ -25,8 +25,9 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from vitcut import api, preparation
+from vitcut.completion import completion_script
 from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
-from vitcut.hints import argument_error, nearest_verb
+from vitcut.hints import EXAMPLES, argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model
 from vitcut.names import SHIPPED_MODEL
 from vitcut.recipes import (
@@ -118,16 +119,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def _dispatch(typed: list[str]) -> int:
-    if not typed or typed[0] in {"-h", "--help"}:
+def _without_command(typed: list[str]) -> str | None:
+    """What is printed if no command is typed; None if one is."""
+    first, _, value = typed[0].partition("=") if typed else ("--help", "", "")
+    if first in {"-h", "--help"}:
         lines = "\n".join(
             f"  {name:10} {parse_docstring(verb.call.__doc__ or '').short_description}"
             for name, verb in VERBS.items()
         )
-        sys.stdout.write(_OVERVIEW.format(lines=lines))
-        return 0
-    if typed[0] == "--version":
-        sys.stdout.write(f"vitcut {version('vitcut')}\n")
+        return _OVERVIEW.format(lines=lines)
+    if first == "--version":
+        return f"vitcut {version('vitcut')}\n"
+    if first == "--print_completion":
+        parsers = {name: build_parser(name) for name in VERBS}
+        return completion_script(value or " ".join(typed[1:]), parsers)
+    return None
+
+
+def _dispatch(typed: list[str]) -> int:
+    text = _without_command(typed)
+    if text is not None:
+        sys.stdout.write(text)
         return 0
     name, *rest = typed
     verb = VERBS.get(name)
@@ -204,6 +216,7 @@ def build_parser(name: str) -> ArgumentParser:
         # A recipe is printed by this file, other settings by jsonargparse.
         print_config=None if "changes" in parameters else "--print_config",
     )
+    parser.examples = EXAMPLES.get(name, ())
     if "changes" in parameters:
         parser.description = f"{told.short_description} {_CHANGES}"
         parser.add_argument(
@@ -393,10 +406,14 @@ def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], 
 
 
 class _Parser(ArgumentParser):
-    """Shows flags with dashes."""
+    """Shows flags with dashes, and examples below them."""
+
+    examples: tuple[str, ...] = ()
 
     def format_help(self, formatter: Any = None) -> str:
-        return _dashed(super().format_help(formatter))
+        lines = [f"  {self.prog} {words}".rstrip() for words in self.examples]
+        shown = "\n".join(["", "examples:", *lines, ""]) if lines else ""
+        return _dashed(super().format_help(formatter)) + shown
 
 
 def _dashed(text: str) -> str:
@@ -495,6 +512,12 @@ def _show_found(circuit: Any) -> None:
         sys.stdout.write("for a cut, search with --ablation mean: a cut fills with means\n")
 
 
+def _show_checks(found: Any) -> None:
+    from vitcut.report.checks import show_checks
+
+    show_checks(found)
+
+
 def _show_of(typed: Namespace) -> str:
     return shlex.join(["vitcut", "show", typed.out])
 
@@ -510,8 +533,9 @@ Cut a Vision Transformer down to the circuit that a task needs.
 commands:
 {lines}
 
-vitcut COMMAND --help lists the flags of a command. --version prints the version. With --debug, a
-command also prints the traceback of an error.
+vitcut COMMAND --help lists the flags of a command, with examples. --version prints the version.
+--print-completion bash (or zsh, tcsh) prints a script for completion. With --debug, a command also
+prints the traceback of an error.
 """
 
 VERBS = {
@@ -552,6 +576,6 @@ VERBS = {
     "eval": Verb(call=api.evaluate, show=show.show_evaluation),
     "info": Verb(call=api.info, show=show_info, then=_after_info),
     "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
-    "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
+    "checks": Verb(call=api.checks, show=_show_checks, then=_after_checks),
     "show": Verb(call=api.show),
 }
