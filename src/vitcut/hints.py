@@ -15,7 +15,8 @@ _KINDS = {
 _OTHER_WORDS = {
     "cut": "prune compress shrink slim compile export convert",
     "discover": "search find circuit",
-    "eval": "evaluate test validate accuracy predict classify infer",
+    "eval": "evaluate test validate accuracy",
+    "predict": "classify infer",
     "bench": "benchmark time latency speed profile",
     "finetune": "fine-tune repair distill retrain recover",
     "train": "fit pretrain probe",

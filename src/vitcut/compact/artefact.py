@@ -1,6 +1,5 @@
 """The model directory: config.json, tensors, circuit, fill and card. Never pickle."""
 
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from vitcut.compact.card import model_card
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError, printable
-from vitcut.hub import hub_access
+from vitcut.hub import HUB_ID, hub_access
 from vitcut.shapes import Tensor
 from vitcut.store import (
     atomic_folder,
@@ -32,7 +31,6 @@ FORMAT_VERSION = 7
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 LABELS = "labels.txt"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def save_folder(
@@ -188,7 +186,7 @@ def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Pat
     if folder.exists():
         return folder
     name = str(folder_or_hub_id)
-    if isinstance(folder_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
+    if isinstance(folder_or_hub_id, Path) or not HUB_ID.fullmatch(name):
         raise ArtefactError(f"no model directory at {name}: expected one that vitcut wrote")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
