@@ -96,6 +96,7 @@ def test_the_machine_is_described_in_json_values():
             "system",
             "python",
             "versions",
+            "date",
         ),
     }
     for name in ("torch", "onnxruntime", "openvino"):

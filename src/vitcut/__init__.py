@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vitcut.inputs import load_images, load_model
     from vitcut.model.adapters import register_adapter
     from vitcut.model.settings import VitSettings
+    from vitcut.prediction import predict
     from vitcut.preparation import prepare, suggest
     from vitcut.recipes import RunSettings, demo, run, train
     from vitcut.selection.settings import Budget
@@ -61,6 +62,7 @@ _HOMES = {
     "load_images": "inputs",
     "load_model": "inputs",
     "load_task": "task",
+    "predict": "prediction",
     "prepare": "preparation",
     "register_adapter": "model.adapters",
     "run": "recipes",
@@ -98,6 +100,7 @@ __all__ = [
     "load_images",
     "load_model",
     "load_task",
+    "predict",
     "prepare",
     "register_adapter",
     "run",

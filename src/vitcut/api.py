@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 
     from vitcut.benchmark.evaluation import Evaluation
     from vitcut.compact.model import CompactViT
-    from vitcut.compiler.calibrate import Calibration
     from vitcut.compiler.cut import Cut
     from vitcut.images.load import Images
     from vitcut.model.model import Model
     from vitcut.preprocessing import Preprocessing
+    from vitcut.report.checks import Checks
     from vitcut.report.info import Info
     from vitcut.training.repair import Repaired
 
@@ -139,7 +139,7 @@ def cut(
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter, require_cut_from
-    from vitcut.report.cards import write_cards
+    from vitcut.report.cards import origin_of, write_cards
     from vitcut.report.tables import recommend
     from vitcut.selection.search import leave_images, require_decidable, search
 
@@ -200,7 +200,7 @@ def cut(
         points = {CLASS_ONLY: baseline}
         points |= {item.name: (item.point(run.path), item.model) for item in cuts}
         results = measure(model, images, points, bench)
-        write_cards(results, run.path, images.task)
+        write_cards(results, run.path, cuts[-1].model.info, origin_of(model, images))
         return results
 
     results = run.once(RESULTS_FILE, measured, Results.load)
@@ -306,18 +306,17 @@ def finetune(
     from vitcut.compiler.cut import Cut, class_only, require_cut_from
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
-    from vitcut.report.cards import dense_repaired_card, repaired_card
+    from vitcut.report.cards import dense_repaired_card, origin_of, repaired_card
     from vitcut.training import repair as repairs
     from vitcut.training.checkpoint import read_training
     from vitcut.training.loop import for_machine
 
     check_finetune({"repaired_dense": repaired_dense, "repair_dense": repair_dense})
     if isinstance(cut, (str, Path)):
-        start = Cut.load(find_cut(Path(cut), point))
+        start = replace(Cut.load(find_cut(Path(cut), point)), fill=None)
     else:
         start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
-    run = Run(out)
-    model = for_images(model, images)
+    run, model = Run(out), for_images(model, images)
     asked, device = settings, str(model.weights.device)
     # Chosen once, so that the dense model is trained in the same way.
     device = device if asked.device == "auto" else asked.device
@@ -372,7 +371,8 @@ def finetune(
         results = measure(model, images, points, timing, evaluations=found)
         paired = repairs.compare_pairs(repaired.name, found, seed=timing.seed)
         replace(told, paired=paired).save(run.path / REPAIR_FILE)
-        card = repaired_card(results, results.points[-1], images.task, training, settings)
+        known = repaired.model.info, origin_of(model, images)
+        card = repaired_card(results, *known, result=training, config=settings)
         write_text(run.path / "model" / "README.md", card)
         return results
 
@@ -536,30 +536,32 @@ def checks(
     models: int = 18,
     seconds: float = 0.5,
     save: str | Path | None = None,
-) -> "Calibration":
-    """Describe the machine, and measure what the operations of compact models cost on it.
+) -> "Checks":
+    """Describe the machine and what is installed; with save, measure what operations cost on it.
 
     Args:
         model: Sets the sizes to measure; its weights do not matter.
         models: How many random compact models to measure.
         seconds: Time spent on each compact model at each batch size.
-        save: File to write the costs to, for ``--costs``.
+        save: File to write the costs to, for ``--costs``. Without it, nothing is measured.
 
     Raises:
         ConfigError: Fewer than 3 models.
     """
-    from vitcut.compiler.calibrate import calibrate
-
     if models < 3:
         raise ConfigError(f"models must be at least 3, got {models}")
+    from vitcut.report.checks import check_machine
+
+    if save is None:
+        return check_machine()
+    from vitcut.compiler.calibrate import calibrate
     from vitcut.model.model import Model
 
     loaded = load_model(model) if isinstance(model, (str, Path)) else require(model, Model)
     weights = loaded.weights
     found = calibrate(weights.shape, weights.split_graph, models=models, seconds=seconds)
-    if save is not None:
-        found.costs.save(Path(save))
-    return found
+    found.costs.save(Path(save))
+    return check_machine(found)
 
 
 def show(path: str | Path, *, plan: bool = False) -> None:

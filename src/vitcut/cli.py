@@ -25,10 +25,17 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from vitcut import api, delivery, preparation
+from vitcut.completion import completion_script
 from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
-from vitcut.hints import argument_error, nearest_verb
+from vitcut.hints import EXAMPLES, argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model, run_of
 from vitcut.names import SHIPPED_MODEL
+from vitcut.prediction import (
+    load_any,
+    predict,
+    show_predictions,
+    show_predictions_as_json,
+)
 from vitcut.recipes import (
     RunSettings,
     check_train,
@@ -61,9 +68,11 @@ _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 _LEFT_OPEN = {"--compile"}
 """Yes/no flags whose default is neither."""
 EITHER = "Model | CompactViT | Cut"
+ANY = f"str | Path | {EITHER} | OnnxFile"
 LOADERS: dict[str, Callable[..., Any]] = {
     "Model": load_model,
     EITHER: load_either,
+    ANY: load_any,
     "Images": load_images,
 }
 """Functions that make arguments which nobody can type; their own arguments become flags."""
@@ -79,6 +88,8 @@ class Verb:
 
     call: Callable[..., Any]
     show: Callable[[Any], None] | None = None
+    show_json: Callable[[Any], None] | None = None
+    """How ``--json`` shows it, which only some commands have."""
     then: Callable[[Namespace], str] | None = None
     """The next command, ready to run except for words in capitals."""
     check: Callable[[dict[str, Any]], None] | None = None
@@ -118,16 +129,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def _dispatch(typed: list[str]) -> int:
-    if not typed or typed[0] in {"-h", "--help"}:
+def _without_command(typed: list[str]) -> str | None:
+    """What is printed if no command is typed; None if one is."""
+    first, _, value = typed[0].partition("=") if typed else ("--help", "", "")
+    if first in {"-h", "--help"}:
         lines = "\n".join(
             f"  {name:10} {parse_docstring(verb.call.__doc__ or '').short_description}"
             for name, verb in VERBS.items()
         )
-        sys.stdout.write(_OVERVIEW.format(lines=lines))
-        return 0
-    if typed[0] == "--version":
-        sys.stdout.write(f"vitcut {version('vitcut')}\n")
+        return _OVERVIEW.format(lines=lines)
+    if first == "--version":
+        return f"vitcut {version('vitcut')}\n"
+    if first == "--print_completion":
+        parsers = {name: build_parser(name) for name in VERBS}
+        return completion_script(value or " ".join(typed[1:]), parsers)
+    return None
+
+
+def _dispatch(typed: list[str]) -> int:
+    text = _without_command(typed)
+    if text is not None:
+        sys.stdout.write(text)
         return 0
     name, *rest = typed
     verb = VERBS.get(name)
@@ -163,8 +185,9 @@ def _dispatch(typed: list[str]) -> int:
         return 0
     with _nothing_left(typed_values.get("out")):
         result = verb.call(**_values(verb, parser, typed_values, changes))
-    if verb.show is not None:
-        verb.show(result)
+    shown = verb.show_json if typed_values.get("json") else verb.show
+    if shown is not None:
+        shown(result)
     if verb.out is not None or typed_values.get("out") is not None:
         _tell(f"results: {typed_values.out}")
     if verb.then is not None:
@@ -204,6 +227,7 @@ def build_parser(name: str) -> ArgumentParser:
         # A recipe is printed by this file, other settings by jsonargparse.
         print_config=None if "changes" in parameters else "--print_config",
     )
+    parser.examples = EXAMPLES.get(name, ())
     if "changes" in parameters:
         parser.description = f"{told.short_description} {_CHANGES}"
         parser.add_argument(
@@ -211,6 +235,9 @@ def build_parser(name: str) -> ArgumentParser:
         )
     else:
         parser.add_argument("--config", action="config", help="A YAML file with values for flags.")
+    if verb.show_json is not None:
+        told_of = "Print JSON, one object a line."
+        parser.add_argument("--json", type=bool, default=False, help=told_of)
     known: set[Any] = set()
     for parameter in parameters.values():
         settings = _settings_of(parameter.annotation)
@@ -231,7 +258,7 @@ def build_parser(name: str) -> ArgumentParser:
                 known.add(own.name)
                 help_text = _help(told, "model") if optional and own.name == "model" else described
                 # What a command is about is its first word, as in `vitcut info MODEL`.
-                flag = kind != EITHER or own.name != "model"
+                flag = kind not in {EITHER, ANY} or own.name != "model"
                 _add(parser, own, help_text, flag=flag)
         elif parameter.name != "changes":
             known.add(parameter.name)
@@ -246,7 +273,7 @@ def _loading(kind: str) -> Iterator[tuple[inspect.Parameter, str]]:
     for own in inspect.signature(LOADERS[kind]).parameters.values():
         if own.kind is not own.VAR_KEYWORD:
             yield own, _help(told, own.name)
-    if kind == EITHER:
+    if kind in {EITHER, ANY}:
         yield from _loading("Model")
 
 
@@ -262,7 +289,9 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
     name = f"--{parameter.name}" if flag else parameter.name
     optional = parameter.default is not parameter.empty or parameter.name == "recipe"
     more: dict[str, Any] = {"nargs": "?"} if optional and not flag else {}
-    if flag or more:
+    if not flag and "Sequence" in str(parameter.annotation):
+        more, kind = {"nargs": "+"}, str
+    if flag or optional:
         more["default"] = str(default) if isinstance(default, Path) else default
     parser.add_argument(name, type=kind, help=told, **more)
 
@@ -307,9 +336,10 @@ def _values(
             model = replace(model, run=base)
         values["model"] = model
         check(values)
-    if loaded.get("model") == EITHER:
-        loading = {own.name: typed[own.name] for own, _ in _loading(EITHER)}
-        values["model"] = LOADERS[EITHER](**loading)
+    if loaded.get("model") in {EITHER, ANY}:
+        kind = loaded["model"]
+        loading = {own.name: typed[own.name] for own, _ in _loading(kind)}
+        values["model"] = LOADERS[kind](**loading)
         if typed.get("against") is not None:
             values["against"] = LOADERS[EITHER](typed.against, device=typed.device)
     if "images" in parameters:
@@ -405,10 +435,14 @@ def _take_changes(words: list[str], parser: ArgumentParser) -> tuple[list[str], 
 
 
 class _Parser(ArgumentParser):
-    """Shows flags with dashes."""
+    """Shows flags with dashes, and examples below them."""
+
+    examples: tuple[str, ...] = ()
 
     def format_help(self, formatter: Any = None) -> str:
-        return _dashed(super().format_help(formatter))
+        lines = [f"  {self.prog} {words}".rstrip() for words in self.examples]
+        shown = "\n".join(["", "examples:", *lines, ""]) if lines else ""
+        return _dashed(super().format_help(formatter)) + shown
 
 
 def _dashed(text: str) -> str:
@@ -507,6 +541,12 @@ def _show_found(circuit: Any) -> None:
         sys.stdout.write("for a cut, search with --ablation mean: a cut fills with means\n")
 
 
+def _show_checks(found: Any) -> None:
+    from vitcut.report.checks import show_checks
+
+    show_checks(found)
+
+
 def _show_of(typed: Namespace) -> str:
     return shlex.join(["vitcut", "show", typed.out])
 
@@ -522,8 +562,9 @@ Cut a Vision Transformer down to the circuit that a task needs.
 commands:
 {lines}
 
-vitcut COMMAND --help lists the flags of a command. --version prints the version. With --debug, a
-command also prints the traceback of an error.
+vitcut COMMAND --help lists the flags of a command, with examples. --version prints the version.
+--print-completion bash (or zsh, tcsh) prints a script for completion. With --debug, a command also
+prints the traceback of an error.
 """
 
 VERBS = {
@@ -562,6 +603,7 @@ VERBS = {
     ),
     # `eval` is a builtin of Python, so the function has the longer name.
     "eval": Verb(call=api.evaluate, show=show.show_evaluation),
+    "predict": Verb(call=predict, show=show_predictions, show_json=show_predictions_as_json),
     "info": Verb(call=api.info, show=show_info, then=_after_info),
     "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
     "export": Verb(
@@ -570,6 +612,6 @@ VERBS = {
         check=delivery.check_export,
         out="runs/export",
     ),
-    "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
+    "checks": Verb(call=api.checks, show=_show_checks, then=_after_checks),
     "show": Verb(call=api.show),
 }

@@ -1,4 +1,4 @@
-"""What to type instead of what was typed: commands, flags and values. Loads no torch."""
+"""What to type: examples, and what to type instead of what was typed. Loads no torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,8 @@ _KINDS = {
 _OTHER_WORDS = {
     "cut": "prune compress shrink slim compile",
     "discover": "search find circuit",
-    "eval": "evaluate test validate accuracy predict classify infer",
+    "eval": "evaluate test validate accuracy",
+    "predict": "classify infer",
     "bench": "benchmark time latency speed profile",
     "export": "convert onnx deploy ship",
     "finetune": "fine-tune repair distill retrain recover",
@@ -28,6 +29,37 @@ _OTHER_WORDS = {
     "prepare": "download decode",
 }
 """What people may type for a command, as long as no command of that name exists."""
+EXAMPLES = {
+    "demo": ("", "--out runs/try"),
+    "run": ("demo", "animals-quick --source tiny-imagenet-200.zip --taus 0.03,0.01"),
+    "prepare": (
+        "--source tiny-imagenet-200.zip",
+        "--source photos --image-size 224 --skip-bad-images",
+    ),
+    "suggest": ("--source tiny-imagenet-200.zip --out labels.yaml",),
+    "train": (
+        "--source photos --image-size 64",
+        "--model timm:vit_tiny_patch16_224 --source flowers.zip --freeze backbone",
+    ),
+    "discover": ("--model animals --source tiny-imagenet-200.zip --tau 0.01",),
+    "cut": (
+        "--model animals --source tiny-imagenet-200.zip --target-macs 0.2",
+        "--model timm:vit_tiny_patch16_224 --source photos --task pets.yaml --target-macs 0.5,0.3",
+        "runs/discover --point acdc-mean-0.01",
+    ),
+    "finetune": ("runs/cut --epochs 6", "runs/demo --point acdc-mean-0.01"),
+    "eval": (
+        "runs/cut --against animals",
+        "timm:vit_tiny_patch16_224 --source photos --task cats-dogs",
+    ),
+    "predict": ("runs/cut picture.jpg", "runs/cut photos --json"),
+    "info": ("timm:vit_tiny_patch16_224", "runs/cut"),
+    "bench": ("runs/cut --runtimes torch,onnxruntime --batches 1,8 --threads 2",),
+    "export": ("runs/cut --to onnx", "runs/cut --to onnx,openvino --out runs/export"),
+    "checks": ("", "--save costs.json"),
+    "show": ("runs/cut", "runs/cut --plan"),
+}
+"""What people type after ``vitcut COMMAND``, for its help."""
 _CLASS = re.compile(r"<class '([\w.]+)'>|typing\.(?=Literal)")
 _REFUSED = re.compile(
     r"--(\S+): (?:Expected an? (?P<kind>.+?)\. Got value: (?P<value>.*)"

@@ -1,8 +1,11 @@
 """Access to the Hugging Face Hub that fails within seconds where there is no network."""
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ANSWERS_WITHIN_S = 5.0
 
 
@@ -37,3 +40,8 @@ def hub_access() -> Generator[None]:
         ) from None
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether this can only be the name of a repository on the Hugging Face hub."""
+    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()

@@ -427,18 +427,67 @@ def _require_names(task: Task, labels: Labels) -> None:
         )
 
 
-def preprocessing_of(compact: "CompactViT") -> Preprocessing:
-    """How images are prepared for a compact model.
+def preprocessing_of(model: "CompactViT | ModelInfo") -> Preprocessing:
+    """How images are prepared for a compact model, or for one that is described.
 
     Raises:
         ConfigError: It does not say.
     """
-    if compact.info.preprocessing is None:
+    info: Any = getattr(model, "info", model)
+    if info.preprocessing is None:
         raise ConfigError(
             "the compact model does not say how its images are made: set model.info to a ModelInfo "
             "with its preprocessing"
         )
-    return compact.info.preprocessing
+    return info.preprocessing
+
+
+def for_use(
+    model: "Model | CompactViT | Cut", task: "str | Path | Task | None" = None
+) -> "tuple[nn.Module, ModelInfo]":
+    """A model as it answers pictures, and what a user of it needs to know, all of it filled in.
+
+    Args:
+        model: A cut has groups of its own.
+        task: The groups of a dense model. By default those of its run directory, the shipped ones
+            of "animals", or else every class is its own group.
+
+    Raises:
+        ConfigError: The task is for a cut, or a cut does not say how its images are made.
+        TaskError: The model lacks classes of the task.
+    """
+    from vitcut.compact.info import ModelInfo
+    from vitcut.compact.model import CompactViT
+    from vitcut.compiler.cut import Cut
+    from vitcut.model.model import Model
+
+    compact = model.model if isinstance(model, Cut) else model
+    if isinstance(compact, CompactViT):
+        if task is not None:
+            raise ConfigError("task is for a dense model, got it with a cut, which has its own")
+        info = replace(compact.info, preprocessing=preprocessing_of(compact))
+        names = info.class_names or tuple(map(str, range(compact.plan.shape.num_classes)))
+        if not info.group_of_class:
+            info = replace(info, group_names=names, group_of_class=tuple(range(len(names))))
+        return compact.eval(), replace(info, class_names=names)
+    model = require(model, Model)
+    named = tuple(map(str, range(model.weights.num_classes)))
+    labels = model.labels or Labels(owner=f"model {model.name!r}", ids=named, names=named)
+    if task is None and model.run is not None:
+        _, task = _images_of(model.run, image_size=model.preprocessing.image_size)
+    elif task is None and model.name == SHIPPED_MODEL:
+        task = SHIPPED_MODEL
+    wanted = task if isinstance(task, Task) or task is None else load_task(task)
+    wanted = all_classes_task(labels) if wanted is None else wanted.among(labels)
+    model = model.for_task(wanted, labels)
+    return model.module, ModelInfo(
+        preprocessing=model.preprocessing,
+        class_names=wanted.class_names,
+        group_names=wanted.groups,
+        group_of_class=tuple(wanted.group_of_class.tolist()),
+        source_model=model.public_name,
+        source_sha256=model.weight_hash,
+    )
 
 
 def info_of(model: "Model", images: "Images | None") -> "ModelInfo":

@@ -5,9 +5,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +19,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
 from rich.text import Text
 
 from vitcut.errors import printable
@@ -23,6 +28,7 @@ T = TypeVar("T")
 
 _FIRST_LINE_AFTER_S = 2.0
 _LINE_EVERY_S = 15.0
+_WIDE = 10_000
 
 
 class Terminal(Console):
@@ -36,6 +42,41 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Escape what could steer a terminal; every string that is printed passes through here."""
         return super().render_str(printable(text), **options)
+
+    def print_table(self, table: Table, *, keys: int = 1) -> None:
+        """Print a table of strings; one that is too wide in parts below each other.
+
+        Args:
+            table: The whole one.
+            keys: How many first columns each part begins with.
+        """
+
+        def part_of(columns: list[Column]) -> Table:
+            part = copy(table)
+            part.columns = [replace(item, _index=number) for number, item in enumerate(columns)]
+            return part
+
+        for column in table.columns:
+            # Headers may break between words, cells may not.
+            column.min_width = max((cell_len(printable(str(c))) for c in column.cells), default=1)
+            column.header, words = str(column.header), printable(str(column.header)).split()
+            column.min_width = max([column.min_width, *map(cell_len, words)])
+            column.no_wrap = False
+        parts = [table.columns[:keys]]
+        for column in table.columns[keys:]:
+            wider = part_of([*parts[-1], column])
+            # Measured on a wide terminal, because no measure exceeds the terminal's own.
+            needed = Measurement.get(self, self.options.update(width=_WIDE), wider).minimum
+            fits = needed <= self.width
+            if fits or len(parts[-1]) == keys:
+                parts[-1] = [*parts[-1], column]
+            else:
+                parts.append([*table.columns[:keys], column])
+        for number, columns in enumerate(parts, start=1):
+            part = part_of(columns)
+            part.title = table.title if number == 1 else None
+            part.caption = table.caption if number == len(parts) else None
+            self.print(part)
 
     def on_broken_pipe(self) -> None:
         """Leave it to the command line; rich would end the process."""

@@ -345,7 +345,7 @@ def run(
     from vitcut.discovery.search import find_circuits
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
-    from vitcut.report.cards import write_cards
+    from vitcut.report.cards import origin_of, write_cards
     from vitcut.selection.search import leave_images, require_decidable, require_possible, search
     from vitcut.training.repair import repair_cut
 
@@ -411,7 +411,7 @@ def run(
         points = {CLASS_ONLY: class_only(model, images, settings.cut)}
         points |= {item.name: (item.point(target.path), item.model) for item in cuts}
         results = measure(model, images, points, settings.bench)
-        write_cards(results, target.path, images.task)
+        write_cards(results, target.path, cuts[-1].model.info, origin_of(model, images))
         return results
 
     return target.once(RESULTS_FILE, measured, Results.load)

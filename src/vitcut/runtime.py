@@ -5,23 +5,28 @@ import platform
 import random
 import re
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from vitcut.errors import ConfigError
 from vitcut.settings import require_bounds
+
+if TYPE_CHECKING:
+    import torch
 
 _REPORTED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "asimd")
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _REPORTED_PACKAGES = ("vitcut", "torch", "timm", "onnxruntime", "onnx", "openvino", "numpy")
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists here."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -38,16 +43,20 @@ def choose_device(name: str) -> torch.device:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy's global generator (timm's Mixup draws from it) and torch."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
-def choose_precision(device: torch.device) -> tuple[Literal["float32", "bfloat16"], str]:
+def choose_precision(device: "torch.device") -> tuple[Literal["float32", "bfloat16"], str]:
     """The precision in which this machine trains fastest, and why.
 
     A CPU without instructions for bfloat16 computes in it, but at a fraction of its float32 speed.
     """
+    import torch
+
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -76,12 +85,16 @@ def set_threads(threads: int | None) -> None:
     """Limit torch to ``threads`` CPU threads; None leaves torch's own choice."""
     if threads is None:
         return
+    import torch
+
     require_bounds("threads", threads)
     torch.set_num_threads(threads)
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a measured number depends on: CPU, flags, cores, load, GPU, versions."""
+    """What a measured number depends on: CPU, flags, cores, load, GPU, versions, the day."""
+    import torch
+
     cpu = _read_cpu()
     flags = _cpu_flags(cpu)
     versions: dict[str, str | None] = dict.fromkeys(_REPORTED_PACKAGES)
@@ -98,6 +111,7 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -298,19 +299,38 @@ def test_what_is_neither_directory_nor_hub_id_is_refused(place):
         CompactViT.from_pretrained(place)
 
 
-def test_the_hub_gets_the_whole_directory(monkeypatch):
-    seen = {}
-
-    class Api:
-        def create_repo(self, name, **options):
-            seen["repo"] = (name, options)
-
-        def upload_folder(self, *, repo_id, folder_path):
-            seen["files"] = sorted(path.name for path in folder_path.iterdir())
-            return type("Commit", (), {"commit_url": f"https://hub/{repo_id}"})
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+def test_labels_are_one_a_line_in_the_order_of_the_logits(tmp_path):
     model = compiled(Circuit.full(WEIGHTS.graph))
-    assert model.push_to_hub("me/owls", private=True, card="x") == "https://hub/me/owls"
-    assert seen["repo"] == ("me/owls", {"private": True, "exist_ok": True})
-    assert seen["files"] == ["README.md", CONFIG, TENSORS]
+    model.info = replace(INFO, class_names=("newt", "wa\nsp", "ow\x1bl", "seal"))
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "labels.txt").read_text().splitlines() == [
+        "newt", "wa sp", r"ow\x1bl", "seal",
+    ]  # fmt: skip
+    model.info = ModelInfo()
+    model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "labels.txt").exists()
+    assert "does not name its classes" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_model_takes_its_circuit_along_and_its_card_while_that_is_true(tmp_path):
+    circuit = Circuit.full(WEIGHTS.graph)
+    circuit.save(tmp_path / "circuit.json")
+    first, copy, changed = (tmp_path / name for name in ("first", "copy", "changed"))
+    compiled(circuit).save_pretrained(first, circuit=tmp_path / "circuit.json", card="measured")
+    model = CompactViT.from_pretrained(first)
+    model.save_pretrained(copy)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(changed)
+    assert (copy / "README.md").read_text() == "measured"
+    assert "Nothing was measured of this copy." in (changed / "README.md").read_text()
+    for folder in (copy, changed):
+        assert Circuit.load(folder / "circuit.json") == circuit
+        CompactViT.from_pretrained(folder)
+
+
+def test_a_model_whose_directory_is_gone_can_be_saved(folder, tmp_path):
+    model = CompactViT.from_pretrained(folder)
+    shutil.rmtree(folder)
+    model.save_pretrained(tmp_path / "copy")
+    CompactViT.from_pretrained(tmp_path / "copy")

@@ -4,17 +4,19 @@ import inspect
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from vitcut import cli
 from vitcut.circuit import Circuit
-from vitcut.errors import DataError, one_line, printable
+from vitcut.compact.card import Origin
+from vitcut.compact.info import ModelInfo
+from vitcut.errors import DataError, one_line, plain_markdown, printable
 from vitcut.graph import Graph
 from vitcut.progress import Meter, Terminal, say
 from vitcut.report.cards import compact_card
 from vitcut.report.show import show_circuit
-from vitcut.report.tables import plain_markdown, point_table, print_table
+from vitcut.report.tables import point_table, print_table
 from vitcut.results import Point, Results
-from vitcut.task import Task, TaskClass
 
 ESC = "\x1b[31mred\x1b[0m\x1b]0;title\x07"
 NASTY = [
@@ -76,10 +78,12 @@ def test_a_bar_shows_a_label_with_brackets(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "[a](http://b)", "|x|", "# h\n# g"])
 def test_cards_show_names_and_no_markup(name):
-    classes = (TaskClass(id="a", name=name, group=name), TaskClass(id="b", name="b", group="b"))
-    task = Task(name=name, classes=classes, groups=(name, "b"))
+    info = ModelInfo(class_names=(name, "b"), group_names=(name, "b"), group_of_class=(0, 1))
     point = Point(name=name, accuracy_coarse=0.5, images=3)
     results = Results(task=name, machine={"cpu": name}, dense=None, points=(point,))
-    card = compact_card(results, point, task)
-    assert plain_markdown(name) in card
-    assert not [mark for mark in ("<script", "[a](", "\n# g") if mark in card]
+    origin = Origin(model=name, license=name, base_model=name, pictures=name, dataset=name)
+    card = compact_card(results, point, info, origin)
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == name
+    assert plain_markdown(name) in text
+    assert not [mark for mark in ("<script", "[a](", "\n# g") if mark in text]

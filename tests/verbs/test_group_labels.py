@@ -162,8 +162,8 @@ def test_every_command_takes_a_task_that_suggest_proposed(photos, imagenet, tmp_
             assert point.accuracy_fine is None
             assert point.accuracy_coarse is not None
             assert np.sum(point.confusion, axis=1).tolist() == [3, 3]
-    assert "Cat (5), dog (118)" in " ".join((cut / "model" / "README.md").read_text().split())
-    assert "Cat (5), dog (118)" in " ".join((fine / "model" / "README.md").read_text().split())
+    assert "- Cat (5): tabby" in (cut / "model" / "README.md").read_text()
+    assert "- dog (118): Chihuahua" in (fine / "model" / "README.md").read_text()
 
     compact = CompactViT.from_pretrained(fine / "model")
     assert len(compact.info.class_names) == len(compact.info.group_of_class) == 123

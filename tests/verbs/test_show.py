@@ -1,3 +1,4 @@
+import re
 import shutil
 from dataclasses import replace
 
@@ -119,3 +120,24 @@ def test_a_plan_alone_is_shown_with_predicted_times(finished, capsys):
     assert "us, 64" in out
     assert main(["show", str(finished / "dense"), "--plan"]) == 2
     assert "is not a vitcut compact model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [44, 50, 60])
+def test_tables_fit_into_a_narrow_terminal_with_every_cell_whole(
+    width, finished, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    model = finished / "points" / "acdc-resample-0.03" / "model"
+    for words in (["show", str(model)], ["show", "--plan", str(model)], ["show", str(finished)]):
+        assert main(words) == 0
+        out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+        table = [line for line in out.splitlines() if line[:1] in {*"┏┃┡│└├ "}]
+        assert table
+        assert max(map(len, table)) <= width
+        assert "…" not in out
+
+
+def test_a_finished_run_is_shown_with_the_verdict_first(finished, capsys):
+    first = _shown(finished, capsys).splitlines()[0]
+    assert re.match(r"acdc-resample-0.\d+: \d+ % of the MACs, .* points of coarse accuracy", first)

@@ -1,6 +1,5 @@
 """The model directory: config.json, tensors, circuit, fill and card. Never pickle."""
 
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,9 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vitcut.circuit import Circuit
+from vitcut.compact.card import model_card
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.plan import Plan
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, printable
+from vitcut.hub import HUB_ID, hub_access
 from vitcut.shapes import Tensor
 from vitcut.store import (
     atomic_folder,
@@ -29,7 +30,7 @@ from vitcut.tensors import require_finite
 FORMAT_VERSION = 7
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LABELS = "labels.txt"
 
 
 def save_folder(
@@ -41,12 +42,26 @@ def save_folder(
     circuit: str | Path | None,
     fill: str | Path | None,
     card: str | None,
+    origin: Path | None,
 ) -> None:
-    """Write a model directory: see ``CompactViT.save_pretrained``."""
+    """Write a model directory: see ``CompactViT.save_pretrained``.
+
+    Args:
+        folder: Where.
+        plan: What the model computes.
+        info: What else a user of the model needs to know.
+        tensors: Its weights.
+        circuit: Path or text; None takes that of ``origin``, if it has one.
+        fill: Path.
+        card: Text; None takes that of ``origin``, if these are the weights that it was written for.
+        origin: The model directory that the model was loaded from.
+    """
     if folder.exists() and not folder.is_dir():
         raise ArtefactError(f"{folder} is a file, expected a directory or nothing")
     if folder.exists() and not (folder / CONFIG).is_file() and any(folder.iterdir()):
         raise ArtefactError(f"{folder} exists and is not a model directory: choose another --out")
+    if circuit is None and origin is not None and (origin / CIRCUIT).is_file():
+        circuit = origin / CIRCUIT
     with atomic_folder(folder) as fresh:
         if circuit is not None and str(circuit).lstrip().startswith("{"):
             write_text(fresh / CIRCUIT, str(circuit))
@@ -54,13 +69,18 @@ def save_folder(
             _copy(circuit, fresh / CIRCUIT)
         if fill is not None:
             _copy(fill, fresh / FILL)
-        fill_folder(fresh, plan=plan, info=info, tensors=tensors)
+        weights = fill_folder(fresh, plan=plan, info=info, tensors=tensors)
+        if card is None and origin is not None and (origin / CARD).is_file():
+            same = (origin / CONFIG).is_file() and recorded_hash(origin) == weights
+            card = (origin / CARD).read_text(encoding="utf-8") if same else None
         if card is not None:
             write_text(fresh / CARD, card)
 
 
 def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[str, Tensor]) -> str:
     """Write a model into a new folder, and bind it to the circuit and the fill that lie there.
+
+    Its card says nothing of how it was made and measured, which is for others to add.
 
     They are bound by what they compute, so that one model has the same hashes however long it took
     to find, and wherever it lies.
@@ -90,6 +110,11 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
     if (fresh / FILL).exists():
         described["fill"] = sha256_file(fresh / FILL)
     write_json(fresh / CONFIG, sealed(described, FORMAT_VERSION))
+    if info.class_names:
+        # One a line, in the order of the logits, as `load_model(labels=...)` reads them.
+        lines = [printable(" ".join(name.split())) for name in info.class_names]
+        write_text(fresh / LABELS, "\n".join(lines) + "\n")
+    write_text(fresh / CARD, model_card(info))
     return weights_hash
 
 
@@ -161,14 +186,16 @@ def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Pat
     if folder.exists():
         return folder
     name = str(folder_or_hub_id)
-    if isinstance(folder_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
+    if isinstance(folder_or_hub_id, Path) or not HUB_ID.fullmatch(name):
         raise ArtefactError(f"no model directory at {name}: expected one that vitcut wrote")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    files = [CONFIG, TENSORS, CIRCUIT, FILL, CARD]
+    # Whoever loads a model from the Hub runs it; a fill can be larger than the model.
+    files = [CONFIG, TENSORS, CIRCUIT, CARD]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        with hub_access():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ArtefactError(f"no model directory at {name}, nor a hub model: {reason}") from None

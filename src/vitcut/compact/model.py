@@ -8,14 +8,17 @@ from typing import cast
 import torch
 from torch import nn
 
-from vitcut.compact.artefact import load_folder, resolve_folder, save_folder
+from vitcut.compact.artefact import CARD, load_folder, resolve_folder, save_folder
 from vitcut.compact.attention import CompactAttention, HeadOutput
+from vitcut.compact.card import naming
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.layers import ACTIVATIONS, Stream, Written, by_image, make_table, write
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
-from vitcut.errors import ArtefactError, ModelError
+from vitcut.errors import ArtefactError, ModelError, one_line
+from vitcut.hub import hub_access
 from vitcut.names import Activation
 from vitcut.shapes import Float, Tensor
+from vitcut.store import write_text
 
 
 class CompactMlp(nn.Module):
@@ -72,6 +75,11 @@ class CompactViT(nn.Module):
 
     LayerNorm's affine parts, the attention scale and all constants are folded into the products
     and into one table per stream.
+
+    Attributes:
+        plan: What it computes.
+        info: Labels, preprocessing and origin.
+        folder: The model directory that it was loaded from, if any.
     """
 
     def __repr__(self) -> str:
@@ -93,6 +101,7 @@ class CompactViT(nn.Module):
         shape = plan.shape
         self.plan = plan
         self.info = info or ModelInfo()
+        self.folder: Path | None = None
         self.patch_embed = (
             nn.Conv2d(shape.channels, shape.width, shape.patch_size, shape.patch_size, bias=False)
             if plan.embeds
@@ -180,9 +189,11 @@ class CompactViT(nn.Module):
         Args:
             folder: Where; an earlier model directory of that name is replaced.
             circuit: The ``circuit.json`` that the model was compiled from: its path, or its text,
-                which begins with a brace.
-            fill: The ``fill.safetensors`` that it was compiled with.
-            card: The model card's text, for ``README.md``.
+                which begins with a brace. By default that of the directory it was loaded from.
+            fill: The ``fill.safetensors`` that it was compiled with. The model runs without it; it
+                is needed to build the masked model again.
+            card: The model card's text, for ``README.md``. By default that of the directory it was
+                loaded from, if its weights are unchanged; else a card without measurements.
 
         Raises:
             ArtefactError: ``folder`` exists and is not a model directory, the circuit or the fill
@@ -196,6 +207,7 @@ class CompactViT(nn.Module):
             circuit=circuit,
             fill=fill,
             card=card,
+            origin=self.folder,
         )
 
     @classmethod
@@ -223,6 +235,7 @@ class CompactViT(nn.Module):
                     f"plan needs (None: no such tensor), got {got.get(name)}: save the model again"
                 )
         model.load_state_dict(tensors, assign=True)
+        model.folder = folder
         return model.eval()
 
     def push_to_hub(
@@ -241,19 +254,35 @@ class CompactViT(nn.Module):
             private: Whether a newly created repository is private.
             circuit: As for ``save_pretrained``.
             fill: As for ``save_pretrained``.
-            card: As for ``save_pretrained``.
+            card: As for ``save_pretrained``; its example loads the model from the hub.
 
         Returns:
             The address of the upload.
+
+        Raises:
+            ArtefactError: The hub does not answer or does not let you write there, or as for
+                ``save_pretrained``.
         """
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         api = HfApi()
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save_pretrained(folder, circuit=circuit, fill=fill, card=card)
-            api.create_repo(hub_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=hub_id, folder_path=folder).commit_url)
+            path = folder / CARD
+            write_text(path, naming(path.read_text(encoding="utf-8"), hub_id))
+            try:
+                with hub_access():
+                    api.create_repo(hub_id, private=private, exist_ok=True)
+                    commit = api.upload_folder(repo_id=hub_id, folder_path=folder)
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                refused = isinstance(error, HfHubHTTPError)
+                remedy = "; `hf auth login` says who you are" if refused else ""
+                raise ArtefactError(
+                    f"cannot upload to {hub_id}: {one_line(error)}{remedy}"
+                ) from None
+            return str(commit.commit_url)
 
 
 @torch.no_grad()

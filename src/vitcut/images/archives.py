@@ -157,7 +157,7 @@ def open_tree(path: Path) -> Generator[FileTree]:
         found = [
             (name, item.filename)
             for name, item in members
-            if not any(_is_leftover(part) for part in name.split("/"))
+            if not any(is_leftover(part) for part in name.split("/"))
             # Windows marks folders by a backslash, which zipfile does not take for one.
             and not item.filename.endswith(("/", "\\"))
         ]
@@ -175,7 +175,7 @@ def _walk(root: Path) -> Iterator[tuple[str, str]]:
         if place in above:
             raise DataError(f"{folder} is a link to a folder that holds it: remove the link")
         with os.scandir(folder) as entries:
-            kept = [entry for entry in entries if not _is_leftover(entry.name)]
+            kept = [entry for entry in entries if not is_leftover(entry.name)]
         for entry in kept:
             name = prefix + _shown(os.fsencode(entry.name))
             inner = Path(entry.path)
@@ -244,5 +244,6 @@ def _shown(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def _is_leftover(part: str) -> bool:
+def is_leftover(part: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left behind by a system or program."""
     return part.startswith(".") or part.lower() in _LEFTOVERS

@@ -18,6 +18,11 @@ from vitcut.preprocessing import WHOLE, Framing
 
 HEAD_BYTES = 1024
 """From so many, a format is told."""
+PICTURE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""Files that are pictures by name, in any case; the content of all others is looked at."""
 
 _MAX_PIXELS = 89_478_485
 """Pillow warns above this and refuses above twice as many; here both are errors."""
@@ -38,7 +43,7 @@ class Picture(NamedTuple):
     """A decoded image file."""
 
     pixels: NDArray[np.uint8]
-    """Shape [image_size, image_size, channels]."""
+    """Shape [height, width, channels]."""
     orientation: int
     """As EXIF numbers it: 1 is upright, 2 to 8 are turned or mirrored."""
 
@@ -67,7 +72,7 @@ def picture_format(head: bytes) -> str | None:
     return "HEIF" if _is_heic(head) else None
 
 
-def decode(content: bytes, image_size: int, framing: Framing = WHOLE) -> Picture:
+def decode(content: bytes, image_size: int | None, framing: Framing = WHOLE) -> Picture:
     """Decode an image file, crop it and resize it.
 
     Equals resizing first and cropping the centre afterwards, up to half a pixel. An image that
@@ -75,22 +80,22 @@ def decode(content: bytes, image_size: int, framing: Framing = WHOLE) -> Picture
 
     Args:
         content: The bytes of an image file.
-        image_size: Height and width of the result, in pixels.
+        image_size: Height and width of the result, in pixels; None keeps the whole picture.
         framing: Channels, orientation, crop and interpolation.
 
     Raises:
         DataError: Pillow cannot read the bytes as JPEG, PNG, WebP, BMP, GIF, PPM, PGM, TIFF, AVIF
             or JPEG 2000 (and HEIC, if pillow-heif is installed) with 8 bits per channel.
     """
-    channels, shown = framing.channels, framing.shown_fraction(image_size)
+    channels = framing.channels
     try:
         with Image.open(io.BytesIO(content), formats=_plugins()) as opened:
-            pixels = opened.width * opened.height
-            if pixels > _MAX_PIXELS:
+            count = opened.width * opened.height
+            if count > _MAX_PIXELS:
                 raise DataError(f"{opened.width} x {opened.height} pixels, a decompression bomb")
             if opened.mode[0] in "IF":
                 raise DataError(f"pixels of mode {opened.mode!r}, expected 8 bits per channel")
-            with _ONE_AT_A_TIME if pixels > _LARGE_PIXELS else nullcontext():
+            with _ONE_AT_A_TIME if count > _LARGE_PIXELS else nullcontext():
                 image, orientation = opened, _orientation(opened)
                 if orientation != 1 and framing.orientation == "apply":
                     image = ImageOps.exif_transpose(image)
@@ -99,19 +104,21 @@ def decode(content: bytes, image_size: int, framing: Framing = WHOLE) -> Picture
                 image = image.convert("RGB")
                 if channels == 1:
                     image = image.convert("L")
-                if image.size != (image_size, image_size) or shown != 1:
+                size = image.size if image_size is None else (image_size, image_size)
+                shown = 1.0 if image_size is None else framing.shown_fraction(image_size)
+                if image.size != size or shown != 1:
                     sides = image.size if framing.fit == "squash" else (min(image.size),) * 2
                     width, height = (side * shown for side in sides)
                     left, top = (image.width - width) / 2, (image.height - height) / 2
                     # Crop and resize in one call: resizing first could need far more memory, for
                     # example for an image of 1 x 10,000,000 pixels.
                     image = image.resize(
-                        (image_size, image_size),
+                        size,
                         Image.Resampling[framing.interpolation.upper()],
                         box=(left, top, left + width, top + height),
                     )
-                square = np.asarray(image).reshape(image_size, image_size, channels)
-                return Picture(square, orientation)
+                pixels = np.asarray(image).reshape(*reversed(size), channels)
+                return Picture(pixels, orientation)
     except UnidentifiedImageError:
         if _is_heic(content) and "HEIF" not in _plugins():
             raise DataError("HEIC, which needs a package: pip install pillow-heif") from None

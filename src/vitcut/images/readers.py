@@ -16,17 +16,12 @@ import pyarrow.parquet as pq
 
 from vitcut.errors import DataError, one_line
 from vitcut.images.archives import FileTree
-from vitcut.images.decoding import HEAD_BYTES, picture_format
+from vitcut.images.decoding import HEAD_BYTES, PICTURE_SUFFIXES, picture_format
 from vitcut.progress import say
 from vitcut.store import sha256_file, sha256_json
 
 RecordSplit = Literal["train", "test"]
 
-_SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-"""Files that are pictures by name, in any case; the content of all others is looked at."""
 _SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
@@ -85,7 +80,7 @@ class ImageSource:
 
 def has_pictures(tree: FileTree) -> bool:
     """Whether any file is a picture by its name."""
-    return any(name.lower().endswith(_SUFFIXES) for name in tree.names)
+    return any(name.lower().endswith(PICTURE_SUFFIXES) for name in tree.names)
 
 
 def read_tree(tree: FileTree) -> ImageSource:
@@ -258,7 +253,7 @@ def _pictures(tree: FileTree) -> list[str]:
     pictures: list[str] = []
     others: list[str] = []
     for name in tree.names:
-        known = name.lower().endswith(_SUFFIXES)
+        known = name.lower().endswith(PICTURE_SUFFIXES)
         if not known:
             with tree.open(name) as stream:
                 known = picture_format(stream.read(HEAD_BYTES)) is not None

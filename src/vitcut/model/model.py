@@ -146,6 +146,23 @@ class Model:
             return None if self.run is not None else Path(self.name).name
         return Path(place).name if Path(place).is_absolute() else place
 
+    @property
+    def license(self) -> str | None:
+        """The licence of the weights, if timm or their folder states one."""
+        stated = getattr(self.module, "pretrained_cfg", {})
+        # timm states that of its own weights for every model of an architecture.
+        known = self.hub_id is not None or stated.get("source") == "local-dir"
+        return stated.get("license") if known else None
+
+    @property
+    def hub_id(self) -> str | None:
+        """Where the Hub has these weights; None if they came from elsewhere."""
+        given = self.origin or {}
+        prefix, _, name = str(given.get("model", "")).partition(":")
+        if prefix == "timm" and not given.get("random_weights"):
+            return getattr(self.module, "pretrained_cfg", {}).get("hf_hub_id")
+        return name.partition("@")[0] if prefix == "hf-hub" else None
+
     def to(self, device: torch.device | str) -> "Model":
         """The same model on another device; this one is left where it is."""
         if torch.device(device) == self.weights.device:

@@ -1,10 +1,15 @@
 """Model cards: what a model is, how it was made, and what was measured of it."""
 
-from collections import Counter
 from pathlib import Path
 
 from vitcut.benchmark.evaluation import Evaluation
-from vitcut.report.tables import plain_markdown, point_table, to_markdown
+from vitcut.compact.card import IMAGENET_TERMS, Origin, model_card
+from vitcut.compact.info import ModelInfo
+from vitcut.errors import plain_markdown
+from vitcut.images.load import Images
+from vitcut.model.model import Model
+from vitcut.names import SHIPPED_MODEL
+from vitcut.report.tables import headline, point_table, to_markdown
 from vitcut.results import DENSE_REPAIRED, Point, Results
 from vitcut.store import write_text
 from vitcut.task import Task
@@ -17,6 +22,7 @@ _LICENCE_NOTE = (
     "these allow non-commercial research."
 )
 
+_TINY_IMAGENET = {"Tiny ImageNet", "tiny-imagenet-200.zip", "tiny-imagenet-200"}
 _NO_LONGER = "It no longer computes the masked original; `circuit.json` says what was cut."
 
 
@@ -88,28 +94,59 @@ repaired in the same way are compared with it.
 """
 
 
-def compact_card(results: Results, point: Point, task: Task) -> str:
+def compact_card(results: Results, point: Point, info: ModelInfo, origin: Origin) -> str:
     """The card of a cut model, with the table that it was measured in."""
     if point.max_abs_diff is None:
-        made = f"""{_kept(point)}
-
-Then repaired: fine-tuned by distillation from the dense model. {_NO_LONGER}"""
+        made = f"{_kept(point)} Then repaired: fine-tuned by distillation from the dense model. "
+        made += _NO_LONGER
     else:
-        made = f"""{_kept(point)} Its logits
-differ from the masked original's by at most {point.max_abs_diff:.2g}."""
-    return _card(results, point, made, task, shown=(point,))
+        made = f"{_kept(point)} Its logits differ from the masked original's by at most "
+        made += f"{point.max_abs_diff:.2g}."
+    return _card(results, point, made, info, origin, shown=(point,))
 
 
 def repaired_card(
-    results: Results, point: Point, task: Task, result: TrainResult, config: FinetuneSettings
+    results: Results,
+    info: ModelInfo,
+    origin: Origin,
+    *,
+    result: TrainResult,
+    config: FinetuneSettings,
 ) -> str:
-    """The card of a repaired model, beside the dense one that got the same repair."""
+    """The card of a repaired model, the last point, beside the dense one repaired likewise."""
+    point = results.points[-1]
     made = f"""{_kept(point)}
 
 Then repaired: fine-tuned by {_recipe(result, config)}.
 {_NO_LONGER}"""
     others = tuple(item for item in results.points if item.name == DENSE_REPAIRED)
-    return _card(results, point, made, task, shown=(*others, point))
+    return _card(results, point, made, info, origin, shown=(*others, point))
+
+
+def write_cards(results: Results, run: Path, info: ModelInfo, origin: Origin) -> None:
+    """Write the model card of every point that has a model."""
+    for point in results.points:
+        if point.model is not None:
+            card = compact_card(results, point, info, origin)
+            write_text(run / point.model / "README.md", card)
+
+
+def origin_of(model: Model, images: Images) -> Origin:
+    """What is known of a dense model and of the pictures that it was cut with."""
+    source = images.origin["source"]
+    name = "Tiny ImageNet" if source is None else Path(str(source)).name
+    terms = IMAGENET_TERMS if name in _TINY_IMAGENET else None
+    is_id = source is not None and str(source).count("/") == 1 and not Path(str(source)).exists()
+    if source == "drawn":
+        name, terms = "pictures that vitcut drew", "none needed"
+    return Origin(
+        model=model.public_name or "a model that vitcut trained",
+        license=IMAGENET_TERMS if model.name == SHIPPED_MODEL else model.license,
+        base_model=model.hub_id,
+        pictures=str(source) if is_id else name,
+        pictures_license=terms,
+        dataset=str(source) if is_id else None,
+    )
 
 
 def _recipe(result: TrainResult, config: FinetuneSettings) -> str:
@@ -122,19 +159,22 @@ with the labels, {config.augmentation} augmentation, seed {config.seed}"""
 def _kept(point: Point) -> str:
     if point.edges_kept is None:
         return "Cut by vitcut."
-    heads = f"{point.heads_kept} of\n{point.heads_total} heads"
+    heads = f"{point.heads_kept} of {point.heads_total} heads"
     kept = f"{point.edges_kept} of {point.edges_total} edges and {heads}"
     if point.granularity == "part" and point.neurons_kept_fraction is not None:
         kept = f"{heads} (in any token kind) and {point.neurons_kept_fraction:.1%} of the neurons"
-    return f"""Cut by vitcut: {kept} are kept, {point.ablation} ablation stands in
-for the rest."""
+    return f"Cut by vitcut: {kept} are kept, {point.ablation} ablation stands in for the rest."
 
 
 def _card(
-    results: Results, point: Point, made: str, task: Task, *, shown: tuple[Point, ...]
+    results: Results,
+    point: Point,
+    made: str,
+    info: ModelInfo,
+    origin: Origin,
+    *,
+    shown: tuple[Point, ...],
 ) -> str:
-    sizes = Counter(item.group for item in task.classes)
-    groups = plain_markdown(", ".join(f"{group} ({sizes[group]})" for group in task.groups))
     names = {item.name for item in shown}
     chosen = Results(
         task=results.task,
@@ -143,38 +183,39 @@ def _card(
         points=shown,
         comparisons=tuple(c for c in results.comparisons if c.point in names),
     )
-    cpu = plain_markdown(str(results.machine["cpu"]))
-    name, title = plain_markdown(point.name), plain_markdown(repr(results.task))
-    threads = point.latency[0].threads if point.latency else 1
-    return f"""---
-library_name: vitcut
-tags: [vision-transformer, circuit, pruning]
----
+    task, name = plain_markdown(repr(results.task)), plain_markdown(point.name)
+    verdict = headline(results, point).removeprefix(f"{point.name}:").strip()
+    measured = f"""{to_markdown(point_table(chosen))}
+{_conditions(results, point)}
 
-# {name}: the circuit of a Vision Transformer for the task {title}
-
-{made}
-
-    from vitcut import CompactViT
-    model = CompactViT.from_pretrained("FOLDER")
-
-It tells {len(task.groups)} groups apart, by the summed probability of their classes. Classes per
-group: {groups}.
-
-## Measured
-
-{to_markdown(point_table(chosen))}
-float32, {threads} thread(s) of {cpu}, {point.images} test images.
-Speed-ups are against the dense model in the same runtime, with their 95 % interval.
-
-## Terms
-
-{_LICENCE_NOTE}
-"""
+Speed-ups are against the dense model in the same runtime, with their 95 % interval; in brackets,
+one that is not shown to differ from 1. Differences in accuracy are against the dense model on the
+same pictures, with their 95 % interval."""
+    return model_card(
+        info,
+        title=f"{name}: a Vision Transformer cut for the task {task}",
+        verdict=verdict and f"Beside the dense model: {plain_markdown(verdict)}.",
+        made=made,
+        measured=measured,
+        origin=origin,
+    )
 
 
-def write_cards(results: Results, run: Path, task: Task) -> None:
-    """Write the model card of every point that has a model."""
-    for point in results.points:
-        if point.model is not None:
-            write_text(run / point.model / "README.md", compact_card(results, point, task))
+def _conditions(results: Results, point: Point) -> str:
+    """What the numbers depend on: the machine, its state, versions and the day."""
+    machine, threads = results.machine, point.latency[0].threads if point.latency else 1
+    flags = " ".join(machine.get("cpu_flags", ()))
+    versions = [
+        f"{name} {number}" for name, number in machine.get("versions", {}).items() if number
+    ]
+    told = [
+        f"{point.images} test images",
+        f"float32, {threads} thread(s) of {machine['cpu']}" + (f" ({flags})" if flags else ""),
+        f"{machine.get('usable_cores', '?')} of {machine.get('cores', '?')} cores allowed",
+        f"load {machine.get('load_1min', '?')}",
+        f"GPU {machine.get('gpu') or 'none'}",
+        str(machine.get("system", "")),
+        ", ".join([f"Python {machine.get('python', '?')}", *versions]),
+        f"measured on {machine['date']}" if "date" in machine else "",
+    ]
+    return plain_markdown("; ".join(part for part in told if part) + ".")

@@ -13,7 +13,7 @@ from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
 from vitcut.progress import Terminal
 from vitcut.report.tables import NO_LOSS, headline, point_table, print_table, recommend
-from vitcut.results import CLASS_ONLY, AccuracyDifference, Results
+from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, AccuracyDifference, Results
 from vitcut.runs import (
     CIRCUIT_FILE,
     PATH_FILE,
@@ -26,7 +26,6 @@ from vitcut.runs import (
 if TYPE_CHECKING:
     from vitcut.benchmark.evaluation import Evaluation
     from vitcut.compact.plan import Plan
-    from vitcut.compiler.calibrate import Calibration
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut
     from vitcut.exports.export import Exported
@@ -52,6 +51,8 @@ def show_path(path: Path) -> None:
     circuits = [path] if path.is_file() else list(circuits_in(path).values())
     if model is not None:
         circuits = [model / CIRCUIT_FILE] if (model / CIRCUIT_FILE).exists() else []
+    if results.exists():
+        show_results(Results.load(results))
     # A repaired model has the circuit of the cut that it was made from.
     found = {circuit.fingerprint: circuit for circuit in map(Circuit.load, circuits)}
     for circuit in found.values():
@@ -61,8 +62,6 @@ def show_path(path: Path) -> None:
 
         show_plan(CompactViT.from_pretrained(model).plan)
     _show_steps(path)
-    if results.exists():
-        print_table(point_table(Results.load(results)))
     if (path / REPAIR_FILE).exists():
         from vitcut.training.repair import Repair
 
@@ -108,10 +107,11 @@ def show_plan_of(path: Path) -> None:
 def show_results(results: Results) -> None:
     """Print what a command measured: the table, and per point the proof and the KLs of the cut."""
     console = Terminal(soft_wrap=True)
-    cuts = [point for point in results.points if point.name != CLASS_ONLY]
-    for point in cuts:
-        console.print(headline(results, point))
     chosen = recommend(results)
+    cuts = [point for point in results.points if point.name not in {CLASS_ONLY, DENSE_REPAIRED}]
+    # The verdict comes first: what the model to take is worth.
+    for point in sorted(cuts, key=lambda point: point is not chosen):
+        console.print(headline(results, point))
     if chosen is not None and len(cuts) > 1:
         safe = chosen.change_low is not None and chosen.change_low >= -NO_LOSS
         why = "the smallest that loses at most one point" if safe else "the most accurate"
@@ -189,7 +189,7 @@ def show_evaluation(found: "Evaluation") -> None:
         # Images that are labelled with groups have no fine class.
         fine = _DEAD if item.accuracy_fine is None else f"{item.accuracy_fine:.1%}"
         table.add_row(item.name or "", f"{item.accuracy_coarse:.1%}", fine, kl)
-    console.print(table)
+    console.print_table(table)
     if len(found.groups) <= _MOST_GROUPS:
         table = Table(title=f"{found.name}: images by group and answer")
         table.add_column("group")
@@ -198,7 +198,7 @@ def show_evaluation(found: "Evaluation") -> None:
         for group, row in enumerate(found.confusion):
             right = f"{row[group] / sum(row):.1%}" if sum(row) else _DEAD
             table.add_row(found.groups[group], *map(str, row), right)
-        console.print(table)
+        console.print_table(table)
     else:
         pairs = sorted(
             (
@@ -212,26 +212,6 @@ def show_evaluation(found: "Evaluation") -> None:
             console.print(f"{found.groups[true]} taken for {found.groups[answered]}: {-count}")
     if found.difference is not None:
         show_difference(found.difference)
-
-
-def show_calibration(found: "Calibration") -> None:
-    """Print what there is on this machine, and how well latencies are predicted on it."""
-    from vitcut.runtime import describe_machine
-
-    machine = describe_machine()
-    console = Terminal(soft_wrap=True)
-    flags = " ".join(machine["cpu_flags"])
-    console.print(f"{machine['cpu']}, {machine['cores']} cores, {flags}")
-    console.print(
-        f"Python {machine['python']}, {machine['system']}, GPU {machine['gpu'] or 'none'}"
-    )
-    versions = machine["versions"].items()
-    console.print(", ".join(f"{name} {number}" for name, number in versions if number))
-    console.print(
-        f"{found.models} compact models at batch 1 and 64, ONNX Runtime, one thread: latency "
-        f"predicted within {found.error_after:.0%} (median of models not fitted to), by the "
-        f"shipped costs within {found.error_before:.0%}"
-    )
 
 
 def show_circuit(circuit: Circuit) -> None:
@@ -280,7 +260,7 @@ def show_circuit(circuit: Circuit) -> None:
             tokens = [graph.targets[target].kind or ""] if graph.kinds else []
             blank = [""] * (len(headers) - 2 - len(tokens))
             table.add_row("classifier", *tokens, *blank, kept_of([target]))
-    console.print(table)
+    console.print_table(table, keys=2 if graph.kinds else 1)
 
 
 def circuit_lines(circuit: Circuit) -> Iterator[str]:
@@ -356,7 +336,7 @@ def show_plan(plan: "Plan", *, costs: "list[CostModel] | None" = None) -> None:
             f"us: predicted, ONNX Runtime, one thread, {batches} images ({costs[0].origin} costs)"
         )
     table.caption = "; ".join(notes)
-    Terminal().print(table)
+    Terminal().print_table(table, keys=2)
 
 
 def _cuts_edges(circuit: Circuit) -> bool:

@@ -126,7 +126,8 @@ def recommend(results: Results) -> Point | None:
         return None
     safe = [p for p in cuts if p.change_low is not None and p.change_low >= -NO_LOSS]
     if safe:
-        return min(safe, key=lambda p: p.macs or 0)
+        # A repair leaves the MACs as they are.
+        return min(safe, key=lambda p: (p.macs or 0, -(p.accuracy_coarse or 0.0)))
     return max(cuts, key=lambda p: p.accuracy_coarse or 0.0)
 
 

@@ -221,7 +221,7 @@ def print_path(steps: Sequence[PathStep]) -> None:
         )
     timing = "MACs and latency as parts of the dense model's; " if timed else ""
     table.caption = f"{timing}change: of coarse accuracy, in points, 95 % paired interval"
-    Terminal().print(table)
+    Terminal().print_table(table)
 
 
 def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> None:
