@@ -15,6 +15,7 @@ from vitcut.circuit import Circuit
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.extras import require_extra
 from vitcut.inputs import (
     for_images,
     load_images,
@@ -301,6 +302,7 @@ def finetune(
         ArtefactError: ``out`` holds something else; or the given repaired dense model is missing,
             or was trained with other settings.
     """
+    require_extra("cut", "train", what="a repair")
     from vitcut.benchmark.points import dense_point, evaluate_points, measure
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut, class_only, require_cut_from

@@ -27,6 +27,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from vitcut import api, delivery, preparation
 from vitcut.completion import completion_script
 from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
+from vitcut.extras import refusal
 from vitcut.hints import EXAMPLES, argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model, run_of
 from vitcut.names import SHIPPED_MODEL
@@ -118,10 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has ended, as in `vitcut show RUN | head`; the rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (VitcutError, OSError, MemoryError, RuntimeError) as error:
+    except (VitcutError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as raised:
+        error = (refusal(raised) or raised) if isinstance(raised, ModuleNotFoundError) else raised
         short = None if isinstance(error, VitcutError) else shortage(error)
         if short is None and not isinstance(error, (VitcutError, OSError)):
-            raise
+            raise raised
         if debug:
             traceback.print_exc()
         told = one_line(error) if short is None else f"the machine ran out of {short}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 import msgspec
 
 from vitcut.errors import ArtefactError, ConfigError, TaskError
+from vitcut.extras import require_extra
 from vitcut.images.settings import DataSettings
 from vitcut.labels import Labels, read_labels
 from vitcut.names import SHIPPED_MODEL
@@ -96,6 +97,7 @@ def load_model(
         TaskError: ``labels`` cannot be read.
         ArtefactError: The run directory is damaged, or of another version.
     """
+    require_extra("cut", what="a dense model")
     from vitcut.model.load import load
     from vitcut.runtime import choose_device
 
@@ -226,6 +228,7 @@ def load_images(
         TaskError: There is no such task, or it does not fit the data or the model.
         ConfigError: A setting is out of range, or does not match the model.
     """
+    require_extra("cut", what="reading images of a task")
     from vitcut.images.load import split
     from vitcut.images.prepare import prepare as prepare_images
     from vitcut.model.classes import find_labels, names_imagenet
@@ -466,10 +469,7 @@ def for_use(
         if task is not None:
             raise ConfigError("task is for a dense model, got it with a cut, which has its own")
         info = replace(compact.info, preprocessing=preprocessing_of(compact))
-        names = info.class_names or tuple(map(str, range(compact.plan.shape.num_classes)))
-        if not info.group_of_class:
-            info = replace(info, group_names=names, group_of_class=tuple(range(len(names))))
-        return compact.eval(), replace(info, class_names=names)
+        return compact.eval(), info.complete(compact.plan.shape.num_classes)
     model = require(model, Model)
     named = tuple(map(str, range(model.weights.num_classes)))
     labels = model.labels or Labels(owner=f"model {model.name!r}", ids=named, names=named)

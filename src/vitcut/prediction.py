@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from vitcut.errors import (
     printable,
     shortage,
 )
+from vitcut.extras import require_extra
 from vitcut.hub import is_hub_id
 from vitcut.images.archives import MAX_FILE_BYTES, is_leftover
 from vitcut.images.decoding import HEAD_BYTES, PICTURE_SUFFIXES, decode, picture_format
@@ -89,6 +91,10 @@ class OnnxFile:
         Raises:
             ArtefactError: It is damaged, too new, or vitcut did not write it.
         """
+        if not path.is_file():
+            raise ArtefactError(f"no file at {path}: expected one that `vitcut export` wrote")
+        if find_spec("onnxruntime") is None:
+            require_extra("onnx", what="an .onnx file")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -127,8 +133,9 @@ class OnnxFile:
             )
         info = convert(stored, ModelInfo, what=f"{path} has damaged metadata", remedy=again)
         whole = bool(noted.get("with_preprocessing"))
-        classes, groups = len(info.class_names), len(info.group_names)
         outputs = session.get_outputs()[0].shape[-1]
+        info = info if whole else info.complete(int(outputs))
+        classes, groups = len(info.class_names), len(info.group_names)
         if (
             info.preprocessing is None
             or len(info.group_of_class) != classes

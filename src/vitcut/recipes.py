@@ -19,6 +19,7 @@ from vitcut.benchmark.settings import BenchSettings
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ConfigError, TaskError, one_line
+from vitcut.extras import require_extra
 from vitcut.hints import argument_error
 from vitcut.images.settings import DataSettings
 from vitcut.inputs import (
@@ -231,6 +232,7 @@ def check_train(given: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: A setting is for another kind of training.
     """
+    require_extra("cut", "train", what="training")
     if "model" not in given:
         return
     transfer, settings = given["transfer"], given["settings"]
@@ -339,6 +341,7 @@ def run(
     Raises:
         VitcutError: Any error of a stage; once its cause is fixed, the same call continues.
     """
+    require_extra("cut", "train", what="a run")
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter, require_cut_from

@@ -6,8 +6,6 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
-import psutil
-
 from vitcut.errors import ConfigError
 from vitcut.names import RuntimeName
 from vitcut.store import sha256_json
@@ -89,6 +87,8 @@ def require_memory(what: str, *, needed_gib: float, memory_gib: float) -> None:
     Raises:
         ConfigError: It would take more.
     """
+    import psutil
+
     held_gib = psutil.Process().memory_info().rss / 2**30
     if held_gib + needed_gib > memory_gib:
         # Rounded up, so that it is more than what is allowed; below 1 GiB, two significant digits.

@@ -77,7 +77,7 @@ def test_what_is_no_picture_is_counted_and_named(
 def test_heic_without_its_package_says_what_to_install(tmp_path: Path, brand: bytes) -> None:
     files = {"cat/1.png": encoded(), "dog/1": b"\0\0\0\x18ftyp" + brand + b"\0" * 40}
     path = write_folder(tmp_path / "a", files)
-    with pytest.raises(DataError, match=r"dog/1 .HEIC, .*pip install pillow-heif"):
+    with pytest.raises(DataError, match=r"dog/1 .HEIC, .*pip install \"vitcut\[heif\]\""):
         prepare(DataSettings(source=str(path), image_size=8))
 
 

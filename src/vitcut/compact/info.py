@@ -1,6 +1,6 @@
 """What a model says of itself wherever it goes: its pictures, classes, groups and origin."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
@@ -22,6 +22,18 @@ class ModelInfo:
     """What the model was cut from."""
     source_sha256: str | None = None
     """Hash of the weights it was cut from."""
+
+    def complete(self, num_classes: int) -> "ModelInfo":
+        """The same with numbers for names that are unknown, and a group per class without groups.
+
+        Args:
+            num_classes: The number of logits.
+        """
+        names = self.class_names or tuple(map(str, range(num_classes)))
+        if self.group_of_class:
+            return replace(self, class_names=names)
+        groups = tuple(range(len(names)))
+        return replace(self, class_names=names, group_names=names, group_of_class=groups)
 
     def require_fit(self, plan: Plan) -> None:
         """Check that this describes a model of that plan.

@@ -121,7 +121,7 @@ def decode(content: bytes, image_size: int | None, framing: Framing = WHOLE) -> 
                 return Picture(pixels, orientation)
     except UnidentifiedImageError:
         if _is_heic(content) and "HEIF" not in _plugins():
-            raise DataError("HEIC, which needs a package: pip install pillow-heif") from None
+            raise DataError('HEIC, which needs a package: pip install "vitcut[heif]"') from None
         # Pillow's own message contains a memory address.
         raise DataError("not an image of a known format") from None
     except _PILLOW_ERRORS as error:

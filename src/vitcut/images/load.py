@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vitcut.errors import ConfigError, DataError
-from vitcut.images.prepare import PreparedData
 from vitcut.images.settings import DataSettings
 from vitcut.images.stratified import choose_evenly, choose_fraction
 from vitcut.labels import Labels
@@ -19,6 +18,9 @@ from vitcut.progress import say
 from vitcut.settings import config_hash
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task
+
+if TYPE_CHECKING:
+    from vitcut.images.prepare import PreparedData
 
 _TEST_FRACTION = 0.1
 """Of data that comes in one part."""
@@ -100,7 +102,7 @@ class Images:
 
 
 def split(
-    prepared: PreparedData,
+    prepared: "PreparedData",
     settings: DataSettings,
     task: Task,
     preprocessing: Preprocessing,

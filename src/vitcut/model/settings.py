@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import psutil
-
 from vitcut.errors import ConfigError
 from vitcut.settings import require_bounds, require_positive
 
@@ -48,6 +46,10 @@ class VitSettings:
             )
         # Weights, gradients and two moments of AdamW, in float32.
         gib = 16 * self.depth * (4 + 2 * self.mlp_ratio) * self.width**2 / 2**30
+        if gib <= 1:
+            return  # Every machine has that.
+        import psutil
+
         there = psutil.virtual_memory().total / 2**30
         if gib > there:
             raise ConfigError(

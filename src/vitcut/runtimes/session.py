@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vitcut.errors import ConfigError, ExactnessError
+from vitcut.extras import refusal
 from vitcut.names import RuntimeName
 from vitcut.settings import require_bounds, require_runtime
 from vitcut.shapes import Float, Tensor
@@ -74,10 +75,7 @@ def prepare_sessions(
     try:
         prepare = resolve_name(RUNTIMES[name])
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"runtime {name!r} needs the package {error.name!r}, which is not installed: "
-            f"pip install {error.name}"
-        ) from None
+        raise refusal(error) or error from None
     return prepare(module, examples, threads=threads)
 
 
