@@ -115,8 +115,8 @@ def test_a_fill_without_a_hash_is_refused(file):
 
 
 def test_a_newer_fill_is_refused(file):
-    write_tensors(file, load_file(file), {"circuit": None}, version=3)
-    with pytest.raises(ArtefactError, match="format_version 3, this vitcut reads up to 2: upgrade"):
+    write_tensors(file, load_file(file), {"circuit": None}, version=4)
+    with pytest.raises(ArtefactError, match="format_version 4, this vitcut reads up to 3: upgrade"):
         Fill.load(file)
 
 
@@ -151,7 +151,7 @@ def test_a_missing_fill_and_a_folder_are_refused(tmp_path):
     ],
 )
 def test_what_is_no_fill_is_refused_even_under_its_own_hash(file, change, facts):
-    write_tensors(file, load_file(file) | change, facts, version=2)
+    write_tensors(file, load_file(file) | change, facts, version=3)
     with pytest.raises(ArtefactError, match="is not a fill: it holds head_maps, "):
         Fill.load(file)
 

@@ -121,7 +121,7 @@ class Nudged(PartMask):
     def log_q(self, pixels, eps: float) -> torch.Tensor:
         self.eps = eps
         read = circuit_stream(self.weights, self.circuit, self.fill.sources)
-        run = run_parts(self.weights, pixels, read, self)
+        run = run_parts(self.fill.refitted(self.weights), pixels, read, self)
         return log_probs(run.logits)
 
     def slope(self, pixels, step: float = 1e-5) -> torch.Tensor:

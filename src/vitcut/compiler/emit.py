@@ -74,13 +74,15 @@ def compile_circuit(
     for name, axes, tensor, expected in (
         ("sources", "sources, tokens, width", fill.sources, sources),
         ("neurons", "blocks, tokens, neurons", fill.neurons, neurons),
+        ("head_weight", "classes, features", fill.head_weight, tuple(weights.head_weight.shape)),
+        ("head_bias", "classes", fill.head_bias, tuple(weights.head_bias.shape)),
     ):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise CircuitError(
                 f"the fill's {name} must have shape {expected} ({axes}), got "
                 f"{tuple(tensor.shape)}: fit it to this model"
             )
-    double = weights.to(torch.float64, "cpu")
+    double = fill.refitted(weights).to(torch.float64, "cpu")
     split, fill = split_circuit(weights.shape, circuit), fill.like(double.patch_weight)
     folded = _Folder(draft, double, FilledWeights(double, split, draft.reads, fill)).fold()
     # Copies: training the compact model must not change the original.

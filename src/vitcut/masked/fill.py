@@ -10,9 +10,12 @@ from vitcut.shapes import Float, Tensor
 from vitcut.store import sha256_json
 from vitcut.tensors import hash_tensors, read_tensors, write_tensors
 
-_DIMENSIONS = {"sources": (3, 4), "neurons": (3, 4), "head_maps": (5,), "neuron_maps": (4,)}
+_DIMENSIONS = {
+    "sources": (3, 4), "neurons": (3, 4), "head_maps": (5,), "neuron_maps": (4,),
+    "head_weight": (2,), "head_bias": (1,),
+}  # fmt: skip
 """How many each tensor may have."""
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -23,6 +26,7 @@ class Fill:
     a_cut[t] := R a_kept[t] + c[t]. The stream receives W_cut a_cut, so the map of a kept part is
     its columns of W_cut R, where W_cut is the output weight of the cut parts; W_cut c[t] is in the
     tables. A map is part of what its head or MLP writes and follows that source's kept edges.
+    The classifier is fitted last: to the full model's logits, from what the cut model gives it.
     """
 
     sources: Float[Tensor, "sources *images tokens width"]
@@ -33,6 +37,9 @@ class Fill:
     """What a kept head writes for the cut ones, in addition to its own output; None for nothing."""
     neuron_maps: Float[Tensor, "blocks kinds width neurons"] | None = None
     """The same for kept neurons; zero where a neuron is cut."""
+    head_weight: Float[Tensor, "classes features"] | None = None
+    """The classifier of the cut model; None for the model's own."""
+    head_bias: Float[Tensor, "classes"] | None = None
     circuit: str | None = None
     """Fingerprint of the circuit that the fill was fitted to; None if it fits any circuit."""
 
@@ -40,6 +47,13 @@ class Fill:
         """The same fill with the dtype and device of a tensor."""
         values = {name: t.to(tensor.device, tensor.dtype) for name, t in self._tensors().items()}
         return replace(self, **values)
+
+    def refitted(self, weights: ViTWeights) -> ViTWeights:
+        """The weights with this fill's classifier, if it has one."""
+        if self.head_weight is None or self.head_bias is None:
+            return weights
+        own = self.like(weights.head_weight)
+        return replace(weights, head_weight=own.head_weight, head_bias=own.head_bias)
 
     def require_fit(self, circuit: Circuit) -> None:
         """Check that this fill can be used for a circuit.
@@ -52,7 +66,9 @@ class Fill:
                 f"the fill belongs to circuit {str(self.circuit)[:12]}, got circuit "
                 f"{circuit.fingerprint[:12]}: fit it again"
             )
-        maps = self.head_maps is not None or self.neuron_maps is not None
+        maps = any(
+            tensor is not None for tensor in (self.head_maps, self.neuron_maps, self.head_weight)
+        )
         if maps and circuit.ablation != "linear":
             raise CircuitError(
                 f"the circuit is under {circuit.ablation} ablation, the fill is linear: pass "

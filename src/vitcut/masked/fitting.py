@@ -4,12 +4,15 @@ A linear fill predicts cut heads and neurons from those that are kept beside the
 (then the neurons) of a layer and token kind, a_cut[t] := R a_kept[t] + c[t] with
 c[t] = mean_cut[t] - R mean_kept[t], and R by ridge regression on activations centred per token. All
 statistics come from the model as cut so far: earlier layers are filled before later ones are
-fitted. With R = 0 it is the mean.
+fitted. With R = 0 it is the mean. Last, the classifier is fitted to the full model's logits, by
+ridge regression around its own weights: that mends, for nothing, what all cuts together do to the
+logits, such as a shift towards groups of many classes.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from vitcut.errors import CircuitError
 from vitcut.graph import SiteKey
 from vitcut.masked.fill import Fill, zero_fill
 from vitcut.masked.masking import PartMask, circuit_stream, full_run, walk
+from vitcut.model.forward import forward
 from vitcut.model.weights import ViTWeights
 from vitcut.names import Ablation
 from vitcut.progress import track
@@ -32,6 +36,12 @@ _MEANS_BATCH = 8
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """What cross-validation chooses from, as fractions of the mean variance."""
+
+_HEAD_RIDGES = (1e-2, 1e-1, 1.0, 10.0)
+"""The same for the classifier, which is fitted to fewer samples: one per image."""
+
+_ROUNDING = 1e-10
+"""Variance, as a fraction of the mean square, that may come from the precision of a pass."""
 
 _LEAST_TO_VALIDATE = 4
 """Images: two in each half, since one alone has no variance around its own mean."""
@@ -101,6 +111,13 @@ class Fitter:
         tracked = track(batches, "averaging", len(batches), unit="batches")
         return mean_fill(weights, (x.to(weights.device, weights.dtype) for x in tracked))
 
+    @cached_property
+    def logits(self) -> Float[Tensor, "images classes"]:
+        """The uncut model's logits on the calibration images."""
+        batches = self._read_pixels().split(_BATCH)
+        tracked = track(batches, "answers of the uncut model", len(batches), unit="batches")
+        return _full_logits(self._weights, tracked)
+
     def fit(self, circuit: Circuit) -> Fit:
         """The fill of a circuit under its ablation.
 
@@ -122,7 +139,9 @@ class Fitter:
                 memory_gib=self._memory_gib,
             )
             means = self.means if circuit.read_by_all is None else None
-            self._last = fit_fill(weights, circuit, pixels, means, ridge=self._ridge)
+            self._last = fit_fill(
+                weights, circuit, pixels, means, logits=self.logits, ridge=self._ridge
+            )
         return self._last
 
     def take(self, circuit: Circuit) -> Fit:
@@ -230,6 +249,7 @@ def fit_fill(
     pixels: Float[Tensor, "images channels y x"],
     means: Fill | None = None,
     *,
+    logits: Float[Tensor, "images classes"] | None = None,
     ridge: float | None = None,
 ) -> Fit:
     """Fit the linear fill of a circuit, in one pass over the calibration images.
@@ -240,8 +260,9 @@ def fit_fill(
         pixels: Normalised calibration images.
         means: The full model's means: what an edge carries that is cut while its source lives. A
             circuit that cuts whole sources does without.
+        logits: The full model's logits on these images; computed if None.
         ridge: Added to the covariance's diagonal, as a fraction of its mean; chosen for each site
-            by two-fold cross-validation if None.
+            and for the classifier by two-fold cross-validation if None.
 
     Returns:
         The fill, bound to the circuit and in the precision of the weights, with its statistics.
@@ -258,7 +279,10 @@ def fit_fill(
         raise CircuitError(f"a linear fill needs at least 2 calibration images, got {len(pixels)}")
     if means is None and circuit.read_by_all is None:
         raise CircuitError("the circuit cuts single edges: give the means of the full model")
-    mask = _FittingMask(weights, circuit, means, ridge)
+    batches = pixels.split(_BATCH)
+    if logits is None:
+        logits = _full_logits(weights, batches)
+    mask = _FittingMask(weights, circuit, means, logits, ridge)
     # The passes of all batches walk in step: each site is fitted to all images, then masked.
     walks = [
         walk(
@@ -267,12 +291,20 @@ def fit_fill(
             circuit_stream(weights, circuit, mask.tables),
             mask,
         )
-        for batch in pixels.split(_BATCH)
+        for batch in batches
     ]
-    total = 2 * len(weights.blocks) + 2
+    total = 2 * len(weights.blocks) + 3
     for steps in track(zip(*walks, strict=True), "fitting", total, unit="sites"):
         mask.fit(steps[0].parts, steps[0].layer, [step.values for step in steps])
     return Fit(fill=mask.fill, statistics=mask.statistics)
+
+
+@torch.no_grad()
+def _full_logits(
+    weights: ViTWeights, batches: Iterable[Float[Tensor, "_images channels y x"]]
+) -> Float[Tensor, "images classes"]:
+    like = weights.patch_weight
+    return torch.cat([forward(weights, x.to(like.device, like.dtype)) for x in batches])
 
 
 class _FittingMask(PartMask):
@@ -283,7 +315,12 @@ class _FittingMask(PartMask):
     """
 
     def __init__(
-        self, weights: ViTWeights, circuit: Circuit, means: Fill | None, ridge: float | None
+        self,
+        weights: ViTWeights,
+        circuit: Circuit,
+        means: Fill | None,
+        logits: Float[Tensor, "images classes"],
+        ridge: float | None,
     ) -> None:
         like, kinds = weights.patch_weight, circuit.graph.num_kinds
         blocks, hidden, width = len(weights.blocks), weights.num_neurons, weights.width
@@ -297,13 +334,16 @@ class _FittingMask(PartMask):
         self.head_maps = like.new_zeros(blocks, kinds, heads, width, head_dim)
         self.neuron_maps = like.new_zeros(blocks, kinds, width, hidden)
         self.statistics: dict[SiteKey, SiteStatistics] = {}
-        self.weights, self.ridge = weights, ridge
+        self.head_weight, self.head_bias = weights.head_weight.clone(), weights.head_bias.clone()
+        self.weights, self.logits, self.ridge = weights, logits, ridge
         self.live_heads, self.live_mlps = circuit.graph.by_block(circuit.live_sources)
         self.fill = Fill(
             sources=self.tables,
             neurons=self.values,
             head_maps=self.head_maps,
             neuron_maps=self.neuron_maps,
+            head_weight=self.head_weight,
+            head_bias=self.head_bias,
             circuit=circuit.fingerprint,
         )
         super().__init__(weights, circuit.graph, circuit.neurons, self.fill)
@@ -317,6 +357,8 @@ class _FittingMask(PartMask):
             self._fit_heads(layer, values)
         elif parts == "neurons":
             self._fit_neurons(layer, values)
+        elif parts == "features":
+            self._fit_classifier(torch.cat(list(values)).double())
 
     def _fit_heads(
         self, layer: int, z: Sequence[Float[Tensor, "heads _images tokens head_dim"]]
@@ -360,6 +402,57 @@ class _FittingMask(PartMask):
             if not self.live_mlps[layer, kind]:
                 mlp = self.weights.graph.mlp_source(layer)
                 self.tables[mlp, span] = (site.means @ out.T).to(self.tables.dtype)
+
+    def _fit_classifier(self, features: Float[Tensor, "images features"]) -> None:
+        """W := W + D' and b := b + mean(E) - D' mean(F), with D the ridge regression of E on F.
+
+        E is what the model's own classifier misses of the full model's logits.
+        """
+        weight, bias = self.weights.head_weight.double(), self.weights.head_bias.double()
+        missed = self.logits.double() - (features @ weight.T + bias)
+        ridge, halves = self.ridge, [slice(0, None, 2), slice(1, None, 2)]
+        if ridge is None:
+            ridge = _HEAD_RIDGES[-1]
+            if len(features) >= _LEAST_TO_VALIDATE:
+                errors = [
+                    sum(
+                        float((missed[other] - found.predict(features[other])).square().sum())
+                        for own, other in (halves, halves[::-1])
+                        for found in [_Ridge.fit(features[own], missed[own], choice)]
+                    )
+                    for choice in _HEAD_RIDGES
+                ]
+                ridge = _HEAD_RIDGES[int(np.argmin(errors))]
+        found = _Ridge.fit(features, missed, ridge)
+        self.head_weight += found.slope.T.to(self.head_weight)
+        self.head_bias += found.intercept.to(self.head_bias)
+
+
+class _Ridge(NamedTuple):
+    """A regression of several values on features, penalised but for its intercept."""
+
+    slope: Float[Tensor, "features values"]
+    intercept: Float[Tensor, "values"]
+
+    @classmethod
+    def fit(
+        cls,
+        features: Float[Tensor, "samples features"],
+        values: Float[Tensor, "samples values"],
+        ridge: float,
+    ) -> "_Ridge":
+        centre, level = features.mean(0), values.mean(0)
+        apart = features - centre
+        covariance = add_ridge(apart.T @ apart / len(apart), ridge)
+        # Features that differ by rounding alone say nothing.
+        covariance += _ROUNDING * features.square().mean() * torch.eye(len(covariance)).to(features)
+        slope = torch.linalg.solve(covariance, apart.T @ (values - level) / len(apart))
+        return cls(slope, level - centre @ slope)
+
+    def predict(
+        self, features: Float[Tensor, "samples features"]
+    ) -> Float[Tensor, "samples values"]:
+        return features @ self.slope + self.intercept
 
 
 def _predict(

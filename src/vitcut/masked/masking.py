@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from vitcut.circuit import Circuit
@@ -19,12 +20,12 @@ from vitcut.masked.fill import Fill
 from vitcut.model.forward import (
     activate,
     attend,
-    classify,
     embed,
     normalise,
     output_bias,
     project,
     read_out,
+    readout_features,
     write,
     write_neurons,
 )
@@ -52,11 +53,11 @@ class Stream(Protocol):
 class Step(NamedTuple):
     """Where a pass stands: just computed, not yet masked and written."""
 
-    parts: Literal["embed", "heads", "neurons", "logits"]
+    parts: Literal["embed", "heads", "neurons", "features", "logits"]
     layer: int
     values: Tensor
     """The embedding; z of the heads, [heads, images, tokens, head_dim]; hidden units, [images,
-    tokens, neurons]; logits."""
+    tokens, neurons]; what the classifier reads, [images, features]; logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ def masked_run(
 
     A target's input, before its LayerNorm, is the sum of what its kept sources write now, the
     fill's values of its cut sources, and the output biases before it. A cut neuron has the fill's
-    value; the maps of a fill add to what kept heads and neurons write.
+    value; the maps of a fill add to what kept heads and neurons write. A fill may bring a
+    classifier of its own.
 
     Args:
         weights: The model.
@@ -113,7 +115,7 @@ def masked_run(
         CircuitError: Circuit or fill do not fit the model.
     """
     fill.require_fit(circuit)
-    mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
+    weights, mask = fill.refitted(weights), PartMask(weights, circuit.graph, circuit.neurons, fill)
     return run_parts(weights, pixels, circuit_stream(weights, circuit, fill.sources), mask)
 
 
@@ -129,7 +131,7 @@ def masked_forward(
         CircuitError: Circuit or fill do not fit the model.
     """
     fill.require_fit(circuit)
-    mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
+    weights, mask = fill.refitted(weights), PartMask(weights, circuit.graph, circuit.neurons, fill)
     stream = circuit_stream(weights, circuit, fill.sources)
     [last] = deque(walk(weights, pixels, stream, mask), maxlen=1)
     return last.values
@@ -158,7 +160,7 @@ def masked_logits(
         CircuitError: ``kept`` or ``fill`` does not fit the model.
     """
     graph = graph or weights.graph
-    mask = PartMask(weights, graph, neurons, fill)
+    weights, mask = fill.refitted(weights), PartMask(weights, graph, neurons, fill)
     return run_parts(weights, pixels, _EdgeSums(weights, graph, kept, fill.sources), mask).logits
 
 
@@ -230,7 +232,10 @@ def walk(
         stream.add([write_neurons(block.mlp, replaced) + share])
         del hidden, replaced, share
     [last] = stream.read([graph.classifier])
-    yield Step("logits", len(weights.blocks), classify(weights, read_out(weights, last)))
+    features = readout_features(weights, read_out(weights, last))
+    yield Step("features", len(weights.blocks), features)
+    logits = F.linear(features, weights.head_weight, weights.head_bias)
+    yield Step("logits", len(weights.blocks), logits)
 
 
 class _Recorder:

@@ -80,7 +80,7 @@ class PartModel:
         fill.require_fit(circuit)
         if fill.sources.ndim != 3:
             raise CircuitError("expected a fill with one value for all images, got one per image")
-        self._weights = weights
+        self._weights = weights = fill.refitted(weights)
         self.rows = weights.rows_of(circuit.graph)
         self.sites: dict[SiteKey, Site] = {}
         kinds, graph = len(self.rows), weights.graph

@@ -160,6 +160,13 @@ def classify(
     weights: ViTWeights, readout: Float[Tensor, "images read_tokens width"]
 ) -> Float[Tensor, "images classes"]:
     """Logits from the tokens that the classifier reads (see ``read_out``)."""
+    return F.linear(readout_features(weights, readout), weights.head_weight, weights.head_bias)
+
+
+def readout_features(
+    weights: ViTWeights, readout: Float[Tensor, "images read_tokens width"]
+) -> Float[Tensor, "images features"]:
+    """What the classifier multiplies: prefix tokens one after the other, then pooled patches."""
     features = normalise_last(weights, readout[:, : weights.num_read])
     if weights.patch_readout != "none":
         patches = readout[:, weights.num_read :]
@@ -168,7 +175,7 @@ def classify(
         else:
             pooled = normalise_last(weights, patches).mean(1, keepdim=True)
         features = torch.cat([features, pooled], dim=1)
-    return F.linear(features.flatten(1), weights.head_weight, weights.head_bias)
+    return features.flatten(1)
 
 
 def normalise_last(
