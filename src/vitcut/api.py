@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from vitcut.images.load import Images
     from vitcut.model.model import Model
     from vitcut.preprocessing import Preprocessing
-    from vitcut.report.info import Info
+    from vitcut.reports.info import Info
     from vitcut.training.repair import Repaired
 
 
@@ -139,8 +139,8 @@ def cut(
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter, require_cut_from
-    from vitcut.report.cards import write_cards
-    from vitcut.report.tables import recommend
+    from vitcut.reports.cards import write_cards
+    from vitcut.reports.tables import recommend
     from vitcut.selection.search import leave_images, require_decidable, search
 
     run, model = Run(out), for_images(model, images)
@@ -306,7 +306,7 @@ def finetune(
     from vitcut.compiler.cut import Cut, class_only, require_cut_from
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
-    from vitcut.report.cards import dense_repaired_card, repaired_card
+    from vitcut.reports.cards import dense_repaired_card, repaired_card
     from vitcut.training import repair as repairs
     from vitcut.training.checkpoint import read_training
     from vitcut.training.loop import for_machine
@@ -461,7 +461,7 @@ def info(model: "Model | CompactViT | Cut") -> "Info":
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
     from vitcut.model.model import Model
-    from vitcut.report.info import describe
+    from vitcut.reports.info import describe
 
     return describe(model if isinstance(model, (Cut, CompactViT)) else require(model, Model))
 
@@ -572,6 +572,6 @@ def show(path: str | Path, *, plan: bool = False) -> None:
     Raises:
         ArtefactError: The path holds none of these.
     """
-    from vitcut.report.show import show_path, show_plan_of
+    from vitcut.reports.show import show_path, show_plan_of
 
     (show_plan_of if plan else show_path)(Path(path))

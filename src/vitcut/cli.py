@@ -39,9 +39,9 @@ from vitcut.recipes import (
     run,
     train,
 )
-from vitcut.report import show
-from vitcut.report.info import show_info
-from vitcut.report.tables import recommend
+from vitcut.reports import show
+from vitcut.reports.info import show_info
+from vitcut.reports.tables import recommend
 from vitcut.results import DENSE, Results
 from vitcut.runs import (
     CONFIG_FILE,

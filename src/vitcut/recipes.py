@@ -257,7 +257,7 @@ def _transferred(
     """The pretrained model with the classes of a task: trained, or read back."""
     from vitcut.benchmark.evaluation import evaluate
     from vitcut.model.model import Model
-    from vitcut.report.cards import transferred_card
+    from vitcut.reports.cards import transferred_card
     from vitcut.training.transfer import fine_tune, fit_probe
 
     def make() -> Model:
@@ -296,7 +296,7 @@ def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: R
     """The dense model of a run directory: trained, or read back."""
     from vitcut.model.model import Model
     from vitcut.model.reference import build_reference
-    from vitcut.report.cards import dense_card
+    from vitcut.reports.cards import dense_card
     from vitcut.training.loop import train as fit
 
     def make() -> Model:
@@ -345,7 +345,7 @@ def run(
     from vitcut.discovery.search import find_circuits
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
-    from vitcut.report.cards import write_cards
+    from vitcut.reports.cards import write_cards
     from vitcut.selection.search import leave_images, require_decidable, require_possible, search
     from vitcut.training.repair import repair_cut
 

@@ -10,9 +10,9 @@ from vitcut.circuit import Circuit
 from vitcut.errors import DataError, one_line, printable
 from vitcut.graph import Graph
 from vitcut.progress import Meter, Terminal, say
-from vitcut.report.cards import compact_card
-from vitcut.report.show import show_circuit
-from vitcut.report.tables import plain_markdown, point_table, print_table
+from vitcut.reports.cards import compact_card
+from vitcut.reports.show import show_circuit
+from vitcut.reports.tables import plain_markdown, point_table, print_table
 from vitcut.results import Point, Results
 from vitcut.task import Task, TaskClass
 

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from vitcut.benchmark.evaluation import Evaluation
-from vitcut.report.tables import plain_markdown, point_table, to_markdown
+from vitcut.reports.tables import plain_markdown, point_table, to_markdown
 from vitcut.results import DENSE_REPAIRED, Point, Results
 from vitcut.store import write_text
 from vitcut.task import Task
