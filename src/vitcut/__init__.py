@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         evaluate,
         finetune,
         info,
+        report,
         show,
     )
     from vitcut.benchmark.settings import BenchSettings
@@ -59,6 +60,7 @@ _HOMES = {
     "load_task": "task",
     "prepare": "preparation",
     "register_adapter": "model.adapters",
+    "report": "api",
     "run": "recipes",
     "show": "api",
     "suggest": "preparation",
@@ -94,6 +96,7 @@ __all__ = [
     "load_task",
     "prepare",
     "register_adapter",
+    "report",
     "run",
     "show",
     "suggest",

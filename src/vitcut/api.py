@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from vitcut.model.model import Model
     from vitcut.preprocessing import Preprocessing
     from vitcut.reports.info import Info
+    from vitcut.reports.page import Report
     from vitcut.training.repair import Repaired
 
 
@@ -575,3 +576,21 @@ def show(path: str | Path, *, plan: bool = False) -> None:
     from vitcut.reports.show import show_path, show_plan_of
 
     (show_plan_of if plan else show_path)(Path(path))
+
+
+def report(runs: str | Path | list[str | Path], *, out: str | Path | None = None) -> "Report":
+    """Write what runs hold as one HTML page, with circuits, accuracies and latencies.
+
+    Args:
+        runs: Run directories of run, cut, finetune or discover; several are shown side by side.
+        out: File to write; a notebook also shows the report itself.
+
+    Raises:
+        ArtefactError: A directory holds neither results nor a circuit, or one is damaged.
+    """
+    from vitcut.reports.page import Report
+
+    made = Report.of(runs if isinstance(runs, list) else [runs])
+    if out is not None:
+        made.save(out)
+    return made

@@ -45,6 +45,7 @@ from vitcut.reports.tables import recommend
 from vitcut.results import DENSE, Results
 from vitcut.runs import (
     CONFIG_FILE,
+    REPORT_FILE,
     RESULTS_FILE,
     TRAINING_FILE,
     Run,
@@ -264,6 +265,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
     more: dict[str, Any] = {"nargs": "?"} if optional and not flag else {}
     if flag or more:
         more["default"] = str(default) if isinstance(default, Path) else default
+    if not flag and "list[" in str(parameter):
+        kind, more = str, {"nargs": "+"}
     parser.add_argument(name, type=kind, help=told, **more)
 
 
@@ -515,7 +518,12 @@ command also prints the traceback of an error.
 """
 
 VERBS = {
-    "demo": Verb(call=demo, show=show.show_results, then=_show_of, out="runs/demo"),
+    "demo": Verb(
+        call=demo,
+        show=show.show_results,
+        then=lambda typed: f"open {Path(typed.out) / REPORT_FILE} in a browser",
+        out="runs/demo",
+    ),
     "run": Verb(call=run, show=show.show_results, then=_show_of, out="runs/RECIPE"),
     "prepare": Verb(call=preparation.prepare, show=_show_prepared, then=_after_prepare),
     "suggest": Verb(
@@ -554,4 +562,7 @@ VERBS = {
     "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
     "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
     "show": Verb(call=api.show),
+    "report": Verb(
+        call=api.report, then=lambda typed: f"open {typed.out} in a browser", out="report.html"
+    ),
 }

@@ -36,7 +36,7 @@ from vitcut.model.settings import VitSettings
 from vitcut.names import EdgeAblation
 from vitcut.progress import say
 from vitcut.results import CLASS_ONLY, Results
-from vitcut.runs import RESULTS_FILE, Run
+from vitcut.runs import REPORT_FILE, RESULTS_FILE, Run
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain, require_positive
 from vitcut.store import parse_yaml
@@ -420,8 +420,15 @@ def run(
 def demo(*, changes: Mapping[str, Any] | None = None, out: str | Path | None = None) -> Results:
     """Run every stage on drawn pictures in under three minutes, without data or network access.
 
+    The run ends with its report, ``report.html``.
+
     Args:
         changes: Values of the ``demo`` recipe to override, by dotted key.
         out: Run directory; by default ``runs/demo``.
     """
-    return run("demo", changes=changes, out=out)
+    from vitcut.reports.page import Report
+
+    out = Path("runs/demo") if out is None else Path(out)
+    results = run("demo", changes=changes, out=out)
+    Report.of([out]).save(out / REPORT_FILE)
+    return results
