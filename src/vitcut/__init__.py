@@ -13,8 +13,6 @@ if TYPE_CHECKING:
         evaluate,
         finetune,
         info,
-        report,
-        show,
     )
     from vitcut.benchmark.settings import BenchSettings
     from vitcut.circuit import Circuit
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from vitcut.selection.settings import Budget
     from vitcut.task import Task, load_task
     from vitcut.training.settings import FinetuneSettings, TrainSettings, TransferSettings
+    from vitcut.viewing import report, show
 
     __version__: str
 
@@ -60,9 +59,9 @@ _HOMES = {
     "load_task": "task",
     "prepare": "preparation",
     "register_adapter": "model.adapters",
-    "report": "api",
+    "report": "viewing",
     "run": "recipes",
-    "show": "api",
+    "show": "viewing",
     "suggest": "preparation",
     "train": "recipes",
 }

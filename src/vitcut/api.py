@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from vitcut.model.model import Model
     from vitcut.preprocessing import Preprocessing
     from vitcut.reports.info import Info
-    from vitcut.reports.page import Report
     from vitcut.training.repair import Repaired
 
 
@@ -561,36 +560,3 @@ def checks(
     if save is not None:
         found.costs.save(Path(save))
     return found
-
-
-def show(path: str | Path, *, plan: bool = False) -> None:
-    """Print a circuit, a plan or results as tables.
-
-    Args:
-        path: A run or model directory, or a circuit.json.
-        plan: Print only what the compact model computes, block by block, with predicted times.
-
-    Raises:
-        ArtefactError: The path holds none of these.
-    """
-    from vitcut.reports.show import show_path, show_plan_of
-
-    (show_plan_of if plan else show_path)(Path(path))
-
-
-def report(runs: str | Path | list[str | Path], *, out: str | Path | None = None) -> "Report":
-    """Write what runs hold as one HTML page, with circuits, accuracies and latencies.
-
-    Args:
-        runs: Run directories of run, cut, finetune or discover; several are shown side by side.
-        out: File to write; a notebook also shows the report itself.
-
-    Raises:
-        ArtefactError: A directory holds neither results nor a circuit, or one is damaged.
-    """
-    from vitcut.reports.page import Report
-
-    made = Report.of(runs if isinstance(runs, list) else [runs])
-    if out is not None:
-        made.save(out)
-    return made

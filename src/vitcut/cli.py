@@ -24,7 +24,7 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from vitcut import api, preparation
+from vitcut import api, preparation, viewing
 from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
 from vitcut.hints import argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model
@@ -258,7 +258,7 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
     kind: Any = type(default) if isinstance(default, (bool, int, float)) else str | None
     if default is None and numbers == [int]:
         kind = int | None
-    if get_origin(parameter.annotation) is Literal:
+    if get_origin(parameter.annotation) in {Literal, tuple}:
         kind = parameter.annotation
     name = f"--{parameter.name}" if flag else parameter.name
     optional = parameter.default is not parameter.empty or parameter.name == "recipe"
@@ -561,8 +561,8 @@ VERBS = {
     "info": Verb(call=api.info, show=show_info, then=_after_info),
     "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
     "checks": Verb(call=api.checks, show=show.show_calibration, then=_after_checks),
-    "show": Verb(call=api.show),
+    "show": Verb(call=viewing.show),
     "report": Verb(
-        call=api.report, then=lambda typed: f"open {typed.out} in a browser", out="report.html"
+        call=viewing.report, then=lambda typed: f"open {typed.out} in a browser", out="report.html"
     ),
 }

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module, resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import yaml
@@ -27,6 +27,7 @@ from vitcut.discovery.decision_log import DecisionLog
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.graph import Graph
+from vitcut.reports.files import FileKind, Strengths, files_of, write_files
 from vitcut.reports.tables import headline, recommend
 from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
 from vitcut.runs import (
@@ -39,7 +40,7 @@ from vitcut.runs import (
     read_settings,
 )
 from vitcut.selection.settings import Budget
-from vitcut.settings import as_plain
+from vitcut.settings import as_plain, require_one_of
 from vitcut.store import write_text
 from vitcut.task import shipped_tasks
 from vitcut.training.settings import FinetuneSettings
@@ -52,6 +53,8 @@ _HEIGHT = 900
 class Report:
     """What some runs hold, as a page; a notebook shows it where it is the last value of a cell."""
 
+    paths: tuple[Path, ...]
+    """The run directories."""
     runs: tuple[dict[str, Any], ...]
     """One JSON object per run, as the page holds them."""
 
@@ -70,7 +73,7 @@ class Report:
         twice = next((run for run in places if places.count(run) > 1), None)
         if twice is not None:
             raise ConfigError(f"report got {twice} twice: give each run once")
-        return cls(runs=tuple(_read_run(run) for run in paths))
+        return cls(paths=tuple(paths), runs=tuple(_read_run(run) for run in paths))
 
     def to_html(self) -> str:
         """The whole page."""
@@ -98,6 +101,32 @@ class Report:
         """Write the page, atomically."""
         write_text(path, self.to_html())
 
+    def save_files(self, folder: str | Path, kinds: Sequence[FileKind]) -> None:
+        """Write files for other programs.
+
+        Points as ``csv``, each circuit as ``networkx`` and ``mib`` JSON, figures as ``svg`` and
+        ``png``.
+
+        Args:
+            folder: Where to write; of several runs, each gets a folder of its own in it.
+            kinds: Which files to write.
+
+        Raises:
+            ConfigError: A kind is unknown, or figures are asked for without matplotlib.
+        """
+        for kind in kinds:
+            require_one_of("files", kind, get_args(FileKind))
+        for number, path in enumerate(self.paths):
+            place, results = Path(folder), _results(path)
+            if len(self.paths) > 1:
+                place /= f"{number + 1}-{self.runs[number]['name']}"
+            circuits = {
+                name: (Circuit.load(file), _strengths(path, name))
+                for name, file in _circuit_files(path, results).items()
+                if file.is_file()
+            }
+            write_files(place, files_of(results, circuits, set(kinds)))
+
     def show(self) -> None:
         """Show the page in a notebook.
 
@@ -124,7 +153,7 @@ def _csp_hash(text: str) -> str:
 
 def _read_run(path: Path) -> dict[str, Any]:
     """What the page knows of one run; keys whose value is None say what the run does not hold."""
-    results = Results.load(path / RESULTS_FILE) if (path / RESULTS_FILE).is_file() else None
+    results = _results(path)
     settings = read_settings(path) if is_run(path) else {}
     files = _circuit_files(path, results)
     if results is None and not files:
@@ -137,7 +166,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     files |= {step["name"]: path / step["circuit"] for step in steps}
     graphs: list[Graph] = []
     circuits = {
-        name: _circuit(Circuit.load(file), graphs, path / "points" / name / "decisions.jsonl")
+        name: _circuit(Circuit.load(file), graphs, _strengths(path, name))
         for name, file in files.items()
         if file.is_file()
     }
@@ -146,7 +175,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     for point in () if results is None else results.all_points():
         whole = next((g for g in known if g.num_useful_edges == point.edges_total), None)
         if whole is not None and point.name in {DENSE, CLASS_ONLY, DENSE_REPAIRED}:
-            circuits[point.name] = _circuit(Circuit.full(whole), graphs, None)
+            circuits[point.name] = _circuit(Circuit.full(whole), graphs, {})
     chosen = None if results is None else recommend(results)
     return {
         "name": path.resolve().name,
@@ -164,6 +193,16 @@ def _read_run(path: Path) -> dict[str, Any]:
         "settings": yaml.safe_dump(settings, sort_keys=False) if settings else None,
         "command": command_of(settings),
     }
+
+
+def _results(path: Path) -> Results | None:
+    return Results.load(path / RESULTS_FILE) if (path / RESULTS_FILE).is_file() else None
+
+
+def _strengths(path: Path, name: str) -> Strengths:
+    """What ACDC measured of each edge on its way to a point; empty for other methods."""
+    log = path / "points" / name / "decisions.jsonl"
+    return DecisionLog.read_increments(log) if log.is_file() else {}
 
 
 def _cuts(results: Results) -> list[Point]:
@@ -215,7 +254,7 @@ def _graph(graph: Graph) -> dict[str, Any]:
     }
 
 
-def _circuit(circuit: Circuit, graphs: list[Graph], log: Path | None) -> dict[str, Any]:
+def _circuit(circuit: Circuit, graphs: list[Graph], known: Strengths) -> dict[str, Any]:
     """A circuit, edge by edge in the order of targets, then of sources."""
     graph = circuit.graph
     if graph not in graphs:
@@ -226,13 +265,12 @@ def _circuit(circuit: Circuit, graphs: list[Graph], log: Path | None) -> dict[st
             "total": circuit.neurons.shape[2],
             "kept": circuit.neurons.sum(axis=2).tolist(),
         }
-    if log is not None and log.is_file():
-        rises = DecisionLog.read_increments(log)
+    if known:
         edges = [
             (graph.sources[source].name, graph.targets[target].name)
             for target, source in np.argwhere(graph.edges.T)
         ]
-        values = np.array([rises.get(edge, np.nan) for edge in edges], dtype="<f4")
+        values = np.array([known.get(edge, np.nan) for edge in edges], dtype="<f4")
         strengths = base64.b64encode(values.tobytes()).decode()
     return {
         "graph": graphs.index(graph),
