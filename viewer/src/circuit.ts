@@ -15,7 +15,7 @@ const FAINT = 0.07;
 
 /** Opacity at which many edges stay apart and few stay visible. */
 function opacity(edges: number): number {
-  return Math.max(0.06, Math.min(0.85, 26 / Math.sqrt(edges + 1) / 2));
+  return Math.max(0.03, Math.min(0.85, (13 / Math.sqrt(edges + 1)) * Math.min(1, 4000 / edges)));
 }
 
 export class CircuitPicture {
@@ -123,7 +123,7 @@ export class CircuitPicture {
       .attr("x", (node) => layout.boxes.get(node)!.x + layout.boxes.get(node)!.width / 2)
       .attr("y", (node) => layout.boxes.get(node)!.y + layout.boxes.get(node)!.height / 2)
       .attr("dy", "0.36em")
-      .text((node) => ({ head: String(node.head), mlp: "mlp", embed: "in", classifier: "out" })[node.role]);
+      .text((node) => ({ head: String(node.head), mlp: layout.boxes.get(node)!.width < 26 ? "m" : "mlp", embed: "in", classifier: "out" })[node.role]);
     boxes.append("title").text(nodeLabel);
     this.boxes = boxes as never;
     this.svg.on("click", (event: MouseEvent) => {

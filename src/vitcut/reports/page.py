@@ -165,10 +165,9 @@ def _read_run(path: Path) -> dict[str, Any]:
     steps = _steps(path)
     files |= {step["name"]: path / step["circuit"] for step in steps}
     graphs: list[Graph] = []
+    loaded = {name: Circuit.load(file) for name, file in files.items() if file.is_file()}
     circuits = {
-        name: _circuit(Circuit.load(file), graphs, _strengths(path, name))
-        for name, file in files.items()
-        if file.is_file()
+        name: _circuit(circuit, graphs, _strengths(path, name)) for name, circuit in loaded.items()
     }
     # The dense model is the graph with all its edges.
     known = [*graphs, *(graph.unsplit for graph in graphs)]
@@ -179,7 +178,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     chosen = None if results is None else recommend(results)
     return {
         "name": path.resolve().name,
-        "task": task.get("name") if results is None else results.task,
+        "task": next((c.task for c in loaded.values()), None) if results is None else results.task,
         "groups": list(task.get("groups", {})),
         "results": None if results is None else asdict(results),
         "headlines": {}
