@@ -43,14 +43,21 @@ export function save(name: string, content: Blob): void {
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
+/** As Python rounds, so that the page and the terminal agree: exact ties go to the even digit. */
+export function fixed(value: number, digits: number): string {
+  const scaled = Math.abs(value) * 10 ** digits;
+  const tie = scaled % 1 === 0.5 && (value * 2 ** (digits + 1)) % 1 === 0 && Math.floor(scaled) % 2 === 0;
+  return (tie ? (Math.sign(value) * Math.floor(scaled)) / 10 ** digits : value).toFixed(digits);
+}
+
 export const percent = (value: number | null | undefined, digits = 1): string =>
-  value === null || value === undefined ? "-" : `${(100 * value).toFixed(digits)} %`;
+  value === null || value === undefined ? "-" : `${fixed(100 * value, digits)} %`;
 
 /** Milliseconds with three digits, never as a power of ten. */
 export const ms = (value: number): string =>
   value >= 100 ? count(Math.round(value)) : value >= 10 ? value.toFixed(1) : value.toFixed(2);
 
-export const signed = (value: number): string => `${value < 0 ? "\u2212" : "+"}${Math.abs(100 * value).toFixed(1)}`;
+export const signed = (value: number): string => `${value < 0 ? "\u2212" : "+"}${fixed(Math.abs(100 * value), 1)}`;
 
 export const count = (value: number | null | undefined): string =>
   value === null || value === undefined ? "-" : value.toLocaleString("en-US");

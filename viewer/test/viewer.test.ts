@@ -1,5 +1,6 @@
 import { expect, test } from "vitest";
 import { type CircuitData, countKept, type GraphData, keptShare, parseName, readCircuit, readGraph, readRun, type RunData, unpackBits } from "../src/data";
+import { fixed } from "../src/dom";
 import { layOut } from "../src/layout";
 
 /** A graph as Python numbers it: over whole tokens, or over two kinds of which one is read out. */
@@ -38,6 +39,11 @@ test("names of sources and targets lead to their node", () => {
   expect(parseName("attn.3.1.k.patch", ["cls", "patch"])).toMatchObject({ node: { name: "attn.3.1.patch", layer: 3, head: 1, kind: "patch" }, letter: "k" });
   expect(parseName("mlp.2", []).node.name).toBe("mlp.2");
   expect(parseName("classifier.cls", ["cls"]).node.role).toBe("classifier");
+});
+
+test("numbers are rounded as Python rounds them", () => {
+  expect([18.25, 18.75, 0.65, 0.15, 0.25, -0.25].map((value) => fixed(value, 1))).toEqual(["18.2", "18.8", "0.7", "0.1", "0.2", "-0.2"]);
+  expect([0.5, 1.5, 2.5].map((value) => fixed(value, 0))).toEqual(["0", "2", "2"]);
 });
 
 test("a graph has as many edges as Python counts", () => {
