@@ -144,3 +144,14 @@ def test_the_built_viewer_is_that_of_its_sources():
         "viewer/ has changed: npm install && npm run build there"
     )
     assert (ASSETS / "report.html").read_bytes() == (VIEWER / "src" / "report.html").read_bytes()
+
+
+def test_demo_ends_with_its_report(finished, tmp_path, monkeypatch, capsys):
+    def run(recipe, *, changes, out):
+        shutil.copytree(finished, out)
+        return Results.load(out / "results.json")
+
+    monkeypatch.setattr("vitcut.recipes.run", run)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    assert f"next: open {tmp_path / 'demo' / 'report.html'} in a browser" in capsys.readouterr().out
+    assert data_of((tmp_path / "demo" / "report.html").read_text(encoding="utf-8"))["runs"]
