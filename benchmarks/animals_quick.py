@@ -12,7 +12,7 @@ from pathlib import Path
 
 import vitcut
 from vitcut.circuit import Circuit
-from vitcut.report.tables import point_table, to_markdown
+from vitcut.reports.tables import point_table, to_markdown
 from vitcut.results import Comparison, Point, Results
 
 ROOT = Path(__file__).parents[1]

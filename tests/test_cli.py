@@ -19,7 +19,7 @@ from vitcut.preprocessing import numbers
 from vitcut.training.settings import TrainSettings
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
-NUM_FLAGS = 88
+NUM_FLAGS = 89
 DRAWN = ["--source", "drawn", "--task", "drawn"]
 
 
@@ -332,7 +332,7 @@ def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vitcut.report.show.show_path", interrupt)
+    monkeypatch.setattr("vitcut.reports.show.show_path", interrupt)
     monkeypatch.setattr(sys, "argv", ["vitcut", "show", "empty"])
     with pytest.raises(SystemExit) as ended:
         entry()
@@ -344,7 +344,7 @@ def test_a_full_disk_is_told_in_one_line(monkeypatch, capsys):
     def fill(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitcut.report.show.show_path", fill)
+    monkeypatch.setattr("vitcut.reports.show.show_path", fill)
     assert "No space left on device" in _error(["show", "empty"], capsys)
 
 

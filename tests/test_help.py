@@ -10,7 +10,7 @@ import pytest
 import vitcut
 from vitcut.cli import VERBS, _arranged, _take_changes, build_parser, main
 from vitcut.hints import EXAMPLES
-from vitcut.report.checks import check_machine
+from vitcut.reports.checks import check_machine
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -77,9 +77,9 @@ def test_another_shell_is_refused(capsys):
 
 def test_checks_tell_what_is_there_and_what_to_install(capsys, monkeypatch):
     absent = {"openvino"}
-    find = vitcut.report.checks.find_spec
+    find = vitcut.reports.checks.find_spec
     monkeypatch.setattr(
-        "vitcut.report.checks.find_spec", lambda name: None if name in absent else find(name)
+        "vitcut.reports.checks.find_spec", lambda name: None if name in absent else find(name)
     )
     assert main(["checks"]) == 0
     out = capsys.readouterr().out

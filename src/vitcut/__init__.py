@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         evaluate,
         finetune,
         info,
-        show,
     )
     from vitcut.benchmark.settings import BenchSettings
     from vitcut.circuit import Circuit
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from vitcut.selection.settings import Budget
     from vitcut.task import Task, load_task
     from vitcut.training.settings import FinetuneSettings, TrainSettings, TransferSettings
+    from vitcut.viewing import report, show
 
     __version__: str
 
@@ -65,8 +65,9 @@ _HOMES = {
     "predict": "prediction",
     "prepare": "preparation",
     "register_adapter": "model.adapters",
+    "report": "viewing",
     "run": "recipes",
-    "show": "api",
+    "show": "viewing",
     "suggest": "preparation",
     "train": "recipes",
 }
@@ -103,6 +104,7 @@ __all__ = [
     "predict",
     "prepare",
     "register_adapter",
+    "report",
     "run",
     "show",
     "suggest",

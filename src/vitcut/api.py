@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from vitcut.images.load import Images
     from vitcut.model.model import Model
     from vitcut.preprocessing import Preprocessing
-    from vitcut.report.checks import Checks
-    from vitcut.report.info import Info
+    from vitcut.reports.checks import Checks
+    from vitcut.reports.info import Info
     from vitcut.training.repair import Repaired
 
 
@@ -140,8 +140,8 @@ def cut(
     from vitcut.benchmark.points import measure
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter, require_cut_from
-    from vitcut.report.cards import origin_of, write_cards
-    from vitcut.report.tables import recommend
+    from vitcut.reports.cards import origin_of, write_cards
+    from vitcut.reports.tables import recommend
     from vitcut.selection.search import leave_images, require_decidable, search
 
     run, model = Run(out), for_images(model, images)
@@ -308,7 +308,7 @@ def finetune(
     from vitcut.compiler.cut import Cut, class_only, require_cut_from
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
-    from vitcut.report.cards import dense_repaired_card, origin_of, repaired_card
+    from vitcut.reports.cards import dense_repaired_card, origin_of, repaired_card
     from vitcut.training import repair as repairs
     from vitcut.training.checkpoint import read_training
     from vitcut.training.loop import for_machine
@@ -463,7 +463,7 @@ def info(model: "Model | CompactViT | Cut") -> "Info":
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
     from vitcut.model.model import Model
-    from vitcut.report.info import describe
+    from vitcut.reports.info import describe
 
     return describe(model if isinstance(model, (Cut, CompactViT)) else require(model, Model))
 
@@ -552,7 +552,7 @@ def checks(
     """
     if models < 3:
         raise ConfigError(f"models must be at least 3, got {models}")
-    from vitcut.report.checks import check_machine
+    from vitcut.reports.checks import check_machine
 
     if save is None:
         return check_machine()
@@ -564,18 +564,3 @@ def checks(
     found = calibrate(weights.shape, weights.split_graph, models=models, seconds=seconds)
     found.costs.save(Path(save))
     return check_machine(found)
-
-
-def show(path: str | Path, *, plan: bool = False) -> None:
-    """Print a circuit, a plan or results as tables.
-
-    Args:
-        path: A run or model directory, or a circuit.json.
-        plan: Print only what the compact model computes, block by block, with predicted times.
-
-    Raises:
-        ArtefactError: The path holds none of these.
-    """
-    from vitcut.report.show import show_path, show_plan_of
-
-    (show_plan_of if plan else show_path)(Path(path))

@@ -8,7 +8,6 @@ same name share a flag.
 import inspect
 import os
 import re
-import shlex
 import shutil
 import sys
 import traceback
@@ -24,9 +23,9 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from vitcut import api, delivery, preparation
+from vitcut import api, delivery, endings, preparation, viewing
 from vitcut.completion import completion_script
-from vitcut.errors import ConfigError, VitcutError, one_line, printable, shortage
+from vitcut.errors import ConfigError, VitcutError, one_line, shortage
 from vitcut.extras import refusal
 from vitcut.hints import EXAMPLES, argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model, run_of
@@ -41,25 +40,21 @@ from vitcut.recipes import (
     RunSettings,
     check_train,
     demo,
-    fine_tuning_recipe,
     read_recipe,
     recipe_names,
     run,
     train,
 )
-from vitcut.report import show
-from vitcut.report.info import show_info
-from vitcut.report.tables import recommend
-from vitcut.results import DENSE, Results
+from vitcut.reports import show
+from vitcut.reports.info import show_info
 from vitcut.runs import (
     CONFIG_FILE,
-    RESULTS_FILE,
+    REPORT_FILE,
     TRAINING_FILE,
     Run,
     find_circuit,
     find_cut,
     find_run,
-    has_cut,
     is_in_use,
 )
 from vitcut.settings import as_plain
@@ -286,7 +281,7 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, told: str, *, fla
     kind: Any = type(default) if isinstance(default, (bool, int, float)) else str | None
     if default is None and numbers == [int]:
         kind = int | None
-    if get_origin(parameter.annotation) is Literal:
+    if get_origin(parameter.annotation) in {Literal, tuple}:
         kind = parameter.annotation
     name = f"--{parameter.name}" if flag else parameter.name
     optional = parameter.default is not parameter.empty or parameter.name == "recipe"
@@ -456,103 +451,6 @@ def _help(told: Any, name: str) -> str:
     return " ".join((described or "").replace("``", "").split())
 
 
-def _after_prepare(typed: Namespace) -> str:
-    words = ["vitcut", "train"]
-    words += [] if typed.source is None else ["--source", typed.source]
-    words += [] if typed.image_size == 64 else ["--image-size", str(typed.image_size)]
-    words += ["--skip-bad-images"] if typed.skip_bad_images else []
-    words += [] if typed.orientation == "auto" else ["--orientation", typed.orientation]
-    words += [] if typed.image_column is None else ["--image-column", typed.image_column]
-    words += [] if typed.label_column is None else ["--label-column", typed.label_column]
-    return shlex.join([*words, "--task", "drawn" if typed.source == "drawn" else "LABELS.yaml"])
-
-
-def _recipe_of_train(typed: Namespace) -> Path | None:
-    for name in ("arch", "random_weights"):
-        if typed[name] and typed.model is None:
-            raise ConfigError(f"{name} is for a model, got none: give --model, or leave it out")
-    pretrained = typed.model is not None and typed.freeze == "none"
-    return fine_tuning_recipe() if pretrained else None
-
-
-def _after_train(typed: Namespace) -> str:
-    then = "discover" if typed.model is None else "cut"
-    budget = [] if typed.model is None else ["--target-macs", "0.5"]
-    return shlex.join(["vitcut", then, "--model", typed.out, *budget])
-
-
-def _after_discover(typed: Namespace) -> str:
-    point = f"{typed.method}-{typed.ablation}-{typed.tau:g}"
-    return shlex.join(["vitcut", "cut", typed.out, "--point", point])
-
-
-def _cutting(model: str) -> list[str]:
-    """The words of a cut of a model, up to its budget."""
-    words = ["vitcut", "cut", "--model", model]
-    if model == SHIPPED_MODEL:
-        words += ["--source", "TINY_IMAGENET.zip"]
-    elif find_run(model) is None:
-        words += ["--source", "IMAGES", "--task", "LABELS.yaml"]
-    return words
-
-
-def _after_cut(typed: Namespace) -> str:
-    words, results = ["vitcut", "finetune", typed.out], Path(typed.out) / RESULTS_FILE
-    if not (Path(typed.out) / "model").is_dir() and results.is_file():
-        # Of several targets, the one that the results recommend.
-        chosen = recommend(Results.load(results))
-        words += [] if chosen is None else ["--point", chosen.name]
-    return shlex.join(words)
-
-
-def _after_checks(typed: Namespace) -> str:
-    words = [*_cutting(typed.model), "--target-latency", "0.2"]
-    return shlex.join([*words, *([] if typed.save is None else ["--costs", typed.save])])
-
-
-def _after_info(typed: Namespace) -> str:
-    if has_cut(Path(typed.model)) and typed.point != DENSE:
-        return shlex.join(
-            ["vitcut", "show", "--plan", str(find_cut(Path(typed.model), typed.point))]
-        )
-    return shlex.join([*_cutting(typed.model), "--target-macs", "FRACTION"])
-
-
-def _tell(text: str) -> None:
-    """Write lines to standard output as they are, except for what could steer a terminal."""
-    sys.stdout.write(f"{printable(text)}\n")
-
-
-def _show_task(task: Any) -> None:
-    for group, line in zip(task.groups, task.describe(), strict=True):
-        names = ", ".join(item.name for item in task.classes if item.group == group)
-        # Hundreds of the model's classes may be one class of the data.
-        _tell(line if task.folders else f"{group}: {names}")
-
-
-def _show_prepared(prepared: Any) -> None:
-    sys.stdout.write(
-        f"{len(prepared.images)} images of {len(prepared.class_names)} classes, "
-        f"{len(prepared.skipped)} skipped\n"
-    )
-
-
-def _show_found(circuit: Any) -> None:
-    _tell("\n".join(show.circuit_lines(circuit)))
-    if circuit.ablation == "resample":
-        sys.stdout.write("for a cut, search with --ablation mean: a cut fills with means\n")
-
-
-def _show_checks(found: Any) -> None:
-    from vitcut.report.checks import show_checks
-
-    show_checks(found)
-
-
-def _show_of(typed: Namespace) -> str:
-    return shlex.join(["vitcut", "show", typed.out])
-
-
 _CHANGES = (
     f"Recipes: {', '.join(recipe_names())}, or a .yaml file. --GROUP.NAME VALUE changes one of its "
     "values (such as --train.epochs 2); --print-config lists them all."
@@ -570,50 +468,60 @@ prints the traceback of an error.
 """
 
 VERBS = {
-    "demo": Verb(call=demo, show=show.show_results, then=_show_of, out="runs/demo"),
-    "run": Verb(call=run, show=show.show_results, then=_show_of, out="runs/RECIPE"),
-    "prepare": Verb(call=preparation.prepare, show=_show_prepared, then=_after_prepare),
+    "demo": Verb(
+        call=demo,
+        show=show.show_results,
+        then=lambda typed: f"open {Path(typed.out) / REPORT_FILE} in a browser",
+        out="runs/demo",
+    ),
+    "run": Verb(call=run, show=show.show_results, then=endings.show_of, out="runs/RECIPE"),
+    "prepare": Verb(
+        call=preparation.prepare, show=endings.show_prepared, then=endings.after_prepare
+    ),
     "suggest": Verb(
         call=preparation.suggest,
-        show=_show_task,
+        show=endings.show_task,
         then=lambda typed: f"look through {typed.out}, then give it as --task",
         out="labels.yaml",
     ),
     "train": Verb(
         call=train,
         check=check_train,
-        base=_recipe_of_train,
-        then=_after_train,
+        base=endings.recipe_of_train,
+        then=endings.after_train,
         out="runs/train",
     ),
     "discover": Verb(
-        call=api.discover, show=_show_found, then=_after_discover, out="runs/discover"
+        call=api.discover, show=endings.show_found, then=endings.after_discover, out="runs/discover"
     ),
     "cut": Verb(
         call=api.cut,
         show=show.show_cut,
         check=api.check_cut,
-        then=_after_cut,
+        then=endings.after_cut,
         out="runs/cut",
     ),
     "finetune": Verb(
         call=api.finetune,
         show=show.show_repaired,
         check=api.check_finetune,
-        then=_show_of,
+        then=endings.after_finetune,
         out="runs/finetune",
     ),
     # `eval` is a builtin of Python, so the function has the longer name.
     "eval": Verb(call=api.evaluate, show=show.show_evaluation),
     "predict": Verb(call=predict, show=show_predictions, show_json=show_predictions_as_json),
-    "info": Verb(call=api.info, show=show_info, then=_after_info),
-    "bench": Verb(call=api.bench, show=show.show_results, then=_show_of, out="runs/bench"),
+    "info": Verb(call=api.info, show=show_info, then=endings.after_info),
+    "bench": Verb(call=api.bench, show=show.show_results, then=endings.show_of, out="runs/bench"),
     "export": Verb(
         call=delivery.export,
         show=show.show_exported,
         check=delivery.check_export,
         out="runs/export",
     ),
-    "checks": Verb(call=api.checks, show=_show_checks, then=_after_checks),
-    "show": Verb(call=api.show),
+    "checks": Verb(call=api.checks, show=endings.show_checks, then=endings.after_checks),
+    "show": Verb(call=viewing.show),
+    "report": Verb(
+        call=viewing.report, then=lambda typed: f"open {typed.out} in a browser", out="report.html"
+    ),
 }

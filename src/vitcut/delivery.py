@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcut.deployment import for_use
 from vitcut.exports.settings import ExportSettings
 from vitcut.inputs import (
     for_images,
-    info_of,
     preprocessing_of,
     require,
     require_classes_of,
@@ -52,15 +52,16 @@ def export(
 
     check_export({"settings": settings, "out": out})
     if isinstance(model, (Cut, CompactViT)):
-        module = model.model if isinstance(model, Cut) else model
-        info = module.info
+        compact = model.model if isinstance(model, Cut) else model
         if images is not None:
-            require_classes_of(module, images.task)
-            require_made_for(preprocessing_of(module), images)
+            require_classes_of(compact, images.task)
+            require_made_for(preprocessing_of(compact), images)
+        module, info = for_use(compact)
     else:
-        dense = require(model, Model)
-        dense = dense if images is None else for_images(dense, images)
-        module, info = dense.module, info_of(dense, images)
+        dense, task = require(model, Model), None
+        if images is not None:
+            dense, task = for_images(dense, images), images.task
+        module, info = for_use(dense, task)
     subject = make_subject(module, info, images, settings)
     return export_targets(subject, Path(out), settings)
 

@@ -254,7 +254,7 @@ def load_images(
     )
     if run is not None and not (new_head and source is not None):
         # What is not said is the run's, but for the image size, which is the model's.
-        base, own = _images_of(run, image_size=settings.image_size)
+        base, own = images_of(run, image_size=settings.image_size)
         task = own if task is None else task
         skip = base.skip_bad_images or skip_bad_images
         typed = settings if source is not None else base
@@ -304,7 +304,7 @@ def load_images(
     return images
 
 
-def _images_of(run: Path, *, image_size: int) -> tuple[DataSettings, Task]:
+def images_of(run: Path, *, image_size: int) -> tuple[DataSettings, Task]:
     """The images that a run directory used, at another size, and its task.
 
     Raises:
@@ -443,74 +443,6 @@ def preprocessing_of(model: "CompactViT | ModelInfo") -> Preprocessing:
             "with its preprocessing"
         )
     return info.preprocessing
-
-
-def for_use(
-    model: "Model | CompactViT | Cut", task: "str | Path | Task | None" = None
-) -> "tuple[nn.Module, ModelInfo]":
-    """A model as it answers pictures, and what a user of it needs to know, all of it filled in.
-
-    Args:
-        model: A cut has groups of its own.
-        task: The groups of a dense model. By default those of its run directory, the shipped ones
-            of "animals", or else every class is its own group.
-
-    Raises:
-        ConfigError: The task is for a cut, or a cut does not say how its images are made.
-        TaskError: The model lacks classes of the task.
-    """
-    from vitcut.compact.info import ModelInfo
-    from vitcut.compact.model import CompactViT
-    from vitcut.compiler.cut import Cut
-    from vitcut.model.model import Model
-
-    compact = model.model if isinstance(model, Cut) else model
-    if isinstance(compact, CompactViT):
-        if task is not None:
-            raise ConfigError("task is for a dense model, got it with a cut, which has its own")
-        info = replace(compact.info, preprocessing=preprocessing_of(compact))
-        return compact.eval(), info.complete(compact.plan.shape.num_classes)
-    model = require(model, Model)
-    named = tuple(map(str, range(model.weights.num_classes)))
-    labels = model.labels or Labels(owner=f"model {model.name!r}", ids=named, names=named)
-    if task is None and model.run is not None:
-        _, task = _images_of(model.run, image_size=model.preprocessing.image_size)
-    elif task is None and model.name == SHIPPED_MODEL:
-        task = SHIPPED_MODEL
-    wanted = task if isinstance(task, Task) or task is None else load_task(task)
-    wanted = all_classes_task(labels) if wanted is None else wanted.among(labels)
-    model = model.for_task(wanted, labels)
-    return model.module, ModelInfo(
-        preprocessing=model.preprocessing,
-        class_names=wanted.class_names,
-        group_names=wanted.groups,
-        group_of_class=tuple(wanted.group_of_class.tolist()),
-        source_model=model.public_name,
-        source_sha256=model.weight_hash,
-    )
-
-
-def info_of(model: "Model", images: "Images | None") -> "ModelInfo":
-    """What a dense model says of itself where it is exported.
-
-    Args:
-        model: From `for_images`, if there are images.
-        images: Their task has the groups; without them, only the shipped model has some.
-    """
-    from vitcut.compact.info import ModelInfo
-
-    task, labels = None if images is None else images.task, model.labels
-    if task is None and labels is not None and model.name == SHIPPED_MODEL:
-        task = load_task(SHIPPED_MODEL).among(labels)
-        task = task if task.class_ids == labels.ids else None
-    return ModelInfo(
-        preprocessing=model.preprocessing,
-        class_names=task.class_names if task else labels.names if labels else (),
-        group_names=task.groups if task else (),
-        group_of_class=tuple(map(int, task.group_of_class)) if task else (),
-        source_model=model.public_name,
-        source_sha256=model.weight_hash,
-    )
 
 
 def _own_task(info: "ModelInfo") -> Task | None:

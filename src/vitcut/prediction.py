@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vitcut.compact.info import ModelInfo
+from vitcut.deployment import for_use
 from vitcut.errors import (
     ArtefactError,
     ConfigError,
@@ -32,7 +33,7 @@ from vitcut.extras import require_extra
 from vitcut.hub import is_hub_id
 from vitcut.images.archives import MAX_FILE_BYTES, is_leftover
 from vitcut.images.decoding import HEAD_BYTES, PICTURE_SUFFIXES, decode, picture_format
-from vitcut.inputs import for_use, load_either, preprocessing_of
+from vitcut.inputs import load_either, preprocessing_of
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import Meter, Terminal, say
 from vitcut.runtime import usable_threads

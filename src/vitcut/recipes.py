@@ -37,7 +37,7 @@ from vitcut.model.settings import VitSettings
 from vitcut.names import EdgeAblation
 from vitcut.progress import say
 from vitcut.results import CLASS_ONLY, Results
-from vitcut.runs import RESULTS_FILE, Run
+from vitcut.runs import REPORT_FILE, RESULTS_FILE, Run
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain, require_positive
 from vitcut.store import parse_yaml
@@ -259,7 +259,7 @@ def _transferred(
     """The pretrained model with the classes of a task: trained, or read back."""
     from vitcut.benchmark.evaluation import evaluate
     from vitcut.model.model import Model
-    from vitcut.report.cards import transferred_card
+    from vitcut.reports.cards import transferred_card
     from vitcut.training.transfer import fine_tune, fit_probe
 
     def make() -> Model:
@@ -298,7 +298,7 @@ def _trained(images: "Images", vit: VitSettings, settings: TrainSettings, run: R
     """The dense model of a run directory: trained, or read back."""
     from vitcut.model.model import Model
     from vitcut.model.reference import build_reference
-    from vitcut.report.cards import dense_card
+    from vitcut.reports.cards import dense_card
     from vitcut.training.loop import train as fit
 
     def make() -> Model:
@@ -348,7 +348,7 @@ def run(
     from vitcut.discovery.search import find_circuits
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
-    from vitcut.report.cards import origin_of, write_cards
+    from vitcut.reports.cards import origin_of, write_cards
     from vitcut.selection.search import leave_images, require_decidable, require_possible, search
     from vitcut.training.repair import repair_cut
 
@@ -423,8 +423,15 @@ def run(
 def demo(*, changes: Mapping[str, Any] | None = None, out: str | Path | None = None) -> Results:
     """Run every stage on drawn pictures in under three minutes, without data or network access.
 
+    The run ends with its report, ``report.html``.
+
     Args:
         changes: Values of the ``demo`` recipe to override, by dotted key.
         out: Run directory; by default ``runs/demo``.
     """
-    return run("demo", changes=changes, out=out)
+    from vitcut.reports.page import Report
+
+    out = Path("runs/demo") if out is None else Path(out)
+    results = run("demo", changes=changes, out=out)
+    Report.of([out]).save(out / REPORT_FILE)
+    return results

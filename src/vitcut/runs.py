@@ -21,7 +21,7 @@ from vitcut.store import is_leftover, lock_folder, sealed, sweep, unsealed, writ
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
-TRAINING_FILE = "training.json"
+TRAINING_FILE, REPORT_FILE = "training.json", "report.html"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 3
 _PATIENCE_S = 6

@@ -48,7 +48,7 @@ def _terminated(_):
 @pytest.mark.parametrize(("where", "code"), [("at work", 143), ("while importing", 130)])
 def test_a_signal_ends_a_command_in_one_line(monkeypatch, capsys, where, code):
     monkeypatch.setattr(sys, "argv", ["vitcut", "show", "x"])
-    monkeypatch.setattr("vitcut.report.show.show_path", _terminated)
+    monkeypatch.setattr("vitcut.reports.show.show_path", _terminated)
     if where == "while importing":
         monkeypatch.delitem(sys.modules, "vitcut.cli")
         monkeypatch.setattr(sys, "meta_path", [_InterruptsImport(), *sys.meta_path])
@@ -96,7 +96,7 @@ def test_a_shortage_is_called_one_and_never_damage(monkeypatch, capsys, what, er
     def fail(_):
         raise error
 
-    monkeypatch.setattr("vitcut.report.show.show_path", fail)
+    monkeypatch.setattr("vitcut.reports.show.show_path", fail)
     assert _error(["show", "x"], capsys).startswith(f"the machine ran out of {what}: ")
     with pytest.raises(type(error)), told_as("cannot load the model 'x'"):
         raise error
@@ -106,7 +106,7 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     def fail(_):
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr("vitcut.report.show.show_path", fail)
+    monkeypatch.setattr("vitcut.reports.show.show_path", fail)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         cli.main(["show", "x"])
 

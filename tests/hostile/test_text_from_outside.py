@@ -13,9 +13,9 @@ from vitcut.compact.info import ModelInfo
 from vitcut.errors import DataError, one_line, plain_markdown, printable
 from vitcut.graph import Graph
 from vitcut.progress import Meter, Terminal, say
-from vitcut.report.cards import compact_card
-from vitcut.report.show import show_circuit
-from vitcut.report.tables import point_table, print_table
+from vitcut.reports.cards import compact_card
+from vitcut.reports.show import show_circuit
+from vitcut.reports.tables import point_table, print_table
 from vitcut.results import Point, Results
 
 ESC = "\x1b[31mred\x1b[0m\x1b]0;title\x07"

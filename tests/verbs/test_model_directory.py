@@ -19,7 +19,7 @@ from vitcut.compact.card import IMAGENET_TERMS, Origin, model_card
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.preprocessing import Framing, Preprocessing
-from vitcut.report.cards import origin_of
+from vitcut.reports.cards import origin_of
 from vitcut.results import Results
 
 POINT = "acdc-resample-0.001"

@@ -19,7 +19,7 @@ from vitcut.compiler.emit import compile_circuit
 from vitcut.errors import ArtefactError, ConfigError, ModelError, TaskError
 from vitcut.masked.fitting import zero_fill
 from vitcut.model.model import Model
-from vitcut.report import cards
+from vitcut.reports import cards
 from vitcut.results import Results
 from vitcut.runs import find_cut, find_run
 from vitcut.runtimes.onnx_runtime import export_onnx

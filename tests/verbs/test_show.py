@@ -8,7 +8,7 @@ import pytest
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.graph import Graph
-from vitcut.report.show import show_circuit
+from vitcut.reports.show import show_circuit
 
 
 @pytest.fixture(autouse=True)

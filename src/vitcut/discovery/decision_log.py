@@ -52,13 +52,13 @@ class DecisionLog:
     """The log of one search; without a path the stages are kept in memory alone."""
 
     def __init__(
-        self, path: Path | None, identity: str, expected: list[list[tuple[str, str]]]
+        self, path: Path | None, identity: str | None, expected: list[list[tuple[str, str]]]
     ) -> None:
         """Read the complete stages of an earlier process and truncate the file behind them.
 
         Args:
             path: The file; created when the first stage is appended.
-            identity: A hash of everything that decides the search.
+            identity: A hash of everything that decides the search; None reads that of any.
             expected: Source and target names of the edges of every stage, in the search's order.
 
         Raises:
@@ -71,13 +71,30 @@ class DecisionLog:
         """Of all lines of complete stages, each stage's last line without its hash."""
         if path is None or not path.exists():
             return
-        self._read(path)
+        complete = self._read(path)
+        if complete == 0:
+            path.unlink()
+            return
+        with path.open("r+b") as stream:
+            stream.truncate(complete)
         found = [[(item.source, item.target) for item in stage.decisions] for stage in self.stages]
         if found != expected[: len(found)]:
             raise ArtefactError(
                 f"{path} does not hold the stages of this search in their order (did two processes "
                 "write it?): delete it"
             )
+
+    @classmethod
+    def read_increments(cls, path: Path) -> dict[tuple[str, str], float]:
+        """The rise of the mean KL in nats for each tested edge, by source and target name.
+
+        Raises:
+            ArtefactError: The file is damaged, or not a decision log.
+        """
+        log = cls(None, None, [])
+        log._read(path)
+        decisions = (item for stage in log.stages for item in stage.decisions)
+        return {(d.source, d.target): d.increment for d in decisions if d.increment is not None}
 
     def append(self, stage: Stage) -> None:
         """Write one stage."""
@@ -104,7 +121,8 @@ class DecisionLog:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path) -> int:
+        """Read the complete stages; returns how many bytes they are."""
         complete, size, decisions, pending = 0, 0, list[Decision](), b""
         not_a_log = f"{path} is not a decision log: delete it, or choose another --out"
         for line in path.read_bytes().splitlines(keepends=True):
@@ -126,7 +144,7 @@ class DecisionLog:
                         f"{path} has format_version {version}, this vitcut reads up to "
                         f"{FORMAT_VERSION}: upgrade vitcut"
                     )
-                if row != self._header:
+                if self._header["search"] is not None and row != self._header:
                     raise ArtefactError(
                         f"{path} logs another search, with another model, other images or other "
                         "settings: delete it, or choose another --out"
@@ -148,8 +166,4 @@ class DecisionLog:
             stage = convert({"decisions": listed, **row}, Stage, what=what, remedy=remedy)
             self.stages.append(stage)
             complete, decisions, pending = size, [], b""
-        if complete == 0:
-            path.unlink()
-            return
-        with path.open("r+b") as stream:
-            stream.truncate(complete)
+        return complete

@@ -12,7 +12,7 @@ from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError
 from vitcut.names import LETTERS
 from vitcut.progress import Terminal
-from vitcut.report.tables import NO_LOSS, headline, point_table, print_table, recommend
+from vitcut.reports.tables import NO_LOSS, headline, point_table, print_table, recommend
 from vitcut.results import CLASS_ONLY, DENSE_REPAIRED, AccuracyDifference, Results
 from vitcut.runs import (
     CIRCUIT_FILE,

@@ -9,7 +9,7 @@ from vitcut.errors import plain_markdown
 from vitcut.images.load import Images
 from vitcut.model.model import Model
 from vitcut.names import SHIPPED_MODEL
-from vitcut.report.tables import headline, point_table, to_markdown
+from vitcut.reports.tables import headline, point_table, to_markdown
 from vitcut.results import DENSE_REPAIRED, Point, Results
 from vitcut.store import write_text
 from vitcut.task import Task

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from vitcut.report.tables import point_table, print_table, split_table, to_markdown
+from vitcut.reports.tables import point_table, print_table, split_table, to_markdown
 from vitcut.results import Comparison, Latency, Point, Results
 
 
@@ -142,7 +142,7 @@ def test_a_table_that_is_too_wide_comes_in_parts_with_every_cell_whole(capsys, m
     assert len(parts) > 1
     assert [part.headers[0] for part in parts] == ["point"] * len(parts)
     assert sum((part.headers[1:] for part in parts), ()) == table.headers[1:]
-    monkeypatch.setattr("vitcut.report.tables._FILE_WIDTH", 60)
+    monkeypatch.setattr("vitcut.reports.tables._FILE_WIDTH", 60)
     print_table(table)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 60

@@ -1,0 +1,161 @@
+"""The report in a real browser; skips where there is none."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import vitcut
+from vitcut.circuit import Circuit
+from vitcut.graph import Graph
+from vitcut.results import Point, Results
+from vitcut.runs import Run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["no-sandbox", "disable-background-networking", "disable-component-update", "disable-sync"]
+STEPS = """() => {
+    const slider = document.querySelector("#point"), times = [];
+    for (let i = 0; i <= 3 * slider.max; i++) {
+        const start = performance.now();
+        slider.value = i % (1 + +slider.max);
+        slider.dispatchEvent(new Event("input"));
+        times.push(performance.now() - start);
+    }
+    return times;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with driver.sync_playwright() as started:
+        opened = started.chromium.launch(
+            executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_report(browser, tmp_path):
+    """Opens the report of runs; at the end there must be no error and one request."""
+    requests, errors = [], []
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+
+    def opened(*runs):
+        vitcut.report(list(runs), out=tmp_path / "report.html")
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((tmp_path / "report.html").as_uri())
+        return page
+
+    yield opened
+    assert errors == []
+    assert requests == [(tmp_path / "report.html").as_uri()]
+    context.close()
+
+
+def _facts(page):
+    pairs = page.eval_on_selector_all(
+        "#facts > div", "all => all.map(d => [d.children[0].textContent, d.children[1].innerText])"
+    )
+    return {name: value.split("\n") for name, value in pairs}
+
+
+def _go(page, position):
+    page.locator("#point").evaluate(
+        "(s, to) => { s.value = to; s.dispatchEvent(new Event('input')); }", position
+    )
+
+
+def test_every_point_shows_its_numbers_in_results_json(open_report, finished):
+    page = open_report(finished)
+    results = json.loads((finished / "results.json").read_text())
+    points = {p["name"]: p for p in [results["dense"], *results["points"]]}
+    seen = set()
+    for position in range(int(page.locator("#point").get_attribute("max")) + 1):
+        _go(page, position)
+        name = page.locator("#view").inner_text().rpartition(" (")[0]
+        seen.add(name)
+        facts, point = _facts(page), points[name]
+        assert facts["coarse accuracy"][0] == f"{100 * point['accuracy_coarse']:.1f} %"
+        assert facts["edges kept"] == [str(point["edges_kept"]), f"of {point['edges_total']}"]
+        assert facts["heads kept"] == [str(point["heads_kept"]), f"of {point['heads_total']}"]
+        [latency] = point["latency"]
+        assert float(facts["latency"][0].removesuffix(" ms")) == pytest.approx(
+            latency["median_ms"], abs=0.05
+        )
+        assert page.locator("#shown").inner_text().startswith(f"{point['edges_kept']} of 46 edges")
+        assert page.locator("tr.current th").first.inner_text() == name
+    assert seen == points.keys()
+
+
+def test_a_click_on_a_node_shows_its_edges_and_its_points(open_report, finished):
+    page, name = open_report(finished), "acdc-resample-0.001"
+    circuit = Circuit.load(finished / "points" / name / "model" / "circuit.json")
+    last = int(page.locator("#point").get_attribute("max"))
+    for position in range(last + 1):
+        _go(page, position)
+        if page.locator("#view").inner_text().startswith(f"{name} ("):
+            break
+    page.locator(".node.classifier").click()
+    panel = page.locator("#panel").inner_text()
+    kept = int(circuit.kept[:, -1].sum())
+    assert "Classifier" in panel
+    assert f"Edges in: {kept} of 7 kept" in panel
+    assert "kept at 4 of 4 points" in panel
+    assert "KL RISE" in panel.upper()
+
+
+def test_the_keyboard_alone_reaches_points_nodes_and_search(open_report, finished):
+    page = open_report(finished)
+    before = page.locator("#view").inner_text()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#view").inner_text() != before
+    page.keyboard.press("/")
+    page.keyboard.type("mlp.1")
+    assert page.locator(".node.found").count() == 1
+    page.keyboard.press("Enter")
+    assert page.locator("#panel h2").inner_text() == "MLP of block 1"
+    page.keyboard.press("ArrowLeft")  # now on the node
+    page.keyboard.press("Enter")
+    assert page.locator("#panel h2").inner_text() in {"Head 1 of block 1", "MLP of block 0"}
+    page.keyboard.press("Escape")
+    assert page.locator("#panel h2").inner_text() == "A node"
+
+
+def test_a_step_of_the_slider_takes_less_than_a_blink_at_3628_edges(open_report, tmp_path):
+    graph = Graph(num_layers=6, num_heads=8)
+    assert graph.num_edges == 3628
+    chance, run = np.random.default_rng(0), tmp_path / "run"
+    for number, share in enumerate((0.9, 0.6, 0.3)):
+        kept = graph.edges & (chance.random(graph.edges.shape) < share)
+        circuit = Circuit(graph=graph, kept=kept, ablation="mean", method="acdc", tau=0.01 + number)
+        circuit.save(run / "points" / f"acdc-{number}" / "circuit.json")
+    page = open_report(run)
+    assert np.median(page.evaluate(STEPS)) < 200  # 10 ms measured; CI machines are shared
+
+
+def test_text_from_outside_is_shown_as_text(open_report, tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    run = tmp_path / "run"
+    Run(run).claim({"images": {"task": {"name": name, "groups": {name: {}}}}})
+    point = Point(name=name, accuracy_coarse=1.0, images=2, confusion=((2,),))
+    Results(task=name, machine={"cpu": name}, dense=point).save(run / "results.json")
+    page = open_report(run)
+    assert page.locator("img").count() == 0
+    assert page.locator("main").inner_text().count(name) >= 4
+
+
+def test_runs_side_by_side_share_a_chart(open_report, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "other")
+    page = open_report(finished, tmp_path / "other")
+    assert page.locator("#accuracy .mark").count() == 8
+    assert "The runs side by side" in page.locator("#tables").inner_text()
+    page.locator(".bar select").first.select_option(index=1)
+    assert page.locator(".eyebrow").inner_text().startswith("other")
