@@ -25,8 +25,12 @@ TRAINING_FILE = "training.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 3
 _PATIENCE_S = 6
-_WITHOUT_EFFECT = {"discover.memory_gib", "discover.precision", "cut.memory_gib"}
-"""Settings that change no result: a run may be continued with others."""
+_WITHOUT_EFFECT = {
+    "discover.memory_gib", "discover.precision", "cut.memory_gib",
+    "images.image_column", "images.label_column",
+}  # fmt: skip
+"""Settings that change no result: a run may be continued with others. Columns that do change what
+is read change the fingerprint of the images."""
 
 
 @runtime_checkable

@@ -65,13 +65,19 @@ def test_among_several_columns_of_pictures_a_flag_chooses(tmp_path: Path) -> Non
         _first(source, image_column="side")
 
 
-def test_chosen_columns_are_part_of_the_fingerprint(tmp_path: Path) -> None:
-    source = _write(tmp_path, {"image": PICTURES, "back": PLAIN, "label": LABELS})
-    found = set()
-    for columns in ({}, {"image_column": "image"}, {"image_column": "back"}):
+def test_columns_are_part_of_the_fingerprint_where_they_change_what_is_read(tmp_path) -> None:
+    columns = {"image": PICTURES, "back": PLAIN, "label": LABELS, "class_": ["a", "b", "c", "a"]}
+    source = _write(tmp_path, columns)
+
+    def fingerprint(**columns: str) -> str:
         with open_source(source, **columns) as opened:
-            found.add(opened.fingerprint)
-    assert len(found) == 3
+            return opened.fingerprint
+
+    usual = fingerprint()
+    assert fingerprint(image_column="image") == usual
+    assert fingerprint(image_column="image", label_column="label") == usual
+    others = {fingerprint(image_column="back"), fingerprint(label_column="class_")}
+    assert len(others | {usual}) == 3
 
 
 def test_among_several_columns_of_labels_a_flag_chooses(tmp_path: Path) -> None:

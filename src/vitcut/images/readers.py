@@ -171,12 +171,16 @@ def read_parquet(
     found: list[Record] = []
     places: dict[str, tuple[Path, str, int, int]] = {}  # file, column, row group, row in the group
     orders: set[tuple[str, ...]] = set()
+    unusual = (False, False)  # whether a file would be read from another column unless told
     splits = _splits(files, root=root, location=location)
     for path, split in splits.items():
         name = path.relative_to(root).as_posix()
         with _open_parquet(path) as file:
-            images_in = _image_column(file.schema_arrow, image_column, path)
-            labels_in = _label_column(file.schema_arrow, label_column, images_in, path)
+            images_in, images_usual = _image_column(file.schema_arrow, image_column, path)
+            labels_in, labels_usual = _label_column(
+                file.schema_arrow, label_column, images_in, path
+            )
+            unusual = (unusual[0] or not images_usual, unusual[1] or not labels_usual)
             class_ids, order = _class_ids(file, labels_in, path)
             orders.add(order)
             rows = _rows(file, len(class_ids), path)
@@ -185,6 +189,10 @@ def read_parquet(
             found.append(record)
             places[record.path] = (path, images_in, group, row)
     records = _checked(found, location=location, expected=_PARQUET)
+    chosen = [
+        column if other else None
+        for column, other in zip((image_column, label_column), unusual, strict=True)
+    ]
     class_order = orders.pop() if len(orders) == 1 else _merged(orders, location)
 
     # Several threads ask for images in nearly ascending order, so a few row groups are enough.
@@ -213,8 +221,8 @@ def read_parquet(
         fingerprint=sha256_json(
             [
                 *([path.relative_to(root).as_posix(), sha256_file(path)] for path in splits),
-                # Left out where they are not said, so that hashes of earlier versions still hold.
-                *(name for name in ([image_column, label_column],) if name != [None, None]),
+                # Left out where they change nothing: hashes of earlier versions still hold.
+                *(name for name in (chosen,) if name != [None, None]),
             ]
         ),
         read=read,
@@ -454,8 +462,8 @@ def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z]+", name.lower()))
 
 
-def _image_column(schema: pa.Schema, given: str | None, path: Path) -> str:
-    """The column of the images: the one that was given, or "image", or the only one."""
+def _image_column(schema: pa.Schema, given: str | None, path: Path) -> tuple[str, bool]:
+    """The column of the images, and whether it is the usual one: "image", or the only one."""
 
     def has_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
@@ -473,17 +481,18 @@ def _image_column(schema: pa.Schema, given: str | None, path: Path) -> str:
         raise DataError(
             f"{path} has no images in a column {given!r}: expected one of {listed} as image-column"
         )
-    chosen = given or ("image" if "image" in found else found[0])
-    if given is None and chosen != "image" and len(found) > 1:
+    usual = "image" if "image" in found else found[0] if len(found) == 1 else None
+    chosen = given or usual
+    if chosen is None:
         raise DataError(
             f"{path} has several columns that can be the images, {listed}: say which with "
             "--image-column"
         )
-    return chosen
+    return chosen, chosen == usual
 
 
-def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) -> str:
-    """The column of the labels: given, or with a usual name, or the only one."""
+def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) -> tuple[str, bool]:
+    """The column of the labels, and whether it is the usual one: by its name, or the only one."""
 
     def is_label(kind: pa.DataType) -> bool:
         if pa.types.is_dictionary(kind):
@@ -505,7 +514,7 @@ def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) 
             "strings in one that is called label, labels, fine_label or class; say which with "
             "--label-column"
         )
-    return given or known[0]
+    return given or known[0], [given or known[0]] == known
 
 
 def _merged(orders: set[tuple[str, ...]], location: str) -> tuple[str, ...]:
