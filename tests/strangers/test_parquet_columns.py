@@ -108,6 +108,20 @@ def test_the_flags_go_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixtur
         _first(str(write_folder(tmp_path / "a", {"cat/1.png": b""})), image_column="back")
 
 
+def test_yes_and_no_are_two_classes(tmp_path: Path) -> None:
+    columns = {"image": PICTURES, "label": [True, False, True, False], "number": range(ROWS)}
+    with open_source(_write(tmp_path, columns)) as opened:
+        assert [record.class_id for record in opened.records] == ["True", "False"] * 2
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0, 0.0, 1.0], [[0], [1], [0], [1]]])
+def test_no_other_column_stands_in_for_a_label_that_is_none(tmp_path: Path, labels: list) -> None:
+    source = _write(tmp_path, {"image": PICTURES, "label": labels, "number": range(ROWS)})
+    with pytest.raises(DataError, match=r"label is (double|list).*expected integers, strings or b"):
+        _first(source)
+    assert _first(source, label_column="number") == encoded(10)
+
+
 def test_categories_are_labels(tmp_path: Path) -> None:
     kinds = pa.array(["cat", "dog", "cat", "dog"]).dictionary_encode()
     with open_source(_write(tmp_path, {"image": PLAIN, "label": kinds})) as opened:

@@ -497,7 +497,8 @@ def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) 
     def is_label(kind: pa.DataType) -> bool:
         if pa.types.is_dictionary(kind):
             return is_label(kind.value_type)
-        tests = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+        kinds = pa.types
+        tests = (kinds.is_integer, kinds.is_boolean, kinds.is_string, kinds.is_large_string)
         return any(test(kind) for test in tests)
 
     found = [column.name for column in schema if is_label(column.type) and column.name != image]
@@ -507,12 +508,18 @@ def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) 
             f"{path} has no labels in a column {given!r}: expected one of {listed or 'none'} as "
             "label-column"
         )
-    known = [name for name in _LABEL_COLUMNS if name in found] or found
+    usual = [name for name in _LABEL_COLUMNS if name in schema.names and name != image]
+    known = [name for name in usual if name in found] or found
+    if given is None and usual and not set(usual) & set(found):
+        raise DataError(
+            f"{path}: its column {usual[0]} is {schema.field(usual[0]).type}, expected integers, "
+            "strings or booleans: write it so, or say another with --label-column"
+        )
     if given is None and len(known) != 1:
         raise DataError(
-            f"{path}: cannot tell which of the columns {names} is the label: expected integers or "
-            "strings in one that is called label, labels, fine_label or class; say which with "
-            "--label-column"
+            f"{path}: cannot tell which of the columns {names} is the label: expected integers, "
+            "strings or booleans in one that is called label, labels, fine_label or class; say "
+            "which with --label-column"
         )
     return given or known[0], [given or known[0]] == known
 
