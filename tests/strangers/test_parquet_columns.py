@@ -89,6 +89,16 @@ def test_among_several_columns_of_labels_a_flag_chooses(tmp_path: Path) -> None:
         assert sorted(opened.class_names) == ["a", "b", "c"]
 
 
+def test_a_column_that_is_taken_as_the_label_is_said_once(tmp_path: Path, capsys) -> None:
+    for name in ("train", "test"):
+        source = Path(_write(tmp_path, {"image": PICTURES, "kind": LABELS}))
+        source.rename(tmp_path / f"{name}.parquet")
+    _first(str(tmp_path))
+    assert capsys.readouterr().err.count("the label is taken from column 'kind'") == 1
+    _first(str(tmp_path), label_column="kind")
+    assert "kind" not in capsys.readouterr().err
+
+
 def test_the_flags_go_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = 40
     columns = {

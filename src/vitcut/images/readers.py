@@ -172,6 +172,7 @@ def read_parquet(
     places: dict[str, tuple[Path, str, int, int]] = {}  # file, column, row group, row in the group
     orders: set[tuple[str, ...]] = set()
     unusual = (False, False)  # whether a file would be read from another column unless told
+    guessed: set[str] = set()
     splits = _splits(files, root=root, location=location)
     for path, split in splits.items():
         name = path.relative_to(root).as_posix()
@@ -181,6 +182,8 @@ def read_parquet(
                 file.schema_arrow, label_column, images_in, path
             )
             unusual = (unusual[0] or not images_usual, unusual[1] or not labels_usual)
+            if label_column is None and labels_in not in _LABEL_COLUMNS:
+                guessed.add(labels_in)
             class_ids, order = _class_ids(file, labels_in, path)
             orders.add(order)
             rows = _rows(file, len(class_ids), path)
@@ -189,6 +192,8 @@ def read_parquet(
             found.append(record)
             places[record.path] = (path, images_in, group, row)
     records = _checked(found, location=location, expected=_PARQUET)
+    for column in sorted(guessed):
+        say(f"data: the label is taken from column {column!r}, the only one that can be it")
     chosen = [
         column if other else None
         for column, other in zip((image_column, label_column), unusual, strict=True)
