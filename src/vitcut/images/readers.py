@@ -83,9 +83,9 @@ class ImageSource:
     """What gives that order, for messages."""
 
 
-def has_pictures(tree: FileTree) -> bool:
-    """Whether any file is a picture by its name."""
-    return any(name.lower().endswith(_SUFFIXES) for name in tree.names)
+def named_pictures(tree: FileTree) -> list[str]:
+    """The files that are pictures by their names."""
+    return [name for name in tree.names if name.lower().endswith(_SUFFIXES)]
 
 
 def read_tree(tree: FileTree) -> ImageSource:
@@ -467,15 +467,28 @@ def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z]+", name.lower()))
 
 
-def _image_column(schema: pa.Schema, given: str | None, path: Path) -> tuple[str, bool]:
-    """The column of the images, and whether it is the usual one: "image", or the only one."""
+def holds_images(path: Path) -> bool:
+    """Whether a parquet file has a column that can be the images.
 
+    Raises:
+        DataError: It is damaged.
+    """
+    with _open_parquet(path) as file:
+        return bool(_image_columns(file.schema_arrow))
+
+
+def _image_columns(schema: pa.Schema) -> list[str]:
     def has_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0 and has_bytes(kind.field("bytes").type)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    found = [column.name for column in schema if has_bytes(column.type)]
+    return [column.name for column in schema if has_bytes(column.type)]
+
+
+def _image_column(schema: pa.Schema, given: str | None, path: Path) -> tuple[str, bool]:
+    """The column of the images, and whether it is the usual one: "image", or the only one."""
+    found = _image_columns(schema)
     names, listed = ", ".join(schema.names), ", ".join(found)
     if not found:
         raise DataError(
