@@ -10,7 +10,7 @@ from data_samples import encoded, write_folder
 
 import vitcut
 from vitcut import cli
-from vitcut.errors import DataError
+from vitcut.errors import ConfigError, DataError
 from vitcut.images import readers
 from vitcut.images.sources import open_source
 
@@ -130,6 +130,18 @@ def test_no_other_column_stands_in_for_a_label_that_is_none(tmp_path: Path, labe
     with pytest.raises(DataError, match=r"label is (double|list).*expected integers, strings or b"):
         _first(source)
     assert _first(source, label_column="number") == encoded(10)
+
+
+@pytest.mark.parametrize("column", ["image_column", "label_column"])
+def test_columns_are_refused_where_there_are_none(tmp_path: Path, column: str) -> None:
+    flag = column.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"{flag} is for parquet files, got it with.*drawn"):
+        vitcut.load_images("drawn", image_size=8, **{column: "label"})
+    with pytest.raises(ConfigError, match=f"{flag} is for parquet files, got it with.*drawn"):
+        vitcut.prepare("drawn", image_size=8, **{column: "label"})
+    folder = write_folder(tmp_path / "a", {"cat/1.png": b"", "dog/1.png": b""})
+    with pytest.raises(DataError, match=f"{flag} is for parquet files, got it with"):
+        vitcut.load_images(folder, image_size=8, **{column: "label"})
 
 
 def test_categories_are_labels(tmp_path: Path) -> None:
