@@ -5,6 +5,7 @@ people: the checkpoint holds those that count.
 """
 
 import json
+import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,6 +124,8 @@ class TrainingFolder:
         """State after the last whole epoch."""
         self.best = root / "checkpoints" / "best.safetensors"
         """Weights of the best epoch."""
+        self._next = root / "checkpoints" / "next.safetensors"
+        """Weights of a better epoch, until its state is written."""
 
     def open(self) -> TrainResult | None:
         """Claim the folder for these settings.
@@ -171,12 +174,13 @@ class TrainingFolder:
             average: The averaged weights, which take the place of the model's where they are kept.
             is_best: Whether this is the best epoch so far.
         """
-        # The state goes last. A kill before it leaves the earlier state, so the epoch is repeated;
-        # `resume` cuts off its metrics, and the same epoch writes the same best weights again.
+        # A kill before the state is written leaves the earlier state, so the epoch is repeated,
+        # perhaps to other weights (on a GPU). So the earlier best weights stay until then: `resume`
+        # drops weights and metrics of an epoch that the state has not seen.
         self._rows = (*self._rows[: row.epoch - 1], row)
         if is_best:
             kept = model if average is None else average
-            self._write(self.best, kept.state_dict(), (row,))
+            self._write(self._next, kept.state_dict(), (row,))
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(row), allow_nan=False) + "\n")
         state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
@@ -185,6 +189,8 @@ class TrainingFolder:
         if average is not None:
             state |= {f"ema/{name}": tensor for name, tensor in average.state_dict().items()}
         self._write(self.last, state, self._rows)
+        if is_best:
+            self._next.replace(self.best)
 
     def resume(
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
@@ -218,6 +224,11 @@ class TrainingFolder:
                     f"{self.last} does not fit the model that is trained "
                     f"({one_line(error)[:200]}): {_REMEDY}"
                 ) from None
+        if self._next.exists() and int(os.environ.get("RANK", "0")) == 0:
+            if self._rows and self._read(self._next)[1] == self._rows[-1:]:
+                self._next.replace(self.best)
+            else:
+                self._next.unlink()
         # Metrics are appended before the state is written: lines of an epoch that was killed in
         # between, and half lines, follow those that the state knows of.
         lines = [json.dumps(asdict(row), allow_nan=False) + "\n" for row in self._rows]
