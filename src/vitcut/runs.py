@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -17,14 +18,14 @@ import yaml
 from vitcut.errors import ArtefactError, one_line
 from vitcut.progress import say
 from vitcut.settings import require_utf8
-from vitcut.store import is_leftover, lock_folder, sealed, sweep, unsealed, write_text
+from vitcut.store import is_leftover, lock_folder, sealed, sweep, unlock, unsealed, write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
 TRAINING_FILE = "training.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 3
-_PATIENCE_S = 6
+_PATIENCE_S = 2
 _WITHOUT_EFFECT = {
     "discover.memory_gib", "discover.precision", "cut.memory_gib",
     "images.image_column", "images.label_column",
@@ -60,8 +61,9 @@ class _Lock:
             lock = _HELD.get(place)
             if lock is None:
                 lock, opened = cls(), cls._open(place, folder)
-                if opened is not None:
-                    weakref.finalize(lock, os.close, opened)
+                weakref.finalize(lock, unlock, opened)
+                if opened is None:
+                    _say_unlocked()
                 _HELD[place] = lock
             return lock
 
@@ -71,12 +73,20 @@ class _Lock:
             try:
                 return lock_folder(place, wait=False)
             except BlockingIOError:
-                # Workers of a process that was killed notice it after some seconds.
+                # Another one may only be ending, or looking whether it is in use.
                 if patience:
                     time.sleep(1)
         raise ArtefactError(
             f"{folder} is in use by another process: wait for it to end, or choose another --out"
         )
+
+
+@cache
+def _say_unlocked() -> None:
+    say(
+        "warning: this system, or its file system, has no file locks: start no second command in "
+        "one run directory, and delete what ends in .part after a kill"
+    )
 
 
 _LOCKING = threading.Lock()
@@ -92,8 +102,7 @@ def is_in_use(folder: Path) -> bool:
         opened = lock_folder(place, wait=False)
     except BlockingIOError:
         return True
-    if opened is not None:
-        os.close(opened)
+    unlock(opened)
     return False
 
 

@@ -4,7 +4,6 @@ A file that is read again is *sealed*: it holds its format version and the SHA-2
 else in it. JSON holds them beside its values, safetensors (``tensors.py``) in their metadata.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -22,6 +21,11 @@ import msgspec
 import yaml
 
 from vitcut.errors import ArtefactError, VitcutError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -101,28 +105,30 @@ def _part(path: Path) -> Generator[Path]:
             lock = lock_folder(part)
             if part.exists():
                 break
-            _unlock(lock)
+            unlock(lock)
     try:
         yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        _unlock(lock)
+        unlock(lock)
 
 
 def lock_folder(folder: Path, *, wait: bool = True) -> int | None:
-    """Lock a folder until the file descriptor that is returned is closed, or the process ends.
+    """Lock a folder until it is unlocked, or the process ends; forked children hold no lock.
 
     Args:
         folder: An existing folder.
         wait: Whether to wait for another process that holds the lock.
 
     Returns:
-        The file descriptor; None where the file system has no locks.
+        What `unlock` takes; None where the system or the file system has no locks.
 
     Raises:
         BlockingIOError: Another process holds the lock.
         FileNotFoundError: There is no such folder.
     """
+    if fcntl is None:
+        return None
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,12 +138,29 @@ def lock_folder(folder: Path, *, wait: bool = True) -> int | None:
     except OSError:
         os.close(opened)
         return None
+    _LOCKS.add(opened)
     return opened
 
 
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
+def unlock(lock: int | None) -> None:
+    """Give a lock of `lock_folder` back."""
+    if lock in _LOCKS:
+        _LOCKS.remove(lock)
         os.close(lock)
+
+
+_LOCKS: set[int] = set()
+
+
+def _close_in_child() -> None:
+    # The system counts a lock as held while any process has its file open: workers that outlive a
+    # killed parent would hold the parent's. Closing it here takes nothing from the parent.
+    for lock in tuple(_LOCKS):
+        unlock(lock)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def sweep(folder: Path, *, deep: bool = False) -> None:
@@ -168,7 +191,7 @@ def _sweep(parts: Iterable[Path]) -> None:
                 shutil.rmtree(part, ignore_errors=True)
             else:
                 part.unlink()
-            os.close(lock)
+            unlock(lock)
 
 
 def _aside(folder: Path) -> Path:
