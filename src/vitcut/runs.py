@@ -25,6 +25,7 @@ DIFFERENCE_FILE = "difference.json"
 TRAINING_FILE = "training.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 3
+_REMEDY = "restore it, or choose another --out"
 _PATIENCE_S = 2
 _WITHOUT_EFFECT = {
     "discover.memory_gib", "discover.precision", "cut.memory_gib",
@@ -170,7 +171,9 @@ class Run:
                     f"{self.path} holds a run of other settings: {key} was {was!r}, now {now!r}; "
                     "choose another --out"
                 )
-        write_text(config, yaml.safe_dump(sealed(settings, _VERSION), sort_keys=False))
+        # A value that occurs twice would become an alias, which is not read again.
+        plain = json.loads(json.dumps(sealed(settings, _VERSION)))
+        write_text(config, yaml.safe_dump(plain, sort_keys=False))
 
     def free_bench(self) -> tuple[str, ...]:
         """The timing may be changed, or asked for later, until something was measured."""
@@ -307,13 +310,13 @@ def read_settings(run: Path) -> dict[str, Any]:
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ArtefactError(f"{path} is not readable: {one_line(error)}") from None
+        raise ArtefactError(f"{path} is not readable: {one_line(error)}; {_REMEDY}") from None
     if not isinstance(settings, dict) or settings.get("format_version") != _VERSION:
         raise ArtefactError(
             f"{run} is not a run directory of this version of vitcut (another version or another "
             "program wrote it): run its command again in a new directory"
         )
-    return unsealed(settings, path, kind="run", version=_VERSION, oldest=_VERSION)
+    return unsealed(settings, path, kind="run", version=_VERSION, oldest=_VERSION, remedy=_REMEDY)
 
 
 class _Plain(yaml.SafeLoader):

@@ -37,6 +37,8 @@ _ASIDE = ".replaced-by-vitcut"
 _LARGEST = 2**63
 _YAML_DEPTH, _YAML_NODES = 50, 1_000_000
 REMEDY = "restore it, or delete it and run again"
+FOLDER_REMEDY = "restore it, or delete its folder and run again"
+"""For files that are part of a whole: of a model directory, of a training."""
 
 
 def cache_dir() -> Path:
@@ -233,7 +235,9 @@ def sealed(content: Mapping[str, Any], version: int) -> dict[str, Any]:
     return {**whole, "sha256": sha256_json(whole)}
 
 
-def unsealed(content: Any, path: Path, *, kind: str, version: int, oldest: int) -> dict[str, Any]:
+def unsealed(
+    content: Any, path: Path, *, kind: str, version: int, oldest: int, remedy: str = REMEDY
+) -> dict[str, Any]:
     """What `sealed` was given, after its version and hash are checked.
 
     Args:
@@ -242,6 +246,7 @@ def unsealed(content: Any, path: Path, *, kind: str, version: int, oldest: int) 
         kind: What it holds, for messages: "circuit", "results", ...
         version: The newest format version that the caller understands.
         oldest: The oldest one.
+        remedy: What to do if it was altered.
 
     Raises:
         ArtefactError: It is something else, of another version, or was altered.
@@ -262,14 +267,19 @@ def unsealed(content: Any, path: Path, *, kind: str, version: int, oldest: int) 
     own = hash_of_read(whole)
     if own is None or own != content.get("sha256"):
         raise ArtefactError(
-            f"{path} was altered: its hash is not the one that it was written with; {REMEDY}"
+            f"{path} was altered: its hash is not the one that it was written with; {remedy}"
         )
     del whole["format_version"]
     return whole
 
 
 def read_json(
-    path: str | Path, *, kind: str, version: int, oldest: int | None = None
+    path: str | Path,
+    *,
+    kind: str,
+    version: int,
+    oldest: int | None = None,
+    remedy: str = REMEDY,
 ) -> dict[str, Any]:
     """Read sealed JSON, without its format version and hash.
 
@@ -278,6 +288,7 @@ def read_json(
         kind: What it holds, for messages: "circuit", "results", ...
         version: The newest ``format_version`` that the caller understands.
         oldest: The oldest one; None if there is only the newest.
+        remedy: What to do if it is damaged.
 
     Raises:
         ArtefactError: The file is missing, damaged, altered, or of another version.
@@ -289,9 +300,8 @@ def read_json(
         raise ArtefactError(f"no {kind} file at {path}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is not a readable {kind} file: {error}") from None
-    return unsealed(
-        content, path, kind=kind, version=version, oldest=version if oldest is None else oldest
-    )
+    oldest = version if oldest is None else oldest
+    return unsealed(content, path, kind=kind, version=version, oldest=oldest, remedy=remedy)
 
 
 def save(path: str | Path, value: "DataclassInstance", *, version: int) -> None:
@@ -305,7 +315,7 @@ def save(path: str | Path, value: "DataclassInstance", *, version: int) -> None:
     write_json(path, sealed(json.loads(json.dumps(asdict(value), allow_nan=False)), version))
 
 
-def load(path: str | Path, schema: type[T], *, kind: str, version: int) -> T:
+def load(path: str | Path, schema: type[T], *, kind: str, version: int, remedy: str = REMEDY) -> T:
     """Read a dataclass that `save` wrote, and check every key, type and range.
 
     Args:
@@ -313,13 +323,15 @@ def load(path: str | Path, schema: type[T], *, kind: str, version: int) -> T:
         schema: The dataclass. Its ``__post_init__`` runs.
         kind: What the file holds, for messages: "results", "training", ...
         version: The ``format_version`` that the caller understands.
+        remedy: What to do if it is damaged.
 
     Raises:
         ArtefactError: The file is missing, damaged, altered, or of another version; a key is
             missing or unknown, or a value has the wrong type or is out of range.
     """
-    content = read_json(path, kind=kind, version=version)
-    return convert(content, schema, what=f"{path} is not a {kind} file of format_version {version}")
+    content = read_json(path, kind=kind, version=version, remedy=remedy)
+    what = f"{path} is not a {kind} file of format_version {version}"
+    return convert(content, schema, what=what, remedy=remedy)
 
 
 def convert(content: Any, schema: type[T], *, what: str, remedy: str = REMEDY) -> T:

@@ -36,7 +36,7 @@ def write_tensors(
 
 
 def read_tensors(
-    path: Path, *, kind: str, version: int
+    path: Path, *, kind: str, version: int, remedy: str = REMEDY
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the JSON values that `write_tensors` wrote.
 
@@ -44,6 +44,7 @@ def read_tensors(
         path: The file.
         kind: What it holds, for messages: "checkpoint", "fill", ...
         version: The ``format_version`` that the caller understands.
+        remedy: What to do if it is damaged.
 
     Raises:
         ArtefactError: The file is missing, damaged, altered, or of another version; or a tensor
@@ -54,11 +55,11 @@ def read_tensors(
             whole = json.loads((stored.metadata() or {}).get(_KEY, "null"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is not a readable {kind}: {error}; {REMEDY}") from None
-    facts = unsealed(whole, path, kind=kind, version=version, oldest=version)
+        raise ArtefactError(f"{path} is not a readable {kind}: {error}; {remedy}") from None
+    facts = unsealed(whole, path, kind=kind, version=version, oldest=version, remedy=remedy)
     if facts.pop("tensors", None) != hash_tensors(sorted(tensors.items())):
         raise ArtefactError(
-            f"{path} was altered: its hash is not the one that it was written with; {REMEDY}"
+            f"{path} was altered: its hash is not the one that it was written with; {remedy}"
         )
     require_finite(tensors, path)
     return tensors, facts

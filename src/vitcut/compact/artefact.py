@@ -15,6 +15,7 @@ from vitcut.compact.plan import Plan
 from vitcut.errors import ArtefactError
 from vitcut.shapes import Tensor
 from vitcut.store import (
+    FOLDER_REMEDY,
     atomic_folder,
     atomic_path,
     convert,
@@ -95,7 +96,9 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
 
 def recorded_hash(folder: Path) -> str:
     """The SHA-256 of the weights of a model directory, as `load_folder` has checked it."""
-    return read_json(folder / CONFIG, kind="compact model", version=FORMAT_VERSION)["model_sha256"]
+    return read_json(
+        folder / CONFIG, kind="compact model", version=FORMAT_VERSION, remedy=FOLDER_REMEDY
+    )["model_sha256"]
 
 
 def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
@@ -112,7 +115,9 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
         where = f"it is a run directory, give one of its models: {', '.join(map(str, models))}"
         expected = f"expected a model directory that vitcut wrote, with {CONFIG} and {TENSORS}"
         raise ArtefactError(f"no compact model at {folder}: {where if models else expected}")
-    config = read_json(folder / CONFIG, kind="compact model", version=FORMAT_VERSION)
+    config = read_json(
+        folder / CONFIG, kind="compact model", version=FORMAT_VERSION, remedy=FOLDER_REMEDY
+    )
     path, plan = folder / TENSORS, config.pop("plan", None)
     bound = {name: config.pop(name, None) for name in ("model_sha256", "circuit", "fill")}
     if not path.is_file():

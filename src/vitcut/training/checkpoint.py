@@ -261,7 +261,9 @@ class TrainingFolder:
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], tuple[EpochMetrics, ...]]:
         """Tensors and metrics of a checkpoint, which must be of this training."""
-        tensors, facts = read_tensors(path, kind="checkpoint", version=_FORMAT_VERSION)
+        tensors, facts = read_tensors(
+            path, kind="checkpoint", version=_FORMAT_VERSION, remedy=_REMEDY
+        )
         state = convert(facts, _State, what=f"{path} is not a checkpoint", remedy=_REMEDY)
         if state.of != self._own.settings_hash:
             raise ArtefactError(f"{path} is a checkpoint of another training: {_REMEDY}")
