@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import msgspec
 import yaml
 
-from vitcut.errors import ArtefactError, VitcutError
+from vitcut.errors import ArtefactError, VitcutError, shortage
 
 try:
     import fcntl
@@ -299,6 +299,8 @@ def read_json(
     except FileNotFoundError:
         raise ArtefactError(f"no {kind} file at {path}") from None
     except (OSError, ValueError, RecursionError) as error:
+        if shortage(error) and not isinstance(error, RecursionError):
+            raise
         raise ArtefactError(f"{path} is not a readable {kind} file: {error}") from None
     oldest = version if oldest is None else oldest
     return unsealed(content, path, kind=kind, version=version, oldest=oldest, remedy=remedy)

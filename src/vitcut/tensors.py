@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, shortage
 from vitcut.shapes import Tensor
 from vitcut.store import REMEDY, atomic_path, sealed, unsealed
 
@@ -26,13 +26,27 @@ def write_tensors(
     Raises:
         ArtefactError: The file cannot be written.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = unshared(tensors)
     whole = sealed({**facts, "tensors": hash_tensors(sorted(plain.items()))}, version)
     try:
         with atomic_path(path) as temporary:
             save_file(plain, temporary, metadata={_KEY: json.dumps(whole)})
     except SafetensorError as error:
+        if shortage(error):
+            raise
         raise ArtefactError(f"cannot write {path}: {error}; is the disk full?") from None
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors writes them: dense, on the CPU, and copies where they share memory."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return found
 
 
 def read_tensors(
@@ -55,6 +69,8 @@ def read_tensors(
             whole = json.loads((stored.metadata() or {}).get(_KEY, "null"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        if shortage(error) and not isinstance(error, RecursionError):
+            raise
         raise ArtefactError(f"{path} is not a readable {kind}: {error}; {remedy}") from None
     facts = unsealed(whole, path, kind=kind, version=version, oldest=version, remedy=remedy)
     if facts.pop("tensors", None) != hash_tensors(sorted(tensors.items())):

@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -314,3 +315,12 @@ def test_the_hub_gets_the_whole_directory(monkeypatch):
     assert model.push_to_hub("me/owls", private=True, card="x") == "https://hub/me/owls"
     assert seen["repo"] == ("me/owls", {"private": True, "exist_ok": True})
     assert seen["files"] == ["README.md", CONFIG, TENSORS]
+
+
+def test_a_shortage_is_not_called_damage(folder, monkeypatch):
+    def no_memory(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("vitcut.compact.artefact.safe_open", no_memory)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        CompactViT.from_pretrained(folder)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from vitcut.circuit import Circuit
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.plan import Plan
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, shortage
 from vitcut.shapes import Tensor
 from vitcut.store import (
     FOLDER_REMEDY,
@@ -25,7 +25,7 @@ from vitcut.store import (
     write_json,
     write_text,
 )
-from vitcut.tensors import require_finite
+from vitcut.tensors import require_finite, unshared
 
 FORMAT_VERSION = 7
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
@@ -70,11 +70,13 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
         The SHA-256 of its weights, in hex, which is also in its configuration.
     """
     path = fresh / TENSORS
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    plain = unshared(tensors)
     try:
         with atomic_path(path) as temporary:
             save_file(plain, temporary)
     except SafetensorError as error:
+        if shortage(error):
+            raise
         raise ArtefactError(
             f"cannot write {TENSORS} into {fresh.parent}: {error}; is the disk full?"
         ) from None
@@ -139,6 +141,8 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
+        if shortage(error):
+            raise
         raise ArtefactError(f"{path} is not readable: {error}") from None
     types = {str(tensor.dtype) for tensor in tensors.values()}
     if len(types) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -175,6 +179,8 @@ def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Pat
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if shortage(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise ArtefactError(f"no model directory at {name}, nor a hub model: {reason}") from None
 
@@ -184,4 +190,6 @@ def _copy(path: str | Path, to: Path) -> None:
         with atomic_path(to) as temporary:
             shutil.copyfile(path, temporary)
     except OSError as error:
+        if shortage(error):
+            raise
         raise ArtefactError(f"cannot read the {to.stem} {path}: {error}") from None

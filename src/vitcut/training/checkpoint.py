@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcut.errors import ArtefactError, ConfigError, one_line
+from vitcut.errors import ArtefactError, ConfigError, one_line, shortage
 from vitcut.runs import TRAINING_FILE
 from vitcut.settings import config_hash, require_at_least, require_fraction
 from vitcut.shapes import Tensor
@@ -220,6 +220,8 @@ class TrainingFolder:
                 if average is not None:
                     _load_weights(average, parts["ema"])
             except (RuntimeError, ValueError, LookupError) as error:
+                if shortage(error):
+                    raise
                 raise ArtefactError(
                     f"{self.last} does not fit the model that is trained "
                     f"({one_line(error)[:200]}): {_REMEDY}"
@@ -249,6 +251,8 @@ class TrainingFolder:
         try:
             _load_weights(model, weights)
         except (RuntimeError, ValueError) as error:
+            if shortage(error):
+                raise
             raise ArtefactError(
                 f"{self.best} does not fit the model ({one_line(error)[:200]}): {_REMEDY}"
             ) from None

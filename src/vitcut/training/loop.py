@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut.errors import ArtefactError, ConfigError, ModelError, shortage
 from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.model import weight_hash
@@ -438,6 +438,8 @@ def _require_fit(
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, channels, height, width, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
+        if shortage(error):
+            raise
         raise ModelError(
             f"the model does not take images of {height} x {width} pixels and {channels} "
             f"channels: {' '.join(str(error).split())}"
