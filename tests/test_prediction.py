@@ -20,9 +20,9 @@ from vitcut import prediction
 from vitcut.cli import main
 from vitcut.compact.info import ModelInfo
 from vitcut.compiler.settings import CutSettings
+from vitcut.deployment import for_use
 from vitcut.errors import ConfigError, DataError, ModelError
 from vitcut.images.load import normalise
-from vitcut.inputs import for_use
 from vitcut.prediction import METADATA, OnnxFile, predict
 from vitcut.preprocessing import Framing, Preprocessing
 from vitcut.task import parse_task

@@ -215,3 +215,22 @@ def test_a_run_of_another_version_is_refused_with_what_to_do(tmp_path, version):
     (tmp_path / "config.yaml").write_text(f"{written}task: drawn\n")
     with pytest.raises(ArtefactError, match=r"another version .* run its command again"):
         read_settings(tmp_path)
+
+
+def test_a_value_that_occurs_twice_is_read_again(tmp_path):
+    shared = [0.5, 0.5]
+    settings = {"model": {"mean": shared, "std": shared}, "tau": 1.0}
+    Run(tmp_path / "run").claim(settings)
+    assert read_settings(tmp_path / "run") == settings
+
+
+def test_the_remedy_for_a_damaged_config_works(tmp_path):
+    run = tmp_path / "run"
+    Run(run).claim({"tau": 1.0})
+    config = run / "config.yaml"
+    (run / "results.json").write_text("{}")
+    for damaged in (config.read_text().replace("tau: 1.0", "tau: 2.0"), "[", "a: &b [1]\nc: *b"):
+        config.write_text(damaged)
+        with pytest.raises(ArtefactError, match="restore it, or choose another --out"):
+            read_settings(run)
+    Run(tmp_path / "another").claim({"tau": 1.0})

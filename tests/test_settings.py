@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from math import inf, nan
 from types import SimpleNamespace
@@ -7,16 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vitcut.settings
+from vitcut.benchmark.settings import BenchSettings
 from vitcut.errors import ConfigError
+from vitcut.runtime import set_threads
 from vitcut.settings import (
     as_plain,
     config_hash,
     require_at_least,
     require_fraction,
+    require_here,
     require_memory,
     require_one_of,
     require_positive,
 )
+from vitcut.training.settings import TrainSettings
 
 CHECKS = {
     "positive": lambda value: require_positive("x", value),
@@ -102,3 +109,22 @@ def test_what_the_process_holds_already_counts(monkeypatch):
     require_memory("a fit", needed_gib=1, memory_gib=4)
     with pytest.raises(ConfigError, match=r"about 4\.1 GiB, 3\.0 of them for what is"):
         require_memory("a fit", needed_gib=1.1, memory_gib=4)
+
+
+def test_settings_of_a_larger_machine_load_and_are_refused_where_they_are_used(monkeypatch):
+    monkeypatch.setitem(vitcut.settings._BOUNDS, "threads", (1, 2, "the cores"))
+    made = (TrainSettings(threads=64, workers=1), BenchSettings(threads=64))
+    for settings in made:
+        with pytest.raises(ConfigError, match="threads must be between 1 and 2"):
+            require_here(settings)
+    with pytest.raises(ConfigError, match="threads must be between 1 and 2"):
+        set_threads(64)
+
+
+def test_threads_are_bounded_by_the_cores_that_this_process_may_use():
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+    code += "from vitcut.settings import require_bounds; require_bounds('threads', 2)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert "threads must be between 1 and 1 (the cores that this process may use)" in ended.stderr

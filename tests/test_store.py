@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vitcut.tensors
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.store import (
     atomic_folder,
@@ -405,3 +407,26 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert cache_dir() == tmp_path
     monkeypatch.setenv("VITCUT_CACHE", "")
     assert cache_dir() == Path.home() / ".cache" / "vitcut"
+
+
+def test_tensors_that_share_memory_are_written_as_copies(tmp_path):
+    whole = torch.arange(6.0)
+    tensors = {"a": whole, "b": whole, "c": whole.view(2, 3), "d": whole[2:4]}
+    write_tensors(tmp_path / "x.safetensors", tensors, {}, version=1)
+    found, _ = read_tensors(tmp_path / "x.safetensors", kind="thing", version=1)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_shortage_while_reading_is_not_called_damage(tmp_path, monkeypatch):
+    def no_files(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {}, version=1)
+    write_json(tmp_path / "x.json", sealed({}, 1))
+    monkeypatch.setattr(vitcut.tensors, "safe_open", no_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_tensors(tmp_path / "x.safetensors", kind="thing", version=1)
+    monkeypatch.setattr(Path, "read_text", no_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_json(tmp_path / "x.json", kind="thing", version=1)

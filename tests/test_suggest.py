@@ -1,8 +1,13 @@
 import pytest
+import timm
+import torch
+from data_samples import write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import vitcut
+from vitcut import preparation
 from vitcut.cli import main
 from vitcut.errors import ConfigError, TaskError
 from vitcut.labels import Labels
@@ -142,3 +147,31 @@ def test_groups_are_of_the_models_classes():
     labels = Labels(owner="model 'mine'", ids=("n02127808", "n02123045"), names=("x", "y"))
     with pytest.raises(TaskError, match="1 of 2 classes have the name of classes of model 'mine'"):
         propose(["cat", "dog"], labels, "mine")
+
+
+WORDNET_IDS = ["n02123045", "n02085620", "n01440764"]
+
+
+def test_the_classes_of_a_weights_file_are_taken_from_its_labels(tmp_path):
+    for name in WORDNET_IDS:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "photos" / name / "0.png")
+    weights = timm.create_model("test_vit", num_classes=2).state_dict()
+    torch.save(weights, tmp_path / "model.pth")
+    (tmp_path / "names.txt").write_text("\n".join(WORDNET_IDS[:2]))
+    given = {"model": tmp_path / "model.pth", "arch": "test_vit", "labels": tmp_path / "names.txt"}
+    task = preparation.suggest(tmp_path / "photos", groups=2, out=tmp_path / "task.yaml", **given)
+    assert set(task.class_ids) == set(WORDNET_IDS[:2])
+    for flag in ({"labels": "names.txt"}, {"arch": "test_vit"}):
+        with pytest.raises(ConfigError, match="arch and labels are of a model"):
+            preparation.suggest(tmp_path / "photos", out=tmp_path / "other.yaml", **flag)
+
+
+def test_a_stated_order_is_the_order_of_a_model_that_names_nothing(tmp_path):
+    source = write_parquet(tmp_path / "a.parquet", [0, 1, 0, 1], names=WORDNET_IDS)
+    weights = timm.create_model("test_vit", num_classes=3).state_dict()
+    torch.save(weights, tmp_path / "model.pth")
+    model = vitcut.load_model(tmp_path / "model.pth", arch="test_vit")
+    # The third class has no picture: only the stated order knows of it.
+    task = preparation.suggest(source, model=model, groups=2, out=tmp_path / "task.yaml")
+    assert set(task.class_ids) == set(WORDNET_IDS[:2])

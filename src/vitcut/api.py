@@ -42,7 +42,7 @@ from vitcut.runs import (
     read_settings,
 )
 from vitcut.selection.settings import Budget
-from vitcut.settings import as_plain
+from vitcut.settings import as_plain, require_here
 from vitcut.store import write_text
 from vitcut.training.settings import FinetuneSettings
 
@@ -144,6 +144,7 @@ def cut(
     from vitcut.reports.tables import recommend
     from vitcut.selection.search import leave_images, require_decidable, search
 
+    require_here(bench)
     run, model = Run(out), for_images(model, images)
     require_decidable(budget, images)
     if isinstance(circuit, (str, Path)):
@@ -313,6 +314,7 @@ def finetune(
     from vitcut.training.checkpoint import read_training
     from vitcut.training.loop import for_machine
 
+    require_here(settings, bench)
     check_finetune({"repaired_dense": repaired_dense, "repair_dense": repair_dense})
     if isinstance(cut, (str, Path)):
         start = replace(Cut.load(find_cut(Path(cut), point)), fill=None)

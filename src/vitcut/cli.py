@@ -57,7 +57,7 @@ from vitcut.runs import (
     find_run,
     is_in_use,
 )
-from vitcut.settings import as_plain
+from vitcut.settings import as_plain, require_here
 
 EXIT_ERROR, EXIT_BROKEN_PIPE = 2, 141
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
@@ -303,6 +303,7 @@ def _values(
         settings = _settings_of(parameter.annotation)
         if settings is not None:
             values[name] = settings(**_typed(settings, parser, typed))
+            require_here(values[name])
         elif _kind(parameter) not in LOADERS and name != "changes":
             values[name] = typed[name]
     if "changes" in parameters:

@@ -65,6 +65,8 @@ def suggest(
     source: str | Path | None = None,
     *,
     model: "str | Path | Model | None" = None,
+    arch: str | None = None,
+    labels: str | Path | None = None,
     groups: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -77,6 +79,8 @@ def suggest(
             takes what prepare takes.
         model: The model whose classes are grouped, without those that it lacks; takes what cut
             takes. By default ImageNet-1k's classes.
+        arch: Architecture of a weights file given as model; as for cut.
+        labels: A text file with the names of the model's classes; as for cut.
         groups: How many groups to make; 6 by default. If classes have names of ancestors, each is a
             group.
         image_column: The column of a parquet file that holds the pictures; as for prepare.
@@ -100,22 +104,35 @@ def suggest(
     columns = {"image_column": image_column, "label_column": label_column}
     with open_source(None if source is None else str(source), **columns) as opened:
         ids = tuple(sorted(opened.class_names))
-    data, labels = Labels(owner="the data", ids=ids, names=ids), imagenet_labels()
-    known = ids
+    data = Labels(
+        owner="the data",
+        ids=ids,
+        names=ids,
+        stated=opened.class_order,
+        stated_by=opened.ordered_by,
+    )
+    classes, known = imagenet_labels(), ids
+    if model is None and (arch or labels):
+        raise ConfigError("arch and labels are of a model: give one, or leave them out")
     if model is not None:
         from vitcut.model.classes import find_labels
         from vitcut.model.model import Model
 
-        loaded = load_model(model) if isinstance(model, (str, Path)) else require(model, Model)
+        if isinstance(model, (str, Path)):
+            loaded = load_model(model, arch=arch, labels=labels)
+        elif arch is None and labels is None:
+            loaded = require(model, Model)
+        else:
+            raise ConfigError("a loaded model is taken as it is: leave out arch and labels")
         count, every = loaded.weights.num_classes, all_classes_task(data)
-        labels, _ = find_labels(loaded.labels, loaded.name, count, data, every)
-        known = tuple(own for own in ids if labels.called(own))
+        classes, _ = find_labels(loaded.labels, loaded.name, count, data, every)
+        known = tuple(own for own in ids if classes.called(own))
     head = ["Groups suggested by WordNet 3.0 ancestors: look through them, and edit."]
     if is_coarser([*ids]):
         if groups is not None:
             raise ConfigError(f"each of the data's {len(ids)} classes is a group: leave out groups")
-        written, lines = propose([*ids], labels, path.stem)
-        task = written.among(labels).for_data(data)
+        written, lines = propose([*ids], classes, path.stem)
+        task = written.among(classes).for_data(data)
         head += lines
     else:
         written = suggest_task([*known], 6 if groups is None else groups, path.stem)

@@ -91,7 +91,7 @@ class Preprocessing:
                 listed = ", ".join(f"{value:g}" for value in values)
                 raise ConfigError(
                     f"{name} must be on the scale 0 to 1, got {listed}, which seems to be on the "
-                    "scale 0 to 255: divide by 255"
+                    "scale 0 to 255: divide it by 255"
                 )
 
 

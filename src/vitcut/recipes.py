@@ -39,7 +39,7 @@ from vitcut.progress import say
 from vitcut.results import CLASS_ONLY, Results
 from vitcut.runs import REPORT_FILE, RESULTS_FILE, Run
 from vitcut.selection.settings import Budget
-from vitcut.settings import as_plain, require_positive
+from vitcut.settings import as_plain, require_here, require_positive
 from vitcut.store import parse_yaml
 from vitcut.training.settings import FinetuneSettings, TrainSettings, TransferSettings
 
@@ -357,6 +357,7 @@ def run(
         raise ConfigError("changes are for a recipe's name or file: use dataclasses.replace")
     settings = read_recipe(recipe, changes) if named else recipe
     target = Run(Path("runs") / Path(recipe).stem if out is None and named else out)
+    require_here(settings.train, settings.repair, settings.bench)
     vit, data = settings.vit, settings.data
     vit.require_whole_patches(data.image_size)
     images = load_images(task=settings.task, **asdict(data))
@@ -399,7 +400,10 @@ def run(
         linear = leave_images(linear, images, settings.select)
         fitter = make_fitter(model, images, linear)
         select, threads = settings.select, settings.bench.threads
-        for answer in search(model, images, select, linear, fitter, costs, target, threads=threads):
+        answers = search(
+            model, images, select, linear, fitter, costs, target, threads=threads, warn=False
+        )
+        for answer in answers:
             facts = {"name": answer.name, "budget": answer.asked}
             make = partial(compiled, answer.circuit, linear, fitter, **facts)
             start = keep(Path("points") / answer.name, make)

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -17,16 +18,21 @@ import yaml
 from vitcut.errors import ArtefactError, one_line
 from vitcut.progress import say
 from vitcut.settings import require_utf8
-from vitcut.store import is_leftover, lock_folder, sealed, sweep, unsealed, write_text
+from vitcut.store import is_leftover, lock_folder, sealed, sweep, unlock, unsealed, write_text
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
 TRAINING_FILE, REPORT_FILE = "training.json", "report.html"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 3
-_PATIENCE_S = 6
-_WITHOUT_EFFECT = {"discover.memory_gib", "discover.precision", "cut.memory_gib"}
-"""Settings that change no result: a run may be continued with others."""
+_REMEDY = "restore it, or choose another --out"
+_PATIENCE_S = 2
+_WITHOUT_EFFECT = {
+    "discover.memory_gib", "discover.precision", "cut.memory_gib",
+    "images.image_column", "images.label_column",
+}  # fmt: skip
+"""Settings that change no result: a run may be continued with others. Columns that do change what
+is read change the fingerprint of the images."""
 
 
 @runtime_checkable
@@ -56,8 +62,9 @@ class _Lock:
             lock = _HELD.get(place)
             if lock is None:
                 lock, opened = cls(), cls._open(place, folder)
-                if opened is not None:
-                    weakref.finalize(lock, os.close, opened)
+                weakref.finalize(lock, unlock, opened)
+                if opened is None:
+                    _say_unlocked()
                 _HELD[place] = lock
             return lock
 
@@ -67,12 +74,20 @@ class _Lock:
             try:
                 return lock_folder(place, wait=False)
             except BlockingIOError:
-                # Workers of a process that was killed notice it after some seconds.
+                # Another one may only be ending, or looking whether it is in use.
                 if patience:
                     time.sleep(1)
         raise ArtefactError(
             f"{folder} is in use by another process: wait for it to end, or choose another --out"
         )
+
+
+@cache
+def _say_unlocked() -> None:
+    say(
+        "warning: this system, or its file system, has no file locks: start no second command in "
+        "one run directory, and delete what ends in .part after a kill"
+    )
 
 
 _LOCKING = threading.Lock()
@@ -88,8 +103,7 @@ def is_in_use(folder: Path) -> bool:
         opened = lock_folder(place, wait=False)
     except BlockingIOError:
         return True
-    if opened is not None:
-        os.close(opened)
+    unlock(opened)
     return False
 
 
@@ -157,7 +171,9 @@ class Run:
                     f"{self.path} holds a run of other settings: {key} was {was!r}, now {now!r}; "
                     "choose another --out"
                 )
-        write_text(config, yaml.safe_dump(sealed(settings, _VERSION), sort_keys=False))
+        # A value that occurs twice would become an alias, which is not read again.
+        plain = json.loads(json.dumps(sealed(settings, _VERSION)))
+        write_text(config, yaml.safe_dump(plain, sort_keys=False))
 
     def free_bench(self) -> tuple[str, ...]:
         """The timing may be changed, or asked for later, until something was measured."""
@@ -294,13 +310,13 @@ def read_settings(run: Path) -> dict[str, Any]:
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ArtefactError(f"{path} is not readable: {one_line(error)}") from None
+        raise ArtefactError(f"{path} is not readable: {one_line(error)}; {_REMEDY}") from None
     if not isinstance(settings, dict) or settings.get("format_version") != _VERSION:
         raise ArtefactError(
             f"{run} is not a run directory of this version of vitcut (another version or another "
             "program wrote it): run its command again in a new directory"
         )
-    return unsealed(settings, path, kind="run", version=_VERSION, oldest=_VERSION)
+    return unsealed(settings, path, kind="run", version=_VERSION, oldest=_VERSION, remedy=_REMEDY)
 
 
 class _Plain(yaml.SafeLoader):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vitcut.errors import ConfigError
-from vitcut.settings import require_bounds
+from vitcut.settings import require_bounds, usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,6 @@ def choose_precision(device: "torch.device") -> tuple[Literal["float32", "bfloat
     if found:
         return "bfloat16", f"this CPU has {found[0]}"
     return "float32", f"this CPU has none of {', '.join(sorted(_BFLOAT16_FLAGS))}"
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def usable_threads() -> int:

@@ -14,11 +14,18 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-_CORES = os.cpu_count() or 1
+def usable_cores() -> int:
+    """CPU cores that this process may run on, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_CORES = usable_cores()
 _BOUNDS = {
     "seed": (0, 2**32 - 1, "what numpy takes"),
-    "threads": (1, _CORES, "the cores of this machine"),
-    "workers": (0, _CORES, "the cores of this machine"),
+    "threads": (1, _CORES, "the cores that this process may use"),
+    "workers": (0, _CORES, "the cores that this process may use"),
     "image_size": (8, 8192, "pixels per side"),
     "patch_size": (1, 8192, "pixels per side"),
     "max_shift_px": (0, 8192, "pixels"),
@@ -49,6 +56,17 @@ def require_bounds(name: str, value: float) -> None:
     least, most, why = _BOUNDS[name]
     if not least <= value <= most:
         raise ConfigError(f"{name} must be between {least} and {most} ({why}), got {value}")
+
+
+def require_here(*settings: "DataclassInstance | None") -> None:
+    """Refuse more threads or workers than this process may use.
+
+    Settings themselves may hold them: those of a run may be read on a smaller machine.
+    """
+    for own in settings:
+        for name in ("threads", "workers"):
+            if (asked := getattr(own, name, None)) is not None:
+                require_bounds(name, asked)
 
 
 def require_fraction(name: str, value: float) -> None:

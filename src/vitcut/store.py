@@ -4,7 +4,6 @@ A file that is read again is *sealed*: it holds its format version and the SHA-2
 else in it. JSON holds them beside its values, safetensors (``tensors.py``) in their metadata.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -21,7 +20,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import msgspec
 import yaml
 
-from vitcut.errors import ArtefactError, VitcutError
+from vitcut.errors import ArtefactError, VitcutError, shortage
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,6 +37,8 @@ _ASIDE = ".replaced-by-vitcut"
 _LARGEST = 2**63
 _YAML_DEPTH, _YAML_NODES = 50, 1_000_000
 REMEDY = "restore it, or delete it and run again"
+FOLDER_REMEDY = "restore it, or delete its folder and run again"
+"""For files that are part of a whole: of a model directory, of a training."""
 
 
 def cache_dir() -> Path:
@@ -101,28 +107,30 @@ def _part(path: Path) -> Generator[Path]:
             lock = lock_folder(part)
             if part.exists():
                 break
-            _unlock(lock)
+            unlock(lock)
     try:
         yield part
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        _unlock(lock)
+        unlock(lock)
 
 
 def lock_folder(folder: Path, *, wait: bool = True) -> int | None:
-    """Lock a folder until the file descriptor that is returned is closed, or the process ends.
+    """Lock a folder until it is unlocked, or the process ends; forked children hold no lock.
 
     Args:
         folder: An existing folder.
         wait: Whether to wait for another process that holds the lock.
 
     Returns:
-        The file descriptor; None where the file system has no locks.
+        What `unlock` takes; None where the system or the file system has no locks.
 
     Raises:
         BlockingIOError: Another process holds the lock.
         FileNotFoundError: There is no such folder.
     """
+    if fcntl is None:
+        return None
     opened = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,12 +140,29 @@ def lock_folder(folder: Path, *, wait: bool = True) -> int | None:
     except OSError:
         os.close(opened)
         return None
+    _LOCKS.add(opened)
     return opened
 
 
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
+def unlock(lock: int | None) -> None:
+    """Give a lock of `lock_folder` back."""
+    if lock in _LOCKS:
+        _LOCKS.remove(lock)
         os.close(lock)
+
+
+_LOCKS: set[int] = set()
+
+
+def _close_in_child() -> None:
+    # The system counts a lock as held while any process has its file open: workers that outlive a
+    # killed parent would hold the parent's. Closing it here takes nothing from the parent.
+    for lock in tuple(_LOCKS):
+        unlock(lock)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def sweep(folder: Path, *, deep: bool = False) -> None:
@@ -168,7 +193,7 @@ def _sweep(parts: Iterable[Path]) -> None:
                 shutil.rmtree(part, ignore_errors=True)
             else:
                 part.unlink()
-            os.close(lock)
+            unlock(lock)
 
 
 def _aside(folder: Path) -> Path:
@@ -210,7 +235,9 @@ def sealed(content: Mapping[str, Any], version: int) -> dict[str, Any]:
     return {**whole, "sha256": sha256_json(whole)}
 
 
-def unsealed(content: Any, path: Path, *, kind: str, version: int, oldest: int) -> dict[str, Any]:
+def unsealed(
+    content: Any, path: Path, *, kind: str, version: int, oldest: int, remedy: str = REMEDY
+) -> dict[str, Any]:
     """What `sealed` was given, after its version and hash are checked.
 
     Args:
@@ -219,6 +246,7 @@ def unsealed(content: Any, path: Path, *, kind: str, version: int, oldest: int) 
         kind: What it holds, for messages: "circuit", "results", ...
         version: The newest format version that the caller understands.
         oldest: The oldest one.
+        remedy: What to do if it was altered.
 
     Raises:
         ArtefactError: It is something else, of another version, or was altered.
@@ -239,14 +267,19 @@ def unsealed(content: Any, path: Path, *, kind: str, version: int, oldest: int) 
     own = hash_of_read(whole)
     if own is None or own != content.get("sha256"):
         raise ArtefactError(
-            f"{path} was altered: its hash is not the one that it was written with; {REMEDY}"
+            f"{path} was altered: its hash is not the one that it was written with; {remedy}"
         )
     del whole["format_version"]
     return whole
 
 
 def read_json(
-    path: str | Path, *, kind: str, version: int, oldest: int | None = None
+    path: str | Path,
+    *,
+    kind: str,
+    version: int,
+    oldest: int | None = None,
+    remedy: str = REMEDY,
 ) -> dict[str, Any]:
     """Read sealed JSON, without its format version and hash.
 
@@ -255,6 +288,7 @@ def read_json(
         kind: What it holds, for messages: "circuit", "results", ...
         version: The newest ``format_version`` that the caller understands.
         oldest: The oldest one; None if there is only the newest.
+        remedy: What to do if it is damaged.
 
     Raises:
         ArtefactError: The file is missing, damaged, altered, or of another version.
@@ -265,10 +299,11 @@ def read_json(
     except FileNotFoundError:
         raise ArtefactError(f"no {kind} file at {path}") from None
     except (OSError, ValueError, RecursionError) as error:
+        if shortage(error) and not isinstance(error, RecursionError):
+            raise
         raise ArtefactError(f"{path} is not a readable {kind} file: {error}") from None
-    return unsealed(
-        content, path, kind=kind, version=version, oldest=version if oldest is None else oldest
-    )
+    oldest = version if oldest is None else oldest
+    return unsealed(content, path, kind=kind, version=version, oldest=oldest, remedy=remedy)
 
 
 def save(path: str | Path, value: "DataclassInstance", *, version: int) -> None:
@@ -282,7 +317,7 @@ def save(path: str | Path, value: "DataclassInstance", *, version: int) -> None:
     write_json(path, sealed(json.loads(json.dumps(asdict(value), allow_nan=False)), version))
 
 
-def load(path: str | Path, schema: type[T], *, kind: str, version: int) -> T:
+def load(path: str | Path, schema: type[T], *, kind: str, version: int, remedy: str = REMEDY) -> T:
     """Read a dataclass that `save` wrote, and check every key, type and range.
 
     Args:
@@ -290,13 +325,15 @@ def load(path: str | Path, schema: type[T], *, kind: str, version: int) -> T:
         schema: The dataclass. Its ``__post_init__`` runs.
         kind: What the file holds, for messages: "results", "training", ...
         version: The ``format_version`` that the caller understands.
+        remedy: What to do if it is damaged.
 
     Raises:
         ArtefactError: The file is missing, damaged, altered, or of another version; a key is
             missing or unknown, or a value has the wrong type or is out of range.
     """
-    content = read_json(path, kind=kind, version=version)
-    return convert(content, schema, what=f"{path} is not a {kind} file of format_version {version}")
+    content = read_json(path, kind=kind, version=version, remedy=remedy)
+    what = f"{path} is not a {kind} file of format_version {version}"
+    return convert(content, schema, what=what, remedy=remedy)
 
 
 def convert(content: Any, schema: type[T], *, what: str, remedy: str = REMEDY) -> T:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, shortage
 from vitcut.shapes import Tensor
 from vitcut.store import REMEDY, atomic_path, sealed, unsealed
 
@@ -26,17 +26,31 @@ def write_tensors(
     Raises:
         ArtefactError: The file cannot be written.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = unshared(tensors)
     whole = sealed({**facts, "tensors": hash_tensors(sorted(plain.items()))}, version)
     try:
         with atomic_path(path) as temporary:
             save_file(plain, temporary, metadata={_KEY: json.dumps(whole)})
     except SafetensorError as error:
+        if shortage(error):
+            raise
         raise ArtefactError(f"cannot write {path}: {error}; is the disk full?") from None
 
 
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors writes them: dense, on the CPU, and copies where they share memory."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return found
+
+
 def read_tensors(
-    path: Path, *, kind: str, version: int
+    path: Path, *, kind: str, version: int, remedy: str = REMEDY
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the JSON values that `write_tensors` wrote.
 
@@ -44,6 +58,7 @@ def read_tensors(
         path: The file.
         kind: What it holds, for messages: "checkpoint", "fill", ...
         version: The ``format_version`` that the caller understands.
+        remedy: What to do if it is damaged.
 
     Raises:
         ArtefactError: The file is missing, damaged, altered, or of another version; or a tensor
@@ -54,11 +69,13 @@ def read_tensors(
             whole = json.loads((stored.metadata() or {}).get(_KEY, "null"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is not a readable {kind}: {error}; {REMEDY}") from None
-    facts = unsealed(whole, path, kind=kind, version=version, oldest=version)
+        if shortage(error) and not isinstance(error, RecursionError):
+            raise
+        raise ArtefactError(f"{path} is not a readable {kind}: {error}; {remedy}") from None
+    facts = unsealed(whole, path, kind=kind, version=version, oldest=version, remedy=remedy)
     if facts.pop("tensors", None) != hash_tensors(sorted(tensors.items())):
         raise ArtefactError(
-            f"{path} was altered: its hash is not the one that it was written with; {REMEDY}"
+            f"{path} was altered: its hash is not the one that it was written with; {remedy}"
         )
     require_finite(tensors, path)
     return tensors, facts

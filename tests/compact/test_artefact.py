@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from dataclasses import asdict, fields, replace
@@ -334,3 +335,12 @@ def test_a_model_whose_directory_is_gone_can_be_saved(folder, tmp_path):
     shutil.rmtree(folder)
     model.save_pretrained(tmp_path / "copy")
     CompactViT.from_pretrained(tmp_path / "copy")
+
+
+def test_a_shortage_is_not_called_damage(folder, monkeypatch):
+    def no_memory(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("vitcut.compact.artefact.safe_open", no_memory)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        CompactViT.from_pretrained(folder)

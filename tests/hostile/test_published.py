@@ -80,3 +80,25 @@ def test_a_finished_repair_can_be_moved_without_its_cut(lab, tmp_path):
     assert [point.name for point in points][-2:] == [
         "fisher-linear-macs-0.6", "fisher-linear-macs-0.6-repaired"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "whole"),
+    [
+        ("cut", "model/cut.json", "model"),
+        ("cut", "model/config.json", "model"),
+        ("train", "checkpoints/best.safetensors", "."),
+    ],
+)
+def test_the_remedy_for_a_damaged_part_of_a_whole_works(lab, tmp_path, stage, file, whole):
+    out = tmp_path / "run"
+    shutil.copytree(lab.root / stage, out)
+    shutil.rmtree(out / "dense", ignore_errors=True)
+    written = (out / file).read_bytes()
+    last = written.rindex(b"0")
+    (out / file).write_bytes(written[:last] + b"1" + written[last + 1 :])
+    with pytest.raises(ArtefactError, match=r"delete its (training's )?folder and run again"):
+        STAGES[stage](lab, out)
+    shutil.rmtree(out / whole)
+    STAGES[stage](lab, out)
+    assert (out / file).is_file()

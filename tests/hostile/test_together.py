@@ -1,5 +1,8 @@
 """Several processes and threads in one place: none harms what another one writes."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import vitcut
 from vitcut.cli import main
 from vitcut.runs import Run
 from vitcut.store import lock_folder
@@ -116,3 +120,50 @@ def test_a_folder_that_somebody_called_old_is_not_ours(tmp_path):
     with pytest.raises(Exception, match="not empty and holds no run"):
         Run(tmp_path / "out")
     assert (tmp_path / "out" / ".photos.old").is_dir()
+
+
+FORKER = """
+import os, sys, time
+from vitcut.runs import Run
+run = Run(sys.argv[1])
+run.claim({"a": 1})
+if os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+print("forked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_child_of_a_killed_process_holds_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitcut.runs._PATIENCE_S", 0)
+    words = [sys.executable, "-c", FORKER, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen(words, **pipes, start_new_session=True)
+    assert parent.stdout.readline() == "forked\n"
+    try:
+        parent.kill()
+        parent.wait()
+        Run(tmp_path / "run").claim({"a": 1})
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.stdin.close()
+        parent.stdout.close()
+
+
+@pytest.mark.parametrize("missing", ["module", "file system"])
+def test_where_locks_are_missing_it_is_said_once(tmp_path, monkeypatch, capsys, missing):
+    def refused(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    if missing == "module":
+        monkeypatch.setattr("vitcut.store.fcntl", None)
+    else:
+        monkeypatch.setattr("vitcut.store.fcntl.flock", refused)
+    vitcut.runs._say_unlocked.cache_clear()
+    for name in "ab":
+        Run(tmp_path / name).claim({"a": 1})
+    vitcut.runs._say_unlocked.cache_clear()
+    told = capsys.readouterr().err
+    assert told.count("has no file locks") == 1
+    assert "start no second command in one run directory" in told

@@ -181,7 +181,7 @@ def test_labels_without_names_are_their_own_ids(tmp_path: Path, labels: list) ->
         ([0, None, 1], None, "1 of 3 rows have no known label"),
         ([0, -2, 1], ["cat", "dog"], "1 of 3 rows have no known label"),
         ([0, 5, 1], ["cat", "dog"], "1 of 3 rows have no known label"),
-        ([0.5, 1.5], None, "cannot tell which of the columns image, label is the label"),
+        ([0.5, 1.5], None, "its column label is double, expected integers, strings or booleans"),
     ],
 )
 def test_rows_that_cannot_be_labelled_are_refused(

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -312,3 +313,14 @@ def test_the_command_line_tells_it_in_one_line(capsys, typed, match):
     told = capsys.readouterr().err
     assert told.startswith(f"vitcut: error: {match}")
     assert told.count("\n") == 1
+
+
+def test_a_mean_on_the_scale_of_bytes_is_told_with_its_file(tmp_path):
+    save_for_hf(timm.create_model("test_vit", num_classes=2), str(tmp_path))
+    config = tmp_path / "config.json"
+    content = json.loads(config.read_text())
+    content["pretrained_cfg"]["mean"] = [123.7, 116.3, 103.5]
+    config.write_text(json.dumps(content))
+    told = re.escape(f"scale 0 to 255: divide it by 255 in {config}")
+    with pytest.raises(ModelError, match=told):
+        load(tmp_path)

@@ -168,7 +168,10 @@ def test_mean_and_std_are_brought_to_the_scale_0_to_1(tmp_path, model, changes, 
     ("changes", "match"),
     [
         ({"image_mean": [123.675, 116.28, 103.53]}, "mean must be on the scale 0 to 1, got 123.6"),
-        ({"image_std": [58.4, 57.1, 57.4]}, "std must be on the scale 0 to 1, got 58.4.*by 255"),
+        (
+            {"image_std": [58.4, 57.1, 57.4]},
+            r"std must be on the scale 0 to 1, got 58.4.*by 255 in .*preprocessor_config\.json$",
+        ),
         ({"image_std": [0.5, 0.5]}, "must be 3 numbers.*got 2"),
         ({"image_std": "0.5"}, "must be numbers, got '0.5'"),
         ({"resample": 9}, "has resample 9, expected 0 to 5"),
@@ -389,6 +392,12 @@ def test_a_repository_with_pickles_alone_is_asked_for_them(hub, folder):
 
 def test_a_repository_that_is_not_there_is_told_in_one_line(hub):
     expect_load_refusal("hf-hub:someone/else", "cannot load the model 'hf-hub:someone/else': no")
+
+
+def test_a_repository_of_timm_is_bounded_by_its_weights(hub, folder):
+    content = {"architecture": "test_vit", "model_args": {"depth": 10**9}}
+    (folder / "config.json").write_text(json.dumps(content))
+    expect_load_refusal("hf-hub:someone/model", "has depth 1e.09, which a model with")
 
 
 def test_a_repository_of_timm_is_left_to_timm(hub, folder, monkeypatch):

@@ -200,6 +200,12 @@ def test_a_fit_to_all_training_images_leaves_none_to_score_parts_on(tmp_path):
         answers_of(tmp_path, MACS, images=random_images(12))
 
 
+def test_one_training_image_cannot_be_mended_by_fewer_images(tmp_path):
+    one = random_images(12)
+    with pytest.raises(ConfigError, match=r"all 1 training images.*add training images"):
+        answers_of(tmp_path, MACS, images=replace(one, train=one.train.take([0])))
+
+
 def answers_of(path, budget, *, images=None, settings=LINEAR):
     images, run = images or random_images(), NotedRun(path)
     taken = fitted_pixels(images, settings.images)

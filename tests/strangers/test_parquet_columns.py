@@ -10,7 +10,7 @@ from data_samples import encoded, write_folder
 
 import vitcut
 from vitcut import cli
-from vitcut.errors import DataError
+from vitcut.errors import ConfigError, DataError
 from vitcut.images import readers
 from vitcut.images.sources import open_source
 
@@ -65,13 +65,19 @@ def test_among_several_columns_of_pictures_a_flag_chooses(tmp_path: Path) -> Non
         _first(source, image_column="side")
 
 
-def test_chosen_columns_are_part_of_the_fingerprint(tmp_path: Path) -> None:
-    source = _write(tmp_path, {"image": PICTURES, "back": PLAIN, "label": LABELS})
-    found = set()
-    for columns in ({}, {"image_column": "image"}, {"image_column": "back"}):
+def test_columns_are_part_of_the_fingerprint_where_they_change_what_is_read(tmp_path) -> None:
+    columns = {"image": PICTURES, "back": PLAIN, "label": LABELS, "class_": ["a", "b", "c", "a"]}
+    source = _write(tmp_path, columns)
+
+    def fingerprint(**columns: str) -> str:
         with open_source(source, **columns) as opened:
-            found.add(opened.fingerprint)
-    assert len(found) == 3
+            return opened.fingerprint
+
+    usual = fingerprint()
+    assert fingerprint(image_column="image") == usual
+    assert fingerprint(image_column="image", label_column="label") == usual
+    others = {fingerprint(image_column="back"), fingerprint(label_column="class_")}
+    assert len(others | {usual}) == 3
 
 
 def test_among_several_columns_of_labels_a_flag_chooses(tmp_path: Path) -> None:
@@ -81,6 +87,16 @@ def test_among_several_columns_of_labels_a_flag_chooses(tmp_path: Path) -> None:
         _first(source)
     with open_source(source, label_column="fine_label") as opened:
         assert sorted(opened.class_names) == ["a", "b", "c"]
+
+
+def test_a_column_that_is_taken_as_the_label_is_said_once(tmp_path: Path, capsys) -> None:
+    for name in ("train", "test"):
+        source = Path(_write(tmp_path, {"image": PICTURES, "kind": LABELS}))
+        source.rename(tmp_path / f"{name}.parquet")
+    _first(str(tmp_path))
+    assert capsys.readouterr().err.count("the label is taken from column 'kind'") == 1
+    _first(str(tmp_path), label_column="kind")
+    assert "kind" not in capsys.readouterr().err
 
 
 def test_the_flags_go_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +116,32 @@ def test_the_flags_go_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert images.origin["image_column"] == "back"
     with pytest.raises(DataError, match="image-column is for parquet files"):
         _first(str(write_folder(tmp_path / "a", {"cat/1.png": b""})), image_column="back")
+
+
+def test_yes_and_no_are_two_classes(tmp_path: Path) -> None:
+    columns = {"image": PICTURES, "label": [True, False, True, False], "number": range(ROWS)}
+    with open_source(_write(tmp_path, columns)) as opened:
+        assert [record.class_id for record in opened.records] == ["True", "False"] * 2
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0, 0.0, 1.0], [[0], [1], [0], [1]]])
+def test_no_other_column_stands_in_for_a_label_that_is_none(tmp_path: Path, labels: list) -> None:
+    source = _write(tmp_path, {"image": PICTURES, "label": labels, "number": range(ROWS)})
+    with pytest.raises(DataError, match=r"label is (double|list).*expected integers, strings or b"):
+        _first(source)
+    assert _first(source, label_column="number") == encoded(10)
+
+
+@pytest.mark.parametrize("column", ["image_column", "label_column"])
+def test_columns_are_refused_where_there_are_none(tmp_path: Path, column: str) -> None:
+    flag = column.replace("_", "-")
+    with pytest.raises(ConfigError, match=f"{flag} is for parquet files, got it with.*drawn"):
+        vitcut.load_images("drawn", image_size=8, **{column: "label"})
+    with pytest.raises(ConfigError, match=f"{flag} is for parquet files, got it with.*drawn"):
+        vitcut.prepare("drawn", image_size=8, **{column: "label"})
+    folder = write_folder(tmp_path / "a", {"cat/1.png": b"", "dog/1.png": b""})
+    with pytest.raises(DataError, match=f"{flag} is for parquet files, got it with"):
+        vitcut.load_images(folder, image_size=8, **{column: "label"})
 
 
 def test_categories_are_labels(tmp_path: Path) -> None:

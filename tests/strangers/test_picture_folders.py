@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_samples import encoded, shades, tiny_imagenet, write_folder, write_parquet, write_zip
 from PIL import Image
@@ -222,6 +224,28 @@ def test_a_folder_of_parquet_files_is_read_as_a_dataset(tmp_path: Path) -> None:
         write_parquet(tmp_path / "a" / "data" / f"{split}-00000.parquet", [0, 1], names=["a", "b"])
     (tmp_path / "a" / "README.md").write_text("a card")
     assert _counts(tmp_path / "a") == {(s, c): 1 for s in ("train", "test") for c in ("a", "b")}
+
+
+def test_a_picture_beside_parquet_files_does_not_hide_them(tmp_path: Path, capsys) -> None:
+    write_parquet(tmp_path / "data" / "train.parquet", [0, 1], names=["a", "b"])
+    (tmp_path / "preview.png").write_bytes(encoded(1))
+    assert _counts(tmp_path) == {(None, "a"): 1, (None, "b"): 1}
+    assert "left out 1 of 2 files, which are pictures beside parquet" in capsys.readouterr().err
+
+
+def test_class_folders_beside_parquet_files_with_pictures_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1], names=["a", "b"])
+    write_folder(tmp_path, {"cat/1.png": encoded(1), "dog/1.png": encoded(2)})
+    with pytest.raises(
+        DataError, match=r"both class folders .* and parquet files .*train\.parquet"
+    ):
+        _counts(tmp_path)
+
+
+def test_a_table_about_pictures_is_none_of_them(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat/1.png": encoded(1), "dog/1.png": encoded(2)})
+    pq.write_table(pa.table({"file_name": ["cat/1.png"], "age": [3]}), tmp_path / "meta.parquet")
+    assert _counts(tmp_path) == {(None, "cat"): 1, (None, "dog"): 1}
 
 
 def test_a_parquet_file_is_known_by_its_content(tmp_path: Path) -> None:

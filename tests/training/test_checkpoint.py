@@ -1,4 +1,5 @@
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from vitcut.errors import ArtefactError
 from vitcut.settings import config_hash
 from vitcut.tensors import read_tensors, write_tensors
+from vitcut.training import checkpoint
 from vitcut.training.checkpoint import EpochMetrics, TrainingFolder, TrainResult, read_training
 
 RESULT = TrainResult(
@@ -197,3 +199,54 @@ def test_the_best_weights_are_those_of_the_epoch_that_was_best(tmp_path):
     folder.save_epoch(_row(1), **parts, is_best=True)
     with pytest.raises(ArtefactError, match="is not of epoch 2, the best one"):
         folder.load_best(parts["model"], RESULT)
+
+
+def _killed_before(monkeypatch, done, folder, row, parts):
+    """Save an epoch that is the best so far, but for what comes after this is done."""
+    write, rename = checkpoint.write_tensors, Path.replace
+
+    def write_or_end(path, *given, **more):
+        if done == "best" and path == folder.last:
+            raise KeyboardInterrupt
+        write(path, *given, **more)
+
+    def rename_or_end(path, to):
+        if done == "state" and to == folder.best:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_tensors", write_or_end)
+        patched.setattr(Path, "replace", rename_or_end)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save_epoch(row, **parts, is_best=True)
+
+
+@pytest.mark.parametrize(("done", "epochs"), [("best", 1), ("state", 2)])
+def test_a_kill_between_best_and_last_leaves_the_best_weights_of_the_state(
+    tmp_path, monkeypatch, done, epochs
+):
+    folder, first, better = _folder(tmp_path), _parts(), _parts()
+    folder.open()
+    folder.save_epoch(_row(1), **first, is_best=True)
+    _killed_before(monkeypatch, done, folder, _row(2), better)
+    again = _folder(tmp_path)
+    again.open()
+    assert len(again.resume(**_parts())) == epochs
+    # An epoch that is repeated may come out worse, where computing is not deterministic.
+    again.save_epoch(_row(epochs + 1), **_parts(), is_best=False)
+    found = nn.Linear(2, 1)
+    again.load_best(found, replace(RESULT, best_epoch=epochs))
+    assert torch.equal(found.weight, (first, better)[epochs - 1]["average"].weight)
+    names = {path.name for path in folder.last.parent.iterdir()}
+    assert names == {"best.safetensors", "last.safetensors"}
+
+
+def test_best_weights_without_a_state_are_no_obstacle(tmp_path, monkeypatch):
+    folder = _folder(tmp_path, seed=0)
+    folder.open()
+    _killed_before(monkeypatch, "best", folder, _row(1), _parts())
+    other = _folder(tmp_path, seed=1)
+    other.open()
+    assert other.resume(**_parts()) == []
+    assert not any(folder.last.parent.iterdir())

@@ -33,3 +33,9 @@ def test_the_reference_recipe_is_the_published_one():
     recipe = reference_recipe()
     assert recipe.augmentation == "reference"
     assert (recipe.learning_rate, recipe.warmup_epochs, recipe.patience) == (3e-4, 20, 50)
+
+
+@pytest.mark.parametrize(("size", "most"), [(224, 24), (64, 7), (32, 3)])
+def test_a_shift_that_is_left_open_is_a_tenth_of_any_size(size, most):
+    assert TrainSettings(max_shift_px=None).shift_px(size) == most
+    assert TrainSettings(max_shift_px=6).shift_px(size) == 6

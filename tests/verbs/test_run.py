@@ -7,10 +7,12 @@ import pytest
 import yaml
 from forging import forge
 
+from vitcut.benchmark import evaluation
 from vitcut.circuit import Circuit
 from vitcut.cli import main
 from vitcut.compact.model import CompactViT
 from vitcut.results import Point, Results
+from vitcut.selection import search as searching
 
 NAMES = ["class-only", "acdc-resample-0.03", "acdc-resample-0.001"]
 
@@ -149,3 +151,14 @@ def test_the_settings_are_written_in_full(finished):
 def test_no_file_is_left_unnamed(finished, name):
     assert (finished / name).is_file()
     assert not [path for path in finished.rglob("*") if ".part" in path.name]
+
+
+def test_a_run_that_searches_asks_once_whether_its_model_knows_the_task(
+    recipe, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(evaluation, "say_if_no_better", lambda *_, **__: asked.append("before"))
+    monkeypatch.setattr(searching, "say_if_no_better", lambda *_, **__: asked.append("search"))
+    flags = ("--taus", "0.03", "--select.target_macs", "0.6", "--select.rounds", "1")
+    assert _run(recipe, tmp_path / "run", *flags, "--train.epochs", "2") == 0
+    assert asked == ["before"]

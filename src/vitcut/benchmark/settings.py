@@ -37,7 +37,7 @@ class BenchSettings:
                 listed = ", ".join(map(str, values)) or "none"
                 raise ConfigError(f"{name} must be one or more different ones, got {listed}")
         require_at_least("min_rounds", self.min_rounds, 3)
-        for name in ("threads", "seed"):
-            require_bounds(name, getattr(self, name))
+        require_at_least("threads", self.threads, 1)
+        require_bounds("seed", self.seed)
         for name in ("seconds", "min_sample_ms"):
             require_positive(name, getattr(self, name))

@@ -12,10 +12,11 @@ from vitcut.circuit import Circuit
 from vitcut.compact.card import model_card
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.plan import Plan
-from vitcut.errors import ArtefactError, printable
+from vitcut.errors import ArtefactError, printable, shortage
 from vitcut.hub import HUB_ID, hub_access
 from vitcut.shapes import Tensor
 from vitcut.store import (
+    FOLDER_REMEDY,
     atomic_folder,
     atomic_path,
     convert,
@@ -25,7 +26,7 @@ from vitcut.store import (
     write_json,
     write_text,
 )
-from vitcut.tensors import require_finite
+from vitcut.tensors import require_finite, unshared
 
 FORMAT_VERSION = 7
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
@@ -89,11 +90,13 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
         The SHA-256 of its weights, in hex, which is also in its configuration.
     """
     path = fresh / TENSORS
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    plain = unshared(tensors)
     try:
         with atomic_path(path) as temporary:
             save_file(plain, temporary)
     except SafetensorError as error:
+        if shortage(error):
+            raise
         raise ArtefactError(
             f"cannot write {TENSORS} into {fresh.parent}: {error}; is the disk full?"
         ) from None
@@ -120,7 +123,9 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
 
 def recorded_hash(folder: Path) -> str:
     """The SHA-256 of the weights of a model directory, as `load_folder` has checked it."""
-    return read_json(folder / CONFIG, kind="compact model", version=FORMAT_VERSION)["model_sha256"]
+    return read_json(
+        folder / CONFIG, kind="compact model", version=FORMAT_VERSION, remedy=FOLDER_REMEDY
+    )["model_sha256"]
 
 
 def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
@@ -137,7 +142,9 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
         where = f"it is a run directory, give one of its models: {', '.join(map(str, models))}"
         expected = f"expected a model directory that vitcut wrote, with {CONFIG} and {TENSORS}"
         raise ArtefactError(f"no compact model at {folder}: {where if models else expected}")
-    config = read_json(folder / CONFIG, kind="compact model", version=FORMAT_VERSION)
+    config = read_json(
+        folder / CONFIG, kind="compact model", version=FORMAT_VERSION, remedy=FOLDER_REMEDY
+    )
     path, plan = folder / TENSORS, config.pop("plan", None)
     bound = {name: config.pop(name, None) for name in ("model_sha256", "circuit", "fill")}
     if not path.is_file():
@@ -159,6 +166,8 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
+        if shortage(error):
+            raise
         raise ArtefactError(f"{path} is not readable: {error}") from None
     types = {str(tensor.dtype) for tensor in tensors.values()}
     if len(types) > 1 or not all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -197,6 +206,8 @@ def resolve_folder(folder_or_hub_id: str | Path, *, revision: str | None) -> Pat
         with hub_access():
             return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if shortage(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise ArtefactError(f"no model directory at {name}, nor a hub model: {reason}") from None
 
@@ -206,4 +217,6 @@ def _copy(path: str | Path, to: Path) -> None:
         with atomic_path(to) as temporary:
             shutil.copyfile(path, temporary)
     except OSError as error:
+        if shortage(error):
+            raise
         raise ArtefactError(f"cannot read the {to.stem} {path}: {error}") from None

@@ -25,7 +25,7 @@ from vitcut.model.model import Model
 from vitcut.results import CLASS_ONLY, Asked, Faithfulness, Measured, Merged, Point, Results
 from vitcut.runs import CIRCUIT_FILE
 from vitcut.settings import require_at_least
-from vitcut.store import atomic_folder, load, save
+from vitcut.store import FOLDER_REMEDY, atomic_folder, load, save
 
 FILL_FILE = "fill.safetensors"
 _FACTS_FILE = "cut.json"
@@ -113,7 +113,7 @@ class Cut:
         circuit = Circuit.load(path) if path.is_file() else None
         known: dict[str, Any] = {}
         if facts.is_file():
-            found = load(facts, _Facts, kind="cut", version=_VERSION)
+            found = load(facts, _Facts, kind="cut", version=_VERSION, remedy=FOLDER_REMEDY)
             if found.model != recorded_hash(folder):
                 raise ArtefactError(
                     f"{facts} is not of the model that it lies beside: restore it, or remove it"

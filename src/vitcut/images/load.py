@@ -199,7 +199,7 @@ def _refuse_missing_classes(images: ImageSet, task: Task, name: str) -> None:
         raise DataError(
             f"class {task.label_ids[missing[0]]} has no {name} images "
             f"({len(missing)} of {len(task.label_ids)} classes have none): expected at least one; "
-            "add images, or take the class out of the label file"
+            "add images, or leave the class out by a label file (--task)"
         )
     if rest.any() and not rest[images.labels].any():
         raise DataError(

@@ -78,9 +78,9 @@ class ImageSource:
     """What gives that order, for messages."""
 
 
-def has_pictures(tree: FileTree) -> bool:
-    """Whether any file is a picture by its name."""
-    return any(name.lower().endswith(PICTURE_SUFFIXES) for name in tree.names)
+def named_pictures(tree: FileTree) -> list[str]:
+    """The files that are pictures by their names."""
+    return [name for name in tree.names if name.lower().endswith(PICTURE_SUFFIXES)]
 
 
 def read_tree(tree: FileTree) -> ImageSource:
@@ -166,12 +166,19 @@ def read_parquet(
     found: list[Record] = []
     places: dict[str, tuple[Path, str, int, int]] = {}  # file, column, row group, row in the group
     orders: set[tuple[str, ...]] = set()
+    unusual = (False, False)  # whether a file would be read from another column unless told
+    guessed: set[str] = set()
     splits = _splits(files, root=root, location=location)
     for path, split in splits.items():
         name = path.relative_to(root).as_posix()
         with _open_parquet(path) as file:
-            images_in = _image_column(file.schema_arrow, image_column, path)
-            labels_in = _label_column(file.schema_arrow, label_column, images_in, path)
+            images_in, images_usual = _image_column(file.schema_arrow, image_column, path)
+            labels_in, labels_usual = _label_column(
+                file.schema_arrow, label_column, images_in, path
+            )
+            unusual = (unusual[0] or not images_usual, unusual[1] or not labels_usual)
+            if label_column is None and labels_in not in _LABEL_COLUMNS:
+                guessed.add(labels_in)
             class_ids, order = _class_ids(file, labels_in, path)
             orders.add(order)
             rows = _rows(file, len(class_ids), path)
@@ -180,6 +187,12 @@ def read_parquet(
             found.append(record)
             places[record.path] = (path, images_in, group, row)
     records = _checked(found, location=location, expected=_PARQUET)
+    for column in sorted(guessed):
+        say(f"data: the label is taken from column {column!r}, the only one that can be it")
+    chosen = [
+        column if other else None
+        for column, other in zip((image_column, label_column), unusual, strict=True)
+    ]
     class_order = orders.pop() if len(orders) == 1 else _merged(orders, location)
 
     # Several threads ask for images in nearly ascending order, so a few row groups are enough.
@@ -208,8 +221,8 @@ def read_parquet(
         fingerprint=sha256_json(
             [
                 *([path.relative_to(root).as_posix(), sha256_file(path)] for path in splits),
-                # Left out where they are not said, so that hashes of earlier versions still hold.
-                *(name for name in ([image_column, label_column],) if name != [None, None]),
+                # Left out where they change nothing: hashes of earlier versions still hold.
+                *(name for name in (chosen,) if name != [None, None]),
             ]
         ),
         read=read,
@@ -449,15 +462,28 @@ def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z]+", name.lower()))
 
 
-def _image_column(schema: pa.Schema, given: str | None, path: Path) -> str:
-    """The column of the images: the one that was given, or "image", or the only one."""
+def holds_images(path: Path) -> bool:
+    """Whether a parquet file has a column that can be the images.
 
+    Raises:
+        DataError: It is damaged.
+    """
+    with _open_parquet(path) as file:
+        return bool(_image_columns(file.schema_arrow))
+
+
+def _image_columns(schema: pa.Schema) -> list[str]:
     def has_bytes(kind: pa.DataType) -> bool:
         if pa.types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0 and has_bytes(kind.field("bytes").type)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    found = [column.name for column in schema if has_bytes(column.type)]
+    return [column.name for column in schema if has_bytes(column.type)]
+
+
+def _image_column(schema: pa.Schema, given: str | None, path: Path) -> tuple[str, bool]:
+    """The column of the images, and whether it is the usual one: "image", or the only one."""
+    found = _image_columns(schema)
     names, listed = ", ".join(schema.names), ", ".join(found)
     if not found:
         raise DataError(
@@ -468,22 +494,24 @@ def _image_column(schema: pa.Schema, given: str | None, path: Path) -> str:
         raise DataError(
             f"{path} has no images in a column {given!r}: expected one of {listed} as image-column"
         )
-    chosen = given or ("image" if "image" in found else found[0])
-    if given is None and chosen != "image" and len(found) > 1:
+    usual = "image" if "image" in found else found[0] if len(found) == 1 else None
+    chosen = given or usual
+    if chosen is None:
         raise DataError(
             f"{path} has several columns that can be the images, {listed}: say which with "
             "--image-column"
         )
-    return chosen
+    return chosen, chosen == usual
 
 
-def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) -> str:
-    """The column of the labels: given, or with a usual name, or the only one."""
+def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) -> tuple[str, bool]:
+    """The column of the labels, and whether it is the usual one: by its name, or the only one."""
 
     def is_label(kind: pa.DataType) -> bool:
         if pa.types.is_dictionary(kind):
             return is_label(kind.value_type)
-        tests = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+        kinds = pa.types
+        tests = (kinds.is_integer, kinds.is_boolean, kinds.is_string, kinds.is_large_string)
         return any(test(kind) for test in tests)
 
     found = [column.name for column in schema if is_label(column.type) and column.name != image]
@@ -493,14 +521,20 @@ def _label_column(schema: pa.Schema, given: str | None, image: str, path: Path) 
             f"{path} has no labels in a column {given!r}: expected one of {listed or 'none'} as "
             "label-column"
         )
-    known = [name for name in _LABEL_COLUMNS if name in found] or found
+    usual = [name for name in _LABEL_COLUMNS if name in schema.names and name != image]
+    known = [name for name in usual if name in found] or found
+    if given is None and usual and not set(usual) & set(found):
+        raise DataError(
+            f"{path}: its column {usual[0]} is {schema.field(usual[0]).type}, expected integers, "
+            "strings or booleans: write it so, or say another with --label-column"
+        )
     if given is None and len(known) != 1:
         raise DataError(
-            f"{path}: cannot tell which of the columns {names} is the label: expected integers or "
-            "strings in one that is called label, labels, fine_label or class; say which with "
-            "--label-column"
+            f"{path}: cannot tell which of the columns {names} is the label: expected integers, "
+            "strings or booleans in one that is called label, labels, fine_label or class; say "
+            "which with --label-column"
         )
-    return given or known[0]
+    return given or known[0], [given or known[0]] == known
 
 
 def _merged(orders: set[tuple[str, ...]], location: str) -> tuple[str, ...]:

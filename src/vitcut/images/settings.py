@@ -38,6 +38,12 @@ class DataSettings:
             raise ConfigError(
                 "source is empty: give a .zip, folder, .parquet file, dataset id or 'drawn'"
             )
+        for name in ("image_column", "label_column"):
+            if self.source == "drawn" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name.replace('_', '-')} is for parquet files, got it with source 'drawn': "
+                    "leave it out"
+                )
         require_bounds("image_size", self.image_size)
         require_bounds("seed", self.seed)
         if not 0 < self.val_fraction < 1:

@@ -11,7 +11,13 @@ from pathlib import Path
 from vitcut.errors import DataError, one_line
 from vitcut.hub import hub_access
 from vitcut.images.archives import open_tree
-from vitcut.images.readers import ImageSource, has_pictures, read_parquet, read_tree
+from vitcut.images.readers import (
+    ImageSource,
+    holds_images,
+    named_pictures,
+    read_parquet,
+    read_tree,
+)
 from vitcut.progress import Meter, say
 from vitcut.store import atomic_path, cache_dir
 
@@ -71,7 +77,22 @@ def open_source(
         )
     with open_tree(path) as tree:
         tables = [name for name in tree.names if name.lower().endswith(".parquet")]
-        if path.is_dir() and tables and not has_pictures(tree):
+        tables = tables if path.is_dir() else []
+        if tables and (pictures := named_pictures(tree)):
+            # A table beside pictures may only describe them.
+            tables = [name for name in tables if holds_images(path / name)]
+            folders = sorted({name.rpartition("/")[0] for name in pictures})
+            if tables and len(folders) > 1:
+                raise DataError(
+                    f"{path} has both class folders ({', '.join(folders[:3])}) and parquet files "
+                    f"with images ({tables[0]}): give one of them as --source, or move one away"
+                )
+            if tables:
+                say(
+                    f"data: left out {len(pictures)} of {len(tree.names)} files, which are "
+                    f"pictures beside parquet files, first {pictures[0]!r}"
+                )
+        if tables:
             files = [path / name for name in tables]
             yield read_parquet(files, root=path, location=str(path), **chosen)
         else:

@@ -7,7 +7,7 @@ from vitcut.circuit import Circuit
 from vitcut.errors import ArtefactError, CircuitError
 from vitcut.model.weights import ViTWeights
 from vitcut.shapes import Float, Tensor
-from vitcut.store import sha256_json
+from vitcut.store import FOLDER_REMEDY, sha256_json
 from vitcut.tensors import hash_tensors, read_tensors, write_tensors
 
 _DIMENSIONS = {
@@ -99,7 +99,9 @@ class Fill:
         Raises:
             ArtefactError: The file is missing, damaged, altered or of another version.
         """
-        tensors, facts = read_tensors(Path(path), kind="fill", version=_FORMAT_VERSION)
+        tensors, facts = read_tensors(
+            Path(path), kind="fill", version=_FORMAT_VERSION, remedy=FOLDER_REMEDY
+        )
         wrong = [
             name
             for name, tensor in tensors.items()

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vitcut.errors import ConfigError, UnsupportedModelError, VitcutError, one_line
+from vitcut.errors import ConfigError, UnsupportedModelError, VitcutError, one_line, shortage
 from vitcut.model.weights import ViTWeights, map_tensors
 from vitcut.shapes import Float, Tensor
 
@@ -123,7 +123,7 @@ def blamed_on_adapter(model: nn.Module) -> Generator[None]:
     except (VitcutError, MemoryError):
         raise
     except Exception as error:
-        if not has_adapter(model):
+        if shortage(error) or not has_adapter(model):
             raise
         kind = type(model).__name__
         raise UnsupportedModelError(

@@ -131,13 +131,13 @@ def _from_hub(name: str) -> Model:
     problem = f"cannot load the model {name!r}"
     with told_as(problem), hub_access():
         config = read_config(Path(hf_hub_download(filename=CONFIG, **where)))
-    if "architecture" in config or "model_type" not in config:
-        return load_timm(name, name)
     with told_as(problem), hub_access():
         folder = Path(snapshot_download(allow_patterns=_HF_FILES, **where))
         if not any((folder / file).is_file() for file in WEIGHTS):
             folder = Path(snapshot_download(allow_patterns=_PICKLED, **where))
     require_plausible(config, folder)
+    if "architecture" in config or "model_type" not in config:
+        return load_timm(name, name)
     return load_hf_folder(folder, name)
 
 

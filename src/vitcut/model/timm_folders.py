@@ -58,7 +58,8 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
             f"{spec!r} was saved with {stored} classes, its configuration builds "
             f"{model.num_classes}, so that its classifier was never trained: correct {_CONFIG}"
         )
-    preprocessing, labels = timm_preprocessing(model, spec), None
+    config = f"{name.removeprefix('local-dir:')}/{_CONFIG}" if local else f"{_CONFIG} of {spec!r}"
+    preprocessing, labels = timm_preprocessing(model, spec, config=config), None
     ids = model.pretrained_cfg.get("label_names")
     if isinstance(ids, (list, tuple)):
         names = model.pretrained_cfg.get("label_descriptions") or {}
@@ -138,6 +139,7 @@ def timm_preprocessing(
     *,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    config: str | None = None,
 ) -> Preprocessing:
     """The preprocessing in a timm model's configuration, at the size that the model was built for.
 
@@ -146,6 +148,7 @@ def timm_preprocessing(
         spec: What the user asked for.
         mean: Overrides the configuration's mean; one number holds for all channels.
         std: Likewise.
+        config: The file that they are from otherwise, for messages.
 
     Raises:
         ModelError: Images are not square, vitcut does not know how they are cropped, or mean and
@@ -179,7 +182,8 @@ def timm_preprocessing(
         )
         return Preprocessing(image_size=height, mean=mean, std=std, framing=framing)
     except ConfigError as error:
-        raise ModelError(f"{spec!r}: {error}") from None
+        where = f" in {config}" if config else ""
+        raise ModelError(f"{spec!r}: {error}{where}") from None
 
 
 def save_timm_folder(

@@ -243,5 +243,6 @@ def load_torchvision_folder(folder: Path, spec: str, config: Mapping[str, Any]) 
             names=tuple(config["class_names"]),
         )
     except (*LOAD_ERRORS, ConfigError, TaskError) as error:
-        raise ModelError(f"cannot load the model {spec!r}: {one_line(error)}") from None
+        where = f" in {folder / 'config.json'}" if isinstance(error, ConfigError) else ""
+        raise ModelError(f"cannot load the model {spec!r}: {one_line(error)}{where}") from None
     return Model.of(model, spec, preprocessing, labels)

@@ -293,7 +293,7 @@ class _Processor:
             )
             return Preprocessing(image_size=size, mean=mean, std=std, framing=framing)
         except ConfigError as error:
-            raise ModelError(f"{self.path.parent}: {error}") from None
+            raise ModelError(f"{error} in {self.path}") from None
 
     def _square(self, key: str, value: Any) -> int:
         if isinstance(value, dict) and value.keys() >= {"height", "width"}:

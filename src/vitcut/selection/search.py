@@ -290,6 +290,7 @@ def search(
     *,
     threads: int = 1,
     fractions: Sequence[float] | None = None,
+    warn: bool = True,
 ) -> tuple[Answer, ...]:
     """Search for a circuit within a budget, or go on with a search that was interrupted.
 
@@ -306,6 +307,7 @@ def search(
         fractions: Predicted latencies to walk down to, one round each, as falling fractions of the
             uncut compact model's. Nothing is timed. The budget must have a ``target_latency``,
             whose value is then ignored.
+        warn: Say so if the model does not know the task; False where that was said.
 
     Returns:
         One circuit for each target, in falling order.
@@ -321,7 +323,8 @@ def search(
         _require_room(model, images, budget, settings)
         timed = fractions is None
         rounds = _Rounds(model, images, budget, settings, fitter, costs, run, threads, timed)
-        say_if_no_better(rounds.dense, rounds.val, images.task, split="val")
+        if warn:
+            say_if_no_better(rounds.dense, rounds.val, images.task, split="val")
         dense = dense_macs(model.weights.shape)
         if fractions is not None:
             costed = {
@@ -428,7 +431,7 @@ class _Rounds:
             return drawn.take(unseen)
         raise ConfigError(
             f"fills are fitted to all {most} training images: expected some to be left to score "
-            "parts on; give fewer --images"
+            f"parts on; {'give fewer --images' if most > 1 else 'add training images'}"
         )
 
     def cost(self, circuit: Circuit) -> float:

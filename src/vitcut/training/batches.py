@@ -104,7 +104,7 @@ class TrainingBatches:
                 self._labels[positions], self._num_classes, settings.label_smoothing
             )
             if settings.augmentation == "light":
-                count, most = len(rows), settings.max_shift_px
+                count, most = len(rows), settings.shift_px(min(images.shape[1:3]))
                 # Drawn on the CPU, so that a seed means the same on every device.
                 images = shift_and_flip(
                     images,

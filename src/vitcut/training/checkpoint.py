@@ -5,6 +5,7 @@ people: the checkpoint holds those that count.
 """
 
 import json
+import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcut.errors import ArtefactError, ConfigError, one_line
+from vitcut.errors import ArtefactError, ConfigError, one_line, shortage
 from vitcut.runs import TRAINING_FILE
 from vitcut.settings import config_hash, require_at_least, require_fraction
 from vitcut.shapes import Tensor
@@ -123,6 +124,8 @@ class TrainingFolder:
         """State after the last whole epoch."""
         self.best = root / "checkpoints" / "best.safetensors"
         """Weights of the best epoch."""
+        self._next = root / "checkpoints" / "next.safetensors"
+        """Weights of a better epoch, until its state is written."""
 
     def open(self) -> TrainResult | None:
         """Claim the folder for these settings.
@@ -171,12 +174,13 @@ class TrainingFolder:
             average: The averaged weights, which take the place of the model's where they are kept.
             is_best: Whether this is the best epoch so far.
         """
-        # The state goes last. A kill before it leaves the earlier state, so the epoch is repeated;
-        # `resume` cuts off its metrics, and the same epoch writes the same best weights again.
+        # A kill before the state is written leaves the earlier state, so the epoch is repeated,
+        # perhaps to other weights (on a GPU). So the earlier best weights stay until then: `resume`
+        # drops weights and metrics of an epoch that the state has not seen.
         self._rows = (*self._rows[: row.epoch - 1], row)
         if is_best:
             kept = model if average is None else average
-            self._write(self.best, kept.state_dict(), (row,))
+            self._write(self._next, kept.state_dict(), (row,))
         with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(row), allow_nan=False) + "\n")
         state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
@@ -185,6 +189,8 @@ class TrainingFolder:
         if average is not None:
             state |= {f"ema/{name}": tensor for name, tensor in average.state_dict().items()}
         self._write(self.last, state, self._rows)
+        if is_best:
+            self._next.replace(self.best)
 
     def resume(
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
@@ -214,10 +220,17 @@ class TrainingFolder:
                 if average is not None:
                     _load_weights(average, parts["ema"])
             except (RuntimeError, ValueError, LookupError) as error:
+                if shortage(error):
+                    raise
                 raise ArtefactError(
                     f"{self.last} does not fit the model that is trained "
                     f"({one_line(error)[:200]}): {_REMEDY}"
                 ) from None
+        if self._next.exists() and int(os.environ.get("RANK", "0")) == 0:
+            if self._rows and self._read(self._next)[1] == self._rows[-1:]:
+                self._next.replace(self.best)
+            else:
+                self._next.unlink()
         # Metrics are appended before the state is written: lines of an epoch that was killed in
         # between, and half lines, follow those that the state knows of.
         lines = [json.dumps(asdict(row), allow_nan=False) + "\n" for row in self._rows]
@@ -238,6 +251,8 @@ class TrainingFolder:
         try:
             _load_weights(model, weights)
         except (RuntimeError, ValueError) as error:
+            if shortage(error):
+                raise
             raise ArtefactError(
                 f"{self.best} does not fit the model ({one_line(error)[:200]}): {_REMEDY}"
             ) from None
@@ -250,7 +265,9 @@ class TrainingFolder:
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], tuple[EpochMetrics, ...]]:
         """Tensors and metrics of a checkpoint, which must be of this training."""
-        tensors, facts = read_tensors(path, kind="checkpoint", version=_FORMAT_VERSION)
+        tensors, facts = read_tensors(
+            path, kind="checkpoint", version=_FORMAT_VERSION, remedy=_REMEDY
+        )
         state = convert(facts, _State, what=f"{path} is not a checkpoint", remedy=_REMEDY)
         if state.of != self._own.settings_hash:
             raise ArtefactError(f"{path} is a checkpoint of another training: {_REMEDY}")

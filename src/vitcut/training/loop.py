@@ -19,14 +19,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut.errors import ArtefactError, ConfigError, ModelError, shortage
 from vitcut.images.load import Images
 from vitcut.metrics import coarse_log_probs
 from vitcut.model.model import weight_hash
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import Meter, say
 from vitcut.runtime import choose_device, choose_precision, set_threads
-from vitcut.settings import as_plain, require_positive
+from vitcut.settings import as_plain, require_here, require_positive
 from vitcut.shapes import Float, Tensor
 from vitcut.task import Task
 from vitcut.training.batches import Batch, TrainingBatches, normalize
@@ -114,6 +114,7 @@ def train(
     """
     for value in preprocessing.std:
         require_positive("std", value)
+    require_here(settings)
     set_threads(settings.threads)
     settings = for_machine(settings, out)
     loss = loss or (GroupCrossEntropy(images.task) if images.task.folders else SoftCrossEntropy())
@@ -438,11 +439,15 @@ def _require_fit(
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, channels, height, width, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
+        if shortage(error):
+            raise
         raise ModelError(
             f"the model does not take images of {height} x {width} pixels and {channels} "
             f"channels: {' '.join(str(error).split())}"
         ) from None
-    if settings.augmentation == "light" and settings.max_shift_px >= min(height, width):
+    if settings.augmentation == "light" and settings.shift_px(min(height, width)) >= min(
+        height, width
+    ):
         raise ConfigError(
             f"max_shift_px must be below the images' {min(height, width)} pixels, got "
             f"{settings.max_shift_px}: nothing of a picture would be left"

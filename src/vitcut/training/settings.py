@@ -45,8 +45,9 @@ class TrainSettings:
     """Fraction of each target that is spread over all classes."""
     cutmix_fraction: float = 0.4
     """Fraction of batches with CutMix (light only)."""
-    max_shift_px: int = 6
-    """Largest shift along each axis, in pixels (light only)."""
+    max_shift_px: int | None = 6
+    """Largest shift along each axis, in pixels (light only); None: 24 of 224, and as much of other
+    sizes."""
     ema_decay: float | None = None
     """Decay of a moving average of the weights, which is then evaluated and kept; None: no
     averaging."""
@@ -66,8 +67,10 @@ class TrainSettings:
         require_at_least("epochs", self.epochs, 1)
         require_at_least("weight_decay", self.weight_decay, 0)
         require_at_least("warmup_epochs", self.warmup, 0)
-        for name in ("batch_size", "max_shift_px", "workers", "seed"):
-            require_bounds(name, getattr(self, name))
+        for name in ("batch_size", "max_shift_px", "seed"):
+            if getattr(self, name) is not None:
+                require_bounds(name, getattr(self, name))
+        require_at_least("workers", self.workers, 0)
         for name in ("label_smoothing", "cutmix_fraction"):
             require_fraction(name, getattr(self, name))
         if self.learning_rate is not None:
@@ -75,7 +78,7 @@ class TrainSettings:
         if self.patience is not None:
             require_at_least("patience", self.patience, 1)
         if self.threads is not None:
-            require_bounds("threads", self.threads)
+            require_at_least("threads", self.threads, 1)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be between 0 and 1, got {self.ema_decay}")
         if self.warmup >= self.epochs:
@@ -87,6 +90,10 @@ class TrainSettings:
                 f"batch_size must be even with augmentation 'reference' (Mixup pairs images), "
                 f"got {self.batch_size}"
             )
+
+    def shift_px(self, image_size: int) -> int:
+        """The largest shift of images of this height and width, in pixels."""
+        return round(image_size * 24 / 224) if self.max_shift_px is None else self.max_shift_px
 
     @property
     def warmup(self) -> float:
