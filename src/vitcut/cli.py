@@ -186,9 +186,9 @@ def _dispatch(typed: list[str]) -> int:
     if shown is not None:
         shown(result)
     if verb.out is not None or typed_values.get("out") is not None:
-        _tell(f"results: {typed_values.out}")
+        endings.tell(f"results: {typed_values.out}")
     if verb.then is not None:
-        _tell(f"next: {verb.then(typed_values)}")
+        endings.tell(f"next: {verb.then(typed_values)}")
     return 0
 
 

@@ -39,7 +39,7 @@ def completion_script(shell: str, parsers: Mapping[str, ArgumentParser]) -> str:
     return str(shtab.complete(root, shell))
 
 
-def _copy(action: Action, parser: ArgumentParser, files: Mapping[str, str]) -> None:
+def _copy(action: Action, parser: ArgumentParser, files: Mapping[Any, Any]) -> None:
     """Add an argument of one of our parsers to a plain one: its names, values and help."""
     typed: Any = getattr(action, "_typehint", None)
     kinds = [typed, *get_args(typed)]

@@ -2,9 +2,10 @@
 
 import shlex
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import Namespace
 
 from vitcut.errors import ConfigError, printable
 from vitcut.names import SHIPPED_MODEL
@@ -84,7 +85,7 @@ def after_info(typed: Namespace) -> str:
     return shlex.join([*_cutting(typed.model), "--target-macs", "FRACTION"])
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Write lines to standard output as they are, except for what could steer a terminal."""
     sys.stdout.write(f"{printable(text)}\n")
 
@@ -94,7 +95,7 @@ def show_task(task: Any) -> None:
     for group, line in zip(task.groups, task.describe(), strict=True):
         names = ", ".join(item.name for item in task.classes if item.group == group)
         # Hundreds of the model's classes may be one class of the data.
-        _tell(line if task.folders else f"{group}: {names}")
+        tell(line if task.folders else f"{group}: {names}")
 
 
 def show_prepared(prepared: Any) -> None:
@@ -107,7 +108,7 @@ def show_prepared(prepared: Any) -> None:
 
 def show_found(circuit: Any) -> None:
     """Print a circuit that was found."""
-    _tell("\n".join(show.circuit_lines(circuit)))
+    tell("\n".join(show.circuit_lines(circuit)))
     if circuit.ablation == "resample":
         sys.stdout.write("for a cut, search with --ablation mean: a cut fills with means\n")
 
