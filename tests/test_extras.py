@@ -10,7 +10,7 @@ import pytest
 from vitcut.extras import EXTRAS
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-HEAVY = ("timm", "torchvision", "pyarrow", "psutil", "accelerate", "onnx", "onnxruntime")
+HEAVY = ("timm", "torchvision", "pyarrow", "accelerate", "onnx", "onnxruntime")
 NAMES = {"pillow-heif": "pillow_heif"}
 
 

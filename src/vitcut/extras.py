@@ -9,7 +9,7 @@ Extra = Literal["cut", "train", "onnx", "openvino", "hf", "heif"]
 
 EXTRAS: dict[Extra, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "onnx", "onnxscript"),
-    "cut": ("timm", "torchvision", "pyarrow", "psutil", "onnxruntime", "onnx", "onnxscript"),
+    "cut": ("timm", "torchvision", "pyarrow", "onnxruntime", "onnx", "onnxscript"),
     "train": ("accelerate",),
     "openvino": ("openvino",),
     "hf": ("transformers",),
@@ -40,7 +40,7 @@ def require_extra(*extras: Extra, what: str) -> None:
 def refusal(error: ModuleNotFoundError) -> ConfigError | None:
     """What to say of an import that failed, if an extra would have installed it."""
     module = (error.name or "").partition(".")[0]
-    # psutil and pyarrow come with `cut` alone; onnxruntime with less.
+    # pyarrow comes with `cut` alone; onnxruntime with less.
     extra = next((extra for extra, names in EXTRAS.items() if module in names), None)
     if extra is None:
         return None

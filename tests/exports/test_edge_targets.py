@@ -4,9 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import browser
 import numpy as np
 import pytest
 import torch
+from fresh import environment, run
 from PIL import Image
 from strategies import parts_per_kind
 from tiny import random_fill, random_vit
@@ -32,29 +30,6 @@ CATS_DOGS = Path(__file__).parents[3] / "shared" / "data" / "cats-dogs-256.zip"
 VIT_TINY = CATS_DOGS.with_name("vit_tiny_patch16_224")
 
 pytestmark = [pytest.mark.graph, pytest.mark.filterwarnings("ignore")]
-
-
-def run(python, *arguments, folder=None):
-    command = [python, *map(str, arguments)]
-    found = subprocess.run(
-        command, check=False, cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
-def environment(folder, *packages):
-    """The Python of a fresh environment with nothing but some packages."""
-    if shutil.which("uv") is None:
-        pytest.skip("uv is not installed")
-    python = folder / "bin" / "python"
-    asked = [["uv", "venv", "-q", "-p", sys.executable, str(folder)]]
-    asked.append(["uv", "pip", "install", "-q", "-p", str(python), *packages])
-    for command in asked:
-        found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
-        if found.returncode:
-            pytest.skip(f"no network, or no such package: {found.stderr.strip()[-200:]}")
-    return python
 
 
 def draw_picture(path):
@@ -121,7 +96,9 @@ def test_a_file_for_devices_gives_the_logits_of_torch(tmp_path, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", DEVICES)
+@pytest.mark.parametrize(
+    "target", ["onnx", pytest.param("openvino", marks=needs("openvino")), *DEVICES]
+)
 def test_the_readme_classifies_a_picture_where_nothing_but_the_runtime_is(tmp_path, target):
     made = export(target, tmp_path, batch=3)
     assert made.about["batch"] == 3

@@ -3,11 +3,11 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import onnx
 import onnxruntime
@@ -225,16 +225,8 @@ def test_what_is_no_export_is_not_replaced(model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["1.17.3", "1.20.1", "1.23.2"])
 def test_older_runtimes_compute_the_same(model, release, picture, tmp_path):
-    if shutil.which("uv") is None:
-        pytest.skip("uv is not installed")
-    python = tmp_path / "env" / "bin" / "python"
-    for command in (
-        ["uv", "venv", "-q", "-p", "3.11", str(tmp_path / "env")],
-        ["uv", "pip", "install", "-q", "-p", str(python), f"onnxruntime=={release}", "numpy<2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no network, or no such package: {done.stderr.strip()[-200:]}")
+    packages = (f"onnxruntime=={release}", "numpy<2")
+    python = fresh.environment(tmp_path / "env", *packages, python="3.11")
     vitcut.export(model, out=tmp_path / "plain")
     vitcut.export(model, settings=ExportSettings(with_preprocessing=True), out=tmp_path / "whole")
     images = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -246,7 +238,7 @@ import numpy, onnxruntime
 session = onnxruntime.InferenceSession("{name}/onnx/model.onnx")
 given = {{session.get_inputs()[0].name: numpy.load("given.npy")}}
 numpy.save("got.npy", session.run(None, given)[0])"""
-        subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
+        fresh.run(python, "-c", code, folder=tmp_path)
         session = onnxruntime.InferenceSession(tmp_path / name / "onnx" / "model.onnx")
         expected = session.run(None, {session.get_inputs()[0].name: given})[0]
         assert np.allclose(np.load(tmp_path / "got.npy"), expected, atol=1e-5)

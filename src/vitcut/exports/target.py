@@ -64,11 +64,11 @@ TARGETS: dict[TargetName, str] = {
 `Written`."""
 
 PACKAGES: dict[TargetName, tuple[tuple[str, str], ...]] = {
-    "onnx": (("cut", "onnxruntime"), ("cut", "onnxscript")),
+    "onnx": (("onnx", "onnxruntime"), ("onnx", "onnxscript")),
     "openvino": (("openvino", "openvino"),),
     "pt2": (),
     "executorch": (("executorch", "executorch"),),
     "litert": (("litert", "litert_torch"),),
-    "transformers-js": (("cut", "onnxruntime"), ("cut", "onnxscript")),
+    "transformers-js": (("onnx", "onnxruntime"), ("onnx", "onnxscript")),
 }
 """The extra of vitcut and the module of each package that a target needs besides torch."""
