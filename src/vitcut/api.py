@@ -318,8 +318,7 @@ def finetune(
         start = Cut.load(find_cut(Path(cut), point))
     else:
         start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
-    run = Run(out)
-    model = for_images(model, images)
+    run, model = Run(out), for_images(model, images)
     asked, device = settings, str(model.weights.device)
     # Chosen once, so that the dense model is trained in the same way.
     device = device if asked.device == "auto" else asked.device
