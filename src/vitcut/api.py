@@ -18,6 +18,7 @@ from vitcut.errors import ArtefactError, ConfigError
 from vitcut.extras import require_extra
 from vitcut.inputs import (
     for_images,
+    load_cut,
     load_images,
     load_model,
     plain_images,
@@ -37,7 +38,6 @@ from vitcut.runs import (
     Run,
     circuits_in,
     find_circuit,
-    find_cut,
     find_run,
     read_settings,
 )
@@ -305,7 +305,6 @@ def finetune(
     """
     require_extra("cut", "train", what="a repair")
     from vitcut.benchmark.points import dense_point, evaluate_points, measure
-    from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut, class_only, require_cut_from
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
@@ -316,10 +315,7 @@ def finetune(
 
     require_here(settings, bench)
     check_finetune({"repaired_dense": repaired_dense, "repair_dense": repair_dense})
-    if isinstance(cut, (str, Path)):
-        start = replace(Cut.load(find_cut(Path(cut), point)), fill=None)
-    else:
-        start = Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
+    start = load_cut(cut, point)
     run, model = Run(out), for_images(model, images)
     asked, device = settings, str(model.weights.device)
     # Chosen once, so that the dense model is trained in the same way.

@@ -21,7 +21,8 @@ _OTHER_WORDS = {
     "export": "convert onnx deploy ship",
     "finetune": "fine-tune repair distill retrain recover",
     "train": "fit pretrain probe",
-    "show": "view print plot report results",
+    "show": "view print results",
+    "report": "plot draw html page visualize figure",
     "info": "inspect describe summary",
     "checks": "doctor calibrate environment",
     "suggest": "label annotate",
@@ -58,6 +59,7 @@ EXAMPLES = {
     "export": ("runs/cut --to onnx", "runs/cut --to onnx,openvino --out runs/export"),
     "checks": ("", "--save costs.json"),
     "show": ("runs/cut", "runs/cut --plan"),
+    "report": ("runs/demo --out report.html", "runs/cut runs/finetune --files csv,png"),
 }
 """What people type after ``vitcut COMMAND``, for its help."""
 _CLASS = re.compile(r"<class '([\w.]+)'>|typing\.(?=Literal)")

@@ -469,6 +469,20 @@ _GIVEN_BY = {
 """What each kind of argument is called in errors, and how to get one."""
 
 
+def load_cut(cut: "Cut | CompactViT | str | Path", point: str | None) -> "Cut":
+    """What a repair starts from: a cut in a directory, without its fill, or as it was returned.
+
+    Raises:
+        ArtefactError: The directory holds no cut, is damaged, or has several and no point is given.
+    """
+    from vitcut.compact.model import CompactViT
+    from vitcut.compiler.cut import Cut
+
+    if isinstance(cut, (str, Path)):
+        return replace(Cut.load(find_cut(Path(cut), point)), fill=None)
+    return Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
+
+
 def require(value: Any, kind: type[T]) -> T:
     """Refuse an argument of the wrong kind, and say how to get the right one."""
     if isinstance(value, kind):

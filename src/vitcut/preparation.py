@@ -91,10 +91,10 @@ def suggest(
         TaskError: Fewer than two classes of the source are ImageNet-1k's.
         ConfigError: ``out`` exists already, or that many groups are impossible.
     """
+    from vitcut.groupings import is_coarser, propose
+    from vitcut.groupings import suggest as suggest_task
     from vitcut.images.drawn import SOURCE_WORD
     from vitcut.images.sources import open_source
-    from vitcut.suggest import is_coarser, propose
-    from vitcut.suggest import suggest as suggest_task
 
     path = Path(out)
     if path.exists():

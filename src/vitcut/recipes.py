@@ -400,10 +400,9 @@ def run(
         linear = leave_images(linear, images, settings.select)
         fitter = make_fitter(model, images, linear)
         select, threads = settings.select, settings.bench.threads
-        answers = search(
+        for answer in search(
             model, images, select, linear, fitter, costs, target, threads=threads, warn=False
-        )
-        for answer in answers:
+        ):
             facts = {"name": answer.name, "budget": answer.asked}
             make = partial(compiled, answer.circuit, linear, fitter, **facts)
             start = keep(Path("points") / answer.name, make)

@@ -7,11 +7,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vitcut
-from vitcut import preparation
 from vitcut.cli import main
 from vitcut.errors import ConfigError, TaskError
+from vitcut.groupings import propose, suggest
 from vitcut.labels import Labels
-from vitcut.suggest import propose, suggest
 from vitcut.task import load_task
 from vitcut.wordnet import imagenet_labels, imagenet_names, synsets
 
@@ -160,11 +159,11 @@ def test_the_classes_of_a_weights_file_are_taken_from_its_labels(tmp_path):
     torch.save(weights, tmp_path / "model.pth")
     (tmp_path / "names.txt").write_text("\n".join(WORDNET_IDS[:2]))
     given = {"model": tmp_path / "model.pth", "arch": "test_vit", "labels": tmp_path / "names.txt"}
-    task = preparation.suggest(tmp_path / "photos", groups=2, out=tmp_path / "task.yaml", **given)
+    task = vitcut.suggest(tmp_path / "photos", groups=2, out=tmp_path / "task.yaml", **given)
     assert set(task.class_ids) == set(WORDNET_IDS[:2])
     for flag in ({"labels": "names.txt"}, {"arch": "test_vit"}):
         with pytest.raises(ConfigError, match="arch and labels are of a model"):
-            preparation.suggest(tmp_path / "photos", out=tmp_path / "other.yaml", **flag)
+            vitcut.suggest(tmp_path / "photos", out=tmp_path / "other.yaml", **flag)
 
 
 def test_a_stated_order_is_the_order_of_a_model_that_names_nothing(tmp_path):
@@ -173,5 +172,5 @@ def test_a_stated_order_is_the_order_of_a_model_that_names_nothing(tmp_path):
     torch.save(weights, tmp_path / "model.pth")
     model = vitcut.load_model(tmp_path / "model.pth", arch="test_vit")
     # The third class has no picture: only the stated order knows of it.
-    task = preparation.suggest(source, model=model, groups=2, out=tmp_path / "task.yaml")
+    task = vitcut.suggest(source, model=model, groups=2, out=tmp_path / "task.yaml")
     assert set(task.class_ids) == set(WORDNET_IDS[:2])
