@@ -169,7 +169,9 @@ def _dispatch(typed: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ArgumentError, UnicodeDecodeError) as error:
-        text = _dashed(argument_error(one_line(error), list(vars(parser.get_defaults()))))
+        words = [item.dest.upper() for item in parser._actions if not item.option_strings]
+        usage, flags = " ".join(["vitcut", name, *words]), list(vars(parser.get_defaults()))
+        text = _dashed(argument_error(one_line(error), flags, usage))
         raise ConfigError(f"{text}; vitcut {name} --help lists the flags") from error
     if "recipe" in typed_values:
         if typed_values.recipe is None:
