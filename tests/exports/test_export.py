@@ -203,8 +203,8 @@ def test_int8_without_images_is_refused(model, tmp_path):
 
 
 def test_a_missing_package_is_named_by_its_extra_before_anything_is_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'vitcut\[openvino\]'"):
+    monkeypatch.setattr("vitcut.extras.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r'pip install "vitcut\[openvino\]"'):
         check_export({"settings": ExportSettings(to=("openvino",)), "out": tmp_path})
 
 
