@@ -98,6 +98,8 @@ def test_checks_tell_what_is_there_and_what_to_install(capsys, monkeypatch):
     assert "predicted within" not in out
 
 
-def test_too_few_models_are_refused_without_measuring(capsys):
+def test_models_that_are_too_few_or_not_measured_are_refused(capsys):
     assert main(["checks", "--models", "2"]) == 2
     assert "models must be at least 3" in capsys.readouterr().err
+    assert main(["checks", "--seconds", "2"]) == 2
+    assert "models and seconds are for measuring: give save" in capsys.readouterr().err

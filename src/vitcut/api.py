@@ -546,10 +546,12 @@ def checks(
         save: File to write the costs to, for ``--costs``. Without it, nothing is measured.
 
     Raises:
-        ConfigError: Fewer than 3 models.
+        ConfigError: Fewer than 3 models, or models or seconds without a file to save to.
     """
     if models < 3:
         raise ConfigError(f"models must be at least 3, got {models}")
+    if save is None and (models, seconds) != (18, 0.5):
+        raise ConfigError("models and seconds are for measuring: give save too, or leave them out")
     from vitcut.reports.checks import check_machine
 
     if save is None:
