@@ -94,6 +94,8 @@ def test_unknown_files_are_refused(finished, tmp_path, capsys):
     assert "gif" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="give out, the file to write"):
         vitcut.report(finished, files=("csv",))
+    with pytest.raises(ConfigError, match=r"out must be a name such as .*page.html, got .*page: "):
+        vitcut.report(finished, files=("csv",), out=tmp_path / "page")
     assert not list(tmp_path.iterdir())
 
 
