@@ -11,7 +11,7 @@ from vitcut.extras import EXTRAS
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 HEAVY = ("timm", "torchvision", "pyarrow", "accelerate", "onnx", "onnxruntime")
-NAMES = {"pillow-heif": "pillow_heif"}
+NAMES = {"pillow-heif": "pillow_heif", "litert-torch": "litert_torch"}
 
 
 def run(code, *missing):
@@ -64,6 +64,8 @@ def test_a_compact_model_is_saved_loaded_and_run_without_the_extras(tmp_path):
         (["demo", "--out", "out"], ["accelerate"], "cut,train"),
         (["train", "--source", "drawn", "--out", "out"], ["accelerate"], "cut,train"),
         (["predict", "x.onnx", "x.jpg"], ["onnxruntime"], "onnx"),
+        (["bench", "x.onnx", "--runtimes", "openvino"], ["openvino"], "openvino"),
+        (["export", "animals"], ["onnxscript"], "onnx"),
     ],
 )
 def test_what_needs_an_extra_names_it_in_one_line(words, missing, install, tmp_path, monkeypatch):

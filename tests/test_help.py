@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-import vitcut
+import vitcut.extras
 from vitcut.cli import VERBS, _arranged, _take_changes, build_parser, main
 from vitcut.hints import EXAMPLES
 from vitcut.reports.checks import check_machine
@@ -77,9 +77,9 @@ def test_another_shell_is_refused(capsys):
 
 def test_checks_tell_what_is_there_and_what_to_install(capsys, monkeypatch):
     absent = {"openvino"}
-    find = vitcut.reports.checks.find_spec
+    find = vitcut.extras.find_spec
     monkeypatch.setattr(
-        "vitcut.reports.checks.find_spec", lambda name: None if name in absent else find(name)
+        "vitcut.extras.find_spec", lambda name: None if name in absent else find(name)
     )
     assert main(["checks"]) == 0
     out = capsys.readouterr().out
@@ -98,6 +98,8 @@ def test_checks_tell_what_is_there_and_what_to_install(capsys, monkeypatch):
     assert "predicted within" not in out
 
 
-def test_too_few_models_are_refused_without_measuring(capsys):
+def test_models_that_are_too_few_or_not_measured_are_refused(capsys):
     assert main(["checks", "--models", "2"]) == 2
     assert "models must be at least 3" in capsys.readouterr().err
+    assert main(["checks", "--seconds", "2"]) == 2
+    assert "models and seconds are for measuring: give save" in capsys.readouterr().err

@@ -18,12 +18,12 @@ from timm.models.vision_transformer import VisionTransformer
 import vitcut
 from vitcut import prediction
 from vitcut.cli import main
-from vitcut.compact.info import ModelInfo
+from vitcut.compact.info import NOTE, ModelInfo
 from vitcut.compiler.settings import CutSettings
 from vitcut.deployment import for_use
 from vitcut.errors import ConfigError, DataError, ModelError
 from vitcut.images.load import normalise
-from vitcut.prediction import METADATA, OnnxFile, predict
+from vitcut.prediction import OnnxFile, predict
 from vitcut.preprocessing import Framing, Preprocessing
 from vitcut.task import parse_task
 
@@ -87,7 +87,7 @@ def linear_onnx(path, *, batch="batch", scale=1.0, note=None, info=INFO):
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     noted = json.dumps({"format_version": 1, **asdict(info)}) if note is None else note
     if noted:
-        helper.set_model_props(made, {METADATA: noted})
+        helper.set_model_props(made, {NOTE: noted})
     onnx.save(made, path)
     return path
 
@@ -162,7 +162,7 @@ def test_a_file_with_preprocessing_gets_whole_pictures(pictures, tmp_path):
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     noted = {"format_version": 1, **asdict(INFO), "with_preprocessing": True}
-    helper.set_model_props(made, {METADATA: json.dumps(noted)})
+    helper.set_model_props(made, {NOTE: json.dumps(noted)})
     onnx.save(made, tmp_path / "whole.onnx")
     picture = pictures / "val" / "ant" / "0.jpg"
     [answer] = predict(tmp_path / "whole.onnx", picture)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitcut.benchmark.settings import BenchSettings
 from vitcut.circuit import Circuit
+from vitcut.compact.info import preprocessing_of
 from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
@@ -22,7 +23,6 @@ from vitcut.inputs import (
     load_images,
     load_model,
     plain_images,
-    preprocessing_of,
     require,
     require_classes_of,
     require_made_for,
@@ -427,10 +427,10 @@ def evaluate(
         if isinstance(given, (Cut, CompactViT)):
             cut = Cut(model=given, circuit=None) if isinstance(given, CompactViT) else given
             require_classes_of(cut.model, require(images, Images).task)
-            require_made_for(preprocessing_of(cut.model), images)
+            require_made_for(preprocessing_of(cut.model.info), images)
             name = cut.name if cut.folder is None else str(cut.folder)
             point = replace(cut.point(), name=name)
-            ready.append((point, cut.model, preprocessing_of(cut.model)))
+            ready.append((point, cut.model, preprocessing_of(cut.model.info)))
             noted[role] = {"model": name, "weight_hash": weight_hash(cut.model)}
         else:
             dense = for_images(given, images)
@@ -546,10 +546,12 @@ def checks(
         save: File to write the costs to, for ``--costs``. Without it, nothing is measured.
 
     Raises:
-        ConfigError: Fewer than 3 models.
+        ConfigError: Fewer than 3 models, or models or seconds without a file to save to.
     """
     if models < 3:
         raise ConfigError(f"models must be at least 3, got {models}")
+    if save is None and (models, seconds) != (18, 0.5):
+        raise ConfigError("models and seconds are for measuring: give save too, or leave them out")
     from vitcut.reports.checks import check_machine
 
     if save is None:

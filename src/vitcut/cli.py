@@ -25,7 +25,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from vitcut import api, delivery, endings, preparation, viewing
 from vitcut.completion import completion_script
-from vitcut.errors import ConfigError, VitcutError, one_line, shortage
+from vitcut.errors import ConfigError, DataError, VitcutError, one_line, shortage
 from vitcut.extras import refusal
 from vitcut.hints import EXAMPLES, argument_error, nearest_verb
 from vitcut.inputs import load_either, load_images, load_model, run_of
@@ -36,6 +36,7 @@ from vitcut.prediction import (
     show_predictions,
     show_predictions_as_json,
 )
+from vitcut.progress import say
 from vitcut.recipes import (
     RunSettings,
     check_train,
@@ -169,7 +170,9 @@ def _dispatch(typed: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ArgumentError, UnicodeDecodeError) as error:
-        text = _dashed(argument_error(one_line(error), list(vars(parser.get_defaults()))))
+        words = [item.dest.upper() for item in parser._actions if not item.option_strings]
+        usage, flags = " ".join(["vitcut", name, *words]), list(vars(parser.get_defaults()))
+        text = _dashed(argument_error(one_line(error), flags, usage))
         raise ConfigError(f"{text}; vitcut {name} --help lists the flags") from error
     if "recipe" in typed_values:
         if typed_values.recipe is None:
@@ -359,7 +362,13 @@ def _load_images(
     if "model" in values and (typed.model is not None or not new_head):
         loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
         loading["new_head"] = new_head
-    return LOADERS["Images"](**loading)
+    try:
+        return LOADERS["Images"](**loading)
+    except DataError as error:
+        if parameter.default is not None or typed.source is not None:
+            raise
+        say(f"going on without the run's images: {one_line(error)}")
+        return None
 
 
 def _typed(settings: type, parser: ArgumentParser, typed: Namespace) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcut.compact.info import preprocessing_of
 from vitcut.deployment import for_use
 from vitcut.exports.settings import ExportSettings
 from vitcut.inputs import (
     for_images,
-    preprocessing_of,
     require,
     require_classes_of,
     require_made_for,
@@ -55,7 +55,7 @@ def export(
         compact = model.model if isinstance(model, Cut) else model
         if images is not None:
             require_classes_of(compact, images.task)
-            require_made_for(preprocessing_of(compact), images)
+            require_made_for(preprocessing_of(compact.info), images)
         module, info = for_use(compact)
     else:
         dense, task = require(model, Model), None

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitcut.compact.info import preprocessing_of
 from vitcut.errors import ConfigError
-from vitcut.inputs import images_of, preprocessing_of, require
+from vitcut.inputs import images_of, require
 from vitcut.labels import Labels
 from vitcut.names import SHIPPED_MODEL
 from vitcut.task import Task, all_classes_task, load_task
@@ -42,7 +43,7 @@ def for_use(
     if isinstance(compact, CompactViT):
         if task is not None:
             raise ConfigError("task is for a dense model, got it with a cut, which has its own")
-        info = replace(compact.info, preprocessing=preprocessing_of(compact))
+        info = replace(compact.info, preprocessing=preprocessing_of(compact.info))
         return compact.eval(), info.complete(compact.plan.shape.num_classes)
     model = require(model, Model)
     named = tuple(map(str, range(model.weights.num_classes)))

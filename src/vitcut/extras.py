@@ -5,17 +5,25 @@ from typing import Literal
 
 from vitcut.errors import ConfigError
 
-Extra = Literal["cut", "train", "onnx", "openvino", "hf", "heif"]
+Extra = Literal["cut", "train", "onnx", "openvino", "executorch", "litert", "hf", "heif", "figures"]
 
 EXTRAS: dict[Extra, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "onnx", "onnxscript"),
     "cut": ("timm", "torchvision", "pyarrow", "onnxruntime", "onnx", "onnxscript"),
     "train": ("accelerate",),
     "openvino": ("openvino",),
+    "executorch": ("executorch",),
+    "litert": ("litert_torch",),
     "hf": ("transformers",),
     "heif": ("pillow_heif",),
+    "figures": ("matplotlib",),
 }
 """The modules of each extra; ``train`` and ``cut`` are installed together."""
+
+
+def missing_of(extra: Extra) -> list[str]:
+    """The modules of an extra that are not installed."""
+    return [name for name in EXTRAS[extra] if find_spec(name) is None]
 
 
 def require_extra(*extras: Extra, what: str) -> None:
@@ -29,8 +37,7 @@ def require_extra(*extras: Extra, what: str) -> None:
         ConfigError: A package is not installed.
     """
     for extra in extras:
-        missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
-        if missing:
+        if missing := missing_of(extra):
             raise ConfigError(
                 f"{what} needs {', '.join(missing)}, which vitcut alone does not install: "
                 f'pip install "vitcut[{",".join(extras)}]"'

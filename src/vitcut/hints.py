@@ -70,27 +70,30 @@ _REFUSED = re.compile(
 """A value of the wrong type, in jsonargparse's words."""
 
 
-def argument_error(text: str, names: Sequence[str]) -> str:
+def argument_error(text: str, flags: Sequence[str], usage: str = "") -> str:
     """What jsonargparse says of an argument, as our own errors have it.
 
     Args:
         text: Its message, in one line.
-        names: The flags of the command, without dashes.
+        flags: The flags of the command, without dashes.
+        usage: How the command is typed without flags, its other arguments in capitals.
     """
     text = _CLASS.sub(r"\1", re.sub(r'^Parser key "([\w.]+)":', r"--\1:", text))
     if found := _REFUSED.fullmatch(text):
         kinds = found["kind"] or found["kinds"]
-        words = re.findall(r"'([^']+)'", kinds) if "Literal" in kinds else []
-        expected = f"one of {', '.join(words)}" if words else ""
+        choices = re.findall(r"'([^']+)'", kinds) if "Literal" in kinds else []
+        expected = f"one of {', '.join(choices)}" if choices else ""
         for kind, told in _KINDS.items():
             expected = expected or (told if re.search(rf"\b{kind}\b", kinds) else "")
         value = found["value"] if found["kind"] else found["given"]
-        near = get_close_matches(value, words, n=1)
+        near = get_close_matches(value, choices, n=1)
         meant = f": did you mean {near[0]}?" if near else ""
         if expected:
             return f"{found[1].replace('_', '-')} must be {expected}, got {value}{meant}"
     if unknown := re.match(r"[Uu]nrecognized arguments: (--[\w.]+)", text):
-        near = get_close_matches(unknown[1], [f"--{name}" for name in names], n=1)
+        if unknown[1][2:].upper() in usage.split():
+            return f"{unknown[1][2:]} is typed without {unknown[1]}: {usage}"
+        near = get_close_matches(unknown[1], [f"--{name}" for name in flags], n=1)
         text += f": did you mean {near[0]}?" if near else ""
     return text.rstrip(".")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import msgspec
 
+from vitcut.compact.info import preprocessing_of
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.extras import require_extra
 from vitcut.images.settings import DataSettings
@@ -408,9 +409,9 @@ def _wanted_by(
 
     if isinstance(model, Cut):
         run = None if model.folder is None else find_run(model.folder)
-        return preprocessing_of(model.model), run, _own_task(model.model.info)
+        return preprocessing_of(model.model.info), run, _own_task(model.model.info)
     if isinstance(model, CompactViT):
-        return preprocessing_of(model), None, _own_task(model.info)
+        return preprocessing_of(model.info), None, _own_task(model.info)
     model = require(model, Model)
     return model.preprocessing, model.run, None
 
@@ -428,21 +429,6 @@ def _require_names(task: Task, labels: Labels) -> None:
             f"which keeps their names only, such as {unknown[0]!r}: give the label file that it "
             "was cut for as task"
         )
-
-
-def preprocessing_of(model: "CompactViT | ModelInfo") -> Preprocessing:
-    """How images are prepared for a compact model, or for one that is described.
-
-    Raises:
-        ConfigError: It does not say.
-    """
-    info: Any = getattr(model, "info", model)
-    if info.preprocessing is None:
-        raise ConfigError(
-            "the compact model does not say how its images are made: set model.info to a ModelInfo "
-            "with its preprocessing"
-        )
-    return info.preprocessing
 
 
 def _own_task(info: "ModelInfo") -> Task | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vitcut.compact.info import ModelInfo
+from vitcut.compact.info import NOTE, NOTE_VERSION, ModelInfo, preprocessing_of
 from vitcut.deployment import for_use
 from vitcut.errors import (
     ArtefactError,
@@ -33,7 +33,7 @@ from vitcut.extras import require_extra
 from vitcut.hub import is_hub_id
 from vitcut.images.archives import MAX_FILE_BYTES, is_leftover
 from vitcut.images.decoding import HEAD_BYTES, PICTURE_SUFFIXES, decode, picture_format
-from vitcut.inputs import load_either, preprocessing_of
+from vitcut.inputs import load_either
 from vitcut.preprocessing import Preprocessing
 from vitcut.progress import Meter, Terminal, say
 from vitcut.runtime import usable_threads
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from vitcut.model.model import Model
     from vitcut.task import Task
 
-METADATA, METADATA_VERSION = "vitcut", 1
-"""The key of an .onnx file's metadata with its `ModelInfo` in JSON, and the version of that."""
 STANDARD_INPUT = "-"
 
 _MOST_IN_BATCH, _PIXELS_IN_BATCH = 64, 2**21
@@ -115,7 +113,7 @@ class OnnxFile:
             ) from None
         again = "give a file that `vitcut export` wrote"
         try:
-            noted = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+            noted = json.loads(session.get_modelmeta().custom_metadata_map[NOTE])
             version = noted["format_version"]
             stored = {item.name: noted[item.name] for item in fields(ModelInfo)}
         except KeyError as error:
@@ -127,9 +125,9 @@ class OnnxFile:
             raise ArtefactError(
                 f"{path} has damaged metadata: {one_line(error)}; {again}"
             ) from None
-        if version != METADATA_VERSION:
+        if version != NOTE_VERSION:
             raise ArtefactError(
-                f"{path} has metadata of version {version!r}, expected {METADATA_VERSION}: upgrade "
+                f"{path} has metadata of version {version!r}, expected {NOTE_VERSION}: upgrade "
                 "vitcut, or export the model again"
             )
         info = convert(stored, ModelInfo, what=f"{path} has damaged metadata", remedy=again)

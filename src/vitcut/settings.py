@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
 from vitcut.errors import ConfigError
+from vitcut.extras import require_extra
 from vitcut.names import RuntimeName
 from vitcut.store import sha256_json
 
@@ -59,11 +60,13 @@ def require_bounds(name: str, value: float) -> None:
 
 
 def require_here(*settings: "DataclassInstance | None") -> None:
-    """Refuse more threads or workers than this process may use.
+    """Refuse more threads or workers than this process may use, and runtimes that are missing.
 
     Settings themselves may hold them: those of a run may be read on a smaller machine.
     """
     for own in settings:
+        if "openvino" in getattr(own, "runtimes", ()):
+            require_extra("openvino", what="runtime openvino")
         for name in ("threads", "workers"):
             if (asked := getattr(own, name, None)) is not None:
                 require_bounds(name, asked)

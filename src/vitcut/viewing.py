@@ -45,6 +45,11 @@ def report(
     """
     from vitcut.reports.page import Report
 
+    if files and out is not None and not Path(out).suffix:
+        raise ConfigError(
+            f"out must be a name such as {out}.html, got {out}: files go into a folder of its name "
+            "without suffix"
+        )
     made = Report.of([runs] if isinstance(runs, (str, Path)) else list(runs))
     if files and out is None:
         raise ConfigError("files go beside the page: give out, the file to write")

@@ -113,6 +113,8 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
 
 TYPED = {
     "cut --target-mac 0.3": "--target-mac: did you mean --target-macs?",
+    "export --model animals": "model is typed without --model: vitcut export MODEL;",
+    "predict --model animals a.jpg": "without --model: vitcut predict MODEL PICTURES;",
     "cut --thread 1": "unrecognized arguments: --thread",
     "train --threads x": "threads must be a whole number, got x;",
     "train --ema-decay x": "ema-decay must be a number, got x;",

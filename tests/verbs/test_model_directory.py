@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from PIL import Image
 from pretrained import fake_pretrained
 
 import vitcut
+from vitcut import cli
 from vitcut.cli import main
 from vitcut.compact.card import IMAGENET_TERMS, Origin, model_card
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.model import CompactViT
+from vitcut.errors import DataError
 from vitcut.preprocessing import Framing, Preprocessing
 from vitcut.reports.cards import origin_of
 from vitcut.results import Results
@@ -198,3 +201,22 @@ def test_a_place_without_write_permission_is_told_in_one_line(
     assert "Permission denied" in err
     assert err.splitlines()[-1].startswith("vitcut: error: ")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_whose_images_are_gone_is_exported_without_them(
+    finished, tmp_path, monkeypatch, capsys
+):
+    @wraps(vitcut.load_images)
+    def gone(*_, **__):
+        raise DataError("no images at old/place")
+
+    taken = []
+    verb = cli.VERBS["export"]
+    call = wraps(verb.call)(lambda **given: taken.append(given["images"]))
+    monkeypatch.setitem(cli.VERBS, "export", replace(verb, call=call, show=None))
+    monkeypatch.setitem(cli.LOADERS, "Images", gone)
+    words = ["export", str(finished), "--point", "dense", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert taken == [None]
+    assert "going on without the run's images: no images at old/place" in capsys.readouterr().err
+    assert main([*words, "--source", "old/place"]) == 2

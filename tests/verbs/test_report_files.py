@@ -82,9 +82,9 @@ def test_figures_are_drawn_with_matplotlib(finished, tmp_path):
 
 
 def test_figures_without_matplotlib_say_what_to_install(finished, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"need matplotlib: pip install vitcut\[figures\]"):
-        vitcut.report(finished, files=("svg",), out=tmp_path / "page.html")
+    monkeypatch.setattr("vitcut.extras.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r'needs matplotlib, .* pip install "vitcut\[figures\]"'):
+        vitcut.report(finished, files=("csv", "svg"), out=tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
 
 
@@ -94,6 +94,8 @@ def test_unknown_files_are_refused(finished, tmp_path, capsys):
     assert "gif" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="give out, the file to write"):
         vitcut.report(finished, files=("csv",))
+    with pytest.raises(ConfigError, match=r"out must be a name such as .*page.html, got .*page: "):
+        vitcut.report(finished, files=("csv",), out=tmp_path / "page")
     assert not list(tmp_path.iterdir())
 
 

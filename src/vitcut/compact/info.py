@@ -1,10 +1,15 @@
 """What a model says of itself wherever it goes: its pictures, classes, groups and origin."""
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from vitcut.compact.plan import Plan
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, ConfigError
 from vitcut.preprocessing import Preprocessing
+
+NOTE, NOTE_VERSION = "vitcut", 1
+"""Under which name a file for other software has the model's `ModelInfo.note`, and its version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,10 @@ class ModelInfo:
         groups = tuple(range(len(names)))
         return replace(self, class_names=names, group_names=names, group_of_class=groups)
 
+    def note(self, **more: Any) -> str:
+        """What a file for other software says of its model, in JSON."""
+        return json.dumps({"format_version": NOTE_VERSION, **asdict(self), **more})
+
     def require_fit(self, plan: Plan) -> None:
         """Check that this describes a model of that plan.
 
@@ -61,3 +70,17 @@ class ModelInfo:
                 f"{classes} names and {len(self.group_of_class)} groups of {groups} for "
                 f"{shape.num_classes} logits; save the model again"
             )
+
+
+def preprocessing_of(info: ModelInfo) -> Preprocessing:
+    """How images are prepared for a model.
+
+    Raises:
+        ConfigError: It does not say.
+    """
+    if info.preprocessing is None:
+        raise ConfigError(
+            "the model does not say how its images are made: set model.info to a ModelInfo "
+            "with its preprocessing"
+        )
+    return info.preprocessing

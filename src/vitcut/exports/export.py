@@ -1,8 +1,7 @@
 """Write a model as files that other software runs, each checked against torch."""
 
-import importlib.util
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -11,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitcut.compact.info import ModelInfo
+from vitcut.compact.info import ModelInfo, preprocessing_of
 from vitcut.errors import ArtefactError, ConfigError, ModelError
 from vitcut.exports.cards import export_card
 from vitcut.exports.settings import ExportSettings
-from vitcut.exports.target import PACKAGES, TARGETS, Subject, Written
+from vitcut.exports.target import EXTRA_OF, TARGETS, Subject, Written
+from vitcut.extras import require_extra
 from vitcut.images.load import Images, normalise
 from vitcut.names import TargetName
-from vitcut.preprocessing import Preprocessing
 from vitcut.progress import say
 from vitcut.runtimes.session import frozen_copy, require_parity
 from vitcut.store import atomic_folder, sha256_file, write_json, write_text
@@ -46,12 +45,9 @@ def require_packages(targets: tuple[TargetName, ...]) -> None:
         ConfigError: One is not.
     """
     for target in targets:
-        for extra, module in PACKAGES[target]:
-            if importlib.util.find_spec(module) is None:
-                raise ConfigError(
-                    f"target {target!r} needs the package {module!r}, which is not installed: "
-                    f"pip install 'vitcut[{extra}]'"
-                )
+        extra = EXTRA_OF[target]
+        if extra is not None:
+            require_extra(extra, what=f"target {target}")
 
 
 def require_writable(out: Path, targets: tuple[TargetName, ...]) -> None:
@@ -101,9 +97,6 @@ def make_subject(
         logits = model(examples[:2])
     if not logits.isfinite().all():
         raise ModelError("the model gave NaN or infinite logits: check its weights")
-    if not info.class_names:
-        names = tuple(f"class {number}" for number in range(logits.shape[1]))
-        info = replace(info, class_names=names)
     return Subject(
         module=model,
         info=info,
@@ -111,20 +104,6 @@ def make_subject(
         pixels=torch.from_numpy(np.ascontiguousarray(pixels)),
         images=images,
     )
-
-
-def preprocessing_of(info: ModelInfo) -> Preprocessing:
-    """How pictures are made for a model.
-
-    Raises:
-        ConfigError: It does not say.
-    """
-    if info.preprocessing is None:
-        raise ConfigError(
-            "the model does not say how its images are made: set model.info to a ModelInfo "
-            "with its preprocessing"
-        )
-    return info.preprocessing
 
 
 def export_targets(subject: Subject, out: Path, settings: ExportSettings) -> list[Exported]:
@@ -180,6 +159,8 @@ def compare(subject: Subject, written: Written, target: TargetName) -> dict[str,
     Raises:
         ExactnessError: They differ by more than rounding, and should not.
     """
+    if written.run is None:
+        raise TypeError(f"{target} has neither logits nor a comparison of its own")
     got = written.run(subject.examples)
     with torch.inference_mode():
         expected = torch.cat([subject.module(part) for part in subject.examples.split(32)])

@@ -1,9 +1,7 @@
 """Target onnx: one file for ONNX Runtime, with its preprocessing in it or without."""
 
 import io
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcut.errors import ConfigError, ExactnessError
+from vitcut.compact.info import NOTE
+from vitcut.errors import ExactnessError
 from vitcut.exports.pictures import PictureModel
 from vitcut.exports.settings import ExportSettings
 from vitcut.exports.target import Subject, Written
@@ -32,7 +31,7 @@ from vitcut.runtimes.onnx_runtime import (
 from vitcut.runtimes.session import in_batches
 from vitcut.shapes import Tensor
 
-FILE, METADATA_KEY, METADATA_VERSION = "model.onnx", "vitcut", 1
+FILE = "model.onnx"
 PICTURES_NAME, PROBABILITIES_NAME = "pictures", "probabilities"
 _FARTHEST = 0.05
 """Between probabilities from the file and from Pillow: much more than rounding makes."""
@@ -68,7 +67,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         ExactnessError: ONNX Runtime computes something else than torch.
     """
     path, batch = folder / FILE, None if settings.batch == "dynamic" else settings.batch
-    noted = metadata(subject, with_preprocessing=settings.with_preprocessing)
+    noted = {NOTE: subject.info.note(with_preprocessing=settings.with_preprocessing)}
     parity: dict[str, Any] | None = None
     use, report = _USE, dict[str, Any]()
     if settings.with_preprocessing:
@@ -78,7 +77,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         use = _USE_PICTURES.replace(
             "TURNED", "ImageOps.exif_transpose(picture)" if turned else "picture"
         ).replace(", ImageOps" if not turned else "\0", "")
-        run = _no_logits
+        run = None
     else:
         export_onnx(
             subject.module,
@@ -116,14 +115,6 @@ def load_run(path: Path, batch: int | None) -> Callable[[Tensor], Tensor]:
     """Normalised images to logits, by ONNX Runtime on one thread."""
     run = load_session(path, batch=batch or 1, threads=1).run
     return run if batch is None else in_batches(run, batch)
-
-
-def metadata(subject: Subject, *, with_preprocessing: bool) -> dict[str, str]:
-    """What a file of vitcut says of itself: one text, in JSON."""
-    content: dict[str, Any] = {"format_version": METADATA_VERSION, **asdict(subject.info)}
-    if with_preprocessing:
-        content["with_preprocessing"] = True
-    return {METADATA_KEY: json.dumps(content)}
 
 
 def write_pictures(
@@ -209,7 +200,3 @@ def _pictures(pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     wide = [np.concatenate([one, other], 1) for one, other in pairwise(pixels)]
     tall = [np.concatenate([one, other], 0) for one, other in pairwise(pixels)]
     return [*pixels[:most], *wide[:most], *tall[:most]]
-
-
-def _no_logits(_: Tensor) -> Tensor:
-    raise ConfigError("a file with preprocessing takes pictures, got normalised images")

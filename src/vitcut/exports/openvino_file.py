@@ -1,10 +1,9 @@
 """Target openvino: OpenVINO's model.xml and model.bin, in float32."""
 
-import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from vitcut.compact.info import NOTE
 from vitcut.exports.settings import ExportSettings
 from vitcut.exports.target import Subject, Written
 from vitcut.runtimes.onnx_runtime import INPUT_NAME, OUTPUT_NAME
@@ -31,7 +30,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
     model.reshape([batch or -1, *subject.examples.shape[1:]])
     model.input(0).get_tensor().set_names({INPUT_NAME})
     model.output(0).get_tensor().set_names({OUTPUT_NAME})
-    model.set_rt_info(json.dumps({"format_version": 1, **asdict(subject.info)}), ["vitcut"])
+    model.set_rt_info(subject.info.note(), [NOTE])
     openvino.save_model(model, path, compress_to_fp16=False)
     run = compile_model(openvino.Core().read_model(path), threads=1, fused=False)
     return Written(

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import nn
 
-from vitcut.compact.info import ModelInfo
-from vitcut.errors import ConfigError
+from vitcut.compact.info import ModelInfo, preprocessing_of
 from vitcut.preprocessing import Preprocessing
 from vitcut.shapes import Float, Tensor, UInt8
 
@@ -55,10 +54,8 @@ class PictureModel(nn.Module):
             ConfigError: It does not say how images are prepared.
         """
         super().__init__()
-        if info.preprocessing is None:
-            raise ConfigError("the model does not say how its images are made")
-        self.model, self.preprocessing, self.places = model, info.preprocessing, places
-        taken = info.preprocessing
+        self.model, self.preprocessing, self.places = model, preprocessing_of(info), places
+        taken = self.preprocessing
         scale = 255 * torch.tensor(taken.std, dtype=torch.float64)
         shift = torch.tensor(taken.mean, dtype=torch.float64) * 255
         self.register_buffer("scale", scale.view(-1, 1, 1).float())

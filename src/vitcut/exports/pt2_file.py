@@ -1,7 +1,5 @@
 """Target pt2: a program of torch.export, which torch runs without vitcut."""
 
-import json
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,8 +28,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         (subject.examples[:1].repeat(batch or 2, 1, 1, 1),),
         dynamic_shapes=({0: Dim("batch")},) if batch is None else None,
     )
-    noted = json.dumps({"format_version": 1, **asdict(subject.info)})
-    torch.export.save(program, path, extra_files={"vitcut.json": noted})
+    torch.export.save(program, path, extra_files={"vitcut.json": subject.info.note()})
     module = torch.export.load(path).module()
 
     def run(images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitcut.compact.info import ModelInfo
+from vitcut.extras import Extra
 from vitcut.images.load import Images
 from vitcut.names import TargetName
 from vitcut.shapes import Float, Tensor, UInt8
@@ -35,8 +36,9 @@ class Written:
 
     file: Path
     """The file that a runtime opens, inside the folder."""
-    run: Callable[[Tensor], Tensor]
-    """Normalised images to logits, computed by the target's runtime from the file on disk."""
+    run: Callable[[Tensor], Tensor] | None
+    """Normalised images to logits, computed by the target's runtime from the file on disk; None for
+    a file that gives no logits, which has ``parity``."""
     tools: dict[str, str]
     """Versions of the packages that made and ran it, by name."""
     needs: tuple[str, ...]
@@ -47,7 +49,7 @@ class Written:
     details: dict[str, Any] = field(default_factory=dict[str, Any])
     """More for export.json, such as the opset."""
     parity: dict[str, Any] | None = None
-    """What it has compared itself, if the file gives no logits."""
+    """What it has compared itself."""
     exact: bool = True
     """Whether its logits must equal torch's up to the rounding of float32."""
 
@@ -63,12 +65,12 @@ TARGETS: dict[TargetName, str] = {
 """The module of each target. Its ``write(subject, folder, settings)`` fills a folder and gives a
 `Written`."""
 
-PACKAGES: dict[TargetName, tuple[tuple[str, str], ...]] = {
-    "onnx": (("onnx", "onnxruntime"), ("onnx", "onnxscript")),
-    "openvino": (("openvino", "openvino"),),
-    "pt2": (),
-    "executorch": (("executorch", "executorch"),),
-    "litert": (("litert", "litert_torch"),),
-    "transformers-js": (("onnx", "onnxruntime"), ("onnx", "onnxscript")),
+EXTRA_OF: dict[TargetName, Extra | None] = {
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "pt2": None,
+    "executorch": "executorch",
+    "litert": "litert",
+    "transformers-js": "onnx",
 }
-"""The extra of vitcut and the module of each package that a target needs besides torch."""
+"""What installs the packages that a target needs besides torch."""

@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vitcut.compact.info import ModelInfo
-from vitcut.errors import ConfigError
-from vitcut.exports.onnx_file import compare_pictures, load_pictures_run, metadata
+from vitcut.compact.info import NOTE, ModelInfo
+from vitcut.exports.onnx_file import compare_pictures, load_pictures_run
 from vitcut.exports.pictures import PictureModel
 from vitcut.exports.settings import ExportSettings
 from vitcut.exports.target import Subject, Written
@@ -83,7 +82,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         names=(INPUT_NAME, OUTPUT_NAME),
         dynamic={0: "batch", 2: "height", 3: "width"},
         opset=settings.opset,
-        metadata=metadata(subject, with_preprocessing=True),
+        metadata={NOTE: subject.info.note(with_preprocessing=True)},
     )
     write_json(folder / "config.json", config(subject.info, model.preprocessing.image_size))
     write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
@@ -94,7 +93,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
 
     return Written(
         file=path,
-        run=_no_images,
+        run=None,
         parity=compare_pictures(probabilities, model, subject),
         tools={name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
         needs=(),
@@ -124,7 +123,3 @@ _PREPROCESSOR = {
     **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), False),
 }
 """Bytes as they are; transformers' libraries would do it all unless told otherwise."""
-
-
-def _no_images(_: Tensor) -> Tensor:
-    raise ConfigError("a file with preprocessing takes pictures, got normalised images")

@@ -4,13 +4,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.table import Table
 
-from vitcut.exports.target import PACKAGES
+from vitcut.exports.target import EXTRA_OF
+from vitcut.extras import missing_of
 from vitcut.progress import Terminal
 from vitcut.runtime import describe_machine
 
@@ -56,9 +56,9 @@ def check_machine(calibration: "Calibration | None" = None) -> Checks:
             missing = lacking.setdefault(found["extra"], [])
             missing += [] if packages[found["name"]] else [found["name"]]
     usable: dict[str, str | None] = {}
-    for target, needed in PACKAGES.items():
-        extras = [extra for extra, module in needed if find_spec(module) is None]
-        usable[f"export --to {target}"] = _install(extras[0]) if extras else None
+    for target, extra in EXTRA_OF.items():
+        missing = [] if extra is None else missing_of(extra)
+        usable[f"export --to {target}"] = _install(str(extra)) if missing else None
     compiler = next((name for name in ("c++", "g++", "clang++", "cl") if shutil.which(name)), None)
     usable["torch-compile"] = None if compiler else "a C++ compiler, such as g++"
     for extra, missing in sorted(lacking.items()):

@@ -42,10 +42,8 @@ def files_of(
     Args:
         results: What was measured, if anything was.
         circuits: The circuit of each point, and the strengths of its edges as far as known.
-        kinds: Which files. ``mib`` is for circuits over whole tokens alone.
-
-    Raises:
-        ConfigError: Figures are asked for, but matplotlib is not installed.
+        kinds: Which files. ``mib`` is for circuits over whole tokens; ``svg`` and ``png`` need
+            matplotlib.
     """
     if "csv" in kinds and results is not None:
         yield "points.csv", _points_csv(results).encode()
@@ -169,12 +167,7 @@ def _points_csv(results: Results) -> str:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        figures = import_module("matplotlib.figure")
-    except ImportError:
-        raise ConfigError(
-            "svg and png need matplotlib: pip install vitcut[figures], or save the SVG on the page"
-        ) from None
+    figures = import_module("matplotlib.figure")
     return figures.Figure(figsize=(width, height), layout="constrained")
 
 

@@ -26,6 +26,7 @@ from vitcut.compiler.settings import CutSettings
 from vitcut.discovery.decision_log import DecisionLog
 from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.extras import require_extra
 from vitcut.graph import Graph
 from vitcut.reports.files import FileKind, Strengths, files_of, write_files
 from vitcut.reports.tables import headline, recommend
@@ -116,6 +117,8 @@ class Report:
         """
         for kind in kinds:
             require_one_of("files", kind, get_args(FileKind))
+        if {"svg", "png"} & set(kinds):
+            require_extra("figures", what="svg and png")
         for number, path in enumerate(self.paths):
             place, results = Path(folder), _results(path)
             if len(self.paths) > 1:
