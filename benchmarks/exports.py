@@ -1,7 +1,6 @@
 r"""Make docs/benchmarks/export again: two cuts and their dense models, through every target of export.
 
-    OMP_NUM_THREADS=1 taskset -c 0 uv run --extra openvino --extra executorch \
-        python benchmarks/exports.py --animals tiny-imagenet-200.zip \
+    OMP_NUM_THREADS=1 taskset -c 0 uv run python benchmarks/exports.py --animals tiny-imagenet-200.zip \
         --vit-tiny timm:vit_tiny_patch16_224 --cats-dogs cats-dogs-256.zip
 
 Cuts, files and measurements that are there in ``--out`` are not made again; delete

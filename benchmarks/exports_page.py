@@ -33,8 +33,7 @@ def write_page() -> None:
     sections = "\n".join(section(task, rows) for task, rows in tasks.items())
     text = f"""# Every target of `vitcut export`, dense beside compact
 
-    OMP_NUM_THREADS=1 taskset -c 0 uv run --extra openvino --extra executorch \\
-        python benchmarks/exports.py --animals tiny-imagenet-200.zip \\
+    OMP_NUM_THREADS=1 taskset -c 0 uv run python benchmarks/exports.py --animals tiny-imagenet-200.zip \\
         --vit-tiny timm:vit_tiny_patch16_224 --cats-dogs cats-dogs-256.zip
 
 Two models, each beside its cut to a share of its multiply-accumulates, without any training after the
@@ -67,10 +66,10 @@ def conditions(tasks: dict[str, Any]) -> str:
         )
     return f"""- {machine["cpu"]}, {machine["cores"]} cores, {
         ", ".join(machine["cpu_flags"])
-    }; load {min(loads)} to {
-        max(loads)
-    } at the start of a row, other processes kept up to {
-        max(foreign):.1f} cores busy during the timings; Python {machine["python"]}; {", ".join(dates)}.
+    }; load {min(loads)} to {max(loads)} at the start of a row, other processes kept up to {
+        max(foreign):.1f} cores busy during the timings; Python {machine["python"]}; {
+        ", ".join(dates)
+    }.
 - {versions}.
 - **Latency**: one thread, float32, dense and compact in turn for {
         " or ".join(seconds)
