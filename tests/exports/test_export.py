@@ -182,6 +182,8 @@ REFUSED = {
     "a target twice": ({"to": ("onnx", "onnx")}, "different targets, got onnx, onnx"),
     "an opset that is too old": ({"opset": 17}, "opset must be between 18 and 23, got 17"),
     "an opset that is too new": ({"opset": 24}, "opset must be between 18 and 23, got 24"),
+    "an opset of OpenVINO": ({"opset": 21, "to": ("openvino",)}, "opset is for onnx and"),
+    "a batch of a browser": ({"batch": 2, "to": ("transformers-js",)}, "any number of images"),
     "no images per call": ({"batch": 0}, "batch must be between 1"),
     "an unknown precision": ({"precision": "int4"}, "precision must be one of"),
     "int8 of a target without": ({"precision": "int8", "to": ("pt2",)}, "precision is for onnx"),

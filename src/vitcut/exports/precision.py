@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
 from vitcut.benchmark.bootstrap import bootstrap_interval, paired_interval
 from vitcut.benchmark.evaluation import evaluate
@@ -111,8 +112,9 @@ def _quantized(path: Path, model: onnx.ModelProto, examples: Tensor, batch: int)
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            whole = len(examples) // batch * batch
-            self.left = iter(examples[:whole].split(batch))
+            # The last batch is filled up: images that come twice widen no range.
+            filled = torch.arange(-(-len(examples) // batch) * batch) % len(examples)
+            self.left = iter(examples[filled].split(batch))
 
         def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             images = next(self.left, None)

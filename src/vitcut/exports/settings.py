@@ -9,6 +9,7 @@ from vitcut.names import Precision, TargetName
 from vitcut.settings import require_bounds, require_one_of
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 23
+_USUAL_OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class ExportSettings:
 
     to: tuple[TargetName, ...] = ("onnx",)
     """Targets: onnx, openvino, pt2, executorch, litert, transformers-js."""
-    opset: int = 20
+    opset: int = _USUAL_OPSET
     """Version of ONNX's operations, 18 to 23. ONNX Runtime 1.17 reads 20; 23 needs 1.23."""
     batch: int | Literal["dynamic"] = "dynamic"
     """Images per call: a number, or dynamic for any."""
@@ -55,6 +56,16 @@ class ExportSettings:
             raise ConfigError(
                 "a file with preprocessing takes one picture of any size, got batch "
                 f"{self.batch}: leave batch or with-preprocessing out"
+            )
+        if self.opset != _USUAL_OPSET and not {"onnx", "transformers-js"} & {*self.to}:
+            raise ConfigError(
+                f"opset is for onnx and transformers-js, got opset {self.opset} with "
+                f"{', '.join(self.to)}: leave it out"
+            )
+        if self.batch != "dynamic" and "transformers-js" in self.to:
+            raise ConfigError(
+                f"a file for transformers-js takes any number of images, got batch {self.batch}: "
+                "export it by itself without batch"
             )
         only_onnx = [name for name in self.to if name != "onnx"]
         for name, value, plain in (
