@@ -77,7 +77,7 @@ def conditions(tasks: dict[str, Any]) -> str:
   median (10th to 90th percentile). *Faster* is the median of the ratios within rounds, with its 95 %
   interval. ONNX and pt2 have one file for any batch size; the others have one for each.
 - **Start**: a fresh process that runs the program of the folder's README on one picture, from its
-  start to its end, and the most memory that it had resident; median of 5, taken in turn. *Imports* is
+  start to its end, and the most memory that it had resident; median of 3, taken in turn, or one where that takes long. *Imports* is
   the same process with the program's imports alone.
 - **Parity**: the file's logits against torch's, on training images.{missing}"""
 
