@@ -77,12 +77,12 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def test_the_public_names_are_these():
-    settings = ["Bench", "Cut", "Discover", "Finetune", "Run", "Train", "Transfer", "Vit"]
+    settings = ["Bench", "Cut", "Discover", "Export", "Finetune", "Run", "Train", "Transfer", "Vit"]
     values = ["Budget", "Circuit", "CompactViT", "Task", "VitcutError", "__version__"]
     functions = ["evaluate", "load_images", "load_model", "load_task", "register_adapter"]
     verbs = [
         *("bench", "checks", "cut", "demo", "discover", "finetune", "prepare", "run", "show"),
-        *("info", "report", "suggest", "train"),
+        *("export", "info", "predict", "report", "suggest", "train"),
     ]
     expected = [*values, *functions, *verbs, *(f"{name}Settings" for name in settings)]
     assert sorted(vitcut.__all__) == sorted(expected)

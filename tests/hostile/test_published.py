@@ -30,9 +30,9 @@ def test_a_circuit_of_another_model_is_refused(model):
 
 def test_a_fill_of_another_model_is_refused(model):
     path = model / "fill.safetensors"
-    tensors, facts = read_tensors(path, kind="fill", version=2)
+    tensors, facts = read_tensors(path, kind="fill", version=3)
     tensors["sources"] = tensors["sources"] + 1
-    write_tensors(path, tensors, facts, version=2)
+    write_tensors(path, tensors, facts, version=3)
     with pytest.raises(ArtefactError, match=r"the fill in .* is not the one that the model"):
         Cut.load(model)
 

@@ -310,7 +310,7 @@ def test_the_verb_repairs_and_shows_the_differences(finished, repaired, tmp_path
     assert main([*words, *FLAGS, *TIMING, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"{POINT}-repaired against dense-repaired: coarse accuracy " in printed
-    assert f"next: vitcut show {out}" in printed
+    assert f"next: vitcut export {out} --to onnx" in printed
     one, other = (load_file(path / "model" / "model.safetensors") for path in (out, repaired))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert main(["show", str(out)]) == 0
