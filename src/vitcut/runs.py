@@ -51,7 +51,7 @@ class _Lock:
 
     @classmethod
     def of(cls, folder: Path) -> "_Lock":
-        """Lock a directory, which is created if need be.
+        """Lock a directory, which is created if need be, and sweep it.
 
         Raises:
             ArtefactError: Another process works in it.
@@ -65,6 +65,8 @@ class _Lock:
                 weakref.finalize(lock, unlock, opened)
                 if opened is None:
                     _say_unlocked()
+                # Before any other thread of this process writes there.
+                sweep(place, deep=True)
                 _HELD[place] = lock
             return lock
 
@@ -151,7 +153,6 @@ class Run:
         # Of processes that train together, only the first one locks, sweeps and writes.
         if int(os.environ.get("RANK", "0")) == 0:
             self._lock = _Lock.of(self.path)
-            sweep(self.path, deep=True)
         config = self.path / CONFIG_FILE
         # Settings may be corrected as long as there are no results of theirs.
         if config.exists() and self._names() - {CONFIG_FILE, TRAINING_FILE}:
