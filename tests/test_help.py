@@ -102,4 +102,4 @@ def test_models_that_are_too_few_or_not_measured_are_refused(capsys):
     assert main(["checks", "--models", "2"]) == 2
     assert "models must be at least 3" in capsys.readouterr().err
     assert main(["checks", "--seconds", "2"]) == 2
-    assert "models and seconds are for measuring: give save" in capsys.readouterr().err
+    assert "model, models and seconds are for measuring: give save" in capsys.readouterr().err

@@ -546,12 +546,14 @@ def checks(
         save: File to write the costs to, for ``--costs``. Without it, nothing is measured.
 
     Raises:
-        ConfigError: Fewer than 3 models, or models or seconds without a file to save to.
+        ConfigError: Fewer than 3 models, or a model, models or seconds without a file to save to.
     """
     if models < 3:
         raise ConfigError(f"models must be at least 3, got {models}")
-    if save is None and (models, seconds) != (18, 0.5):
-        raise ConfigError("models and seconds are for measuring: give save too, or leave them out")
+    if save is None and (model, models, seconds) != (SHIPPED_MODEL, 18, 0.5):
+        raise ConfigError(
+            "model, models and seconds are for measuring: give save too, or leave them out"
+        )
     from vitcut.reports.checks import check_machine
 
     if save is None:

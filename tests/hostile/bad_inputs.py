@@ -105,7 +105,7 @@ def _commands(lab: Lab) -> dict[str, tuple[str | None, list[str]]]:
         "bench": (cut, []),
         "info": (cut, []),
         "show": (cut, []),
-        "checks": (None, model),
+        "checks": (None, [*model, "--save", "measured.json"]),
         "run": ("animals", []),
     }
 

@@ -431,12 +431,13 @@ def tensor_forgeries(lab: Lab) -> Iterator[tuple[str, str]]:
         ):
             folder = _copy(lab, kind)
             path = folder / kind.file
-            tensors, facts = read_tensors(path, kind=title, version=2)
+            version = 3 if title == "fill" else 2
+            tensors, facts = read_tensors(path, kind=title, version=version)
             key = max(tensors, key=lambda key: tensors[key].numel())
             changed = tensors.pop(key)
             if change is not None:
                 tensors[key] = change(changed)
-            write_tensors(path, tensors, facts, version=2)
+            write_tensors(path, tensors, facts, version=version)
             yield name, _outcome(lambda: kind.read(lab, folder), whole)  # noqa: B023
         _restore(lab, kind)
 
