@@ -247,40 +247,26 @@ def load_openvino(folder: Path) -> Callable[[Tensor], Tensor]:
 
 def load_pt2(folder: Path) -> Callable[[Tensor], Tensor]:
     """A file of target pt2."""
-    module = torch.export.load(folder / "model.pt2").module()
+    from vitcut.exports.pt2_file import load
 
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return module(images)
-
-    return run
+    return load(folder / "model.pt2")
 
 
 def load_executorch(folder: Path) -> Callable[[Tensor], Tensor]:
-    """A file of target executorch."""
+    """A file of target executorch, on one thread."""
     from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
+
+    from vitcut.exports.executorch_file import load
 
     portable_lib._unsafe_reset_threadpool(1)
-    program = Runtime.get().load_program(folder / "model.pte")
-    method = program.load_method("forward")
-    return lambda images: method.execute([images])[0]
+    return load(folder / "model.pte")
 
 
 def load_litert(folder: Path) -> Callable[[Tensor], Tensor]:
     """A file of target litert."""
-    from ai_edge_litert.interpreter import Interpreter
+    from vitcut.exports.litert_file import load
 
-    interpreter = Interpreter(str(folder / "model.tflite"), num_threads=1)
-    interpreter.allocate_tensors()
-    (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
-
-    def run(images: Tensor) -> Tensor:
-        interpreter.set_tensor(taken["index"], images.numpy())
-        interpreter.invoke()
-        return torch.from_numpy(interpreter.get_tensor(given["index"]))
-
-    return run
+    return load(folder / "model.tflite")
 
 
 LOADERS = {

@@ -34,7 +34,6 @@ def for_use(
         ConfigError: The task is for a cut, or a cut does not say how its images are made.
         TaskError: The model lacks classes of the task.
     """
-    from vitcut.compact.info import ModelInfo
     from vitcut.compact.model import CompactViT
     from vitcut.compiler.cut import Cut
     from vitcut.model.model import Model
@@ -55,11 +54,4 @@ def for_use(
     wanted = task if isinstance(task, Task) or task is None else load_task(task)
     wanted = all_classes_task(labels) if wanted is None else wanted.among(labels)
     model = model.for_task(wanted, labels)
-    return model.module, ModelInfo(
-        preprocessing=model.preprocessing,
-        class_names=wanted.class_names,
-        group_names=wanted.groups,
-        group_of_class=tuple(wanted.group_of_class.tolist()),
-        source_model=model.public_name,
-        source_sha256=model.weight_hash,
-    )
+    return model.module, model.info_for(wanted)

@@ -334,7 +334,10 @@ def test_a_model_whose_directory_is_gone_can_be_saved(folder, tmp_path):
     model = CompactViT.from_pretrained(folder)
     shutil.rmtree(folder)
     model.save_pretrained(tmp_path / "copy")
-    CompactViT.from_pretrained(tmp_path / "copy")
+    copy = CompactViT.from_pretrained(tmp_path / "copy")
+    assert copy.info == model.info
+    for own, saved in zip(model.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(own, saved)
 
 
 def test_a_shortage_is_not_called_damage(folder, monkeypatch):

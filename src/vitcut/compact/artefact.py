@@ -1,7 +1,7 @@
 """The model directory: config.json, tensors, circuit, fill and card. Never pickle."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -114,11 +114,15 @@ def fill_folder(fresh: Path, *, plan: Plan, info: ModelInfo, tensors: Mapping[st
         described["fill"] = sha256_file(fresh / FILL)
     write_json(fresh / CONFIG, sealed(described, FORMAT_VERSION))
     if info.class_names:
-        # One a line, in the order of the logits, as `load_model(labels=...)` reads them.
-        lines = [printable(" ".join(name.split())) for name in info.class_names]
-        write_text(fresh / LABELS, "\n".join(lines) + "\n")
+        write_labels(fresh / LABELS, info.class_names)
     write_text(fresh / CARD, model_card(info))
     return weights_hash
+
+
+def write_labels(path: Path, names: Sequence[str]) -> None:
+    """Write class names as ``load_model(labels=...)`` reads them: one a line, in logit order."""
+    lines = [printable(" ".join(name.split())) for name in names]
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def recorded_hash(folder: Path) -> str:

@@ -71,7 +71,11 @@ def model_card(
     sections = {
         "Use": _use(info),
         "Classes and groups": "\n".join(_classes(info)),
-        "Pictures": "" if info.preprocessing is None else _pictures(info.preprocessing),
+        "Pictures": (
+            f"{prepared(info.preprocessing)} `vitcut.predict` does all of this."
+            if info.preprocessing
+            else ""
+        ),
         "How it was made": made,
         "Measured": measured or "Nothing was measured of this copy.",
         "Files": _FILES,
@@ -141,7 +145,8 @@ def _classes(info: ModelInfo) -> Iterator[str]:
         yield f"- and {len(info.group_names) - _LISTED} more"
 
 
-def _pictures(taken: Preprocessing) -> str:
+def prepared(taken: Preprocessing) -> str:
+    """How a picture becomes what the model takes, in words."""
     side, framing = taken.image_size, taken.framing
     colours = "grey" if framing.channels == 1 else "RGB"
     scaled = int(side / framing.crop_fraction + 1e-6)
@@ -155,7 +160,7 @@ def _pictures(taken: Preprocessing) -> str:
     turned = turned if framing.orientation == "apply" else "taken as it is stored, not turned"
     mean, std = (", ".join(f"{x:g}" for x in values) for values in (taken.mean, taken.std))
     return f"""A picture is {turned}, and converted to {colours}. {fitted}{kept}. Values from 0 to 1
-are normalised: less {mean}, divided by {std}. `vitcut.predict` does all of this."""
+are normalised: less {mean}, divided by {std}."""
 
 
 _FILES = """The model is `config.json` and `model.safetensors`; nothing else is read to run it.

@@ -9,7 +9,6 @@ from typing import Any
 from vitcut.benchmark.evaluation import evaluate
 from vitcut.circuit import Circuit
 from vitcut.compact.artefact import fill_folder, recorded_hash
-from vitcut.compact.info import ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import count_macs
 from vitcut.compiler.cost import CostModel
@@ -212,14 +211,7 @@ def cut_circuit(
     final = merge_streams(parent, weights.shape, costs) if settings.merge else parent
     fill = fitter.fit(final).fill
     compact = compile_circuit(weights, final, fill, costs=costs)
-    compact.info = ModelInfo(
-        preprocessing=model.preprocessing,
-        class_names=task.class_names,
-        group_names=task.groups,
-        group_of_class=tuple(task.group_of_class.tolist()),
-        source_model=model.public_name,
-        source_sha256=model.weight_hash,
-    )
+    compact.info = model.info_for(task)
     count = min(settings.verify_images, len(images.val))
     chosen = choose_evenly(images.val.labels, count, seed=settings.seed)
     pixels = normalise(images.val.read(chosen), model.preprocessing)

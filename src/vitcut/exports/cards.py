@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vitcut.compact.card import prepared
 from vitcut.compact.info import ModelInfo
 from vitcut.errors import plain_markdown
 from vitcut.exports.target import Written
@@ -29,11 +30,7 @@ def export_card(
         groups = (
             f" in {len(info.group_names)} groups: {plain_markdown(', '.join(info.group_names))}"
         )
-    framing, size, parity = taken.framing, taken.image_size, about["parity"]
-    turned = "turned as EXIF says" if framing.orientation == "apply" else "as they are stored"
-    shown = "the whole" if framing.fit == "squash" else "the central square"
-    if (part := framing.shown_fraction(size)) != 1:
-        shown += f", cropped to {part:.1%} of its sides,"
+    parity = about["parity"]
     tools = ", ".join(f"{name} {version}" for name, version in about["tools"].items())
     return f"""# An image classifier for {about["target"]}
 
@@ -47,10 +44,8 @@ def export_card(
 {use}
 ## What it takes
 
-- Pictures: {"grey" if framing.channels == 1 else "RGB"}, {turned}. Of each, {shown} is
-  scaled to {size} x {size} pixels by Pillow's {framing.interpolation} filter.
-- Normalised: (pixel / 255 - mean) / std, mean {list(taken.mean)}, std {list(taken.std)}.
-- Images per call: {about["batch"]}. Precision: {about["precision"]}.
+{prepared(taken)}
+Images per call: {about["batch"]}. Precision: {about["precision"]}.
 
 ## How it was checked
 

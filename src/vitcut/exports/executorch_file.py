@@ -45,12 +45,9 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
     graph = lowered.exported_program().graph
     called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     path.write_bytes(lowered.to_executorch().buffer)
-    method = Runtime.get().load_program(path).load_method("forward")
-    if method is None:
-        raise TypeError(f"{path} has no method forward")
     return Written(
         file=path,
-        run=in_batches(lambda images: method.execute([images])[0].clone(), batch),
+        run=in_batches(load(path), batch),
         tools={name: version(name) for name in ("torch", "executorch")},
         needs=("executorch", "torch"),
         use=_USE,
@@ -60,6 +57,14 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
             "other_operations": sum("EdgeOpOverload" in name for name in called),
         },
     )
+
+
+def load(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs the file: as many normalised images as it takes to logits."""
+    method = Runtime.get().load_program(path).load_method("forward")
+    if method is None:
+        raise TypeError(f"{path} has no method forward")
+    return lambda images: method.execute([images])[0].clone()
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vitcut.compact.artefact import LABELS, write_labels
 from vitcut.compact.info import ModelInfo, preprocessing_of
 from vitcut.errors import ArtefactError, ConfigError, ModelError
 from vitcut.exports.cards import export_card
@@ -23,7 +24,7 @@ from vitcut.runtimes.session import frozen_copy, require_parity
 from vitcut.store import atomic_folder, sha256_file, write_json, write_text
 
 FORMAT_VERSION = 1
-EXPORT_FILE, LABELS_FILE, CARD_FILE = "export.json", "labels.txt", "README.md"
+EXPORT_FILE, CARD_FILE = "export.json", "README.md"
 _EXAMPLES, _CALIBRATION = 32, 128
 _SEED = 0
 
@@ -143,8 +144,7 @@ def export_targets(subject: Subject, out: Path, settings: ExportSettings) -> lis
                 **asdict(subject.info),
             }
             write_json(folder / EXPORT_FILE, about)
-            labels = "".join(f"{name}\n" for name in subject.info.class_names)
-            write_text(folder / LABELS_FILE, labels)
+            write_labels(folder / LABELS, subject.info.class_names)
             write_text(folder / CARD_FILE, export_card(subject.info, taken, written, about))
         advice = about.get("beside_float32", {}).get("advice")
         if advice:

@@ -1,6 +1,7 @@
 """Target litert: a program for LiteRT (TensorFlow Lite), as Android and many boards run it."""
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,18 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
     example = subject.examples[:1].repeat(batch, 1, 1, 1)
     with redirect_stdout(io.StringIO()):  # two lines for each of its steps
         litert_torch.convert(subject.module, (example,)).export(str(path))
+    return Written(
+        file=path,
+        run=in_batches(load(path), batch),
+        tools={name: version(name) for name in ("torch", "litert-torch", "ai-edge-litert")},
+        needs=("ai-edge-litert",),
+        use=_USE,
+        details={"batch": batch},
+    )
+
+
+def load(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs the file: as many normalised images as it takes to logits."""
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
@@ -39,11 +52,4 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         interpreter.invoke()
         return torch.from_numpy(interpreter.get_tensor(given["index"]))
 
-    return Written(
-        file=path,
-        run=in_batches(run, batch),
-        tools={name: version(name) for name in ("torch", "litert-torch", "ai-edge-litert")},
-        needs=("ai-edge-litert",),
-        use=_USE,
-        details={"batch": batch},
-    )
+    return run

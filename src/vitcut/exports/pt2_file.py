@@ -1,5 +1,6 @@
 """Target pt2: a program of torch.export, which torch runs without vitcut."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,12 +30,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         dynamic_shapes=({0: Dim("batch")},) if batch is None else None,
     )
     torch.export.save(program, path, extra_files={"vitcut.json": subject.info.note()})
-    module = torch.export.load(path).module()
-
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return module(images)
-
+    run = load(path)
     return Written(
         file=path,
         run=run if batch is None else in_batches(run, batch),
@@ -42,3 +38,14 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         needs=("torch",),
         use=_USE,
     )
+
+
+def load(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs the file: normalised images to logits."""
+    module = torch.export.load(path).module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return module(images)
+
+    return run

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitcut.compact.info import ModelInfo
 from vitcut.errors import ModelError, TaskError, UnsupportedModelError
 from vitcut.labels import Labels
 from vitcut.model.classes import find_labels, keep_rows
@@ -122,6 +123,21 @@ class Model:
             ),
             labels=labels,
             kept_classes=task.class_ids,
+        )
+
+    def info_for(self, task: Task) -> ModelInfo:
+        """What a user of this model, or of what is made of it, needs to know.
+
+        Args:
+            task: The classes that its logits stand for, and their groups.
+        """
+        return ModelInfo(
+            preprocessing=self.preprocessing,
+            class_names=task.class_names,
+            group_names=task.groups,
+            group_of_class=tuple(task.group_of_class.tolist()),
+            source_model=self.public_name,
+            source_sha256=self.weight_hash,
         )
 
     def with_labels(self, names: Sequence[str]) -> "Model":
