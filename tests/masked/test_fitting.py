@@ -318,7 +318,7 @@ def test_a_fitter_reads_its_images_when_a_fill_needs_them():
     assert asked == [6]
     fitter.fit(circuit)
     fitter.fit(circuit)
-    assert asked == [6, 6, 6]  # For means, for what the full model says, and for the fit.
+    assert asked == [6, 6]
 
 
 def test_a_fitter_fits_as_fit_fill_does_and_keeps_the_last_fit():

@@ -111,6 +111,7 @@ class Fill:
         if (
             wrong
             or "sources" not in tensors
+            or ("head_weight" in tensors) != ("head_bias" in tensors)
             or facts.keys() != {"circuit"}
             or not isinstance(circuit, str | None)
         ):

@@ -97,6 +97,8 @@ class Fitter:
         self._ridge = ridge
         self._memory_gib = memory_gib
         self._last: Fit | None = None
+        self._logits: Tensor | None = None
+        """The uncut model's on the calibration images, the same for every fit."""
 
     @cached_property
     def means(self) -> Fill:
@@ -110,13 +112,6 @@ class Fitter:
         batches = pixels.split(_MEANS_BATCH)
         tracked = track(batches, "averaging", len(batches), unit="batches")
         return mean_fill(weights, (x.to(weights.device, weights.dtype) for x in tracked))
-
-    @cached_property
-    def logits(self) -> Float[Tensor, "images classes"]:
-        """The uncut model's logits on the calibration images."""
-        batches = self._read_pixels().split(_BATCH)
-        tracked = track(batches, "answers of the uncut model", len(batches), unit="batches")
-        return _full_logits(self._weights, tracked)
 
     def fit(self, circuit: Circuit) -> Fit:
         """The fill of a circuit under its ablation.
@@ -139,8 +134,12 @@ class Fitter:
                 memory_gib=self._memory_gib,
             )
             means = self.means if circuit.read_by_all is None else None
+            if self._logits is None:
+                batches = pixels.split(_BATCH)
+                tracked = track(batches, "running the whole model", len(batches), unit="batches")
+                self._logits = _full_logits(weights, tracked)
             self._last = fit_fill(
-                weights, circuit, pixels, means, logits=self.logits, ridge=self._ridge
+                weights, circuit, pixels, means, logits=self._logits, ridge=self._ridge
             )
         return self._last
 
