@@ -1,17 +1,11 @@
-"""``vitcut report``: what runs hold, as one HTML page that needs neither network nor server.
-
-The page is a template with a stylesheet, a script and one JSON object. The script, its sources
-under ``viewer/``, puts every text of the JSON in as text, never as markup.
-"""
+"""``vitcut report``: what runs hold, as one HTML page that needs neither network nor server."""
 
 import base64
-import hashlib
 import html
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module, resources
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +22,7 @@ from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.extras import require_extra
 from vitcut.graph import Graph
+from vitcut.pages import assemble
 from vitcut.reports.files import FileKind, Strengths, files_of, write_files
 from vitcut.reports.tables import headline, recommend
 from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
@@ -78,25 +73,8 @@ class Report:
 
     def to_html(self) -> str:
         """The whole page."""
-        assets = resources.files("vitcut") / "assets" / "report"
-        style, script, page = (
-            (assets / f"report.{kind}").read_text(encoding="utf-8")
-            for kind in ("css", "js", "html")
-        )
         title = ", ".join(run["name"] for run in self.runs)
-        content = {"version": version("vitcut"), "runs": self.runs}
-        values = {
-            "TITLE": html.escape(title),
-            "STYLE_HASH": _csp_hash(style),
-            "SCRIPT_HASH": _csp_hash(script),
-            "STYLE": style,
-            # Within a script element only "<" could end it or change what it is.
-            "DATA": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
-            "SCRIPT": script,
-        }
-        parts = page.split("@@")
-        parts[1::2] = [values[name] for name in parts[1::2]]
-        return "".join(parts)
+        return assemble("report", title, {"version": version("vitcut"), "runs": self.runs})
 
     def save(self, path: str | Path) -> None:
         """Write the page, atomically."""
@@ -148,10 +126,6 @@ class Report:
             f'<iframe srcdoc="{frame}" width="100%" height="{_HEIGHT}" '
             'sandbox="allow-scripts allow-downloads" style="border:0"></iframe>'
         )
-
-
-def _csp_hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-/* sources sha256 6a2f7a84e7875baf7e2d9b2270c2258db78a621ebe5ca8a130c24f045c5d8248
+/* sources sha256 6805e9ac7be347f7be14672d5987d3c506471c52a0e1745f0bb621e5c6ca76ef
 with modules of d3:
 Copyright 2010-2026 Mike Bostock
 
