@@ -115,8 +115,7 @@ export function write(before: string, state: State): string {
   const out = [...state.classes].filter(([, entry]) => entry.out !== null);
   arrange(excluded, new Map(out.map(([id, entry]) => [id, entry.out!])), known, doc);
   if (excluded.items.length > 3) excluded.flow = false;
-  for (const [key, map] of [["excluded", excluded], ["groups", groups]] as const) {
-    if (!isMap(doc.get(key, true))) doc.set(key, map);
-  }
+  if (excluded.items.length && !isMap(doc.get("excluded", true))) doc.set("excluded", excluded);
+  if (!isMap(doc.get("groups", true))) doc.set("groups", groups);
   return doc.toString({ lineWidth: 0, flowCollectionPadding: false });
 }

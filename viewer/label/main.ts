@@ -3,9 +3,9 @@
 import { type Child, count, el, save } from "../src/dom";
 import { ask, showKeys } from "./dialogs";
 import { read, stateOf, write } from "./file";
-import { load, Saver } from "./saving";
+import { load, Saver, type Stored } from "./saving";
 import * as states from "./state";
-import { type Filter, History, LEFT_OUT, NOT_SURE, type State, type Status, statusOf } from "./state";
+import { type Entry, type Filter, History, LEFT_OUT, NOT_SURE, type State, type Status, statusOf } from "./state";
 
 interface ClassData {
   id: string;
@@ -33,7 +33,7 @@ const MORE = 24;
 const ABOVE = 6;
 const STATUS: Record<Status, [string, string]> = { open: ["\u25cb", "open"], grouped: ["\u25cf", "in a group"], unsure: ["?", NOT_SURE], out: ["\u2013", LEFT_OUT] };
 const KEYS: [string, string][] = [
-  ["1 - 9", "put the class into a group, and go to the next open one"],
+  ["1\u20139", "put the class into a group, and go to the next open one"],
   ["Enter", "take the suggestion"],
   ["g", "another group, or a new one"],
   ["s", "not sure: leave the class out for now"],
@@ -99,7 +99,7 @@ const list = el("ul", { id: "classes" });
 const sheet = el("section", { id: "sheet", "aria-label": "class" });
 const groupList = el("aside", { id: "groups", "aria-label": "groups" });
 const footer = el("footer");
-const rows = new Map<string, { row: HTMLLIElement; status: HTMLElement; name: HTMLElement; group: HTMLElement }>();
+const rows = new Map<string, { row: HTMLLIElement; status: HTMLElement; name: HTMLElement; group: HTMLElement; drawn?: Entry }>();
 
 const state = (): State => history.present;
 const entryOf = (id: string) => state().classes.get(id)!;
@@ -211,22 +211,24 @@ async function importFile(file: File): Promise<void> {
   }
 }
 
-/** Start from what the server has, here and after somebody else changed it. */
-async function takeTheirs(told: string): Promise<void> {
-  try {
-    const stored = await load();
-    const next = begin(stored.text);
-    base = stored.text;
-    saver!.settle(stored.tag);
-    if (told) history.do(next);
-    else history = new History(next);
-    said.textContent = told;
-    alarm.replaceChildren();
-    saved.textContent = `${page.file} is as saved`;
-  } catch (error) {
-    fail((error as Error).message, () => void takeTheirs(told));
-  }
+/** Go on from what somebody else wrote. */
+function adopt(stored: Stored, told: string): void {
+  const next = begin(stored.text);
+  base = stored.text;
+  saver!.settle(stored.tag);
+  history.do(next);
+  alarm.replaceChildren();
+  said.textContent = told;
+  saved.textContent = `${page.file} is up to date`;
   update();
+}
+
+async function takeTheirs(): Promise<void> {
+  try {
+    adopt(await load(), `${page.file} was read again (z goes back to yours)`);
+  } catch (error) {
+    fail((error as Error).message, () => void takeTheirs());
+  }
 }
 
 /** Write what this page holds over what somebody else wrote, but keep their comments and other entries. */
@@ -263,7 +265,7 @@ function conflict(): void {
   saved.textContent = "not saved";
   alarm.replaceChildren(
     el("p", {}, `${page.file} was changed elsewhere since this page read it. What you changed last is not saved.`),
-    button("Take their version", "", () => void takeTheirs(`${page.file} was read again (z goes back to yours)`)),
+    button("Take their version", "", () => void takeTheirs()),
     button("Write mine over it", "", () => void writeMine()),
     button("Download mine", "", download),
   );
@@ -393,13 +395,16 @@ function showOnly(wanted: Filter): void {
 function drawList(follow: boolean): void {
   let hidden = 0;
   for (const [id, entry] of state().classes) {
-    const { row, status, name, group } = rows.get(id)!;
+    const own = rows.get(id)!;
+    const { row, status, name, group } = own;
     const seen = visible(id);
     hidden += Number(!seen);
     row.hidden = !seen && id !== current;
-    row.className = statusOf(entry);
     if (id === current) row.setAttribute("aria-current", "true");
     else row.removeAttribute("aria-current");
+    if (own.drawn === entry) continue;
+    own.drawn = entry;
+    row.className = statusOf(entry);
     const [mark, told] = STATUS[statusOf(entry)];
     status.textContent = mark;
     status.title = told;
@@ -518,26 +523,35 @@ function build(): void {
 }
 
 async function serve(): Promise<void> {
-  saver = new Saver("", (outcome) => {
-    if (outcome.kind === "conflict") conflict();
-    else if (outcome.kind === "failed") fail(outcome.told, keep);
-    else {
-      alarm.replaceChildren();
-      saved.textContent = outcome.problem === null ? `${page.file} is saved` : `${page.file} is saved; not a task yet: ${outcome.problem.replace(/^task '.*?'(:| )/, "it ").replace(/\s+/g, " ")}`;
-    }
+  const kept = new Saver("", (outcome) => {
+    if (outcome.kind === "conflict") return conflict();
+    if (outcome.kind === "failed") return fail(outcome.told, keep);
+    alarm.replaceChildren();
+    const lacks = outcome.problem?.replace(/^task '.*?':? /, "it ") ?? "";
+    saved.textContent = lacks ? `${page.file} is saved; not a task yet: ${lacks}` : `${page.file} is saved`;
   });
-  await takeTheirs("");
-  current = ids().find(isOpen) ?? current;
-  update(true);
+  saver = kept;
+  try {
+    const stored = await load();
+    base = stored.text;
+    history = new History(begun());
+    // What this page cannot read it must not write over.
+    if (!problem) kept.settle(stored.tag);
+  } catch (error) {
+    problem = (error as Error).message;
+  }
+  build();
+  saved.textContent = problem ? "" : `${page.file} is up to date`;
   window.addEventListener("focus", () => {
-    if (!saver || saver.unsaved || saver.conflict) return;
-    const before = saver.tag;
+    const before = kept.tag;
+    if (kept.unsaved || kept.conflict) return;
+    // What cannot be read now is told when something is to be saved.
     void load().then((stored) => {
-      if (stored.tag !== before && !saver!.unsaved && saver!.tag === before) void takeTheirs(`${page.file} was changed elsewhere, and read again (z goes back)`);
-    }, () => undefined);
+      if (stored.tag !== before && kept.tag === before && !kept.unsaved) adopt(stored, `${page.file} was changed elsewhere, and read again (z goes back)`);
+    }).catch(() => undefined);
   });
 }
 
-build();
-if (page.served) void serve();
-else if (problem) alarm.append(el("p", {}, `${page.file} was not read, and this page starts from nothing: ${problem}`));
+void (page.served ? serve() : Promise.resolve(build())).then(() => {
+  if (problem) alarm.replaceChildren(el("p", {}, `${page.file} was not read, and this page starts from nothing: ${problem}`));
+});
