@@ -194,6 +194,8 @@ def label(
         raise ConfigError(f"task must be a .yaml file to write, got {task}")
     if serve and out is not None:
         raise ConfigError(f"a page that is served is not written: leave out {out}, or serve")
+    if out is not None and Path(out).suffix not in {".html", ".htm"}:
+        raise ConfigError(f"out must be a .html file to write, got {out}")
     if port and not serve:
         raise ConfigError(f"port is for a page that is served, got {port}: give --serve")
     require_bounds("port", port)

@@ -160,6 +160,7 @@ def test_a_file_of_other_classes_is_refused(tmp_path, text, match):
     [
         ({"task": "animals"}, "task must be a .yaml file to write, got animals"),
         ({"serve": True, "out": "page.html"}, "a page that is served is not written"),
+        ({"out": "photos.zip"}, "out must be a .html file to write, got photos.zip"),
         ({"port": 8000}, "port is for a page that is served, got 8000"),
         ({"port": 70000, "serve": True}, "port must be between 0 and 65535"),
         ({"pictures": -1}, "pictures must be between 0 and 1000"),

@@ -151,7 +151,10 @@ def test_a_second_editors_change_is_not_written_over(server):
 def test_a_full_disk_is_told_and_keeps_the_file(server, monkeypatch):
     server.path.write_text("groups: {}\n")
 
+    write = Path.write_bytes
+
     def fill(path, content):
+        write(path, content[:9])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fill)
