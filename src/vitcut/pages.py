@@ -28,8 +28,8 @@ def assemble(kind: str, title: str, content: Any, **more: str) -> str:
     values = {
         **more,
         "TITLE": html.escape(title),
-        "STYLE_HASH": _csp_hash(style),
-        "SCRIPT_HASH": _csp_hash(script),
+        "STYLE_HASH": csp_hash(style),
+        "SCRIPT_HASH": csp_hash(script),
         "STYLE": style,
         # Within a script element only "<" could end it or change what it is.
         "DATA": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
@@ -40,5 +40,6 @@ def assemble(kind: str, title: str, content: Any, **more: str) -> str:
     return "".join(parts)
 
 
-def _csp_hash(text: str) -> str:
+def csp_hash(text: str) -> str:
+    """The hash by which a content security policy allows a script or a stylesheet."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
