@@ -82,6 +82,8 @@ class CompactViT(nn.Module):
         folder: The model directory that it was loaded from, if any.
     """
 
+    patches: Tensor | None
+
     def __repr__(self) -> str:
         shape = self.plan.shape
         params = sum(tensor.numel() for tensor in self.parameters())
@@ -107,6 +109,10 @@ class CompactViT(nn.Module):
             if plan.embeds
             else None
         )
+        kept = shape.kept_patches if plan.embeds else None
+        # Not on "meta", where models are built to be filled: these numbers are not stored.
+        chosen = None if kept is None else torch.tensor(kept, device="cpu")
+        self.register_buffer("patches", chosen, persistent=False)
         self.positions = None
         self.embed_norm: nn.Module | None = None
         if plan.embeds and shape.embed_norm:
@@ -159,6 +165,8 @@ class CompactViT(nn.Module):
             # Prefix tokens and positions are in the tables of the streams that read this, unless
             # a norm follows: then positions are added before it.
             patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+            if self.patches is not None:
+                patches = patches.index_select(1, self.patches)
             if self.embed_norm is not None:
                 patches = self.embed_norm(patches + self.positions)
             written[EMBED] = patches

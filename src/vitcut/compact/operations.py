@@ -230,8 +230,10 @@ class _Walk:
     def embed(self) -> Iterator[Operation]:
         """The patch embedding, moved from [width, patches] to [patches, width]."""
         shape, pixels = self.shape, self.shape.channels * self.shape.patch_size**2
-        yield self.make("patch embedding", shape.num_patches, shape.width, inputs=pixels)
-        yield self.make("copy", shape.num_patches, shape.width)
+        yield self.make("patch embedding", shape.grid_size**2, shape.width, inputs=pixels)
+        yield self.make("copy", shape.grid_size**2, shape.width)
+        if shape.kept_patches is not None:
+            yield self.make("copy", shape.num_patches, shape.width)
         if shape.embed_norm:
             yield self.make("sum", shape.num_patches, shape.width)
             yield self.make("norm", shape.num_patches, shape.width)

@@ -78,6 +78,8 @@ class PartModel:
         if circuit.read_by_all is None:
             raise CircuitError("expected a circuit that cuts whole heads and neurons, not edges")
         fill.require_fit(circuit)
+        weights = weights.at(circuit.positions)
+        fill = fill.on(weights)
         if fill.sources.ndim != 3:
             raise CircuitError("expected a fill with one value for all images, got one per image")
         self._weights = weights = fill.refitted(weights)
@@ -130,14 +132,26 @@ class PartModel:
             constant=constant + mlp.out_bias,
         )
 
-    def run(self, pixels: Float[Tensor, "images channels y x"], *, trace: bool = False) -> PartRun:
+    def run(
+        self,
+        pixels: Float[Tensor, "images channels y x"],
+        *,
+        trace: bool = False,
+        presence: Float[Tensor, "images patches"] | None = None,
+    ) -> PartRun:
         """Run the model.
 
         Args:
             pixels: Normalised images.
             trace: Keep what each site computes.
+            presence: Added to the attention scores of each patch as a key, and to the logarithm of
+                its weight where the classifier pools patches: 0 is there, -inf is absent.
         """
         weights, writes = self._weights, dict[SiteKey, Write]()
+        bias = None
+        if presence is not None:
+            # [images, 1 heads, 1 queries, keys]
+            bias = F.pad(presence, (weights.num_prefix, 0))[:, None, None]
         embedded = embed(weights, pixels)
         streams = [
             embedded[:, span] if table is None else table.expand_as(embedded[:, span])
@@ -154,7 +168,7 @@ class PartModel:
                 writes[place] = Write(features, streams[kind])
 
         for layer, block in enumerate(weights.blocks):
-            for kind, z in enumerate(self._attend(layer, streams)):
+            for kind, z in enumerate(self._attend(layer, streams, bias)):
                 write((layer, "heads", kind), z)
             for kind in range(len(streams)):
                 kept, hidden = self.sites[layer, "neurons", kind].features, None
@@ -162,14 +176,19 @@ class PartModel:
                     normed = normalise(block.mlp_norm, streams[kind])
                     hidden = _activate_some(block.mlp, normed, kept)
                 write((layer, "neurons", kind), hidden)
-        return PartRun(
-            logits=classify(weights, read_out(weights, torch.cat(streams, 1))), writes=writes
-        )
+        readout = read_out(weights, torch.cat(streams, 1))
+        return PartRun(logits=classify(weights, readout, presence), writes=writes)
 
     def _attend(
-        self, layer: int, streams: list[Float[Tensor, "images _tokens width"]]
+        self,
+        layer: int,
+        streams: list[Float[Tensor, "images _tokens width"]],
+        bias: Float[Tensor, "images 1 1 tokens"] | None,
     ) -> list[Float[Tensor, "images _tokens kept"] | None]:
-        """What the kept heads of each kind attend to; None where none is kept."""
+        """What the kept heads of each kind attend to; None where none is kept.
+
+        ``bias`` is added to all scores.
+        """
         block = self._weights.blocks[layer]
         head_dim = block.attn.q_weight.shape[1]
         by_kind = [
@@ -191,7 +210,8 @@ class PartModel:
             if len(kept) < len(heads):
                 chosen = torch.isin(heads, kept)
                 keys, values = k[:, chosen], v[:, chosen]
-            z = F.scaled_dot_product_attention(q, keys, values, scale=block.attn.scale)
+            scale = block.attn.scale
+            z = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
             found.append(z.transpose(1, 2).flatten(2))
         return found
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vitcut.errors import ModelError
 from vitcut.graph import SiteKey
 from vitcut.selection.greedy import Candidate
-from vitcut.selection.responses import Objective, Site
+from vitcut.selection.responses import Objective, PositionSite, Site
 from vitcut.shapes import Float, Tensor
 
 
@@ -34,7 +34,7 @@ class Joint:
 
     def __init__(
         self,
-        sites: Iterable[Site],
+        sites: Iterable[Site | PositionSite],
         objective: Objective,
         *,
         refresh_fraction: float,

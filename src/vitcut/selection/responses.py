@@ -6,6 +6,12 @@ its own. Under ``mean`` and ``zero`` that value is fixed. Under ``linear`` it is
 parts that are still kept, so cutting a part changes d of the others at its site, the heads or the
 neurons of one layer and token kind (optimal brain surgeon, Hassibi and Stork 1993).
 
+A position j that is left out frees its share a_j of every attention to the others: z changes by
+a_j / (1 - a_j) (z - v_j). To first order in a_j that is what a negative bias b_j on the scores of
+its key does. So the gradient with respect to such biases, of which all are zero, gives the response
+s_j = - d log q / d b_j over all heads, blocks and queries at once. Where the classifier pools
+patches, b_j is added to the logarithm of its weight.
+
 What is held in memory: of every kept feature its activation, and of every token the gradients at
 the stream right after each attention and MLP. Output weights turn those into the gradients of all
 features. C classes take C - 1 backward passes, since sum_y q grad log q(y|x) = 0.
@@ -337,6 +343,43 @@ class Site:
         return parts[self._held].repeat_interleave(self._size)
 
 
+class PositionSite:
+    """The positions of a model, and the responses to leaving them out; none predicts another."""
+
+    def __init__(
+        self, alive: Bool[Tensor, "parts"], responses: Float[Tensor, "responses alive"], kind: int
+    ) -> None:
+        self.place: SiteKey = (0, "positions", kind)
+        self.alive = alive.clone()
+        self._responses = responses.new_zeros(len(alive), len(responses))
+        self._responses[alive] = responses.T
+        self._pending = torch.zeros_like(alive)
+
+    def responses(self) -> Float[Tensor, "parts responses"]:
+        """The response to leaving out each position alone; zero for those that are gone."""
+        return self._responses * self.alive[:, None]
+
+    def whole_response(self) -> Float[Tensor, "responses"]:
+        """The response to all that is left and all that was cut since the last refresh."""
+        return self._responses[self.alive | self._pending].sum(0)
+
+    def cut(self, parts: Sequence[int]) -> None:
+        """Mark positions as cut."""
+        self.alive[list(parts)] = False
+        self._pending[list(parts)] = True
+
+    @property
+    def num_pending(self) -> int:
+        """How many were cut since the last refresh."""
+        return int(self._pending.sum())
+
+    def refresh(self) -> Float[Tensor, "responses"]:
+        """Return the response to the cuts since the last refresh."""
+        found = self._responses[self._pending].sum(0)
+        self._pending[:] = False
+        return found
+
+
 def held_gib(weights: ViTWeights, graph: Graph, num_images: int, num_classes: int) -> float:
     """Memory that a trace of the uncut model takes, in GiB."""
     probes, rows = Probes(1, num_classes, seed=0).num, weights.rows_of(graph)
@@ -368,7 +411,7 @@ def trace_sites(
     log_p: Float[Tensor, "images groups"],
     statistics: dict[SiteKey, SiteStatistics] | None,
     seed: int = 0,
-) -> tuple[list[Site], Objective]:
+) -> tuple[list[Site | PositionSite], Objective]:
     """Run a cut model on some images, and give all of its sites that still have parts.
 
     Args:
@@ -387,6 +430,11 @@ def trace_sites(
     held, like = _HELD_AS.get(weights.dtype, weights.dtype), weights.patch_weight
     probes = Probes(images, classes, seed=seed)
     model = PartModel(weights, circuit, fill)
+    weights = weights.at(circuit.positions)
+    fill = fill.on(weights)
+    weighed: Tensor | None = None
+    if alive.positions is not None:
+        weighed = like.new_empty(probes.num, images, len(weights.positions))
     left = {
         place: torch.from_numpy(parts.copy())
         for place, parts in by_site(alive.heads, alive.neurons).items()
@@ -421,7 +469,10 @@ def trace_sites(
         chunk = pixels[span].to(weights.device, weights.dtype)
         with torch.enable_grad():
             # The pixels are the only leaf; without one autograd would not record the pass.
-            run = model.run(chunk.detach().requires_grad_(), trace=True)
+            presence = None
+            if weighed is not None:
+                presence = chunk.new_zeros(len(chunk), weighed.shape[2], requires_grad=True)
+            run = model.run(chunk.detach().requires_grad_(), trace=True, presence=presence)
             log_probs = coarse_log_probs(run.logits, group_of_class, classes)
             log_q[span] = log_probs.detach()
             mixtures = [
@@ -432,18 +483,21 @@ def trace_sites(
             kept = run.writes[place].features.detach()[..., chosen[place]]
             values[span] = kept - replaced[place]
         streams = [run.writes[place].stream for place in gradients]
+        leaves = streams if presence is None else [*streams, presence]
         for probe, mixture in enumerate(mixtures):
             found = torch.autograd.grad(
                 mixture,
-                streams,
+                leaves,
                 retain_graph=probe < len(mixtures) - 1,
                 allow_unused=True,
                 materialize_grads=True,
             )
-            for values, gradient in zip(gradients.values(), found, strict=True):
+            for values, gradient in zip(gradients.values(), found, strict=False):
                 values[probe, span] = gradient
+            if weighed is not None:
+                weighed[probe, span] = found[-1]
     expand = partial(probes.expand, log_q=log_q)
-    sites = [
+    sites: list[Site | PositionSite] = [
         Site(
             place,
             parts.to(like.device),
@@ -455,6 +509,9 @@ def trace_sites(
         )
         for place, parts in left.items()
     ]
+    if weighed is not None and alive.positions is not None:
+        positions = torch.from_numpy(alive.positions.copy()).to(like.device)
+        sites.append(PositionSite(positions, expand(-weighed), len(model.rows) - 1))
     return sites, probes.objective(log_p, log_q)
 
 
@@ -466,8 +523,9 @@ def _size(weights: ViTWeights, place: SiteKey) -> int:
 def _chunk_size(weights: ViTWeights) -> int:
     """Images per forward pass and its backward passes."""
     # What autograd keeps of a block: the stream, norms, q, k, v, z, writes, and of the hidden units
-    # their inputs and values.
-    per_token = len(weights.blocks) * (16 * weights.width + 4 * weights.num_neurons)
+    # their inputs and values; and attention patterns, where positions are scored.
+    attended = 3 * weights.num_heads * weights.num_tokens
+    per_token = len(weights.blocks) * (16 * weights.width + 4 * weights.num_neurons + attended)
     per_image = per_token * weights.num_tokens * torch.finfo(weights.dtype).bits / 8
     return max(1, min(_MOST_IN_CHUNK, int(_CHUNK_GIB * 2**30 / per_image)))
 
