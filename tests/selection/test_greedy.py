@@ -295,6 +295,24 @@ def test_the_last_neuron_saves_what_goes_with_it():
     assert saved == [1, 1, 1, 11]
 
 
+def test_savings_are_taken_anew_once_positions_are_cut():
+    def on_patches(circuit: Circuit) -> float:
+        return count_parts(circuit) * (1 + 4 * circuit.positions_kept_fraction)
+
+    alive = Alive.useful(GRAPH, NEURONS, 4)
+    savings, site = Savings(GRAPH, on_patches, alive), (0, "positions", 1)
+    neuron = ((0, "neurons", 0), (0,))
+    assert savings.of_one(site) == 30
+    assert savings.of((neuron,)) == 5
+    candidate = ((site, (2,)),)
+    alive.cut(candidate)
+    savings.cut(candidate)
+    assert savings.total == 120
+    savings.settle()
+    assert savings.of((neuron,)) == 4
+    assert alive.left(site) == (0, 1, 3)
+
+
 def test_a_neuron_that_nobody_asked_about_is_measured():
     alive = everything()
     savings = Savings(GRAPH, count_parts, alive)

@@ -484,14 +484,7 @@ def trace_sites(
             values[span] = kept - replaced[place]
         streams = [run.writes[place].stream for place in gradients]
         leaves = streams if presence is None else [*streams, presence]
-        for probe, mixture in enumerate(mixtures):
-            found = torch.autograd.grad(
-                mixture,
-                leaves,
-                retain_graph=probe < len(mixtures) - 1,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        for probe, found in enumerate(_differentiate(mixtures, leaves)):
             for values, gradient in zip(gradients.values(), found, strict=False):
                 values[probe, span] = gradient
             if weighed is not None:
@@ -513,6 +506,20 @@ def trace_sites(
         positions = torch.from_numpy(alive.positions.copy()).to(like.device)
         sites.append(PositionSite(positions, expand(-weighed), len(model.rows) - 1))
     return sites, probes.objective(log_p, log_q)
+
+
+def _differentiate(
+    mixtures: Sequence[Float[Tensor, ""]], leaves: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The gradients of each mixture, zero for a leaf that it does not depend on."""
+    for number, mixture in enumerate(mixtures):
+        yield torch.autograd.grad(
+            mixture,
+            leaves,
+            retain_graph=number < len(mixtures) - 1,
+            allow_unused=True,
+            materialize_grads=True,
+        )
 
 
 def _size(weights: ViTWeights, place: SiteKey) -> int:
