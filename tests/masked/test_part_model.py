@@ -1,12 +1,10 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import vits
-from tiny import random_fill, random_pixels, random_vit
+from tiny import random_pixels, random_vit
 
 from vitcut.circuit import Circuit
 from vitcut.errors import CircuitError
@@ -47,18 +45,6 @@ def test_the_part_model_computes_the_masked_model(weights, ablation, tokens, den
     got = PartModel(weights, circuit, fill).run(pixels)
     assert not got.writes
     torch.testing.assert_close(got.logits, expected, rtol=1e-9, atol=1e-9)
-
-
-@given(weights=vits(), seed=st.integers(0, 10**6))
-def test_a_patch_of_no_presence_is_absent(weights, seed):
-    circuit = replace(random_parts(weights, "mean", seed=seed), positions=None)
-    fill, pixels = random_fill(weights), random_pixels(weights, 3)
-    kept = np.random.default_rng(seed).random(len(weights.positions)) < 0.5
-    kept[0] = True
-    presence = torch.from_numpy(np.where(kept, 0.0, -np.inf)).expand(3, -1)
-    weighed = PartModel(weights, circuit, fill).run(pixels, presence=presence).logits
-    absent = PartModel(weights, replace(circuit, positions=kept), fill).run(pixels).logits
-    torch.testing.assert_close(weighed, absent, rtol=1e-9, atol=1e-9)
 
 
 def test_a_token_kind_whose_embedding_is_cut_starts_from_its_fill():

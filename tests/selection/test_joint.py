@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from vitcut.errors import CircuitError, ModelError
 from vitcut.masked.fill import Fill
 from vitcut.masked.fitting import fixed_fill
 from vitcut.masked.masking import full_run, masked_run
-from vitcut.masked.part_model import PartModel
 from vitcut.selection import responses
 from vitcut.selection.greedy import Additive, Alive, cut_down
 from vitcut.selection.joint import Joint
@@ -278,37 +275,6 @@ def test_responses_of_a_cut_model_are_the_slopes_of_its_log_probabilities(
         part = int(random.choice(torch.nonzero(site.alive).flatten().numpy()))
         nudged = Nudged(weights, circuit, fill, statistics, {site.place: [part]})
         assert_close(site.responses()[part], nudged.slope(pixels).T.flatten(), 1e-5)
-
-
-@given(weights=vits(max_layers=2), seed=st.integers(0, 10**6))
-@settings(max_examples=20)
-def test_the_response_of_a_position_is_the_slope_of_its_absence(weights, seed):
-    random = np.random.default_rng(seed)
-    positions = random.random(len(weights.positions)) < 0.6
-    positions[-1] = True
-    circuit = replace(random_parts(weights, "linear", seed=seed), positions=positions)
-    fill, statistics = fitted(weights, circuit, random_pixels(weights, 12, seed=8))
-    alive, pixels = alive_of(circuit), random_pixels(weights, 3, seed=9)
-    alive.positions = positions.copy()
-    sites, _ = trace(weights, pixels, GROUPS, circuit, fill, alive=alive, statistics=statistics)
-    [site] = [site for site in sites if site.place[1] == "positions"]
-    assert site.place == (0, "positions", circuit.graph.num_kinds - 1)
-    responses, model = site.responses(), PartModel(weights, circuit, fill)
-    assert not responses[~site.alive].any()
-    for place, part in enumerate(np.flatnonzero(positions)):
-        less = torch.zeros(3, positions.sum(), dtype=torch.float64)
-        less[:, place] = -1e-5
-        found = [log_probs(model.run(pixels, presence=x).logits) for x in (less, -less)]
-        slope = (found[0] - found[1]) / 2e-5
-        assert_close(responses[part], slope.T.flatten(), 1e-5)
-    everything = site.responses().sum(0)
-    assert_close(site.whole_response(), everything)
-    first = int(np.flatnonzero(positions)[0])
-    site.cut([first])
-    assert (site.num_pending, bool(site.alive[first])) == (1, False)
-    assert_close(site.whole_response(), everything)
-    assert_close(site.refresh(), responses[first])
-    assert site.num_pending == 0
 
 
 def test_sites_that_are_cut_whole_are_left_out():

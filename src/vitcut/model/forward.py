@@ -162,30 +162,30 @@ def read_out(
 def classify(
     weights: ViTWeights,
     readout: Float[Tensor, "images read_tokens width"],
-    presence: Float[Tensor, "images patches"] | None = None,
+    log_weights: Float[Tensor, "images patches"] | None = None,
 ) -> Float[Tensor, "images classes"]:
     """Logits from the tokens that the classifier reads (see ``read_out``).
 
     Args:
         weights: The model.
         readout: The tokens.
-        presence: Logarithms of the patches' weights where they are pooled; None weighs all alike.
+        log_weights: Logarithms of the weights of pooled patches; None weighs all alike.
     """
-    features = readout_features(weights, readout, presence)
+    features = readout_features(weights, readout, log_weights)
     return F.linear(features, weights.head_weight, weights.head_bias)
 
 
 def readout_features(
     weights: ViTWeights,
     readout: Float[Tensor, "images read_tokens width"],
-    presence: Float[Tensor, "images patches"] | None = None,
+    log_weights: Float[Tensor, "images patches"] | None = None,
 ) -> Float[Tensor, "images features"]:
     """What the classifier multiplies: prefix tokens one after the other, then pooled patches."""
 
     def pool(patches: Tensor) -> Float[Tensor, "images 1 width"]:
-        if presence is None:
+        if log_weights is None:
             return patches.mean(1, keepdim=True)
-        return presence.softmax(1)[:, None] @ patches
+        return log_weights.softmax(1)[:, None] @ patches
 
     features = normalise_last(weights, readout[:, : weights.num_read])
     if weights.patch_readout != "none":

@@ -6,15 +6,10 @@ its own. Under ``mean`` and ``zero`` that value is fixed. Under ``linear`` it is
 parts that are still kept, so cutting a part changes d of the others at its site, the heads or the
 neurons of one layer and token kind (optimal brain surgeon, Hassibi and Stork 1993).
 
-A position j that is left out frees its share a_j of every attention to the others: z changes by
-a_j / (1 - a_j) (z - v_j). To first order in a_j that is what a negative bias b_j on the scores of
-its key does. So the gradient with respect to such biases, of which all are zero, gives the response
-s_j = - d log q / d b_j over all heads, blocks and queries at once. Where the classifier pools
-patches, b_j is added to the logarithm of its weight.
-
 What is held in memory: of every kept feature its activation, and of every token the gradients at
 the stream right after each attention and MLP. Output weights turn those into the gradients of all
-features. C classes take C - 1 backward passes, since sum_y q grad log q(y|x) = 0.
+features. Where positions may be cut, attention patterns and values are held too. C classes take
+C - 1 backward passes, since sum_y q grad log q(y|x) = 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +28,7 @@ from vitcut.metrics import coarse_log_probs
 from vitcut.model.weights import ViTWeights
 from vitcut.progress import track
 from vitcut.selection.greedy import Alive, by_site
+from vitcut.selection.positions import PositionSite, PositionTrace
 from vitcut.shapes import Bool, Float, Int, Tensor
 
 _CHUNK_GIB = 0.75
@@ -343,43 +339,6 @@ class Site:
         return parts[self._held].repeat_interleave(self._size)
 
 
-class PositionSite:
-    """The positions of a model, and the responses to leaving them out; none predicts another."""
-
-    def __init__(
-        self, alive: Bool[Tensor, "parts"], responses: Float[Tensor, "responses alive"], kind: int
-    ) -> None:
-        self.place: SiteKey = (0, "positions", kind)
-        self.alive = alive.clone()
-        self._responses = responses.new_zeros(len(alive), len(responses))
-        self._responses[alive] = responses.T
-        self._pending = torch.zeros_like(alive)
-
-    def responses(self) -> Float[Tensor, "parts responses"]:
-        """The response to leaving out each position alone; zero for those that are gone."""
-        return self._responses * self.alive[:, None]
-
-    def whole_response(self) -> Float[Tensor, "responses"]:
-        """The response to all that is left and all that was cut since the last refresh."""
-        return self._responses[self.alive | self._pending].sum(0)
-
-    def cut(self, parts: Sequence[int]) -> None:
-        """Mark positions as cut."""
-        self.alive[list(parts)] = False
-        self._pending[list(parts)] = True
-
-    @property
-    def num_pending(self) -> int:
-        """How many were cut since the last refresh."""
-        return int(self._pending.sum())
-
-    def refresh(self) -> Float[Tensor, "responses"]:
-        """Return the response to the cuts since the last refresh."""
-        found = self._responses[self._pending].sum(0)
-        self._pending[:] = False
-        return found
-
-
 def held_gib(weights: ViTWeights, graph: Graph, num_images: int, num_classes: int) -> float:
     """Memory that a trace of the uncut model takes, in GiB."""
     probes, rows = Probes(1, num_classes, seed=0).num, weights.rows_of(graph)
@@ -395,6 +354,9 @@ def held_gib(weights: ViTWeights, graph: Graph, num_images: int, num_classes: in
             # Responses of parts and of features, and the writes of the model and of the site.
             responses = num_images * (int(parts.sum()) * num_answers + features * probes)
             singles += responses + 2 * weights.width * features
+    # Patterns and values of all heads, where positions may be cut.
+    attended = weights.num_tokens * (weights.num_tokens + weights.blocks[0].attn.q_weight.shape[1])
+    values += num_images * len(weights.blocks) * weights.num_heads * attended
     size = torch.finfo(_HELD_AS.get(weights.dtype, weights.dtype)).bits / 8
     singles *= torch.finfo(weights.dtype).bits // 8
     return (values * size + squares * 8 + singles) / 2**30 + _CHUNK_GIB
@@ -432,9 +394,6 @@ def trace_sites(
     model = PartModel(weights, circuit, fill)
     weights = weights.at(circuit.positions)
     fill = fill.on(weights)
-    weighed: Tensor | None = None
-    if alive.positions is not None:
-        weighed = like.new_empty(probes.num, images, len(weights.positions))
     left = {
         place: torch.from_numpy(parts.copy())
         for place, parts in by_site(alive.heads, alive.neurons).items()
@@ -461,6 +420,13 @@ def trace_sites(
         replaced[place] = means[:, features].to(like)
         centred[place] = like.new_empty(images, tokens, len(features), dtype=held)
         gradients[place] = like.new_empty(probes.num, images, tokens, weights.width, dtype=held)
+    positions = None
+    if alive.positions is not None:
+        size = weights.blocks[0].attn.q_weight.shape[1]
+        heads = {place: chosen[place][::size] for place in left if place[1] == "heads"}
+        positions = PositionTrace(
+            model, weights, heads, num_images=images, num_probes=probes.num, held=held
+        )
     log_q = log_p.new_empty(images, classes)
     step = _chunk_size(weights)
     starts = range(0, images, step)
@@ -469,10 +435,8 @@ def trace_sites(
         chunk = pixels[span].to(weights.device, weights.dtype)
         with torch.enable_grad():
             # The pixels are the only leaf; without one autograd would not record the pass.
-            presence = None
-            if weighed is not None:
-                presence = chunk.new_zeros(len(chunk), weighed.shape[2], requires_grad=True)
-            run = model.run(chunk.detach().requires_grad_(), trace=True, presence=presence)
+            pool = None if positions is None else positions.leaf(chunk)
+            run = model.run(chunk.detach().requires_grad_(), trace=True, log_weights=pool)
             log_probs = coarse_log_probs(run.logits, group_of_class, classes)
             log_q[span] = log_probs.detach()
             mixtures = [
@@ -483,28 +447,32 @@ def trace_sites(
             kept = run.writes[place].features.detach()[..., chosen[place]]
             values[span] = kept - replaced[place]
         streams = [run.writes[place].stream for place in gradients]
-        leaves = streams if presence is None else [*streams, presence]
+        leaves = streams if pool is None else [*streams, pool]
+        if positions is not None:
+            positions.keep(span, run)
         for probe, found in enumerate(_differentiate(mixtures, leaves)):
             for values, gradient in zip(gradients.values(), found, strict=False):
                 values[probe, span] = gradient
-            if weighed is not None:
-                weighed[probe, span] = found[-1]
+            if positions is not None and pool is not None:
+                positions.keep_pool(probe, span, found[-1])
     expand = partial(probes.expand, log_q=log_q)
-    sites: list[Site | PositionSite] = [
+    sites: list[Site | PositionSite] = []
+    writes = {place: model.sites[place].writes[:, own] for place, own in chosen.items()}
+    if positions is not None and alive.positions is not None:
+        there = torch.from_numpy(alive.positions.copy()).to(like.device)
+        sites.append(positions.site(there, gradients, writes, expand))
+    sites += [
         Site(
             place,
             parts.to(like.device),
             centred=centred.pop(place),
             gradients=gradients.pop(place),
-            writes=model.sites[place].writes[:, chosen[place]],
+            writes=writes[place],
             expand=expand,
             covariance=covariances.pop(place, None),
         )
         for place, parts in left.items()
     ]
-    if weighed is not None and alive.positions is not None:
-        positions = torch.from_numpy(alive.positions.copy()).to(like.device)
-        sites.append(PositionSite(positions, expand(-weighed), len(model.rows) - 1))
     return sites, probes.objective(log_p, log_q)
 
 
@@ -530,9 +498,8 @@ def _size(weights: ViTWeights, place: SiteKey) -> int:
 def _chunk_size(weights: ViTWeights) -> int:
     """Images per forward pass and its backward passes."""
     # What autograd keeps of a block: the stream, norms, q, k, v, z, writes, and of the hidden units
-    # their inputs and values; and attention patterns, where positions are scored.
-    attended = 3 * weights.num_heads * weights.num_tokens
-    per_token = len(weights.blocks) * (16 * weights.width + 4 * weights.num_neurons + attended)
+    # their inputs and values.
+    per_token = len(weights.blocks) * (16 * weights.width + 4 * weights.num_neurons)
     per_image = per_token * weights.num_tokens * torch.finfo(weights.dtype).bits / 8
     return max(1, min(_MOST_IN_CHUNK, int(_CHUNK_GIB * 2**30 / per_image)))
 
