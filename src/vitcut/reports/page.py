@@ -202,7 +202,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
     """The steps on the way to a budget, measured on val images."""
     if not (path / PATH_FILE).is_file():
         return []
-    from vitcut.selection.search import SearchPath
+    from vitcut.selection.steps import SearchPath
 
     return [asdict(step) for step in SearchPath.load(path / PATH_FILE).steps]
 

@@ -77,6 +77,8 @@ def point_table(results: Results, *, runtime: RuntimeName | None = None) -> Poin
     )
     if any(point.granularity == _PART for point in points):
         columns["neurons kept"] = lambda point: _percent(point.neurons_kept_fraction)
+    if any(point.positions_kept_fraction not in {None, 1.0} for point in points):
+        columns["positions kept"] = lambda point: _percent(point.positions_kept_fraction)
     columns |= {
         "coarse accuracy": lambda point: _percent(point.accuracy_coarse),
         "KL": lambda point: _ABSENT if point.kl is None else f"{point.kl:z.3f}",
