@@ -54,7 +54,7 @@ def with_every_kind_of_block():
     weights = weights.to(torch.float32)
     circuit = replace(parts_per_kind(weights), positions=np.array([True, False, False, True]))
     compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
-    assert compact.patches.tolist() == [0, 3]
+    assert compact.patch_embed.chosen.tolist() == [0, 3]
     assert any(0 < mlp.hidden < 9 for block in compact.plan.blocks for mlp in block.mlps)
     return compact, weights
 

@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vitcut.compact.artefact import CARD, load_folder, resolve_folder, save_folder
 from vitcut.compact.attention import CompactAttention, HeadOutput
 from vitcut.compact.card import naming
 from vitcut.compact.info import ModelInfo
-from vitcut.compact.layers import ACTIVATIONS, Stream, Written, by_image, make_table, write
+from vitcut.compact.layers import (
+    ACTIVATIONS,
+    PatchEmbedding,
+    Stream,
+    Written,
+    by_image,
+    make_table,
+    write,
+)
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
 from vitcut.errors import ArtefactError, ModelError, one_line
 from vitcut.hub import hub_access
 from vitcut.names import Activation
-from vitcut.shapes import Float, Int, Tensor
+from vitcut.shapes import Float, Tensor
 from vitcut.store import write_text
 
 
@@ -83,8 +90,6 @@ class CompactViT(nn.Module):
         folder: The model directory that it was loaded from, if any.
     """
 
-    patches: Tensor | None
-
     def __repr__(self) -> str:
         shape = self.plan.shape
         params = sum(tensor.numel() for tensor in self.parameters())
@@ -105,15 +110,7 @@ class CompactViT(nn.Module):
         self.plan = plan
         self.info = info or ModelInfo()
         self.folder: Path | None = None
-        self.patch_embed = (
-            nn.Conv2d(shape.channels, shape.width, shape.patch_size, shape.patch_size, bias=False)
-            if plan.embeds
-            else None
-        )
-        kept = shape.kept_patches if plan.embeds else None
-        # Not on "meta", where models are built to be filled: these numbers are not stored.
-        chosen = None if kept is None else torch.tensor(kept, device="cpu")
-        self.register_buffer("patches", chosen, persistent=False)
+        self.patch_embed = PatchEmbedding(shape) if plan.embeds else None
         self.positions = None
         self.embed_norm: nn.Module | None = None
         if plan.embeds and shape.embed_norm:
@@ -165,10 +162,7 @@ class CompactViT(nn.Module):
         if self.patch_embed is not None:
             # Prefix tokens and positions are in the tables of the streams that read this, unless
             # a norm follows: then positions are added before it.
-            if self.patches is None:
-                patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
-            else:
-                patches = self._embed_some(pixels, self.patches)
+            patches = self.patch_embed(pixels)
             if self.embed_norm is not None:
                 patches = self.embed_norm(patches + self.positions)
             written[EMBED] = patches
@@ -185,17 +179,6 @@ class CompactViT(nn.Module):
             features.append(normed)
         classifier = cast("nn.Linear", self.classifier)
         return classifier(torch.cat(features, dim=1) if len(features) > 1 else features[0])
-
-    def _embed_some(
-        self, pixels: Float[Tensor, "images channels y x"], chosen: Int[Tensor, "kept"]
-    ) -> Float[Tensor, "images kept width"]:
-        """The patch embedding of some patches: cut out, chosen, multiplied."""
-        grid, side = self.plan.shape.grid_size, self.plan.shape.patch_size
-        # [images channels grid side grid side] to [images grid grid channels side side]
-        cells = pixels.unflatten(3, (grid, side)).unflatten(2, (grid, side))
-        rows = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        weight = cast("nn.Conv2d", self.patch_embed).weight
-        return F.linear(rows.index_select(1, chosen), weight.flatten(1))
 
     def save_pretrained(
         self,
