@@ -456,7 +456,7 @@ _GIVEN_BY = {
 
 
 def load_cut(cut: "Cut | CompactViT | str | Path", point: str | None) -> "Cut":
-    """What a repair starts from: a cut in a directory, without its fill, or as it was returned.
+    """What a repair starts from: a cut in a directory, or as it was returned.
 
     Raises:
         ArtefactError: The directory holds no cut, is damaged, or has several and no point is given.
@@ -465,7 +465,7 @@ def load_cut(cut: "Cut | CompactViT | str | Path", point: str | None) -> "Cut":
     from vitcut.compiler.cut import Cut
 
     if isinstance(cut, (str, Path)):
-        return replace(Cut.load(find_cut(Path(cut), point)), fill=None)
+        return Cut.load(find_cut(Path(cut), point))
     return Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
 
 
