@@ -106,6 +106,20 @@ def test_the_readme_classifies_a_picture_where_nothing_but_the_runtime_is(tmp_pa
 
 
 @pytest.mark.slow
+def test_litert_is_written_and_run_in_environments_of_its_own(tmp_path):
+    # It needs an older torch than everything else.
+    compact().save_pretrained(tmp_path / "model")
+    python = environment(tmp_path / "writing", f"{EDGE.parents[1]}[litert]")
+    run(python, "-m", "vitcut", "export", "model", "--to", "litert", "--out", ".", folder=tmp_path)
+    folder = tmp_path / "litert"
+    about = json.loads((folder / "export.json").read_text())
+    assert tuple(map(int, about["tools"]["torch"].split(".")[:2])) < (2, 15)
+    assert about["parity"]["labels_equal"] == about["parity"]["images"] == 32
+    assert about["parity"]["max_abs_diff"] < 1e-4
+    assert "cat" in run_readme(folder, tmp_path / "running")
+
+
+@pytest.mark.slow
 def test_the_edge_example_needs_onnxruntime_and_pillow_alone(tmp_path):
     made = export("onnx", tmp_path)
     python = environment(tmp_path / "environment", "onnxruntime", "pillow")
