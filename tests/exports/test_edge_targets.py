@@ -97,7 +97,7 @@ def test_a_file_for_devices_gives_the_logits_of_torch(tmp_path, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "target", ["onnx", pytest.param("openvino", marks=needs("openvino")), *DEVICES]
+    "target", ["onnx", "pt2", pytest.param("openvino", marks=needs("openvino")), *DEVICES]
 )
 def test_the_readme_classifies_a_picture_where_nothing_but_the_runtime_is(tmp_path, target):
     made = export(target, tmp_path, batch=3)

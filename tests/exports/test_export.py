@@ -84,6 +84,7 @@ def test_a_target_gives_torch_logits_and_says_so(model, target, batch, tmp_path)
     assert (tmp_path / target / "labels.txt").read_text().splitlines() == list(NAMES)
     assert about["bytes"] == sum(file["bytes"] for file in about["files"].values())
     assert list(tmp_path.iterdir()) == [tmp_path / target]
+    assert len(repr(made)) < 250
 
 
 @pytest.mark.parametrize(
