@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from vitcut.errors import ConfigError, printable
+from vitcut.hub import is_hub_id
 from vitcut.names import SHIPPED_MODEL
 from vitcut.recipes import fine_tuning_recipe
 from vitcut.reports import show
@@ -90,6 +91,8 @@ def after_info(typed: Namespace) -> str:
         return shlex.join(
             ["vitcut", "show", "--plan", str(find_cut(Path(typed.model), typed.point))]
         )
+    if is_hub_id(typed.model):
+        return shlex.join(["vitcut", "predict", typed.model, "PICTURES"])
     return shlex.join([*_cutting(typed.model), "--target-macs", "FRACTION"])
 
 

@@ -30,7 +30,6 @@ from vitcut.errors import (
     shortage,
 )
 from vitcut.extras import require_extra
-from vitcut.hub import is_hub_id
 from vitcut.images.archives import MAX_FILE_BYTES, is_leftover
 from vitcut.images.decoding import HEAD_BYTES, PICTURE_SUFFIXES, decode, picture_format
 from vitcut.inputs import load_either
@@ -178,7 +177,7 @@ class OnnxFile:
 
 def load_any(
     model: "str | Path | nn.Module", *, point: str | None = None, device: str = "cpu", **dense: Any
-) -> "Model | CompactViT | Cut | OnnxFile":
+) -> "Model | Cut | OnnxFile":
     """Load a model that answers pictures, whatever it is.
 
     Args:
@@ -204,11 +203,6 @@ def load_any(
                     "leave it out"
                 )
         return OnnxFile.load(Path(model))
-    if isinstance(model, str) and is_hub_id(model):
-        from vitcut.compact.model import CompactViT
-        from vitcut.runtime import choose_device
-
-        return CompactViT.from_pretrained(model).to(choose_device(device))
     return load_either(model, point=point, device=device, **dense)
 
 

@@ -181,7 +181,8 @@ def contents(folder: Path) -> dict[str, Any]:
 def _cut_of(folder: Path) -> Any:
     found = Cut.load(folder)
     facts = found.circuit, found.exactness, found.faithfulness, found.name, found.budget
-    fill = None if found.fill is None else found.fill.fingerprint
+    fill = found.read_fill()
+    fill = None if fill is None else fill.fingerprint
     return weight_hash(found.model), found.model.plan, found.model.info, fill, *facts
 
 

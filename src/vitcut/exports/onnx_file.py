@@ -40,7 +40,9 @@ _USE = f"""import onnxruntime
 
 session = onnxruntime.InferenceSession("{FILE}", providers=["CPUExecutionProvider"])
 (logits,) = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": images}})"""
-_USE_PICTURES = f"""```python
+_USE_PICTURES = f"""    pip install numpy pillow onnxruntime
+
+```python
 import json
 
 import numpy as np

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.hub import hub_access
+from vitcut.hub import HUB, TIMM, hub_access, require_there
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
 from vitcut.model.foreign import read_config, require_plausible, told_as
@@ -24,8 +24,6 @@ from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
 from vitcut.settings import require_at_least, require_bounds, require_utf8
 from vitcut.store import hash_of_read, sha256_file
 
-TIMM, HUB = "timm:", "hf-hub:"
-"""Prefixes of model names."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Suffixes of files that hold bare weights, in lower case; .tar as in .pth.tar."""
 
@@ -146,11 +144,12 @@ def _from_folder(name: str) -> Model:
     if name == SHIPPED_MODEL:
         folder = Path(str(resources.files("vitcut"))) / "assets" / name
     else:
+        require_there(name)
         folder = Path(name.removeprefix("local-dir:"))
-        if not folder.exists():
+        if folder.suffix.lower() == ".onnx":
             raise ModelError(
-                f"no model at {folder}: expected a folder with {CONFIG}, a run directory, a file "
-                f"of weights, timm:NAME, hf-hub:REPOSITORY, or {SHIPPED_MODEL}"
+                f"{folder} is an .onnx file, which only predict reads: give the model that it was "
+                "made from"
             )
         if not folder.is_dir():
             raise ModelError(f"{folder} is a file: expected a model folder with {CONFIG}")
