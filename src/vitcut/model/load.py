@@ -16,7 +16,7 @@ from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
 from vitcut.model.foreign import read_config, require_plausible, told_as
 from vitcut.model.model import Model
-from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
+from vitcut.model.saving import CONFIG, FORMAT_VERSION, ORIENTATION, TENSORS
 from vitcut.model.timm_folders import load_random, load_timm
 from vitcut.model.transformers_folders import WEIGHTS, labels_of, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
@@ -169,14 +169,14 @@ def _from_folder(name: str) -> Model:
     if "vitcut" in config:
         _check_own(folder, config)
     if hugging_face:
-        return load_hf_folder(folder, name)
+        return _turning(config, load_hf_folder(folder, name))
     if "torchvision" in config:
         # Imported here: torchvision's models take seconds to import.
         from vitcut.model.torchvision_models import load_torchvision_folder
 
-        return load_torchvision_folder(folder, name, config)
+        return _turning(config, load_torchvision_folder(folder, name, config))
     if "architecture" in config:
-        return load_timm(f"local-dir:{folder}", name)
+        return _turning(config, load_timm(f"local-dir:{folder}", name))
     if "plan" in config:
         raise ModelError(
             f"{folder} is a compact model, expected a dense one: give the model it was cut from"
@@ -185,6 +185,14 @@ def _from_folder(name: str) -> Model:
         f"{folder / CONFIG} names no architecture: expected a dense model of timm (architecture) "
         "or transformers (model_type)"
     )
+
+
+def _turning(config: dict[str, Any], model: Model) -> Model:
+    """The model, whose pictures are turned as its folder says, or else as its library does."""
+    taken = model.preprocessing
+    stated = config.get(ORIENTATION, taken.framing.orientation)
+    framing = replace(taken.framing, orientation=stated)
+    return replace(model, preprocessing=replace(taken, framing=framing))
 
 
 def _check_own(folder: Path, config: dict[str, Any]) -> None:

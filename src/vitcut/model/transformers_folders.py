@@ -16,7 +16,7 @@ from torch import nn
 from vitcut.errors import ConfigError, ModelError
 from vitcut.labels import Labels
 from vitcut.model.adapters import adapter_of, as_classifier
-from vitcut.model.foreign import read_config, told_as, told_misfits
+from vitcut.model.foreign import labels_in, read_config, told_as, told_misfits
 from vitcut.model.model import Model
 from vitcut.preprocessing import Fit, Framing, Preprocessing, per_channel
 from vitcut.progress import say
@@ -105,12 +105,10 @@ def labels_of(config: Any, spec: str) -> Labels | None:
         config: Of a model.
         spec: What the user asked for.
     """
-    id2label: dict[int, Any] = getattr(config, "id2label", None) or {}
-    numbers = sorted(id2label)
-    texts = tuple(str(id2label[number]) for number in numbers)
-    if all(text in {f"LABEL_{at}", str(at)} for at, text in zip(numbers, texts, strict=True)):
-        return None
-    return Labels(owner=f"model {spec!r}", ids=texts, names=texts)
+    id2label = getattr(config, "id2label", None) or {}
+    found = labels_in(f"id2label in the config.json of {spec}", f"model {spec!r}", id2label)
+    unsaid = all(own in {f"LABEL_{at}", str(at)} for at, own in enumerate(found.ids))
+    return None if unsaid else found
 
 
 def save_hf_folder(
