@@ -28,7 +28,6 @@ from vitcut.runs import (
     is_run,
     read_settings,
 )
-from vitcut.settings import require_positive
 from vitcut.store import convert
 from vitcut.task import (
     Task,
@@ -366,14 +365,12 @@ def _own_preprocessing(
     """How images are made for a model that is yet to be trained.
 
     Raises:
-        ConfigError: Mean or std is neither one number nor three, or a std is not positive.
+        ConfigError: Mean or std is neither one number nor three, or out of range.
     """
     known: Any = {}
     for name, value in {"mean": numbers("mean", mean), "std": numbers("std", std)}.items():
         if value is not None:
             known[name] = value * 3 if len(value) == 1 else value
-    for value in known.get("std", ()):
-        require_positive("std", value)
     return Preprocessing(image_size=image_size, **known)
 
 
