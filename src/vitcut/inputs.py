@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
@@ -65,7 +65,7 @@ def load_model(
     std: float | Sequence[float] | str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
-    labels: str | Path | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | Mapping[Any, str] | None = None,
     device: str = "cpu",
 ) -> "Model":
     """Load a dense model, read its weights, and check that they reproduce its logits.
@@ -87,7 +87,8 @@ def load_model(
         image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
             position embeddings are resized. By default the size that its weights were trained at.
         labels: A text file with the names of the model's classes, one per line, in the order of its
-            logits; in Python also a list of them. It replaces names that the model has of its own.
+            logits; in Python also a list, or names by number (``id2label``). It replaces names that
+            the model has of its own.
         device: Where the model computes: cpu, cuda, cuda:N, or auto (cuda if there is one).
 
     Raises:
@@ -109,7 +110,7 @@ def load_model(
         "std": numbers("std", std),
         "random_weights": random_weights,
         "image_size": image_size,
-        "labels": labels if labels is None else list(_class_names(labels)),
+        "labels": read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels,
     }
     typed = {
         name: value for name, value in given.items() if value is not None and value is not False
@@ -132,6 +133,7 @@ def load_model(
     loaded = load(model, **given).to(place)
     if named is not None:
         loaded = loaded.with_labels(named)
+        typed["labels"] = list(loaded.labels.ids if loaded.labels else ())
     for name in {"mean", "std"} & typed.keys():
         typed[name] = list(getattr(loaded.preprocessing, name))
     origin = {"model": str(model), **typed} if path is not None else None
@@ -333,10 +335,6 @@ class _Origin(TypedDict, total=False):
     image_size: int
     labels: list[str]
     weight_hash: str
-
-
-def _class_names(labels: Sequence[str] | str | Path) -> Sequence[str]:
-    return read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels
 
 
 def _origin_of(run: Path) -> dict[str, Any]:

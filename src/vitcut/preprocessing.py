@@ -132,6 +132,8 @@ def numbers(name: str, given: Any) -> tuple[float, ...] | None:
     for value in numbers:
         if not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, got {value}")
+        if name == "std":
+            require_positive(name, value)
     if len(numbers) not in {1, 3}:
         raise ConfigError(
             f"{name} must be one number, or three for red, green and blue, got {len(numbers)}"

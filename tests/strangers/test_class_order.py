@@ -187,6 +187,10 @@ def test_labels_come_from_a_file_and_a_run_directory_keeps_them(tmp_path, capsys
     with pytest.raises(ModelError, match=r"labels names 2 classes, .* has 12 logits"):
         model.with_labels(["a", "b"])
     (tmp_path / "gap.txt").write_text("a\n\nb\n")
+    numbered = dict(reversed([*enumerate(TWELVE)]))
+    assert model.with_labels(numbered).labels.ids == tuple(TWELVE)
+    with pytest.raises(ModelError, match="a text for each of the logits 0 to 11: correct it"):
+        model.with_labels({number + 1: name for number, name in enumerate(TWELVE)})
     with pytest.raises(TaskError, match=r"line 2 of .*gap\.txt is empty"):
         vitcut.load_model(build_module(), mean=0.5, std=0.5, labels=tmp_path / "gap.txt")
     folder = tmp_path / "vit"

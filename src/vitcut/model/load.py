@@ -46,9 +46,6 @@ def load(
 ) -> Model:
     """Load a model as `vitcut.load_model` does, except from runs that did not train it."""
     means, stds = numbers("mean", mean), numbers("std", std)
-    for value in stds or ():
-        if not value > 0:
-            raise ConfigError(f"std must be a finite number > 0, got {value:g}")
     if image_size is not None:
         require_at_least("image-size", image_size, 1)
         # The least is the model's: one patch.
@@ -68,6 +65,11 @@ def load(
                 said = flag.replace("-", "_")
                 raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
         return _wrap(model, means, stds)
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            f"a model is a module, a path or a name, got {type(model).__name__}: load a state "
+            "dict into its module, or save it and give the file and arch"
+        )
     require_utf8("model", model)
     name, path = str(model), Path(model)
     is_file = path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
@@ -76,7 +78,7 @@ def load(
             if not is_file:
                 raise ConfigError(
                     f"{flag} is for a file of bare weights ({', '.join(WEIGHT_SUFFIXES)}), got it "
-                    f"with {name!r}: leave it out, or correct the path"
+                    f"with {name!r}: leave it out, or correct the path or the file's ending"
                 )
         elif not name.startswith(TIMM):
             why = ", whose weights or configuration say the size" if flag == "image-size" else ""
@@ -102,6 +104,8 @@ def _wrap(
             "a module needs mean and std, on the scale 0 to 1, one number each or one per channel: "
             "give those that it was trained with"
         )
+    if any(tensor.is_meta for tensor in module.parameters()):
+        raise ModelError("the module is on the device meta, without values: load its weights first")
     own = as_classifier(deepcopy(module).float().cpu().eval())
     weights = read_weights(own)
     if not {len(mean), len(std)} <= {1, weights.channels}:
@@ -153,7 +157,10 @@ def _from_folder(name: str) -> Model:
                 f"of weights, timm:NAME, hf-hub:REPOSITORY, or {SHIPPED_MODEL}"
             )
         if not folder.is_dir():
-            raise ModelError(f"{folder} is a file: expected a model folder with {CONFIG}")
+            raise ModelError(
+                f"{folder} is a file: expected a model folder with {CONFIG}, or weights in a file "
+                f"that ends in {', '.join(WEIGHT_SUFFIXES)}"
+            )
         folder = folder / "dense" if (folder / "dense").is_dir() else folder
     if not (folder / CONFIG).is_file():
         raise ModelError(
