@@ -46,7 +46,7 @@ from vitcut.preprocessing import Framing
 from vitcut.progress import Meter, Terminal, say
 from vitcut.runtime import usable_threads
 from vitcut.settings import require_at_least, require_one_of
-from vitcut.store import convert
+from vitcut.store import convert, is_sealed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,6 +137,12 @@ class OnnxFile:
             raise ArtefactError(
                 f"{path} has metadata of version {version!r}, expected {NOTE_VERSION}: upgrade "
                 "vitcut, or export the model again"
+            )
+        # Files of earlier versions hold no hash.
+        if "sha256" in noted and not is_sealed(path, str(noted["sha256"])):
+            raise ArtefactError(
+                f"{path} was altered: its hash is not the one that it was written with; export the "
+                "model again"
             )
         info = convert(stored, ModelInfo, what=f"{path} has damaged metadata", remedy=again)
         whole = bool(noted.get("with_preprocessing"))

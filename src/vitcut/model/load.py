@@ -65,9 +65,10 @@ def load(
                 said = flag.replace("-", "_")
                 raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
         return _wrap(model, means, stds)
-    if not isinstance(model, (str, Path)):
+    other: Any = model  # a caller without a type checker may pass anything
+    if not isinstance(other, (str, Path)):
         raise ConfigError(
-            f"a model is a module, a path or a name, got {type(model).__name__}: load a state "
+            f"a model is a module, a path or a name, got {type(other).__name__}: load a state "
             "dict into its module, or save it and give the file and arch"
         )
     require_utf8("model", model)
