@@ -59,6 +59,7 @@ from vitcut.runs import (
     is_in_use,
 )
 from vitcut.settings import as_plain, require_here
+from vitcut.store import parse_yaml
 
 EXIT_ERROR, EXIT_BROKEN_PIPE = 2, 141
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
@@ -162,6 +163,7 @@ def _dispatch(typed: list[str]) -> int:
         rest, changes = _take_changes(rest, parser)
     try:
         words = list(_arranged(parser, rest))
+        _require_readable_configs(words)
         if verb.base is not None:
             first = parser.parse_args([word for word in words if word != "--print_config"])
             found = verb.base(first)
@@ -393,6 +395,24 @@ def _settings_of(annotation: Any) -> type | None:
     """The settings class of an argument, including one that may be None."""
     kinds = [annotation, *get_args(annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def _require_readable_configs(words: list[str]) -> None:
+    """Refuse configs that are no YAML, or larger than they look, before jsonargparse reads them."""
+    pairs = zip(words, [*words[1:], ""], strict=False)
+    named = [
+        after if flag == word else value
+        for word, after in pairs
+        for flag, _, value in [word.partition("=")]
+        if flag == "--config"
+    ]
+    for path in map(Path, named):
+        try:
+            content = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} is not a readable config: {one_line(error)}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} is no config: expected a line 'flag: value' for each flag")
 
 
 def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:

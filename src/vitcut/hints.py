@@ -18,7 +18,7 @@ _OTHER_WORDS = {
     "eval": "evaluate test validate accuracy",
     "predict": "classify infer",
     "bench": "benchmark time latency speed profile",
-    "export": "convert onnx deploy ship",
+    "export": "convert onnx deploy ship quantize",
     "finetune": "fine-tune repair distill retrain recover",
     "train": "fit pretrain probe",
     "show": "view print results",

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
@@ -29,7 +29,6 @@ from vitcut.runs import (
     is_run,
     read_settings,
 )
-from vitcut.settings import require_positive
 from vitcut.store import convert
 from vitcut.task import (
     Task,
@@ -67,7 +66,7 @@ def load_model(
     std: float | Sequence[float] | str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
-    labels: str | Path | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | Mapping[Any, str] | None = None,
     device: str = "cpu",
 ) -> "Model":
     """Load a dense model, read its weights, and check that they reproduce its logits.
@@ -89,7 +88,8 @@ def load_model(
         image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
             position embeddings are resized. By default the size that its weights were trained at.
         labels: A text file with the names of the model's classes, one per line, in the order of its
-            logits; in Python also a list of them. It replaces names that the model has of its own.
+            logits; in Python also a list, or names by number (``id2label``). It replaces names that
+            the model has of its own.
         device: Where the model computes: cpu, cuda, cuda:N, or auto (cuda if there is one).
 
     Raises:
@@ -106,7 +106,7 @@ def load_model(
         "std": numbers("std", std),
         "random_weights": random_weights,
         "image_size": image_size,
-        "labels": labels if labels is None else list(_class_names(labels)),
+        "labels": read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels,
     }
     typed = {
         name: value for name, value in given.items() if value is not None and value is not False
@@ -135,6 +135,7 @@ def load_model(
     loaded = load(model, **given).to(place)
     if named is not None:
         loaded = loaded.with_labels(named)
+        typed["labels"] = list(loaded.labels.ids if loaded.labels else ())
     for name in {"mean", "std"} & typed.keys():
         typed[name] = list(getattr(loaded.preprocessing, name))
     origin = {"model": str(model), **typed} if path is not None else None
@@ -358,10 +359,6 @@ class _Origin(TypedDict, total=False):
     weight_hash: str
 
 
-def _class_names(labels: Sequence[str] | str | Path) -> Sequence[str]:
-    return read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels
-
-
 def _origin_of(run: Path) -> dict[str, Any]:
     """The arguments of `load_model` that load a run directory's model.
 
@@ -388,14 +385,12 @@ def _own_preprocessing(
     """How images are made for a model that is yet to be trained.
 
     Raises:
-        ConfigError: Mean or std is neither one number nor three, or a std is not positive.
+        ConfigError: Mean or std is neither one number nor three, or out of range.
     """
     known: Any = {}
     for name, value in {"mean": numbers("mean", mean), "std": numbers("std", std)}.items():
         if value is not None:
             known[name] = value * 3 if len(value) == 1 else value
-    for value in known.get("std", ()):
-        require_positive("std", value)
     return Preprocessing(image_size=image_size, **known)
 
 

@@ -285,7 +285,7 @@ def has_cut(path: Path) -> bool:
     def is_compact(folder: Path) -> bool:
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(config, dict) and "plan" in config
 

@@ -417,12 +417,12 @@ def unknown_classes(name: str, unknown: list[str], labels: Labels) -> str:
         nearest = near[0][1]
     nearest = nearest or list(labels.ids[:3])
     # Only a model can be taught classes that it lacks.
-    taught = ", or train it for your classes (vitcut train --model)"
+    taught = ", name the model's classes (--labels), or train it for yours (vitcut train --model)"
     return (
         f"task {name!r} names {len(unknown)} classes that {labels.owner} lacks: {listed}; "
         f"{labels.owner} has {len(labels.ids)} classes, such as {', '.join(nearest)}: "
-        f"correct the label file (ids, positions 0 to {len(labels.ids) - 1}, or names), or use "
-        f"another source{taught if labels.owner.startswith('model ') else ''}"
+        f"name them in a label file (--task) by id, position (0 to {len(labels.ids) - 1}) or name, "
+        f"or use another source{taught if labels.owner.startswith('model ') else ''}"
     )
 
 

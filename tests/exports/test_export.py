@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import fresh
@@ -152,6 +153,24 @@ def test_pictures_are_scaled_as_pillow_does(fit, channels, filter_name, picture)
     got = model.scaled(torch.from_numpy(np.array(picture)[None]))[0].permute(1, 2, 0).numpy()
     assert np.abs(got - seen).max() <= 2
     assert (got != seen).mean() < 0.02
+
+
+@pytest.mark.parametrize("given", [{}, {"precision": "float16"}, {"with_preprocessing": True}])
+def test_no_flipped_bit_of_a_file_changes_an_answer_in_silence(model, given, picture, tmp_path):
+    vitcut.export(model, settings=ExportSettings(to=("onnx",), **given), out=tmp_path)
+    path, shown = tmp_path / "onnx" / "model.onnx", tmp_path / "a.png"
+    picture.save(shown)
+    content, draw = path.read_bytes(), np.random.default_rng(0)
+    expected = [*vitcut.predict(path, shown)]
+    for _ in range(12):
+        altered = bytearray(content)
+        altered[draw.integers(len(content))] ^= 1 << int(draw.integers(8))
+        path.write_bytes(altered)
+        with suppress(ArtefactError):
+            assert [*vitcut.predict(path, shown)] == expected
+    path.write_bytes(content.replace(b"cats", b"rats"))
+    with pytest.raises(ArtefactError, match="was altered: its hash"):
+        vitcut.predict(path, shown)
 
 
 def test_float16_takes_half_the_room_and_is_not_held_to_float32(model, tmp_path):

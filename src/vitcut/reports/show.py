@@ -69,7 +69,8 @@ def show_path(path: Path) -> None:
         show_pairs(Repair.load(path / REPAIR_FILE))
     if not (circuits or model or any((path / name).exists() for name in _SHOWN_FILES)):
         raise ArtefactError(
-            f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
+            f"nothing to show at {path}: expected a run or model directory of circuits or cuts, or "
+            "a circuit.json; of a dense model, or what a training made, vitcut info tells"
         )
 
 
