@@ -76,6 +76,25 @@ def test_the_page_loads_nothing(page):
     assert len(page) < 1_000_000
 
 
+def test_pictures_are_those_of_the_run_or_none(page, finished, tmp_path):
+    [run] = data_of(page)["runs"]
+    results = json.loads((finished / "results.json").read_text())
+    told = run["pictures"]
+    assert told["points"] == ["dense", "acdc-resample-0.03", "acdc-resample-0.001"]
+    for at, name in enumerate(told["points"][1:], start=1):
+        [point] = [p for p in results["points"] if p["name"] == name]
+        gain = (told["gained"][at] - told["lost"][at]) / point["images"]
+        assert gain == pytest.approx(point["accuracy_coarse"] - results["dense"]["accuracy_coarse"])
+    bare = tmp_path / "bare.html"
+    assert main(["report", str(finished), "--no-pictures", "--out", str(bare)]) == 0
+    assert data_of(bare.read_text(encoding="utf-8"))["runs"][0]["pictures"] is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").symlink_to(finished / "results.json")
+    (tmp_path / "run" / "pictures.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="not a vitcut pictures file"):
+        Report.of([tmp_path / "run"])
+
+
 def test_text_from_outside_cannot_end_the_data(tmp_path):
     name = "</script><script>alert(1)</script><!--"
     results = Results(task=name, machine={"cpu": name}, dense=Point(name=name))

@@ -1,6 +1,7 @@
 """The report in a real browser; skips where there is none."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -110,6 +111,45 @@ def test_a_click_on_a_node_shows_its_edges_and_its_points(open_report, finished)
     assert f"Edges in: {kept} of 7 kept" in panel
     assert "kept at 4 of 4 points" in panel
     assert "KL RISE" in panel.upper()
+
+
+def test_a_head_shows_where_it_looks_and_a_point_what_it_answers_otherwise(open_report, finished):
+    page = open_report(finished)
+    told = json.loads((finished / "pictures.json").read_text())
+    page.locator(".node.head").first.click()
+    assert page.locator("#maps canvas").count() == 6
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#maps canvas')].every(c => "
+        "c.getContext('2d').getImageData(0, 0, 168, 168).data.some(v => v > 9 && v < 255))"
+    )
+    for position in range(int(page.locator("#point").get_attribute("max")) + 1):
+        _go(page, position)
+        name = page.locator("#view").inner_text().rpartition(" (")[0]
+        if name in told["points"][1:]:
+            total = told["changed"][told["points"].index(name)]
+            assert re.match(
+                rf"On {total} of \d+ test images", page.locator("#changed").inner_text()
+            )
+    page.locator(".node.mlp").first.click()
+    assert page.locator("#maps").count() == 0
+
+
+def test_the_page_opens_at_the_verdict_and_without_empty_sections(open_report, finished, tmp_path):
+    page = open_report(finished)
+    results = json.loads((finished / "results.json").read_text())
+    cuts = [point for point in results["points"] if point["name"] != "class-only"]
+    within = [point for point in cuts if point["change_high"] >= 0]
+    best = max(cuts, key=lambda p: p["accuracy_coarse"])
+    best = min(within, key=lambda p: p["macs"]) if within else best
+    assert page.locator("#view").inner_text().startswith(f"{best['name']} (")
+
+
+def test_where_nothing_was_measured_no_heading_is_empty(open_report, finished, tmp_path):
+    (tmp_path / "circuits").mkdir()
+    (tmp_path / "circuits" / "points").symlink_to(finished / "points")
+    page = open_report(tmp_path / "circuits")
+    headings = page.locator("h2:visible").all_inner_texts()
+    assert headings == ["A node", "To make it again", "What this page does not hold"]
 
 
 def test_the_keyboard_alone_reaches_points_nodes_and_search(open_report, finished):

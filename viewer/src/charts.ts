@@ -142,18 +142,24 @@ export function tauChart(
   const y = scaleLinear(fromZero ? [0, values[1] * 1.1] : padded(values, 0.15), [TALL - MARGIN.bottom, MARGIN.top]).nice(5);
   axes(svg, width, axisBottom(x).tickValues([...new Set(taus)]).tickFormat((v) => String(v)), axisLeft(y).ticks(6).tickFormat((v) => `${(100 * +v).toFixed(0)}`), "tau, nats (log scale)", label);
   const byAblation = new Map<string, Point[]>();
-  for (const point of marks) byAblation.set(point.ablation ?? "", [...(byAblation.get(point.ablation ?? "") ?? []), point]);
+  for (const point of marks) {
+    // As it was searched for: a circuit found under resample is cut under mean.
+    const ablation = point.faithfulness?.discovery?.ablation ?? point.ablation ?? "";
+    byAblation.set(ablation, [...(byAblation.get(ablation) ?? []), point]);
+  }
   const draw = line<Point>((point) => x(point.tau!), (point) => y(value(point)!));
   let shape = 0;
   for (const [ablation, own] of byAblation) {
     svg.append("path").attr("class", "series").attr("d", draw(own));
     const groups = svg.append("g").selectAll("g").data(own).join("g").attr("class", "mark").attr("data-key", (point) => keyOf(run, point.name));
+    const row = MARGIN.top + 8 + 18 * shape;
     const mark = symbol(SHAPES[shape++ % SHAPES.length], 80)();
     groups.append("path").attr("d", mark).attr("transform", (point) => `translate(${x(point.tau!)},${y(value(point)!)})`);
     groups.append("title").text((point) => `${point.name}: ${percent(value(point))}`);
     if (byAblation.size > 1) {
-      const last = own[own.length - 1];
-      svg.append("text").attr("class", "name").attr("x", x(last.tau!) - 8).attr("y", y(value(last)!) - 10).attr("text-anchor", "end").text(ablation);
+      // Both fall towards the right, where the corner above is free.
+      svg.append("path").attr("class", "key").attr("d", mark).attr("transform", `translate(${width - MARGIN.right - 90},${row})`);
+      svg.append("text").attr("class", "name").attr("x", width - MARGIN.right - 78).attr("y", row + 4).text(ablation);
     }
   }
   return svg.node()!;

@@ -2,9 +2,10 @@
 
 import { accuracyChart, confusionTable, interval, keyOf, SHAPE_NAMES, latencyOf, tauChart, type Timing, timingLabel, timings } from "./charts";
 import { CircuitPicture, type Filters } from "./circuit";
-import { type Graph, kindLabel, LETTERS, type Letter, type Node as Part, nodeLabel, type PageData, readRun, type Run, type View } from "./data";
+import { type Graph, kindLabel, LETTERS, type Letter, type Node as Part, nodeLabel, type PageData, readRun, type Run, verdict, type View } from "./data";
 import { type Child, choice, count, el, ms, percent, save, short, signed, table } from "./dom";
 import { nodePanel } from "./panel";
+import { pictureSection } from "./pictures";
 
 const page: PageData = JSON.parse(document.getElementById("data")!.textContent!);
 const runs: Run[] = page.runs.map(readRun);
@@ -30,6 +31,7 @@ const accuracy = el("div", { class: "chart", id: "accuracy" });
 const taus = el("div", { class: "charts", id: "taus" });
 const confusions = el("div", { class: "charts", id: "confusions" });
 const tables = el("div", { id: "tables" });
+const pictures = el("div", { id: "pictures" });
 const about = el("div", { id: "about" });
 const filterBox = el("div", { class: "filters" });
 const picture = new CircuitPicture((node) => choose(node));
@@ -94,17 +96,25 @@ function update(): void {
   title.textContent = sentence(run(), here);
   facts.replaceChildren(...factsOf(run(), here).map(([name, value, of]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, of ? el("small", {}, of) : null))));
   drawCircuit();
+  fill(pictures, pictureSection(run(), here));
   markCurrent();
   drawConfusions();
   for (const row of tables.querySelectorAll("tbody tr")) row.classList.toggle("current", row.firstChild!.textContent === here.name);
 }
 
+/** Puts things into their section, which is left out if there are none. */
+function fill(place: HTMLElement, parts: (Element | null)[]): void {
+  const there = parts.filter((part) => part !== null);
+  place.replaceChildren(...there);
+  (place.closest("section") as HTMLElement).hidden = !there.length;
+}
+
 function drawCircuit(): void {
   const { circuit } = view();
-  picture.root.hidden = !circuit;
+  picture.root.hidden = filterBox.hidden = panel.hidden = !circuit;
+  (panel.parentElement as HTMLElement).hidden = !run().views.some((one) => one.circuit);
   if (!circuit) {
     shown.textContent = "No circuit of this point is in the run directory.";
-    panel.replaceChildren();
     return;
   }
   if (state.node && !circuit.graph.nodes.includes(state.node)) {
@@ -132,12 +142,10 @@ function drawTaus(): void {
   const points = run().data.results?.points ?? [];
   const width = Math.min(520, (taus.clientWidth || 1000) / (taus.clientWidth > 760 ? 2 : 1) - 16);
   const edges = (one: (typeof points)[number]) => (one.edges_kept === null ? null : one.edges_kept / one.edges_total!);
-  const drawn = [
+  fill(taus, [
     tauChart(state.run, points, (one) => one.accuracy_coarse, "coarse accuracy, %", width, false),
     tauChart(state.run, points, edges, "edges kept, % (from 0)", width, true),
-  ].filter((chart) => chart !== null);
-  taus.replaceChildren(...drawn);
-  (taus.parentElement as HTMLElement).hidden = !drawn.length;
+  ]);
 }
 
 function markCurrent(): void {
@@ -148,9 +156,7 @@ function markCurrent(): void {
 function drawConfusions(): void {
   const dense = run().data.results?.dense;
   const { point } = view();
-  const sides = [dense, point === dense ? null : point].flatMap((one) => (one?.confusion ? [confusionTable(`${one.name}: images by group and answer`, run().data.groups, one.confusion)] : []));
-  confusions.replaceChildren(...sides);
-  (confusions.parentElement as HTMLElement).hidden = !sides.length;
+  fill(confusions, [dense, point === dense ? null : point].map((one) => (one?.confusion ? confusionTable(`${one.name}: images by group and answer`, run().data.groups, one.confusion) : null)));
 }
 
 let filtersOf: Graph | null = null;
@@ -194,7 +200,8 @@ function drawTables(): void {
     });
     const time = state.timing ? timingLabel(state.timing) : "not timed";
     parts.push(table("All points, on the test images", ["point", "coarse accuracy", "change, points (95 %)", "KL, nats", "MACs", "parameters", `ms, ${time}`, "p10 to p90"], rows));
-    if (recommended) parts.push(el("p", { class: "note" }, `Take ${recommended}: the smallest cut that loses at most one point for certain, or else the most accurate one.`));
+    const opened = run().views[verdict(run())].name;
+    parts.push(el("p", { class: "note" }, `The page opens at ${opened}: the smallest cut whose accuracy is within its interval of dense, or else the most accurate one.${recommended && recommended !== opened ? ` vitcut itself takes ${recommended}: the smallest that loses at most one point for certain, or else the most accurate.` : ""}`));
     const faithful = all.filter((point) => point.faithfulness?.discovery || point.faithfulness?.cut);
     if (faithful.length) {
       const cell = (one?: { ablation: string; kl: number } | null) => (one ? `${one.kl.toFixed(4)} (${one.ablation})` : "-");
@@ -211,7 +218,7 @@ function drawTables(): void {
     sides.className = "words";
     parts.unshift(sides);
   }
-  tables.replaceChildren(...parts.map((part) => el("div", { class: "scroll" }, part)));
+  fill(tables, parts.map((part) => el("div", { class: "scroll" }, part)));
 }
 
 function drawAbout(): void {
@@ -226,17 +233,17 @@ function drawAbout(): void {
   if (!results) missing.push("accuracies and latencies: nothing was measured");
   if (run().views.some((one) => !one.circuit)) missing.push("the circuits of " + run().views.filter((one) => !one.circuit).map((one) => one.name).join(", "));
   if (!run().views.some((one) => one.circuit?.strengths)) missing.push("how strong single edges are: no edges were tested one by one");
-  missing.push("sample pictures, and what heads attend to on them");
+  if (!run().data.pictures) missing.push("sample pictures, and what heads attend to on them");
+  const lacks = missing.length ? [el("h2", {}, "What this page does not hold"), el("ul", {}, ...missing.map((text) => el("li", {}, text)))] : [];
   about.replaceChildren(
-    el("section", {}, el("h2", {}, "The machine"), table("Where it was measured", ["", ""], flat)),
+    ...(flat.length ? [el("section", {}, el("h2", {}, "The machine"), table("Where it was measured", ["", ""], flat))] : []),
     el(
       "section",
       {},
       el("h2", {}, "To make it again"),
       command ? el("pre", {}, command) : el("p", {}, "The directory does not say how it was made."),
       settings ? el("details", {}, el("summary", {}, "All settings of the run"), el("pre", {}, settings)) : null,
-      el("h2", {}, "What this run does not hold"),
-      el("ul", {}, ...missing.map((text) => el("li", {}, text))),
+      ...lacks,
     ),
   );
 }
@@ -292,7 +299,7 @@ function build(): void {
   const pickers: Child[] = [];
   if (runs.length > 1) {
     const names = runs.map((one, number) => `${number + 1}. ${one.data.name}`);
-    pickers.push(choice("run", names, names[0], (name) => show(names.indexOf(name), start(runs[names.indexOf(name)]))));
+    pickers.push(choice("run", names, names[0], (name) => show(names.indexOf(name), verdict(runs[names.indexOf(name)]))));
   }
   if (known.length > 1) {
     pickers.push(
@@ -309,6 +316,7 @@ function build(): void {
     el("div", { class: "bar" }, button("\u2190", "larger point", -1), slider, button("\u2192", "smaller point", 1), viewName, ...pickers),
     facts,
     el("section", { class: "main" }, el("figure", {}, filterBox, picture.root, el("figcaption", {}, shown)), panel),
+    el("section", {}, el("h2", {}, "Test images"), pictures),
     ...(known.length ? [el("section", {}, el("h2", {}, "Accuracy against latency"), accuracy, el("p", { class: "note" }, "Upright lines: 95 % paired interval of the change against the dense model. Level lines: p10 to p90 of the latency. The point in view is filled; click another to go there." + (runs.length > 1 ? ` ${runs.map((one, number) => `${SHAPE_NAMES[number % SHAPE_NAMES.length]}: ${one.data.name}`).join("; ")}.` : "")))] : []),
     el("section", {}, el("h2", {}, "Over tau"), taus),
     el("section", {}, el("h2", {}, "Which images are taken for what"), confusions),
@@ -333,13 +341,8 @@ function build(): void {
     wait = window.setTimeout(() => (drawAccuracy(), drawTaus(), update()), 100);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
-  state.view = start(runs[0]);
+  state.view = verdict(runs[0]);
   drawRun();
-}
-
-/** The recommended point, else the first. */
-function start(of: Run): number {
-  return Math.max(0, of.views.findIndex((one) => one.name === of.data.recommended));
 }
 
 build();
