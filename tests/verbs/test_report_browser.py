@@ -6,9 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import vitcut
 from vitcut.circuit import Circuit
+from vitcut.compact.model import CompactViT
 from vitcut.graph import Graph
 from vitcut.results import Point, Results
 from vitcut.runs import Run
@@ -46,8 +48,8 @@ def open_report(browser, tmp_path):
     requests, errors = [], []
     context = browser.new_context(viewport={"width": 1280, "height": 900})
 
-    def opened(*runs):
-        vitcut.report(list(runs), out=tmp_path / "report.html")
+    def opened(*runs, **how):
+        vitcut.report(list(runs), out=tmp_path / "report.html", **how)
         page = context.new_page()
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: errors.append(message.text))
@@ -179,6 +181,36 @@ def test_a_step_of_the_slider_takes_less_than_a_blink_at_3628_edges(open_report,
         circuit.save(run / "points" / f"acdc-{number}" / "circuit.json")
     page = open_report(run)
     assert np.median(page.evaluate(STEPS)) < 200  # 10 ms measured; CI machines are shared
+
+
+@pytest.mark.graph
+def test_a_dropped_picture_gets_the_answer_that_the_cut_model_gives(
+    open_report, finished, tmp_path
+):
+    shade = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    Image.fromarray(shade).save(tmp_path / "picture.png")
+    page = open_report(finished, with_model=True)
+    name = page.locator("#view").inner_text().rpartition(" (")[0]
+    _go(page, 0)
+    page.set_input_files("#picture", tmp_path / "picture.png")
+    page.wait_for_selector("#answer .bars", timeout=60_000)
+    told = page.locator("#answer .bar-row").all_inner_texts()
+    model = CompactViT.from_pretrained(finished / "points" / name / "model")
+    [answer] = vitcut.predict(model, [tmp_path / "picture.png"])
+    for row, group in zip(told, answer.groups, strict=True):
+        assert row.split("\n") == [group[0], f"{100 * group[1]:.1f} %"]
+    # The page goes to the point whose model it holds; what wrote most has the full colour.
+    assert page.locator("#view").inner_text().startswith(f"{name} (")
+    fills = ".node.head .fill, .node.mlp .fill"
+    shares = page.eval_on_selector_all(
+        fills, "all => all.map(f => +f.getAttribute('fill-opacity'))"
+    )
+    assert (min(shares), max(shares)) == (0, 1)
+    page.set_input_files("#picture", finished / "results.json")
+    page.wait_for_selector("#answer .wrong")
+    assert page.locator("#answer").inner_text() == (
+        "This browser cannot read that file as a picture."
+    )
 
 
 def test_text_from_outside_is_shown_as_text(open_report, tmp_path):

@@ -141,6 +141,16 @@ export interface PicturesData {
   attention: AttentionData | null;
 }
 
+/** The cut model that the page holds. */
+export interface ModelData {
+  point: string;
+  /** Names of heads and MLPs, in the order of what they wrote. */
+  parts: string[];
+  groups: string[];
+  /** Whether pictures are turned as their EXIF entry says. */
+  turned: boolean;
+}
+
 export interface RunData {
   name: string;
   task: string | null;
@@ -161,6 +171,7 @@ export interface RunData {
 
 export interface PageData {
   version: string;
+  model: ModelData | null;
   runs: RunData[];
 }
 

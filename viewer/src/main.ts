@@ -4,6 +4,7 @@ import { accuracyChart, confusionTable, interval, keyOf, SHAPE_NAMES, latencyOf,
 import { CircuitPicture, type Filters } from "./circuit";
 import { type Graph, kindLabel, LETTERS, type Letter, type Node as Part, nodeLabel, type PageData, readRun, type Run, verdict, type View } from "./data";
 import { type Child, choice, count, el, ms, percent, save, short, signed, table } from "./dom";
+import { dropZone } from "./drop";
 import { nodePanel } from "./panel";
 import { pictureSection } from "./pictures";
 
@@ -15,6 +16,7 @@ const state = {
   view: 0,
   node: null as Part | null,
   timing: (known[0] ?? null) as Timing | null,
+  lit: null as Map<string, number> | null,
   filters: { letters: new Set<Letter>(LETTERS), kinds: new Set(["cls", "register", "patch"]), found: new Set<Part>() } as Filters,
 };
 
@@ -44,7 +46,7 @@ function sentence(run: Run, view: View): string {
   if (view.name in headlines) return headlines[view.name].slice(view.name.length + 2);
   if (view.step) {
     const { macs_fraction, accuracy_coarse } = view.step;
-    return `On the way to a budget: ${percent(macs_fraction, 0)} of the MACs, ${percent(accuracy_coarse)} coarse accuracy on val images`;
+    return `${view.name === view.step.name ? "On the way to a budget: " : ""}${percent(macs_fraction, 0)} of the MACs, ${percent(accuracy_coarse)} coarse accuracy on val images`;
   }
   if (view.name === "dense") return "The dense model, before anything is cut";
   if (view.name === "class-only") return "Nothing cut, but compiled: the last block computes what is read alone";
@@ -76,8 +78,8 @@ function factsOf(run: Run, view: View): [string, string, string][] {
     if (point.max_abs_diff !== null) add("compact = masked", point.max_abs_diff.toExponential(1), "largest difference");
   } else if (step) {
     add("MACs", short(step.macs), `${percent(step.macs_fraction, 0)} of dense`);
-    const change = step.change_low === null ? "" : `change ${signed(step.change_low)} to ${signed(step.change_high!)} points`;
-    add("coarse accuracy, val images", percent(step.accuracy_coarse), change);
+    const change = step.change_low === null ? "" : `: change ${signed(step.change_low)} to ${signed(step.change_high!)} points`;
+    add("coarse accuracy", percent(step.accuracy_coarse), `on val images${change}`);
     add("KL from dense", step.kl.toFixed(4), "nats");
     add("heads kept", count(step.heads_kept));
     add("neurons kept", percent(step.neurons_kept_fraction));
@@ -121,12 +123,16 @@ function drawCircuit(): void {
     state.node = circuit.graph.nodes.find((node) => node.name === state.node!.name) ?? null;
   }
   drawFilters(circuit.graph);
-  picture.draw(circuit, state.node, state.filters);
+  const lit = view().name === page.model?.point ? state.lit : null;
+  picture.root.classList.toggle("lit", lit !== null);
+  picture.draw(circuit, state.node, state.filters, lit);
   shown.textContent = `${count(circuit.numKept)} of ${count(circuit.graph.useful.reduce((a, b) => a + b, 0))} edges that can reach the classifier are kept. A filled box is kept, as high as the share of its neurons; an empty one is cut.${circuit.graph.data.kinds.length ? " Heads of each token kind read the keys and values of all kinds, so edges also lead into empty boxes." : ""}`;
   if (state.node) {
     const close = el("button", { type: "button", class: "close", "aria-label": "close" }, "\u00d7");
     close.addEventListener("click", () => choose(null));
     panel.replaceChildren(close, ...nodePanel(run(), view(), state.node, (node) => choose(node)));
+    const wrote = lit?.get(state.node.name);
+    if (wrote !== undefined) panel.querySelector("p")!.after(el("p", {}, `wrote ${percent(wrote, 0)} of the most that a part of its row wrote for your picture`));
   } else {
     panel.replaceChildren(el("h2", {}, "A node"), el("p", {}, "Click a head, an MLP, in or out, or move there with the keyboard: its edges, and the points that keep it."));
   }
@@ -248,6 +254,14 @@ function drawAbout(): void {
   );
 }
 
+/** Shows what each part wrote on a picture, at the point whose model the page holds. */
+function light(written: Map<string, number> | null): void {
+  state.lit = written;
+  const at = run().views.findIndex((one) => one.name === page.model!.point);
+  if (written && at >= 0) show(state.run, at);
+  else drawCircuit();
+}
+
 function choose(node: Part | null): void {
   state.node = node;
   drawCircuit();
@@ -311,10 +325,11 @@ function build(): void {
       }),
     );
   }
-  root.replaceChildren(
+  const parts: Child[] = [
     el("header", {}, eyebrow, title),
     el("div", { class: "bar" }, button("\u2190", "larger point", -1), slider, button("\u2192", "smaller point", 1), viewName, ...pickers),
     facts,
+    page.model && dropZone(page.model, light),
     el("section", { class: "main" }, el("figure", {}, filterBox, picture.root, el("figcaption", {}, shown)), panel),
     el("section", {}, el("h2", {}, "Test images"), pictures),
     ...(known.length ? [el("section", {}, el("h2", {}, "Accuracy against latency"), accuracy, el("p", { class: "note" }, "Upright lines: 95 % paired interval of the change against the dense model. Level lines: p10 to p90 of the latency. The point in view is filled; click another to go there." + (runs.length > 1 ? ` ${runs.map((one, number) => `${SHAPE_NAMES[number % SHAPE_NAMES.length]}: ${one.data.name}`).join("; ")}.` : "")))] : []),
@@ -323,7 +338,8 @@ function build(): void {
     el("section", {}, el("h2", {}, "Numbers"), tables),
     el("div", { class: "two" }, about),
     el("footer", {}, `Made by vitcut ${page.version}. Keys: \u2190 \u2192 another point, / find a node, Tab into the picture and arrows from node to node, Enter opens, Escape closes.`),
-  );
+  ];
+  root.replaceChildren(...parts.filter((part) => part !== null && part !== false));
   document.addEventListener("keydown", (event) => {
     const typing = event.target instanceof HTMLInputElement || event.target instanceof HTMLSelectElement;
     if (event.key === "Escape") choose(null);

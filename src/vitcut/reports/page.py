@@ -49,6 +49,7 @@ from vitcut.task import load_task, shipped_tasks
 from vitcut.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
+    from vitcut.reports.embedded import EmbeddedModel
     from vitcut.selection.search import PathStep
 
 _NO_CUTS = {DENSE, CLASS_ONLY, DENSE_REPAIRED}
@@ -64,17 +65,22 @@ class Report:
     """The run directories."""
     runs: tuple[dict[str, Any], ...]
     """One JSON object per run, as the page holds them."""
+    model: "EmbeddedModel | None" = None
+    """The cut model of the only run, where the page is to run it."""
 
     @classmethod
-    def of(cls, runs: Sequence[str | Path], *, pictures: bool = True) -> "Report":
+    def of(
+        cls, runs: Sequence[str | Path], *, pictures: bool = True, with_model: bool = False
+    ) -> "Report":
         """Read what run directories hold.
 
         Args:
             runs: The run directories.
             pictures: Whether to show the test images that they keep.
+            with_model: Whether the page holds the cut model of the point that it opens at.
 
         Raises:
-            ConfigError: There is no run, or one is given twice.
+            ConfigError: There is no run, one is given twice, or several are given with a model.
             ArtefactError: A directory holds neither results nor a circuit, or one is damaged.
         """
         paths = [Path(run) for run in runs]
@@ -84,9 +90,19 @@ class Report:
         twice = next((run for run in places if places.count(run) > 1), None)
         if twice is not None:
             raise ConfigError(f"report got {twice} twice: give each run once")
-        return cls(
-            paths=tuple(paths), runs=tuple(_read_run(run, pictures=pictures) for run in paths)
-        )
+        if with_model:
+            require_extra("onnx", what="with-model")
+            if len(paths) > 1:
+                raise ConfigError(f"with-model takes one run, got {len(paths)}: give one alone")
+        found = tuple(_read_run(run, pictures=pictures) for run in paths)
+        model = None
+        if with_model:
+            from vitcut.reports.embedded import EmbeddedModel
+
+            [run], [path] = found, paths
+            measured = _results(path)
+            model = EmbeddedModel.of(path, measured, None if measured is None else run["verdict"])
+        return cls(paths=tuple(paths), runs=found, model=model)
 
     def to_html(self) -> str:
         """The whole page."""
@@ -95,8 +111,14 @@ class Report:
             (assets / f"report.{kind}").read_text(encoding="utf-8")
             for kind in ("css", "js", "html")
         )
+        held, policy, elements = None, "", ""
+        if self.model is not None:
+            module = (assets / "model.js").read_text(encoding="utf-8")
+            held = {key: value for key, value in vars(self.model).items() if key != "onnx"}
+            policy = f" 'sha256-{_csp_hash(module)}' 'wasm-unsafe-eval' blob:"
+            elements = self.model.to_html(module)
         title = ", ".join(run["name"] for run in self.runs)
-        content = {"version": version("vitcut"), "runs": self.runs}
+        content = {"version": version("vitcut"), "model": held, "runs": self.runs}
         values = {
             "TITLE": html.escape(title),
             "STYLE_HASH": _csp_hash(style),
@@ -105,6 +127,8 @@ class Report:
             # Within a script element only "<" could end it or change what it is.
             "DATA": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
             "SCRIPT": script,
+            "MODEL_POLICY": policy,
+            "MODEL": elements,
         }
         parts = page.split("@@")
         parts[1::2] = [values[name] for name in parts[1::2]]
