@@ -5,7 +5,7 @@ import { count, el, percent } from "./dom";
 
 const MOST_CHANGED = 6;
 /** How dark a cell becomes that gets no attention. */
-const SHADE = 0.86;
+const SHADE = 0.72;
 
 const loaded = new Map<PictureData, HTMLImageElement>();
 
