@@ -48,7 +48,7 @@ export class CircuitPicture {
       .classed("chosen", (one) => one === node)
       .classed("hidden", (one) => one.kind !== "" && !filters.kinds.has(one.kind))
       .classed("found", (one) => filters.found.has(one))
-      .classed("dim", (one) => lit !== null && light(one) < 0.5)
+      .classed("dim", (one) => lit !== null && light(one) < 0.6)
       .attr("aria-label", (one) => `${nodeLabel(one)}, ${isKept(circuit, one) ? "kept" : "cut"}`)
       .select<SVGRectElement>("rect.fill")
       .attr("fill-opacity", (one) => (lit ? light(one) : null))

@@ -75,7 +75,7 @@ function factsOf(run: Run, view: View): [string, string, string][] {
     if (point.heads_kept !== null) add("heads kept", count(point.heads_kept), `of ${count(point.heads_total)}`);
     if (point.neurons_kept_fraction !== null) add("neurons kept", percent(point.neurons_kept_fraction));
     add("parameters", short(point.params));
-    if (point.max_abs_diff !== null) add("compact = masked", point.max_abs_diff.toExponential(1), "largest difference");
+    if (point.max_abs_diff !== null) add("difference", point.max_abs_diff.toExponential(1), "of compact to masked");
   } else if (step) {
     add("MACs", short(step.macs), `${percent(step.macs_fraction, 0)} of dense`);
     const change = step.change_low === null ? "" : `: change ${signed(step.change_low)} to ${signed(step.change_high!)} points`;
