@@ -1,5 +1,7 @@
 """The report in a real browser; skips where there is none."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -12,6 +14,7 @@ import vitcut
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.graph import Graph
+from vitcut.reports.pictures import Picture, Pictures
 from vitcut.results import Point, Results
 from vitcut.runs import Run
 
@@ -219,9 +222,16 @@ def test_text_from_outside_is_shown_as_text(open_report, tmp_path):
     Run(run).claim({"images": {"task": {"name": name, "groups": {name: {}}}}})
     point = Point(name=name, accuracy_coarse=1.0, images=2, confusion=((2,),))
     Results(task=name, machine={"cpu": name}, dense=point).save(run / "results.json")
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "WEBP")
+    drawn = base64.b64encode(file.getvalue()).decode()
+    picture = Picture(image=drawn, group=0, answers=(0,), probabilities=(1.0,))
+    nothing = {"changed": (0,), "gained": (0,), "lost": (0,), "attention": None}
+    told = Pictures(groups=(name,), points=(name,), pictures=(picture,), **nothing)
+    told.save(run / "pictures.json")
     page = open_report(run)
-    assert page.locator("img").count() == 0
-    assert page.locator("main").inner_text().count(name) >= 4
+    assert page.locator("img").count() == page.locator("#pictures img").count() == 1
+    assert page.locator("main").inner_text().count(name) >= 6
 
 
 def test_runs_side_by_side_share_a_chart(open_report, finished, tmp_path):

@@ -8,6 +8,8 @@ const MOST_CHANGED = 6;
 const SHADE = 0.72;
 
 const loaded = new Map<PictureData, HTMLImageElement>();
+/** The images of each row by their place in the page's data: a step of the slider decodes none again. */
+const shown = new Map<string, HTMLImageElement>();
 
 function image(picture: PictureData, alt: string): HTMLImageElement {
   return el("img", { src: `data:image/webp;base64,${picture.image}`, alt, width: "96", height: "96" });
@@ -25,13 +27,16 @@ function answer(run: Run, picture: PictureData, name: string, at: number): HTMLE
   );
 }
 
-function card(run: Run, view: View, picture: PictureData): HTMLElement {
-  const { groups, points } = run.data.pictures!;
+function card(run: Run, view: View, picture: PictureData, row: string): HTMLElement {
+  const { groups, points, pictures } = run.data.pictures!;
   const here = points.indexOf(view.name);
+  const key = `${run.data.name} ${row} ${pictures.indexOf(picture)}`;
+  const small = shown.get(key) ?? image(picture, `a test image of ${groups[picture.group]}`);
+  shown.set(key, small);
   return el(
     "figure",
     { class: "card" },
-    image(picture, `a test image of ${groups[picture.group]}`),
+    small,
     el("figcaption", {}, el("b", {}, groups[picture.group]), answer(run, picture, points[0], 0), here > 0 && answer(run, picture, "here", here)),
   );
 }
@@ -41,8 +46,8 @@ export function pictureSection(run: Run, view: View): HTMLElement[] {
   const { pictures } = run.data;
   if (!pictures?.pictures.length) return [];
   const samples = pictures.attention ? samplesOf(pictures.attention) : pictures.pictures.length;
-  const row = (chosen: PictureData[]) => el("div", { class: "cards" }, ...chosen.map((one) => card(run, view, one)));
-  const made: HTMLElement[] = [row(pictures.pictures.slice(0, samples))];
+  const row = (name: string, chosen: PictureData[]) => el("div", { class: "cards" }, ...chosen.map((one) => card(run, view, one, name)));
+  const made: HTMLElement[] = [row("samples", pictures.pictures.slice(0, samples))];
   const here = pictures.points.indexOf(view.name);
   if (here > 0) {
     const [total, gained, lost] = [pictures.changed[here], pictures.gained[here], pictures.lost[here]];
@@ -51,7 +56,7 @@ export function pictureSection(run: Run, view: View): HTMLElement[] {
       : `${view.name} answers as ${pictures.points[0]} does on all test images.`;
     const changed = pictures.pictures.filter((one) => one.answers[here] !== one.answers[0]);
     made.push(el("h3", {}, "Where the answer changed"), el("p", { id: "changed" }, text));
-    if (changed.length) made.push(row(sure(changed, here).slice(0, MOST_CHANGED)));
+    if (changed.length) made.push(row("changed", sure(changed, here).slice(0, MOST_CHANGED)));
   }
   return made;
 }
@@ -92,12 +97,12 @@ export function attentionPanel(run: Run, node: Node): HTMLElement[] {
 }
 
 function draw(canvas: HTMLCanvasElement, picture: PictureData, levels: number[], grid: number): void {
-  const shown = loaded.get(picture) ?? image(picture, "");
-  loaded.set(picture, shown);
+  const source = loaded.get(picture) ?? image(picture, "");
+  loaded.set(picture, source);
   const paint = () => {
     const context = canvas.getContext("2d")!;
     const [side, cell] = [canvas.width, canvas.width / grid];
-    context.drawImage(shown, 0, 0, side, side);
+    context.drawImage(source, 0, 0, side, side);
     levels.forEach((level, number) => {
       const [x, y] = [(number % grid) * cell, Math.floor(number / grid) * cell];
       context.fillStyle = `rgb(0 0 0 / ${SHADE * (1 - level)})`;
@@ -105,6 +110,6 @@ function draw(canvas: HTMLCanvasElement, picture: PictureData, levels: number[],
       context.fillRect(Math.round(x), Math.round(y), Math.round(x + cell) - Math.round(x), Math.round(y + cell) - Math.round(y));
     });
   };
-  if (shown.complete && shown.naturalWidth) paint();
-  else shown.addEventListener("load", paint, { once: true });
+  if (source.complete && source.naturalWidth) paint();
+  else source.addEventListener("load", paint, { once: true });
 }
