@@ -193,6 +193,9 @@ def test_a_dropped_picture_gets_the_answer_that_the_cut_model_gives(
     shade = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     Image.fromarray(shade).save(tmp_path / "picture.png")
     page = open_report(finished, with_model=True)
+    policy = page.locator("meta[http-equiv]").get_attribute("content")
+    script = policy.partition("script-src ")[2].partition(";")[0]
+    assert re.fullmatch(r"'sha256-\S+' 'sha256-\S+' 'wasm-unsafe-eval'", script)
     name = page.locator("#view").inner_text().rpartition(" (")[0]
     _go(page, 0)
     page.set_input_files("#picture", tmp_path / "picture.png")

@@ -115,7 +115,7 @@ class Report:
         if self.model is not None:
             module = (assets / "model.js").read_text(encoding="utf-8")
             held = {key: value for key, value in vars(self.model).items() if key != "onnx"}
-            policy = f" 'sha256-{_csp_hash(module)}' 'wasm-unsafe-eval' blob:"
+            policy = f" 'sha256-{_csp_hash(module)}' 'wasm-unsafe-eval'"
             elements = self.model.to_html(module)
         title = ", ".join(run["name"] for run in self.runs)
         content = {"version": version("vitcut"), "model": held, "runs": self.runs}

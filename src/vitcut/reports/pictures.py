@@ -194,7 +194,8 @@ def _thumbnail(array: NDArray[np.uint8]) -> str:
 def _attention(model: Model, arrays: NDArray[np.uint8]) -> Attention:
     weights = model.weights
     pixels = normalise(arrays, model.preprocessing, dtype=weights.dtype, device=weights.device)
-    maps = class_attention(weights, pixels)
+    # One by one: all patterns of large images at once take hundreds of megabytes.
+    maps = torch.cat([class_attention(weights, one[None]) for one in pixels])
     grid = math.isqrt(maps.shape[-1])
     maps = maps.float().cpu().unflatten(-1, (grid, grid))
     if grid > _MOST_GRID:
