@@ -25,6 +25,7 @@ from vitcut.model.weights import ViTWeights
 from vitcut.names import LETTERS
 from vitcut.results import CLASS_ONLY, DENSE
 from vitcut.runs import PICTURES_FILE
+from vitcut.settings import require_fraction
 from vitcut.shapes import Float, Tensor
 
 SAMPLES = 6
@@ -68,8 +69,10 @@ class Attention:
         cells = len(_unpack(self.values))
         if min(self.layers, self.heads, self.grid) < 1 or cells != len(self.peaks) * self.grid**2:
             raise ConfigError("the attention has another number of values than it says")
-        if len(self.peaks) % (self.layers * self.heads) or not all(map(math.isfinite, self.peaks)):
+        if len(self.peaks) % (self.layers * self.heads):
             raise ConfigError("the attention has other peaks than heads")
+        for peak in self.peaks:
+            require_fraction("a peak of the attention", peak)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,13 @@ class Pictures:
                 0 <= group < len(self.groups) for group in (picture.group, *picture.answers)
             ):
                 raise ConfigError("a picture is of a group that there is none of")
+            for probability in picture.probabilities:
+                require_fraction("the probability of an answer", probability)
         if len(counts) > 1:
             raise ConfigError("a picture has another number of answers than there are models")
+        for total, gained, lost in zip(self.changed, self.gained, self.lost, strict=True):
+            if min(gained, lost) < 0 or gained + lost > total:
+                raise ConfigError("more answers are gained and lost than changed")
 
     @classmethod
     def of(cls, model: Model, images: Images, found: Mapping[str, Evaluation]) -> "Pictures":
