@@ -497,6 +497,7 @@ VERBS = {
         then=lambda typed: f"look through {typed.out}, then give it as --task",
         out="labels.yaml",
     ),
+    "label": Verb(call=preparation.label, then=endings.after_label),
     "train": Verb(
         call=train,
         check=check_train,

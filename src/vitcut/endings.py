@@ -28,6 +28,14 @@ def after_prepare(typed: Namespace) -> str:
     return shlex.join([*words, "--task", "drawn" if typed.source == "drawn" else "LABELS.yaml"])
 
 
+def after_label(typed: Namespace) -> str:
+    """What follows `label`: the page in a browser, or a training with its label file."""
+    if not typed.serve:
+        return f"open {typed.out or 'label.html'} in a browser"
+    words = [] if typed.source is None else ["--source", typed.source]
+    return shlex.join(["vitcut", "train", *words, "--task", typed.task])
+
+
 def recipe_of_train(typed: Namespace) -> Path | None:
     """The file with the values of flags that `train` was not given: fine-tuning has its own."""
     for name in ("arch", "random_weights"):

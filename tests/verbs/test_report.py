@@ -185,16 +185,18 @@ def test_the_viewer_is_built_again_to_the_same_files(tmp_path):
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
     shutil.copytree(VIEWER, tmp_path / "viewer", ignore=shutil.ignore_patterns("node_modules"))
-    built = tmp_path / "src" / "vitcut" / "assets" / "report"
-    built.mkdir(parents=True)
+    built = tmp_path / "src" / "vitcut" / "assets"
+    for kind in ("label", "report"):
+        (built / kind).mkdir(parents=True)
     for words in (["ci", "--ignore-scripts"], ["run", "check"], ["test"], ["run", "build"]):
         subprocess.run(["npm", *words], cwd=tmp_path / "viewer", check=True, capture_output=True)
-    for file in built.iterdir():
-        own, kept = file.read_bytes(), (ASSETS / file.name).read_bytes()
+    files = [path for path in built.rglob("*") if path.is_file()]
+    for file in files:
+        own, kept = file.read_bytes(), (ASSETS.parent / file.relative_to(built)).read_bytes()
         if file.suffix == ".gz":  # Versions of zlib compress otherwise.
             own, kept = gzip.decompress(own), gzip.decompress(kept)
         assert own == kept, file.name
-    assert {file.name for file in built.iterdir()} >= {"report.js", "model.js", "runtime.wasm.gz"}
+    assert {file.name for file in files} >= {"report.js", "model.js", "runtime.wasm.gz", "label.js"}
 
 
 def test_demo_ends_with_its_report(finished, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from chromium import open_browser
 from PIL import Image
 
 import vitcut
@@ -18,8 +19,6 @@ from vitcut.reports.pictures import Picture, Pictures
 from vitcut.results import Point, Results
 from vitcut.runs import Run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["no-sandbox", "disable-background-networking", "disable-component-update", "disable-sync"]
 STEPS = """() => {
     const slider = document.querySelector("#point"), times = [];
     for (let i = 0; i <= 3 * slider.max; i++) {
@@ -34,15 +33,8 @@ STEPS = """() => {
 
 @pytest.fixture(scope="module")
 def browser():
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    with driver.sync_playwright() as started:
-        opened = started.chromium.launch(
-            executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS]
-        )
+    with open_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def dense_point(model: Model, *, name: str = DENSE) -> Point:
         heads_total=graph.num_layers * graph.num_heads,
         heads_kept=graph.num_layers * graph.num_heads,
         neurons_kept_fraction=1.0,
+        positions_kept_fraction=1.0,
         macs=dense_macs(model.weights.shape),
         params=sum(tensor.numel() for tensor in model.module.parameters()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vitcut.compact.artefact import CARD, load_folder, resolve_folder, save_folder
@@ -17,7 +18,7 @@ from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
 from vitcut.errors import ArtefactError, ModelError, one_line
 from vitcut.hub import hub_access
 from vitcut.names import Activation
-from vitcut.shapes import Float, Tensor
+from vitcut.shapes import Float, Int, Tensor
 from vitcut.store import write_text
 
 
@@ -82,6 +83,8 @@ class CompactViT(nn.Module):
         folder: The model directory that it was loaded from, if any.
     """
 
+    patches: Tensor | None
+
     def __repr__(self) -> str:
         shape = self.plan.shape
         params = sum(tensor.numel() for tensor in self.parameters())
@@ -107,6 +110,10 @@ class CompactViT(nn.Module):
             if plan.embeds
             else None
         )
+        kept = shape.kept_patches if plan.embeds else None
+        # Not on "meta", where models are built to be filled: these numbers are not stored.
+        chosen = None if kept is None else torch.tensor(kept, device="cpu")
+        self.register_buffer("patches", chosen, persistent=False)
         self.positions = None
         self.embed_norm: nn.Module | None = None
         if plan.embeds and shape.embed_norm:
@@ -158,7 +165,10 @@ class CompactViT(nn.Module):
         if self.patch_embed is not None:
             # Prefix tokens and positions are in the tables of the streams that read this, unless
             # a norm follows: then positions are added before it.
-            patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+            if self.patches is None:
+                patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+            else:
+                patches = self._embed_some(pixels, self.patches)
             if self.embed_norm is not None:
                 patches = self.embed_norm(patches + self.positions)
             written[EMBED] = patches
@@ -175,6 +185,17 @@ class CompactViT(nn.Module):
             features.append(normed)
         classifier = cast("nn.Linear", self.classifier)
         return classifier(torch.cat(features, dim=1) if len(features) > 1 else features[0])
+
+    def _embed_some(
+        self, pixels: Float[Tensor, "images channels y x"], chosen: Int[Tensor, "kept"]
+    ) -> Float[Tensor, "images kept width"]:
+        """The patch embedding of some patches: cut out, chosen, multiplied."""
+        grid, side = self.plan.shape.grid_size, self.plan.shape.patch_size
+        # [images channels grid side grid side] to [images grid grid channels side side]
+        cells = pixels.unflatten(3, (grid, side)).unflatten(2, (grid, side))
+        rows = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        weight = cast("nn.Conv2d", self.patch_embed).weight
+        return F.linear(rows.index_select(1, chosen), weight.flatten(1))
 
     def save_pretrained(
         self,

@@ -152,6 +152,7 @@ class Cut:
                 heads_total=graph.num_layers * graph.num_heads,
                 heads_kept=circuit.num_heads_kept,
                 neurons_kept_fraction=circuit.neurons_kept_fraction,
+                positions_kept_fraction=circuit.positions_kept_fraction,
                 circuit=None if place is None else f"{place}/{CIRCUIT_FILE}",
             )
         return replace(

@@ -11,6 +11,7 @@ from vitcut.circuit import Circuit
 from vitcut.compact.info import preprocessing_of
 from vitcut.compact.model import CompactViT
 from vitcut.errors import ArtefactError, ConfigError
+from vitcut.pages import csp_hash
 from vitcut.results import Results
 from vitcut.runs import CIRCUIT_FILE, find_cut
 
@@ -65,13 +66,18 @@ class EmbeddedModel:
             onnx=onnx,
         )
 
-    def to_html(self, script: str) -> str:
-        """The elements of the page: ONNX Runtime, the model and the script that runs it."""
-        runtime = resources.files("vitcut") / "assets" / "report" / "runtime.wasm.gz"
-        held = {"runtime": runtime.read_bytes(), "model": gzip.compress(self.onnx, mtime=0)}
+    def elements(self) -> dict[str, str]:
+        """For `pages.assemble`: ONNX Runtime, the model, and the script that runs it."""
+        assets = resources.files("vitcut") / "assets" / "report"
+        script = (assets / "model.js").read_text(encoding="utf-8")
+        runtime = (assets / "runtime.wasm.gz").read_bytes()
+        held = {"runtime": runtime, "model": gzip.compress(self.onnx, mtime=0)}
         kind = "application/octet-stream"
         elements = [
             f'\n<script type="{kind}" id="{name}">{base64.b64encode(content).decode()}</script>'
             for name, content in held.items()
         ]
-        return "".join(elements) + f'\n<script type="module">{script}</script>'
+        return {
+            "MODEL_POLICY": f" 'sha256-{csp_hash(script)}' 'wasm-unsafe-eval'",
+            "MODEL": "".join(elements) + f'\n<script type="module">{script}</script>',
+        }

@@ -151,7 +151,8 @@ def _points_csv(results: Results) -> str:
     """A row per point and latency; accuracies are fractions of 1."""
     plain = [
         *("name", "method", "granularity", "ablation", "tau", "edges_total", "edges_kept"),
-        *("heads_total", "heads_kept", "neurons_kept_fraction", "accuracy_fine"),
+        *("heads_total", "heads_kept", "neurons_kept_fraction"),
+        *("positions_kept_fraction", "accuracy_fine"),
         *("accuracy_coarse", "change_low", "change_high", "kl", "macs", "params", "bytes"),
         *("max_abs_diff", "images"),
     ]

@@ -1,17 +1,11 @@
-"""``vitcut report``: what runs hold, as one HTML page that needs neither network nor server.
-
-The page is a template with a stylesheet, a script and one JSON object. The script, its sources
-under ``viewer/``, puts every text of the JSON in as text, never as markup.
-"""
+"""``vitcut report``: what runs hold, as one HTML page that needs neither network nor server."""
 
 import base64
-import hashlib
 import html
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module, resources
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -28,6 +22,7 @@ from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.extras import require_extra
 from vitcut.graph import Graph
+from vitcut.pages import assemble
 from vitcut.reports.files import FileKind, Strengths, files_of, write_files
 from vitcut.reports.pictures import Pictures
 from vitcut.reports.tables import headline, recommend, verdict
@@ -50,7 +45,7 @@ from vitcut.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from vitcut.reports.embedded import EmbeddedModel
-    from vitcut.selection.search import PathStep
+    from vitcut.selection.steps import PathStep
 
 _NO_CUTS = {DENSE, CLASS_ONLY, DENSE_REPAIRED}
 _HEIGHT = 900
@@ -106,33 +101,13 @@ class Report:
 
     def to_html(self) -> str:
         """The whole page."""
-        assets = resources.files("vitcut") / "assets" / "report"
-        style, script, page = (
-            (assets / f"report.{kind}").read_text(encoding="utf-8")
-            for kind in ("css", "js", "html")
-        )
-        held, policy, elements = None, "", ""
+        held, more = None, {"MODEL_POLICY": "", "MODEL": ""}
         if self.model is not None:
-            module = (assets / "model.js").read_text(encoding="utf-8")
             held = {key: value for key, value in vars(self.model).items() if key != "onnx"}
-            policy = f" 'sha256-{_csp_hash(module)}' 'wasm-unsafe-eval'"
-            elements = self.model.to_html(module)
+            more = self.model.elements()
         title = ", ".join(run["name"] for run in self.runs)
         content = {"version": version("vitcut"), "model": held, "runs": self.runs}
-        values = {
-            "TITLE": html.escape(title),
-            "STYLE_HASH": _csp_hash(style),
-            "SCRIPT_HASH": _csp_hash(script),
-            "STYLE": style,
-            # Within a script element only "<" could end it or change what it is.
-            "DATA": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
-            "SCRIPT": script,
-            "MODEL_POLICY": policy,
-            "MODEL": elements,
-        }
-        parts = page.split("@@")
-        parts[1::2] = [values[name] for name in parts[1::2]]
-        return "".join(parts)
+        return assemble("report", title, content, **more)
 
     def save(self, path: str | Path) -> None:
         """Write the page, atomically."""
@@ -184,10 +159,6 @@ class Report:
             f'<iframe srcdoc="{frame}" width="100%" height="{_HEIGHT}" '
             'sandbox="allow-scripts allow-downloads" style="border:0"></iframe>'
         )
-
-
-def _csp_hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _read_run(path: Path, *, pictures: bool) -> dict[str, Any]:
@@ -271,7 +242,7 @@ def _steps(path: Path) -> "Sequence[PathStep]":
     """The steps on the way to a budget, measured on val images."""
     if not (path / PATH_FILE).is_file():
         return []
-    from vitcut.selection.search import SearchPath
+    from vitcut.selection.steps import SearchPath
 
     return SearchPath.load(path / PATH_FILE).steps
 

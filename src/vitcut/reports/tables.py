@@ -13,7 +13,7 @@ from vitcut.progress import Terminal
 from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
 
 if TYPE_CHECKING:
-    from vitcut.selection.search import PathStep
+    from vitcut.selection.steps import PathStep
 
 _ABSENT = "-"
 _PREFERRED: RuntimeName = "onnxruntime"
@@ -81,6 +81,8 @@ def point_table(results: Results, *, runtime: RuntimeName | None = None) -> Poin
     )
     if any(point.granularity == _PART for point in points):
         columns["neurons kept"] = lambda point: _percent(point.neurons_kept_fraction)
+    if any(point.positions_kept_fraction not in {None, 1.0} for point in points):
+        columns["positions kept"] = lambda point: _percent(point.positions_kept_fraction)
     columns |= {
         "coarse accuracy": lambda point: _percent(point.accuracy_coarse),
         "KL": lambda point: _ABSENT if point.kl is None else f"{point.kl:z.3f}",

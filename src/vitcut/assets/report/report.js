@@ -1,4 +1,4 @@
-/* sources sha256 3465883aea35392f0f1ceaddf619a114638319958774a3892a150aba7d66a8ad
+/* sources sha256 2717a4012c5cdb5b0c9f325c2eeb5cae8f159d48878c33b1eb9565a4b024316d
 with modules of d3:
 Copyright 2010-2026 Mike Bostock
 
