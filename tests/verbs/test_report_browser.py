@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,6 +210,20 @@ def test_a_dropped_picture_gets_the_answer_that_the_cut_model_gives(
     assert page.locator("#answer").inner_text() == (
         "This browser cannot read that file as a picture."
     )
+
+
+def test_kept_patches_are_drawn_on_their_grid(open_report, tmp_path):
+    graph, positions = Graph(num_layers=2, num_heads=2), np.arange(16) < 4
+    circuit = replace(Circuit.full(graph), positions=positions)
+    circuit.save(tmp_path / "run" / "points" / "some" / "circuit.json")
+    page = open_report(tmp_path / "run")
+    assert "4 of 16 patches are kept" in page.locator("main").inner_text()
+    rows = page.locator("#positions canvas").evaluate(
+        "c => { const { data } = c.getContext('2d').getImageData(80, 0, 1, 168);"
+        "return [10, 60, 110, 160].map(y => data[4 * y]); }"
+    )
+    assert rows[0] > 200
+    assert max(rows[1:]) < 100
 
 
 def test_text_from_outside_is_shown_as_text(open_report, tmp_path):

@@ -110,6 +110,8 @@ export interface CircuitData {
   kept: string;
   onPath: string;
   neurons: { total: number; kept: number[][] } | null;
+  /** Which patches are kept, row by row; null if all are. */
+  positions: { kept: string; total: number } | null;
   strengths: string | null;
 }
 

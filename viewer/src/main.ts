@@ -6,7 +6,7 @@ import { type Graph, kindLabel, LETTERS, type Letter, type Node as Part, nodeLab
 import { type Child, choice, count, el, ms, percent, save, short, signed, table } from "./dom";
 import { dropZone } from "./drop";
 import { nodePanel } from "./panel";
-import { pictureSection } from "./pictures";
+import { pictureSection, positionSection } from "./pictures";
 
 const page: PageData = JSON.parse(document.getElementById("data")!.textContent!);
 const runs: Run[] = page.runs.map(readRun);
@@ -34,6 +34,7 @@ const taus = el("div", { class: "charts", id: "taus" });
 const confusions = el("div", { class: "charts", id: "confusions" });
 const tables = el("div", { id: "tables" });
 const pictures = el("div", { id: "pictures" });
+const positions = el("div");
 const about = el("div", { id: "about" });
 const filterBox = el("div", { class: "filters" });
 const picture = new CircuitPicture((node) => choose(node));
@@ -98,6 +99,7 @@ function update(): void {
   title.textContent = sentence(run(), here);
   facts.replaceChildren(...factsOf(run(), here).map(([name, value, of]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, of ? el("small", {}, of) : null))));
   drawCircuit();
+  fill(positions, positionSection(run(), here));
   fill(pictures, pictureSection(run(), here));
   markCurrent();
   drawConfusions();
@@ -331,6 +333,7 @@ function build(): void {
     facts,
     page.model && dropZone(page.model, light),
     el("section", { class: "main" }, el("figure", {}, filterBox, picture.root, el("figcaption", {}, shown)), panel),
+    el("section", {}, el("h2", {}, "Kept patches"), positions),
     el("section", {}, el("h2", {}, "Test images"), pictures),
     ...(known.length ? [el("section", {}, el("h2", {}, "Accuracy against latency"), accuracy, el("p", { class: "note" }, "Upright lines: 95 % paired interval of the change against the dense model. Level lines: p10 to p90 of the latency. The point in view is filled; click another to go there." + (runs.length > 1 ? ` ${runs.map((one, number) => `${SHAPE_NAMES[number % SHAPE_NAMES.length]}: ${one.data.name}`).join("; ")}.` : "")))] : []),
     el("section", {}, el("h2", {}, "Over tau"), taus),

@@ -1,6 +1,6 @@
 // Test images in the page: what each point answers on them, and where a head looks.
 
-import type { AttentionData, Node, PictureData, Run, View } from "./data";
+import { type AttentionData, type Node, type PictureData, type Run, unpackBits, type View } from "./data";
 import { count, el, percent } from "./dom";
 
 const MOST_CHANGED = 6;
@@ -61,6 +61,22 @@ export function pictureSection(run: Run, view: View): HTMLElement[] {
   return made;
 }
 
+/** The patches that a circuit keeps, on the samples' own grid: dropped ones are dark. */
+export function positionSection(run: Run, view: View): HTMLElement[] {
+  const positions = view.circuit?.data.positions;
+  if (!positions) return [];
+  const kept = unpackBits(positions.kept, positions.total);
+  const { pictures } = run.data;
+  const samples: (PictureData | null)[] = pictures?.attention ? pictures.pictures.slice(0, samplesOf(pictures.attention)) : [null];
+  const maps = samples.map((picture) => {
+    const canvas = el("canvas", { width: "168", height: "168", role: "img", "aria-label": "kept patches" });
+    draw(canvas, picture, [...kept], Math.round(Math.sqrt(positions.total)));
+    return el("figure", {}, canvas);
+  });
+  const share = kept.reduce((sum, one) => sum + one, 0);
+  return [el("div", { class: "maps wide", id: "positions" }, ...maps), el("p", { class: "note" }, `${count(share)} of ${count(positions.total)} patches are kept; no token is computed for the dark ones.`)];
+}
+
 /** Those first of which both models are surest. */
 function sure(changed: PictureData[], here: number): PictureData[] {
   const weight = (one: PictureData) => one.probabilities[0] * one.probabilities[here];
@@ -96,13 +112,15 @@ export function attentionPanel(run: Run, node: Node): HTMLElement[] {
   ];
 }
 
-function draw(canvas: HTMLCanvasElement, picture: PictureData, levels: number[], grid: number): void {
-  const source = loaded.get(picture) ?? image(picture, "");
-  loaded.set(picture, source);
+function draw(canvas: HTMLCanvasElement, picture: PictureData | null, levels: number[], grid: number): void {
+  const source = picture && (loaded.get(picture) ?? image(picture, ""));
+  if (source) loaded.set(picture, source);
   const paint = () => {
     const context = canvas.getContext("2d")!;
     const [side, cell] = [canvas.width, canvas.width / grid];
-    context.drawImage(source, 0, 0, side, side);
+    context.fillStyle = "#cfd6e2";
+    context.fillRect(0, 0, side, side);
+    if (source) context.drawImage(source, 0, 0, side, side);
     levels.forEach((level, number) => {
       const [x, y] = [(number % grid) * cell, Math.floor(number / grid) * cell];
       context.fillStyle = `rgb(0 0 0 / ${SHADE * (1 - level)})`;
@@ -110,6 +128,6 @@ function draw(canvas: HTMLCanvasElement, picture: PictureData, levels: number[],
       context.fillRect(Math.round(x), Math.round(y), Math.round(x + cell) - Math.round(x), Math.round(y + cell) - Math.round(y));
     });
   };
-  if (source.complete && source.naturalWidth) paint();
+  if (!source || (source.complete && source.naturalWidth)) paint();
   else source.addEventListener("load", paint, { once: true });
 }

@@ -30,7 +30,7 @@ function graphOf(layers: number, heads: number, kinds: string[] = []): GraphData
 const ones = (bits: number) => btoa("\xff".repeat(Math.ceil(bits / 8)));
 
 const circuitOf = (more: Partial<CircuitData> = {}): CircuitData => ({
-  graph: 0, method: "acdc", ablation: "mean", tau: 0.01, fingerprint: "a", kept: ones(1e5), onPath: ones(1e3), neurons: null, strengths: null, ...more,
+  graph: 0, method: "acdc", ablation: "mean", tau: 0.01, fingerprint: "a", kept: ones(1e5), onPath: ones(1e3), neurons: null, positions: null, strengths: null, ...more,
 });
 
 test("bits are read from the highest of each byte on", () => {

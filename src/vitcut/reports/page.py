@@ -297,6 +297,9 @@ def _circuit(circuit: Circuit, graphs: list[Graph], known: Strengths) -> dict[st
         "kept": _bits(circuit.kept.T[graph.edges.T]),
         "onPath": _bits(circuit.live_sources & circuit.reached_sources),
         "neurons": neurons,
+        "positions": None
+        if circuit.positions is None
+        else {"kept": _bits(circuit.positions), "total": len(circuit.positions)},
         "strengths": strengths,
     }
 
