@@ -47,7 +47,9 @@ def page(results: Results, circuits: dict[str, Circuit], run: Path) -> str:
     OMP_NUM_THREADS=1 uv run python benchmarks/animals_quick.py --source tiny-imagenet-200.zip
 
 which is `vitcut run animals-quick`, and this page made of its results. Raw:
-[results.json](results.json), [training.jsonl](training.jsonl).
+[results.json](results.json), [training.jsonl](training.jsonl). As a page with charts:
+
+    vitcut report docs/benchmarks/animals-quick --out report.html
 
 {conditions(results)}
 

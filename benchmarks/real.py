@@ -22,14 +22,16 @@ from torch import nn
 import vitcut
 from vitcut import BenchSettings, Budget, CutSettings, DiscoverSettings, FinetuneSettings
 from vitcut.benchmark.bootstrap import paired_interval
-from vitcut.benchmark.points import Points, dense_point, evaluate_points, measure
+from vitcut.benchmark.points import Points, dense_point, measure
 from vitcut.compiler.cut import Cut, class_only
 from vitcut.errors import ArtefactError
 from vitcut.images.load import Images
 from vitcut.model.model import Model
 from vitcut.names import RuntimeName
 from vitcut.progress import say
+from vitcut.reports.pictures import evaluate_and_keep
 from vitcut.results import Point, Results
+from vitcut.runs import RESULTS_FILE
 from vitcut.training.checkpoint import read_training
 from vitcut.training.distillation import repair
 
@@ -170,7 +172,7 @@ def measure_bed(bed: Bed, model: Model, images: Images, out: Path) -> None:
         made += [(cut.point(out), cut.model) for cut in acdc_cuts(bed, model, images, out)]
     made += repairs(bed, model, images, out, finished_only=True)
     points: Points = {point.name: (point, module) for point, module in made}
-    found = evaluate_points(model, images, points)
+    found = evaluate_and_keep(model, images, points, out)
     # A repair changes no time: what has the shape of another point is not timed again.
     timed = {name: item for name, item in points.items() if "repaired" not in name}
     settings = BenchSettings(runtimes=RUNTIMES, batches=(1, 64), seconds=2.0)
@@ -185,6 +187,7 @@ def measure_bed(bed: Bed, model: Model, images: Images, out: Path) -> None:
                 against.setdefault(name, {})[other] = [change, *interval]
     PAGE.mkdir(parents=True, exist_ok=True)
     results.save(PAGE / f"{bed.task}.json")
+    results.save(out / RESULTS_FILE)
     repaired = [
         {
             "name": name,
@@ -214,6 +217,10 @@ runtime, one thread. What we learned: [findings.md](findings.md).
 
     uv run --extra openvino python benchmarks/real.py --model timm:vit_tiny_patch16_224 \\
         --animals tiny-imagenet-200.zip --cats-dogs cats-dogs-256.zip
+
+A page with the circuits, test images and what heads look at, from its run directory:
+
+    vitcut report runs/real/cats-dogs --out report.html
 """
     ]
     for bed in BEDS:

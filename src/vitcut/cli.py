@@ -418,7 +418,8 @@ def _require_readable_configs(words: list[str]) -> None:
 def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
     """Let a yes/no flag stand alone, and a list go without brackets.
 
-    ``--merge`` is ``--merge true``; ``--taus 0.01,0.02`` is ``--taus "[0.01, 0.02]"``.
+    ``--merge`` is ``--merge true``, ``--no-merge`` is ``--merge false``; ``--taus 0.01,0.02`` is
+    ``--taus "[0.01, 0.02]"``.
     """
     defaults = vars(parser.get_defaults())
     switches = {f"--{key}" for key, value in defaults.items() if isinstance(value, bool)}
@@ -428,6 +429,8 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
         flag, equals, value = word.partition("=")
         if flag in switches - {"--print_config"} and not equals and after.lower() not in _YES_NO:
             yield f"{word}=true"
+        elif word.startswith("--no_") and f"--{word[5:]}" in switches:
+            yield f"--{word[5:]}=false"
         elif flag in lists and equals:
             yield f"{flag}={value if value[:1] == '[' else f'[{value}]'}"
         elif before in lists and word[:1] != "-":

@@ -22,7 +22,7 @@ from vitcut.store import is_leftover, lock_folder, sealed, sweep, unlock, unseal
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
-TRAINING_FILE, REPORT_FILE = "training.json", "report.html"
+TRAINING_FILE, REPORT_FILE, PICTURES_FILE = "training.json", "report.html", "pictures.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 3
 _REMEDY = "restore it, or choose another --out"

@@ -30,6 +30,7 @@ from vitcut.errors import VitcutError
 from vitcut.images.drawn import drawn_images
 from vitcut.model.model import Model, weight_hash
 from vitcut.model.settings import VitSettings
+from vitcut.reports.pictures import Pictures
 from vitcut.results import Results
 from vitcut.store import hash_of_read
 from vitcut.tensors import read_tensors, write_tensors
@@ -272,6 +273,9 @@ def kinds(lab: Lab) -> dict[str, Kind]:
         "repair.json": Kind(
             "repair.json", "finetune", lambda _, at: Repair.load(at / "repair.json")
         ),
+        "pictures.json": Kind(
+            "pictures.json", "cut", lambda _, at: Pictures.load(at / "pictures.json")
+        ),
         "costs.json": Kind("costs.json", ".", lambda _, at: CostModel.load(at / "costs.json")),
     }
     parts = ("config.json", "model.safetensors", "circuit.json", "fill.safetensors", "cut.json")
@@ -365,6 +369,7 @@ def forgeries(lab: Lab, *, most: int = 1000) -> Iterator[tuple[str, str]]:
         "model: circuit.json": None,
         "results.json": None,
         "repair.json": None,
+        "pictures.json": None,
         "path.json": None,
         "path: step.json": None,
         "training.json": None,

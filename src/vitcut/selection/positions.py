@@ -12,7 +12,7 @@ Of two neighbours that show the same, one is cheap; once it is gone the other is
 share has grown. Where the classifier pools patches, the pool moves likewise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ import torch
 from vitcut.graph import SiteKey
 from vitcut.masked.part_model import PartModel, PartRun
 from vitcut.model.weights import ViTWeights
+from vitcut.selection.greedy import Alive
 from vitcut.shapes import Bool, Float, Int, Tensor
 
 _SPAN = 8
@@ -143,13 +144,14 @@ class PositionSite:
 
 
 class PositionTrace:
-    """Collects what a `PositionSite` holds, chunk by chunk of a pass."""
+    """Collects what a `PositionSite` holds, chunk by chunk of a pass; nothing if none is cut."""
 
     def __init__(
         self,
         model: PartModel,
         weights: ViTWeights,
-        heads: Mapping[SiteKey, Bool[Tensor, "kept"]],
+        alive: Alive,
+        chosen: Mapping[SiteKey, Bool[Tensor, "_kept"]],
         *,
         num_images: int,
         num_probes: int,
@@ -160,53 +162,57 @@ class PositionTrace:
         Args:
             model: The model as cut so far.
             weights: Its weights, on the positions that it keeps.
-            heads: Per site of heads that are alive, which of the heads that the model keeps.
+            alive: The parts that are not cut.
+            chosen: Per site, which of the features that the model keeps are alive.
             num_images: Over all chunks.
             num_probes: Backward passes.
             held: The type in which patterns and values are held.
         """
-        self._model, self._weights, self._heads = model, weights, heads
+        self._model, self._weights, self._alive = model, weights, alive.positions
+        self._heads: dict[SiteKey, Tensor] = {}
         self._patterns: dict[SiteKey, Tensor] = {}
         self._values: dict[SiteKey, Tensor] = {}
         like, tokens = weights.patch_weight, weights.num_tokens
-        for place, chosen in heads.items():
-            queries, count = len(range(tokens)[model.rows[place[2]]]), int(chosen.sum())
-            head_dim = weights.blocks[place[0]].attn.q_weight.shape[1]
-            for found, shape in (
-                (self._patterns, (queries, tokens)),
-                (self._values, (tokens, head_dim)),
-            ):
-                found[place] = like.new_empty(num_images, count, *shape, dtype=held)
+        head_dim = weights.blocks[0].attn.q_weight.shape[1]
         self._pooled = like.new_zeros(num_probes, num_images, len(weights.positions))
+        for place, features in chosen.items() if self._alive is not None else ():
+            if place[1] != "heads":
+                continue
+            self._heads[place] = features[::head_dim]
+            queries = len(range(tokens)[model.rows[place[2]]])
+            shape = num_images, int(self._heads[place].sum())
+            self._patterns[place] = like.new_empty(*shape, queries, tokens, dtype=held)
+            self._values[place] = like.new_empty(*shape, tokens, head_dim, dtype=held)
 
     def leaf(self, chunk: Float[Tensor, "images channels y x"]) -> Tensor | None:
         """What to differentiate for the pool of patches, if there is one; zeros."""
-        if self._weights.patch_readout == "none":
+        if self._alive is None or self._weights.patch_readout == "none":
             return None
         return chunk.new_zeros(len(chunk), self._pooled.shape[2], requires_grad=True)
 
     @torch.no_grad()
     def keep(self, span: slice, run: PartRun) -> None:
         """Keep what a chunk attends with."""
-        for place, chosen in self._heads.items():
+        for place, heads in self._heads.items():
             attended = run.writes[place].attended
             if attended is not None:
-                self._patterns[place][span] = attended.pattern[:, chosen]
-                self._values[place][span] = attended.values[:, chosen]
+                self._patterns[place][span] = attended.pattern[:, heads]
+                self._values[place][span] = attended.values[:, heads]
 
-    def keep_pool(self, probe: int, span: slice, gradient: Tensor) -> None:
+    def keep_pool(self, probe: int, span: slice, gradient: Float[Tensor, "images kept"]) -> None:
         """Keep the gradient of a probe with respect to ``leaf``."""
         # The gradient with respect to one weight out of n alike is < g, patch - pool > / n.
         self._pooled[probe, span] = gradient * gradient.shape[1]
 
-    def site(
+    def sites(
         self,
-        alive: Bool[Tensor, "patches"],
         gradients: Mapping[SiteKey, Float[Tensor, "probes images _queries width"]],
         writes: Mapping[SiteKey, Float[Tensor, "width _features"]],
         expand: Callable[[Float[Tensor, "probes images *parts"]], Tensor],
-    ) -> PositionSite:
-        """The site of all positions that are alive."""
+    ) -> Iterator[PositionSite]:
+        """The site of all positions that are alive, if they may be cut."""
+        if self._alive is None:
+            return
         rows, tokens = self._model.rows, self._weights.num_tokens
         attentions = [
             Attention(
@@ -218,8 +224,8 @@ class PositionTrace:
             )
             for place in self._heads
         ]
-        return PositionSite(
-            alive,
+        yield PositionSite(
+            torch.from_numpy(self._alive.copy()).to(self._pooled.device),
             attentions,
             pooled=self._pooled,
             num_prefix=self._weights.num_prefix,

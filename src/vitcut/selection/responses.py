@@ -420,13 +420,9 @@ def trace_sites(
         replaced[place] = means[:, features].to(like)
         centred[place] = like.new_empty(images, tokens, len(features), dtype=held)
         gradients[place] = like.new_empty(probes.num, images, tokens, weights.width, dtype=held)
-    positions = None
-    if alive.positions is not None:
-        size = weights.blocks[0].attn.q_weight.shape[1]
-        heads = {place: chosen[place][::size] for place in left if place[1] == "heads"}
-        positions = PositionTrace(
-            model, weights, heads, num_images=images, num_probes=probes.num, held=held
-        )
+    positions = PositionTrace(
+        model, weights, alive, chosen, num_images=images, num_probes=probes.num, held=held
+    )
     log_q = log_p.new_empty(images, classes)
     step = _chunk_size(weights)
     starts = range(0, images, step)
@@ -435,7 +431,7 @@ def trace_sites(
         chunk = pixels[span].to(weights.device, weights.dtype)
         with torch.enable_grad():
             # The pixels are the only leaf; without one autograd would not record the pass.
-            pool = None if positions is None else positions.leaf(chunk)
+            pool = positions.leaf(chunk)
             run = model.run(chunk.detach().requires_grad_(), trace=True, log_weights=pool)
             log_probs = coarse_log_probs(run.logits, group_of_class, classes)
             log_q[span] = log_probs.detach()
@@ -448,19 +444,15 @@ def trace_sites(
             values[span] = kept - replaced[place]
         streams = [run.writes[place].stream for place in gradients]
         leaves = streams if pool is None else [*streams, pool]
-        if positions is not None:
-            positions.keep(span, run)
+        positions.keep(span, run)
         for probe, found in enumerate(_differentiate(mixtures, leaves)):
             for values, gradient in zip(gradients.values(), found, strict=False):
                 values[probe, span] = gradient
-            if positions is not None and pool is not None:
+            if pool is not None:
                 positions.keep_pool(probe, span, found[-1])
     expand = partial(probes.expand, log_q=log_q)
-    sites: list[Site | PositionSite] = []
     writes = {place: model.sites[place].writes[:, own] for place, own in chosen.items()}
-    if positions is not None and alive.positions is not None:
-        there = torch.from_numpy(alive.positions.copy()).to(like.device)
-        sites.append(positions.site(there, gradients, writes, expand))
+    sites: list[Site | PositionSite] = [*positions.sites(gradients, writes, expand)]
     sites += [
         Site(
             place,

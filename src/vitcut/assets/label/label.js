@@ -1,4 +1,4 @@
-/* sources sha256 db1a6111a4e02cc35f449f72f483c58a5e716c479395e390fbfb6947e2a43b1f
+/* sources sha256 56c79b3d15fc74e570a6f5ca66a420abeb2a40225bd57cae2d186285518068da
 with the package yaml:
 Copyright Eemeli Aro <eemeli@gmail.com>
 
