@@ -28,6 +28,7 @@ from vitcut.completion import completion_script
 from vitcut.errors import ConfigError, DataError, VitcutError, one_line, shortage
 from vitcut.extras import refusal
 from vitcut.hints import EXAMPLES, argument_error, nearest_verb
+from vitcut.images.settings import DataSettings
 from vitcut.inputs import load_either, load_images, load_model, run_of
 from vitcut.names import SHIPPED_MODEL
 from vitcut.prediction import (
@@ -364,6 +365,8 @@ def _load_images(
     if "model" in values and (typed.model is not None or not new_head):
         loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
         loading["new_head"] = new_head
+    elif "vit" in values:
+        values["vit"].require_whole_patches(typed.image_size or DataSettings().image_size)
     try:
         return LOADERS["Images"](**loading)
     except DataError as error:

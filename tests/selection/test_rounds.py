@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_one_position_is_left_whatever_the_budget():
         {"ablation": "mean", "scores": "random", "joint": False, "seed": 3},
         {"ablation": "mean", "scores": "magnitude", "joint": False},
     ],
-    ids=str,
+    ids=lambda config: json.dumps(config, default=lambda cost: cost.__name__),
 )
 def test_a_resumed_selection_goes_on_as_the_one_that_was_interrupted(config, tmp_path):
     first, again = selection(**config), selection(**config)
