@@ -235,18 +235,18 @@ def test_malformed_positions_are_refused(tmp_path, change):
 
 def test_only_what_cuts_positions_needs_the_newest_format(tmp_path):
     path = tmp_path / "circuit.json"
-    for positions, version in (([True, True], 2), ([True, False], 3)):
+    for positions, version in (([True] * 4, 2), ([True, False, True, True], 3)):
         _circuit(positions=positions).save(path)
         assert json.loads(path.read_text())["format_version"] == version
 
 
 def test_keeping_all_positions_is_no_cut():
-    assert _circuit(positions=[True, True]) == _circuit()
-    assert _circuit(positions=[True, False]) != _circuit()
-    assert _circuit(positions=[True, False]).positions_kept_fraction == 0.5
+    assert _circuit(positions=[True] * 4) == _circuit()
+    assert _circuit(positions=[True, False, False, True]) != _circuit()
+    assert _circuit(positions=[True, False, False, True]).positions_kept_fraction == 0.5
 
 
-@pytest.mark.parametrize("positions", [[False, False], [], [[True, False]]])
+@pytest.mark.parametrize("positions", [[False] * 4, [], [[True, False]], [True, False]])
 def test_positions_that_keep_nothing_or_are_no_list_are_refused(positions):
     with pytest.raises(CircuitError, match="positions must be one truth value per patch"):
         _circuit(positions=positions)
@@ -494,19 +494,23 @@ def test_positions_obey_the_laws_of_sets(one, other):
 
 
 def test_circuits_without_a_common_position_have_no_intersection():
-    one, other = _circuit(positions=[True, False]), _circuit(positions=[False, True])
-    with pytest.raises(CircuitError, match="at least one is true"):
+    one = _circuit(positions=[True, False, False, True])
+    other = _circuit(positions=[False, True, True, False])
+    with pytest.raises(CircuitError, match="at least one of them true"):
         _ = one & other
 
 
 def test_positions_of_another_model_cannot_be_combined():
-    one, other = _circuit(positions=[True, False]), _circuit(positions=[True, False, True])
-    with pytest.raises(CircuitError, match="2 and 3 patches per image"):
+    one, other = (
+        _circuit(positions=[True, False, True, True]),
+        _circuit(positions=[True] * 8 + [False]),
+    )
+    with pytest.raises(CircuitError, match="4 and 9 patches per image"):
         _ = one & other
 
 
 def test_a_circuit_that_cuts_neurons_or_positions_has_no_complement():
-    for circuit in (_parts(), _circuit(positions=[True, False])):
+    for circuit in (_parts(), _circuit(positions=[True, False, False, True])):
         with pytest.raises(CircuitError, match="no complement over edges"):
             _ = ~circuit
 

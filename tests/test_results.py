@@ -110,7 +110,7 @@ def test_every_key_is_in_the_file_though_nothing_was_measured(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(format_version=3), "upgrade vitcut"),
+        (lambda c: c.update(format_version=4), "upgrade vitcut"),
         (lambda c: c.update(format_version=1), "make it again"),
         (lambda c: c["points"][0].update(model="../../home"), "within the run directory"),
         (lambda c: c["points"][0].update(circuit="/etc/passwd"), "within the run directory"),

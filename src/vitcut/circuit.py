@@ -1,5 +1,6 @@
 """A circuit: the edges, neurons and positions that are kept, and how they were found. Immutable."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -149,11 +150,12 @@ class Circuit:
             neurons.setflags(write=False)
             object.__setattr__(self, "neurons", neurons)
         if self.positions is not None:
-            positions = np.array(self.positions, dtype=np.bool_)
-            if positions.ndim != 1 or not positions.any():
+            positions = np.array(self.positions)
+            square = positions.ndim == 1 and math.isqrt(len(positions)) ** 2 == len(positions)
+            if not square or positions.dtype != np.bool_ or not positions.any():
                 raise CircuitError(
-                    "positions must be one truth value per patch, of which at least one is true, "
-                    f"got shape {positions.shape} with {int(positions.sum())} true"
+                    "positions must be one truth value per patch of a square grid, at least one of "
+                    f"them true, got shape {positions.shape} of {positions.dtype}"
                 )
             positions.setflags(write=False)
             # Keeping all is not a cut, however it is said.

@@ -29,6 +29,7 @@ from vitcut.runs import (
     is_run,
     read_settings,
 )
+from vitcut.settings import require_utf8
 from vitcut.store import convert
 from vitcut.task import (
     Task,
@@ -123,6 +124,7 @@ def load_model(
             if model == OWN:
                 model = path / "dense"
         if str(model) != SHIPPED_MODEL:
+            require_utf8("model", model)
             require_there(str(model))
             # A path is kept absolute: a run directory is read from other places too.
             model = str(Path(str(model)).resolve()) if Path(str(model)).exists() else model

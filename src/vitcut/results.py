@@ -11,7 +11,7 @@ from vitcut.errors import ArtefactError, ConfigError, ModelError
 from vitcut.names import Ablation, RuntimeName
 from vitcut.settings import require_at_least, require_fraction
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, _OLDEST = 3, 2
 
 DENSE = "dense"
 """The name of the untouched model's point."""
@@ -249,6 +249,14 @@ class Point:
         return next(found, None)
 
 
+def _upgrade(content: dict[str, Any]) -> None:
+    """Before version 3 no point said which positions it keeps."""
+    points = content.get("points")
+    for point in [content.get("dense"), *(points if isinstance(points, list) else [])]:
+        if isinstance(point, dict):
+            point.setdefault("positions_kept_fraction", None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """The content of ``results.json``: a dense model and the points made from it."""
@@ -290,7 +298,9 @@ class Results:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        found = store.load(path, cls, kind="results", version=FORMAT_VERSION)
+        found = store.load(
+            path, cls, kind="results", version=FORMAT_VERSION, oldest=_OLDEST, upgrade=_upgrade
+        )
         # A card shows some points alone, and still what they were compared with.
         compared = {name for item in found.comparisons for name in (item.point, item.against)}
         missing = compared - {point.name for point in found.all_points()}

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -318,21 +318,34 @@ def save(path: str | Path, value: "DataclassInstance", *, version: int) -> None:
     write_json(path, sealed(json.loads(json.dumps(asdict(value), allow_nan=False)), version))
 
 
-def load(path: str | Path, schema: type[T], *, kind: str, version: int, remedy: str = REMEDY) -> T:
+def load(
+    path: str | Path,
+    schema: type[T],
+    *,
+    kind: str,
+    version: int,
+    oldest: int | None = None,
+    upgrade: Callable[[dict[str, Any]], None] | None = None,
+    remedy: str = REMEDY,
+) -> T:
     """Read a dataclass that `save` wrote, and check every key, type and range.
 
     Args:
         path: The file.
         schema: The dataclass. Its ``__post_init__`` runs.
         kind: What the file holds, for messages: "results", "training", ...
-        version: The ``format_version`` that the caller understands.
+        version: The newest ``format_version`` that the caller understands.
+        oldest: The oldest one; None if there is only the newest.
+        upgrade: Adds in place what files of older versions lack.
         remedy: What to do if it is damaged.
 
     Raises:
         ArtefactError: The file is missing, damaged, altered, or of another version; a key is
             missing or unknown, or a value has the wrong type or is out of range.
     """
-    content = read_json(path, kind=kind, version=version, remedy=remedy)
+    content = read_json(path, kind=kind, version=version, oldest=oldest, remedy=remedy)
+    if upgrade is not None:
+        upgrade(content)
     what = f"{path} is not a {kind} file of format_version {version}"
     return convert(content, schema, what=what, remedy=remedy)
 

@@ -181,10 +181,10 @@ def test_positions_of_another_model_are_refused():
     circuit = Circuit(
         graph=weights.graph,
         kept=weights.graph.edges,
-        positions=np.array([True, False]),
+        positions=np.arange(9) > 0,
         ablation="mean",
     )
-    with pytest.raises(CircuitError, match="2 patches per image, this one has 4"):
+    with pytest.raises(CircuitError, match="9 patches per image, this one has 4"):
         masked_run(weights, random_pixels(weights), circuit, random_fill(weights))
 
 

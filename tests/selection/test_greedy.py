@@ -313,6 +313,27 @@ def test_savings_are_taken_anew_once_positions_are_cut():
     assert alive.left(site) == (0, 1, 3)
 
 
+def test_savings_are_exact_again_after_positions_and_neurons_in_turn():
+    def on_patches(circuit: Circuit) -> float:
+        return count_parts(circuit) * (1 + 9 * circuit.positions_kept_fraction)
+
+    alive = Alive.useful(GRAPH, NEURONS, 9)
+    savings = Savings(GRAPH, on_patches, alive)
+    places = ((0, "positions", 1), (0, "neurons", 0), (1, "neurons", 0))
+    for place in places:
+        savings.of_one(place)
+    for number in range(3):
+        for place in places:
+            alive.cut(((place, (number,)),))
+            savings.cut(((place, (number,)),))
+    savings.settle()
+    assert savings.total == on_patches(alive.circuit(GRAPH, "linear"))
+    for place in places:
+        candidate = ((place, alive.left(place)[:1]),)
+        left = on_patches(alive.without(candidate).circuit(GRAPH, "linear"))
+        assert savings.of_one(place) == savings.total - left
+
+
 def test_a_neuron_that_nobody_asked_about_is_measured():
     alive = everything()
     savings = Savings(GRAPH, count_parts, alive)

@@ -1,12 +1,13 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nudges import GROUPS, alive_of, fitted, log_probs, random_parts
 from strategies import vits
-from tiny import random_pixels
+from tiny import random_pixels, random_vit
 
 from vitcut.masked.part_model import Attended, PartModel
 from vitcut.selection.responses import trace_sites
@@ -59,13 +60,24 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("patch_readout", ["mean", "normed_mean"])
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_positions_that_are_pooled_move_the_pool(patch_readout, num_read):
+    weights = random_vit(3, num_read=num_read, patch_readout=patch_readout, patches_per_side=2)
+    check_responses(weights, "split", 1, [True, True, False, True])
+
+
 @given(weights=vits(max_layers=2), tokens=st.sampled_from(["all", "split"]), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_responses_of_positions_are_the_slopes_of_their_absence(weights, tokens, data):
     seed = data.draw(st.integers(0, 10**6))
-    random = np.random.default_rng(seed)
-    positions = random.random(len(weights.positions)) < 0.7
+    positions = np.random.default_rng(seed).random(len(weights.positions)) < 0.7
     positions[-1] = True
+    check_responses(weights, tokens, seed, positions)
+
+
+def check_responses(weights, tokens, seed, positions):
+    positions, random = np.array(positions), np.random.default_rng(seed)
     circuit = random_parts(weights, "linear", seed=seed, tokens=tokens)
     circuit = replace(circuit, positions=positions)
     fill, statistics = fitted(weights, circuit, random_pixels(weights, 12, seed=8))

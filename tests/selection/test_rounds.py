@@ -7,6 +7,8 @@ from nudges import GROUPS, fitted
 from tiny import random_pixels, random_vit
 
 from vitcut.circuit import Circuit
+from vitcut.compact.operations import count_macs
+from vitcut.compiler.planning import plan_circuit
 from vitcut.discovery.controls import magnitude_scores
 from vitcut.errors import CircuitError
 from vitcut.graph import Graph
@@ -83,6 +85,25 @@ def test_positions_compete_with_heads_and_neurons():
     fixed = selection("linear", cost=num_numbers, positions=False)
     fixed.cut_to(start / 2)
     assert fixed.circuit.positions is None
+
+
+@pytest.mark.parametrize("ablation", ["mean", "linear"])
+@pytest.mark.parametrize("tokens", ["all", "split"])
+def test_the_smallest_model_is_reached_with_positions(ablation, tokens):
+    def macs(circuit: Circuit) -> float:
+        return count_macs(plan_circuit(WEIGHTS.shape, circuit))
+
+    found = selection(ablation, cost=macs, tokens=tokens)
+    for budget in geometric(found.cost(), 1.02 * found.smallest, 3):
+        found.cut_to(budget)
+    assert found.cost() <= 1.02 * found.smallest
+
+
+def test_a_circuit_that_cuts_positions_is_not_resumed_where_all_are_kept():
+    found = selection(cost=num_numbers)
+    circuit = replace(found.circuit, positions=np.array([True, False, True, True]))
+    with pytest.raises(CircuitError, match="this selection keeps them all"):
+        selection(positions=False).resume(circuit)
 
 
 def test_one_position_is_left_whatever_the_budget():
@@ -193,7 +214,7 @@ def test_a_circuit_of_another_graph_is_not_resumed(tokens):
         other,
         Circuit.full(Graph(num_layers=3, num_heads=3)),
         replace(found.circuit, neurons=found.circuit.neurons[..., :4]),
-        replace(found.circuit, positions=np.array([True, False])),
+        replace(found.circuit, positions=np.arange(9) > 0),
     ):
         with pytest.raises(CircuitError, match="than this selection of 2 blocks"):
             found.resume(circuit)

@@ -28,7 +28,7 @@ from vitcut.store import (
 )
 from vitcut.tensors import require_finite, unshared
 
-FORMAT_VERSION = 7
+FORMAT_VERSION, _OLDEST = 8, 7
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 CIRCUIT, FILL = "circuit.json", "fill.safetensors"
 LABELS = "labels.txt"
@@ -128,7 +128,11 @@ def write_labels(path: Path, names: Sequence[str]) -> None:
 def recorded_hash(folder: Path, name: str = "model_sha256") -> str | None:
     """What a model directory says of the hash of its weights, or of its ``fill``."""
     return read_json(
-        folder / CONFIG, kind="compact model", version=FORMAT_VERSION, remedy=FOLDER_REMEDY
+        folder / CONFIG,
+        kind="compact model",
+        version=FORMAT_VERSION,
+        oldest=_OLDEST,
+        remedy=FOLDER_REMEDY,
     )[name]
 
 
@@ -149,9 +153,15 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
         expected = f"expected a model directory that vitcut wrote, with {CONFIG} and {TENSORS}"
         raise ArtefactError(f"no compact model at {folder}: {where if models else expected}")
     config = read_json(
-        folder / CONFIG, kind="compact model", version=FORMAT_VERSION, remedy=FOLDER_REMEDY
+        folder / CONFIG,
+        kind="compact model",
+        version=FORMAT_VERSION,
+        oldest=_OLDEST,
+        remedy=FOLDER_REMEDY,
     )
     path, plan = folder / TENSORS, config.pop("plan", None)
+    if isinstance(plan, dict) and isinstance(shape := plan.get("shape"), dict):
+        shape.setdefault("kept_patches", None)  # Before version 8 there was no choice.
     bound = {name: config.pop(name, None) for name in ("model_sha256", "circuit", "fill")}
     if not path.is_file():
         raise ArtefactError(f"{folder} lacks {TENSORS}: copy the whole model directory")

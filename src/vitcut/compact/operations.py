@@ -6,7 +6,7 @@ plan, and predicted latencies are sums over it. A forward pass that changes must
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from vitcut.compact.plan import (
@@ -151,6 +151,7 @@ def dense_macs(shape: ViTShape) -> int:
 
     The plan of a full circuit has fewer: its last block computes only what the classifier reads.
     """
+    shape = replace(shape, kept_patches=None)
     heads_width = shape.num_heads * shape.head_dim
     patches = shape.num_patches * shape.width * shape.channels * shape.patch_size**2
     attention = 4 * shape.width * heads_width + 2 * shape.num_tokens * heads_width

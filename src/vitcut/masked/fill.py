@@ -49,7 +49,7 @@ class Fill:
         return replace(self, **values)
 
     def on(self, weights: ViTWeights) -> "Fill":
-        """The same fill on the tokens of a model: rows of patches that it has not are left out.
+        """The same fill on the tokens of a model, without rows of patches that it does not have.
 
         Args:
             weights: The model, on all patches or on some (see ``ViTWeights.at``).

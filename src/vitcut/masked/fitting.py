@@ -120,17 +120,17 @@ class Fitter:
             CircuitError: The circuit is under ``resample`` ablation, or there are too few images.
             ConfigError: A linear fit would not fit into the allowed memory.
         """
-        weights = self._weights.at(circuit.positions)
+        weights = self._weights
         if circuit.ablation == "zero":
             return Fit(fill=zero_fill(weights))
         if circuit.ablation == "mean":
-            return Fit(fill=self.means.on(weights))
+            return Fit(fill=self.means)
         if self._last is None or self._last.fill.circuit != circuit.fingerprint:
             self._last = None  # Frees its statistics before the next ones are taken.
             pixels = self._read_pixels()
             require_memory(
                 f"a fit to {len(pixels)} images",
-                needed_gib=fit_gib(weights, circuit, len(pixels)),
+                needed_gib=fit_gib(weights.at(circuit.positions), circuit, len(pixels)),
                 memory_gib=self._memory_gib,
             )
             means = self.means if circuit.read_by_all is None else None

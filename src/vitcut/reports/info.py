@@ -90,7 +90,8 @@ def describe(model: "Model | CompactViT | Cut") -> Info:
         preprocessing=model.preprocessing,
         class_names=() if model.labels is None else model.labels.names,
         num_edges=(weights.graph.num_useful_edges, weights.split_graph.num_useful_edges),
-        smallest_fraction=smallest_cost(graph, weights.num_neurons, macs) / dense,
+        smallest_fraction=smallest_cost(graph, weights.num_neurons, macs, len(weights.positions))
+        / dense,
         uncut_fraction=macs(uncut) / dense,
     )
 

@@ -198,7 +198,7 @@ def _thumbnail(array: NDArray[np.uint8]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _attention(model: Model, arrays: NDArray[np.uint8]) -> Attention:
     weights = model.weights
     pixels = normalise(arrays, model.preprocessing, dtype=weights.dtype, device=weights.device)

@@ -72,7 +72,9 @@ class Alive:
     def at(self, site: SiteKey) -> NDArray[np.bool_]:
         """The parts of a site, shape [parts]; a view."""
         layer, parts, kind = site
-        if parts == "positions" and self.positions is not None:
+        if parts == "positions":
+            if self.positions is None:
+                raise CircuitError("no position may be cut")
             return self.positions
         return self.heads[layer, :, kind] if parts == "heads" else self.neurons[layer, kind]
 
@@ -229,9 +231,17 @@ class Savings:
         return self._per_one[site]
 
     def settle(self) -> None:
-        """Drop all differences if positions were cut: every operation has fewer rows now."""
+        """Recompute what cuts of positions changed: a position is a row of every other part."""
         if self._stale:
             self._known, self._per_one, self._stale = {}, {}, False
+            self.total = self.measure()
+        # Whatever was cut, what a position saves has changed with it.
+        self._per_one = {
+            site: saving for site, saving in self._per_one.items() if site[1] != "positions"
+        }
+        self._known = {
+            item: saving for item, saving in self._known.items() if item[0][0][1] != "positions"
+        }
 
     def cut(self, candidate: Candidate) -> None:
         """Update the total, and drop the differences that a cut made stale.
@@ -241,7 +251,7 @@ class Savings:
         [(site, parts), *others] = candidate
         layers = {layer for (layer, _, _), _ in candidate}
         if site[1] == "positions":
-            # All savings shrink a little. They are told apart well enough until the next look.
+            # All savings shrink a little; they stay as they are until the next look.
             self._stale = True
         elif not all(self._alive.left(place) for place, _ in candidate):
             # A site is empty: parts of other layers may reach nothing now, or read constants.
@@ -366,8 +376,10 @@ def _in_order(choice: _Choice, scorer: Scorer, savings: "Savings") -> Iterator[C
         if mutual is None:
             mutual = scorer.mutual(choice.candidates)
         rises += mutual[chosen]
-        of_site = {site: savings.of_one(site) for site in set(sites)}
-        ratios = np.where(left, rises / [of_site[site] for site in sites], np.inf)
+        open_sites = {site for site, there in zip(sites, left, strict=True) if there}
+        of_site = {site: savings.of_one(site) for site in open_sites}
+        saved = [of_site.get(site, 1.0) for site in sites]
+        ratios = np.where(left, rises / saved, np.inf)
         chosen = int(ratios.argmin())
         if ratios[chosen] > choice.outside:
             return
@@ -390,7 +402,7 @@ def _choose(graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, block:
         parts = np.flatnonzero(alive.at(site))
         most = block + 1
         if site[1] == "positions":
-            most = min(most, len(parts) - 1)  # One is left, or nothing of the image is.
+            most = min(most, len(parts) - 1)  # The last one stays, or the model sees nothing.
         if not len(parts) or not most:
             continue
         rises = scorer.rises(site)[parts]

@@ -23,8 +23,8 @@ from vitcut.model.weights import ViTWeights
 from vitcut.selection.greedy import Alive
 from vitcut.shapes import Bool, Float, Int, Tensor
 
-_SPAN = 8
-"""Images at a time."""
+_MOST_AT_ONCE = 1 << 24
+"""Shares that are looked at together: 64 MiB in float32, of which a few copies are made."""
 
 
 class Attention(NamedTuple):
@@ -123,11 +123,13 @@ class PositionSite:
         asking = present[attention.first : attention.first + queries, None]
         others = torch.ones(queries, len(present), dtype=writes.dtype, device=writes.device)
         others.diagonal(attention.first).zero_()  # A position takes its own query with it.
-        # What is left of a pattern without some keys is known no better than a pattern is held.
-        least = torch.finfo(attention.pattern.dtype).eps / 8
-        for start in range(0, gone.shape[1], _SPAN):
-            span = slice(start, start + _SPAN)
+        # Shares are held with few digits, so that they sum to one only roughly.
+        least = 16 * torch.finfo(writes.dtype).eps
+        images = max(1, _MOST_AT_ONCE // attention.pattern[0].numel())
+        for start in range(0, gone.shape[1], images):
+            span = slice(start, start + images)
             whole, values = (x[span].to(writes) for x in (attention.pattern, attention.values))
+            whole = whole / whole.sum(-1, keepdim=True)
             pattern = whole * present
             pattern /= pattern.sum(-1, keepdim=True).clamp_min(least)
             mixed = pattern @ values

@@ -339,8 +339,10 @@ class Site:
         return parts[self._held].repeat_interleave(self._size)
 
 
-def held_gib(weights: ViTWeights, graph: Graph, num_images: int, num_classes: int) -> float:
-    """Memory that a trace of the uncut model takes, in GiB."""
+def held_gib(
+    weights: ViTWeights, graph: Graph, num_images: int, num_classes: int, *, positions: bool
+) -> float:
+    """Memory that a trace of the uncut model takes, in GiB; ``positions``: if they may be cut."""
     probes, rows = Probes(1, num_classes, seed=0).num, weights.rows_of(graph)
     num_answers = num_classes if probes == num_classes - 1 else probes
     alive = Alive.useful(graph, weights.num_neurons)
@@ -350,13 +352,14 @@ def held_gib(weights: ViTWeights, graph: Graph, num_images: int, num_classes: in
         if features:
             tokens = len(range(weights.num_tokens)[rows[place[2]]])
             values += num_images * tokens * (probes * weights.width + features)
+            if positions and place[1] == "heads":
+                # Patterns, [queries, tokens] per head, and values.
+                pattern = int(parts.sum()) * tokens * weights.num_tokens
+                values += num_images * (pattern + weights.num_tokens * features)
             squares += features**2  # The inverse covariance, in float64.
             # Responses of parts and of features, and the writes of the model and of the site.
             responses = num_images * (int(parts.sum()) * num_answers + features * probes)
             singles += responses + 2 * weights.width * features
-    # Patterns and values of all heads, where positions may be cut.
-    attended = weights.num_tokens * (weights.num_tokens + weights.blocks[0].attn.q_weight.shape[1])
-    values += num_images * len(weights.blocks) * weights.num_heads * attended
     size = torch.finfo(_HELD_AS.get(weights.dtype, weights.dtype)).bits / 8
     singles *= torch.finfo(weights.dtype).bits // 8
     return (values * size + squares * 8 + singles) / 2**30 + _CHUNK_GIB

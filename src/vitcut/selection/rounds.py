@@ -61,10 +61,7 @@ class Selection:
         self._num_groups = int(group_of_class.max()) + 1
         self._fitter = fitter
         self._cost = cost
-        # A control scores heads and neurons alone.
-        self._num_patches = (
-            len(weights.positions) if budget.positions and budget.scores == "fisher" else None
-        )
+        self._num_patches = len(weights.positions) if budget.cuts_positions else None
         self.restart()
         self._scorer: Scorer | None = None
         self.smallest = smallest_cost(self.graph, weights.num_neurons, cost, self._num_patches)
@@ -87,6 +84,8 @@ class Selection:
                 f"{neurons[2]} neurons, {patches[0]} patches and {self.graph.num_kinds} kinds: use "
                 "the model and --tokens that it was found with"
             )
+        if circuit.positions is not None and self._num_patches is None:
+            raise CircuitError("the circuit cuts positions, this selection keeps them all")
         if not self._budget.rescore and self._scorer is None:
             self._scorer = self._score()
         self.restart()

@@ -123,7 +123,7 @@ def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> N
     def macs(circuit: Circuit) -> float:
         return count_macs(plan_circuit(weights.shape, circuit, costs))
 
-    patches = len(weights.positions) if budget.positions else None
+    patches = len(weights.positions) if budget.cuts_positions else None
     least = smallest_cost(graph, weights.num_neurons, macs, patches) / dense
     most = macs(Alive.useful(graph, weights.num_neurons).circuit(graph, "mean")) / dense
     if min(budget.macs) < least:
@@ -264,7 +264,13 @@ def _require_room(model: Model, images: Images, budget: Budget, settings: CutSet
         needed = fitted * image + fit_gib(weights, uncut, fitted)
     if budget.scores == "fisher":
         scored = min(budget.score_images, len(images.train))
-        held = held_gib(weights, weights.graph_of(budget.tokens), scored, len(task.groups))
+        held = held_gib(
+            weights,
+            weights.graph_of(budget.tokens),
+            scored,
+            len(task.groups),
+            positions=budget.cuts_positions,
+        )
         needed = max(needed, held) + scored * image
     require_memory(
         f"a search with fills of {fitted} images and scores of {scored}",

@@ -56,7 +56,8 @@ class Budget:
     tokens: Tokens = "split"
     """Whether a part spans all tokens, or exists once per token kind."""
     positions: bool = True
-    """Whether patches of the image may be left out, the same ones for every image."""
+    """Whether patches of the image may be left out, the same ones for every image; random and
+    magnitude scores leave out none."""
     seed: int = 0
     """Seed for random scores, and for the random signs by which a task of more than nine groups is
     scored; on the command line, also for choosing images."""
@@ -98,6 +99,11 @@ class Budget:
         if isinstance(self.target_macs, (int, float)):
             return (float(self.target_macs),)
         return _falling(self.target_macs)
+
+    @property
+    def cuts_positions(self) -> bool:
+        """Whether positions are among the parts that may be cut."""
+        return self.positions and self.scores == "fisher"
 
     @property
     def is_given(self) -> bool:

@@ -7,6 +7,7 @@ Files of a run: ``path/NAME/circuit.json`` and ``path/NAME/step.json`` for each 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -17,7 +18,15 @@ from vitcut.results import require_inside
 from vitcut.runs import CIRCUIT_FILE
 from vitcut.settings import require_at_least, require_fraction, require_one_of, require_positive
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION, _OLDEST = 3, 2
+
+
+def _upgrade(content: dict[str, Any]) -> None:
+    """Before version 3 all positions were kept."""
+    steps = content.get("steps", [content])
+    for step in steps if isinstance(steps, list) else []:
+        if isinstance(step, dict):
+            step.setdefault("positions_kept_fraction", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +76,9 @@ class PathStep:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        return store.load(path, cls, kind="step", version=_FORMAT_VERSION)
+        return store.load(
+            path, cls, kind="step", version=_FORMAT_VERSION, oldest=_OLDEST, upgrade=_upgrade
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +107,9 @@ class SearchPath:
         Raises:
             ArtefactError: The file is missing, damaged, or of a newer version.
         """
-        return store.load(path, cls, kind="path", version=_FORMAT_VERSION)
+        return store.load(
+            path, cls, kind="path", version=_FORMAT_VERSION, oldest=_OLDEST, upgrade=_upgrade
+        )
 
 
 def print_path(steps: Sequence[PathStep]) -> None:
@@ -105,8 +118,8 @@ def print_path(steps: Sequence[PathStep]) -> None:
     table = Table(title="the path, on val images")
     table.add_column("point")
     headers = ("MACs", *(("latency",) if timed else ()), "coarse", "change", "KL", "heads")
-    moved = any(step.positions_kept_fraction < 1 for step in steps)
-    for header in (*headers, "neurons", *(["positions"] if moved else [])):
+    some_cut = any(step.positions_kept_fraction < 1 for step in steps)
+    for header in (*headers, "neurons", *(["positions"] if some_cut else [])):
         table.add_column(header, justify="right")
     for step in steps:
         latency = "-" if step.latency_fraction is None else f"{step.latency_fraction:.1%}"
@@ -121,7 +134,7 @@ def print_path(steps: Sequence[PathStep]) -> None:
             f"{step.kl:z.4f}",
             str(step.heads_kept),
             f"{step.neurons_kept_fraction:.1%}",
-            *([f"{step.positions_kept_fraction:.1%}"] if moved else []),
+            *([f"{step.positions_kept_fraction:.1%}"] if some_cut else []),
         )
     timing = "MACs and latency as parts of the dense model's; " if timed else ""
     table.caption = f"{timing}change: of coarse accuracy, in points, 95 % paired interval"
