@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="The smaller version.")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument(
-        "--only", nargs="+", help="Search, repair or train anew only these, by name."
+        "--only", nargs="+", help="Search, repair, train anew or time only these, by name."
     )
     arguments = parser.parse_args()
     out = arguments.out or Path("runs/animals-quick" if arguments.quick else "runs/animals")
@@ -303,7 +303,7 @@ def main() -> None:
         if "retrain" in arguments.steps:
             retrain_all(bed, page, arguments.only)
         if "time" in arguments.steps:
-            time_all(bed, page)
+            time_all(bed, page, arguments.only)
     if "page" in arguments.steps:
         write_page(page)
 
@@ -491,7 +491,7 @@ def plain_vit(bed: Bed, fraction: float) -> tuple[nn.Module, int]:
     return module, macs
 
 
-def time_all(bed: Bed, page: Path) -> None:
+def time_all(bed: Bed, page: Path, only: list[str] | None) -> None:
     """Latencies of the circuits of the main sweeps and of what they are compared with, in turn."""
     baseline, module = class_only(bed.model, bed.images, CutSettings())
     points = {DENSE: dense_point(bed.model), CLASS_ONLY: baseline}
@@ -502,7 +502,7 @@ def time_all(bed: Bed, page: Path) -> None:
         if search.fills == FILLS
         for tau in search.taus
     ]
-    for name in dict.fromkeys((*names, *bed.extent.repaired)):
+    for name in only or dict.fromkeys((*names, *bed.extent.repaired)):
         made = f"rivals/{name}/model" if "-as-" in name else f"points/{name}/linear"
         if not (bed.run.path / made).exists():
             say(f"{name} is not there yet: not timed")
