@@ -6,7 +6,7 @@
 Searches circuits over tau with ACDC, evaluates each under several fills, repairs some beside rivals of
 equal MACs, trains the shapes of some anew, and times all. What is finished is not done again, and
 what was killed goes on; ``--steps`` does only some of: search, evaluate, repair, retrain, time,
-page. ``--quick`` is a smaller version, in under 30 minutes on two cores, whose page is in ``--out``.
+page. ``--quick`` is a smaller version, in under ten minutes, whose page is in ``--out``.
 """
 
 import argparse

@@ -368,7 +368,7 @@ def text(raw: dict[str, Any], timed: Results | None) -> str:
 The work that vitcut grew from trained a small ViT on 58 animals in 6 groups, found its circuit with
 ACDC over tau, cut it, and trained the cut architecture anew. This is the same on the shipped model
 (`--model animals`; [how it was trained](training.jsonl)). With `--quick`: fewer values of tau and
-images, in under 30 minutes on two cores, its page in `--out`. What it shows: [findings.md](findings.md).
+images, 8 minutes on one core, its page in `--out`. What it shows: [findings.md](findings.md).
 Raw: {linked}.
 
 ## Side by side
