@@ -10,7 +10,6 @@ cuts. LiteRT wants an older torch: run ``--targets litert`` in an environment of
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -34,7 +33,8 @@ from vitcut.benchmark.bootstrap import bootstrap_interval
 from vitcut.benchmark.latency import foreign_cores, read_cpu_times, time_sessions
 from vitcut.benchmark.points import dense_point
 from vitcut.compiler.cut import Cut
-from vitcut.exports.target import PACKAGES
+from vitcut.exports.target import EXTRA_OF
+from vitcut.extras import missing_of
 from vitcut.images.load import Images, normalise
 from vitcut.inputs import load_either
 from vitcut.model.model import Model
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--vit-tiny-cut", type=Path, help="The run directory of a cut.")
     parser.add_argument("--out", type=Path, default=Path("runs/exports"), help="Run directories.")
     parser.add_argument("--seconds", type=float, default=2.0, help="Of each model and batch size.")
-    parser.add_argument("--targets", nargs="+", choices=list(PACKAGES), default=list(PACKAGES))
+    parser.add_argument("--targets", nargs="+", choices=list(EXTRA_OF), default=list(EXTRA_OF))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -132,7 +132,8 @@ def main() -> None:
 
 def is_wanted(target: TargetName, asked: list[TargetName]) -> bool:
     """Whether a target is asked for, and its packages are here."""
-    missing = [module for _, module in PACKAGES[target] if importlib.util.find_spec(module) is None]
+    extra = EXTRA_OF[target]
+    missing = [] if extra is None else missing_of(extra)
     if missing and target in asked:
         say(f"exports: {target} is left out, {missing[0]} is not installed")
     return target in asked and not missing

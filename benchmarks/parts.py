@@ -29,8 +29,8 @@ from vitcut.images.load import Images
 from vitcut.model.model import Model
 from vitcut.progress import say
 from vitcut.results import CLASS_ONLY, Point
-from vitcut.runs import CIRCUIT_FILE, Run
-from vitcut.selection.search import PATH_FILE, SearchPath
+from vitcut.runs import CIRCUIT_FILE, PATH_FILE, Run
+from vitcut.selection.steps import SearchPath
 from vitcut.training.distillation import repair
 
 TARGET, ROUNDS, SCORE_IMAGES = 0.05, 10, 290

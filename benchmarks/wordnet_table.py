@@ -16,23 +16,26 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "src" / "vitcut" / "assets" / "wordnet" / "imagenet-1k.tsv"
 HEADER = (
     "# The 1,000 synsets of ImageNet-1k and their ancestors, from WordNet 3.0 (LICENSE beside this).\n"
-    "# id, names, hypernyms in WordNet's order; written by benchmarks/wordnet_table.py\n"
+    "# id, names, hypernyms in WordNet's order, gloss; written by benchmarks/wordnet_table.py\n"
 )
 
 
-def read_nouns(path: Path) -> dict[str, tuple[str, list[str]]]:
-    """Names and hypernyms of every noun, by id; the format is that of wndb(5WN)."""
-    nouns: dict[str, tuple[str, list[str]]] = {}
+def read_nouns(path: Path) -> dict[str, tuple[str, list[str], str]]:
+    """Names, hypernyms and gloss of every noun, by id; the format is that of wndb(5WN)."""
+    nouns: dict[str, tuple[str, list[str], str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("  "):
             continue
-        fields = line.split(" | ")[0].split()
+        pointing, _, gloss = line.partition(" | ")
+        fields = pointing.split()
         num_words = int(fields[3], 16)
         words = [fields[4 + 2 * i].replace("_", " ") for i in range(num_words)]
         start = 5 + 2 * num_words
         pointers = [fields[i : i + 4] for i in range(start, len(fields) - 3, 4)]
         hypernyms = [f"n{offset}" for symbol, offset, _, _ in pointers if symbol == "@"]
-        nouns[f"n{fields[0]}"] = (", ".join(words), hypernyms)
+        # Examples follow the definition, in quotes.
+        definition = gloss.partition('; "')[0].strip()
+        nouns[f"n{fields[0]}"] = (", ".join(words), hypernyms, definition)
     return nouns
 
 
@@ -54,7 +57,8 @@ def main() -> None:
             kept.add(synset)
             wanted.extend(nouns[synset][1])
     rows = (
-        f"{synset}\t{nouns[synset][0]}\t{' '.join(nouns[synset][1])}" for synset in sorted(kept)
+        "\t".join((synset, nouns[synset][0], " ".join(nouns[synset][1]), nouns[synset][2]))
+        for synset in sorted(kept)
     )
     TABLE.write_text(HEADER + "\n".join(rows) + "\n", encoding="utf-8")
 

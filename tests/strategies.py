@@ -111,7 +111,7 @@ def cost_models(draw: st.DrawFn) -> CostModel:
 @st.composite
 @undisturbed
 def split_circuits(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
-    """Circuits of edges, heads and neurons, over whole tokens or per kind, under any fill."""
+    """Circuits of edges, heads, neurons and positions, over all tokens or per kind, any fill."""
     graph = weights.graph_of(draw(st.sampled_from(["all", "split"])))
     circuit = draw(circuits(graph))
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -124,8 +124,12 @@ def split_circuits(draw: st.DrawFn, weights: ViTWeights) -> Circuit:
     if draw(st.booleans()):
         shape = (graph.num_layers, graph.num_kinds, weights.num_neurons)
         neurons = random.random(shape) < draw(st.sampled_from(DENSITIES))
+    positions = None
+    if draw(st.booleans()):
+        positions = random.random(len(weights.positions)) < draw(st.sampled_from(DENSITIES))
+        positions[random.integers(len(positions))] = True
     ablation = draw(st.sampled_from(["zero", "mean", "linear"]))
-    return replace(circuit, kept=kept, neurons=neurons, ablation=ablation)
+    return replace(circuit, kept=kept, neurons=neurons, positions=positions, ablation=ablation)
 
 
 @st.composite

@@ -82,7 +82,7 @@ def test_the_public_names_are_these():
     functions = ["evaluate", "load_images", "load_model", "load_task", "register_adapter"]
     verbs = [
         *("bench", "checks", "cut", "demo", "discover", "finetune", "prepare", "run", "show"),
-        *("export", "info", "predict", "report", "suggest", "train"),
+        *("export", "info", "label", "predict", "report", "suggest", "train"),
     ]
     expected = [*values, *functions, *verbs, *(f"{name}Settings" for name in settings)]
     assert sorted(vitcut.__all__) == sorted(expected)

@@ -34,11 +34,12 @@ def alike(draw):
 @st.composite
 @undisturbed
 def of_neurons(draw, graph=SPLIT):
-    """Circuits of edges and neurons, per token kind."""
-    neurons = np.random.default_rng(draw(st.integers(0, 10**6))).random(
-        (graph.num_layers, graph.num_kinds, 3)
-    )
-    circuit = replace(draw(circuits(graph)), ablation="linear")
+    """Circuits of edges, neurons and positions, per token kind."""
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    neurons = random.random((graph.num_layers, graph.num_kinds, 3))
+    positions = random.random(4) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    positions[0] = True
+    circuit = replace(draw(circuits(graph)), ablation="linear", positions=positions)
     return replace(circuit, neurons=neurons < draw(st.sampled_from([0.0, 0.5, 1.0])))
 
 
@@ -53,7 +54,9 @@ def _parts(graph=SPLIT, **cut):
     return Circuit.of_parts(graph, heads=heads, neurons=neurons, ablation="linear")
 
 
-def _circuit(**given):
+def _circuit(positions=None, **given):
+    if positions is not None:
+        given["positions"] = np.array(positions, dtype=bool)
     return Circuit(graph=GRAPH, kept=GRAPH.edges, ablation="mean", **given)
 
 
@@ -208,6 +211,45 @@ def test_another_set_of_neurons_is_an_altered_file(tmp_path):
     _parts().save(path)
     _edit(path, lambda content: content["neurons"]["kept"]["mlp.0.cls"].pop())
     _expect_refusal(path, "was altered")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda p: p.update(per_image=3), id="patches too few"),
+        pytest.param(lambda p: p.update(per_image=1 << 40), id="patches beyond any image"),
+        pytest.param(lambda p: p.update(per_image=0, kept=[]), id="no patches"),
+        pytest.param(lambda p: p.update(kept=[]), id="none kept"),
+        pytest.param(lambda p: p.update(kept=[0, 0]), id="one twice"),
+        pytest.param(lambda p: p.update(kept=[-1]), id="a negative one"),
+        pytest.param(lambda p: p.update(kept="0"), id="no list"),
+        pytest.param(lambda p: p.pop("kept"), id="no kept"),
+    ],
+)
+def test_malformed_positions_are_refused(tmp_path, change):
+    path = tmp_path / "circuit.json"
+    _circuit(positions=[True, False, False, True]).save(path)
+    forge(path, lambda content: change(content["positions"]))
+    _expect_refusal(path, "is not a valid circuit")
+
+
+def test_only_what_cuts_positions_needs_the_newest_format(tmp_path):
+    path = tmp_path / "circuit.json"
+    for positions, version in (([True, True], 2), ([True, False], 3)):
+        _circuit(positions=positions).save(path)
+        assert json.loads(path.read_text())["format_version"] == version
+
+
+def test_keeping_all_positions_is_no_cut():
+    assert _circuit(positions=[True, True]) == _circuit()
+    assert _circuit(positions=[True, False]) != _circuit()
+    assert _circuit(positions=[True, False]).positions_kept_fraction == 0.5
+
+
+@pytest.mark.parametrize("positions", [[False, False], [], [[True, False]]])
+def test_positions_that_keep_nothing_or_are_no_list_are_refused(positions):
+    with pytest.raises(CircuitError, match="positions must be one truth value per patch"):
+        _circuit(positions=positions)
 
 
 def test_a_truncated_file_is_refused(file):
@@ -444,9 +486,29 @@ def test_neurons_obey_the_laws_of_sets(one, other):
     assert (everything & everything).neurons is None
 
 
-def test_a_circuit_that_cuts_neurons_has_no_complement():
-    with pytest.raises(CircuitError, match="no complement over edges"):
-        _ = ~_parts()
+@given(of_neurons(), of_neurons())
+def test_positions_obey_the_laws_of_sets(one, other):
+    masks = [np.ones(4, bool) if c.positions is None else c.positions for c in (one, other)]
+    assert (one & other) == replace(one & other, positions=masks[0] & masks[1])
+    assert (one | other) == replace(one | other, positions=masks[0] | masks[1])
+
+
+def test_circuits_without_a_common_position_have_no_intersection():
+    one, other = _circuit(positions=[True, False]), _circuit(positions=[False, True])
+    with pytest.raises(CircuitError, match="at least one is true"):
+        _ = one & other
+
+
+def test_positions_of_another_model_cannot_be_combined():
+    one, other = _circuit(positions=[True, False]), _circuit(positions=[True, False, True])
+    with pytest.raises(CircuitError, match="2 and 3 patches per image"):
+        _ = one & other
+
+
+def test_a_circuit_that_cuts_neurons_or_positions_has_no_complement():
+    for circuit in (_parts(), _circuit(positions=[True, False])):
+        with pytest.raises(CircuitError, match="no complement over edges"):
+            _ = ~circuit
 
 
 def test_circuits_of_mlps_of_other_sizes_are_not_combined():

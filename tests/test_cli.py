@@ -19,7 +19,7 @@ from vitcut.preprocessing import numbers
 from vitcut.training.settings import TrainSettings
 
 LABELS = "groups: {round: {disc: disc, dodo: dodo}, angular: {square: square}}"
-NUM_FLAGS = 89
+NUM_FLAGS = 95
 DRAWN = ["--source", "drawn", "--task", "drawn"]
 
 

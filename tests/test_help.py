@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -96,6 +97,19 @@ def test_checks_tell_what_is_there_and_what_to_install(capsys, monkeypatch):
     assert found.usable["export --to pt2"] is None
     assert found.calibration is None
     assert "predicted within" not in out
+
+
+def test_an_extra_is_ready_when_all_its_packages_are_there(monkeypatch):
+    def without_timm(name):
+        if name == "timm":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("vitcut.reports.checks.version", without_timm)
+    usable = check_machine().usable
+    assert usable["extra train"] == "pip install 'vitcut[train]'"
+    assert usable["extra cut"] == "pip install 'vitcut[cut]'"
+    assert usable["extra onnx"] is None
 
 
 def test_models_that_are_too_few_or_not_measured_are_refused(capsys):

@@ -2,10 +2,12 @@
 
 import ast
 from pathlib import Path
+from symtable import symtable
 
 import vitcut
 
 SRC = Path(vitcut.__file__).parent
+ROOT = Path(__file__).parents[1]
 FILES = sorted(SRC.rglob("*.py"))
 MOST_LINES = 600
 MOST_BODY_LINES = 80
@@ -52,3 +54,20 @@ def test_packages_hold_no_code():
 def test_annotations_are_never_postponed():
     for path in FILES:
         assert "from __future__ import annotations" not in path.read_text(), _name(path)
+
+
+def test_benchmarks_and_examples_import_what_is_there():
+    missing = []
+    for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vitcut."):
+                here = SRC.parent.joinpath(*node.module.split("."))
+                known = {item.stem for item in here.glob("*.py")}
+                file = here.with_suffix(".py")
+                if file.is_file():
+                    # Not imported: a package of an extra may be absent.
+                    table = symtable(file.read_text(encoding="utf-8"), str(file), "exec")
+                    known |= set(table.get_identifiers())
+                names = {item.name for item in node.names}
+                missing += [f"{path.name}: {node.module}.{name}" for name in names - known]
+    assert missing == []

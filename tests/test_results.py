@@ -97,7 +97,8 @@ def test_every_key_is_in_the_file_though_nothing_was_measured(tmp_path):
     ]  # fmt: skip
     assert list(content["points"][0]) == [
         "name", "method", "granularity", "ablation", "tau", "budget", "edges_total", "edges_kept",
-        "heads_total", "heads_kept", "neurons_kept_fraction", "accuracy_fine", "accuracy_coarse",
+        "heads_total", "heads_kept", "neurons_kept_fraction", "positions_kept_fraction",
+        "accuracy_fine", "accuracy_coarse",
         "change_low", "change_high", "kl", "macs", "params", "bytes", "max_abs_diff", "seconds",
         "images", "latency",
         "confusion", "faithfulness", "circuit", "model",
@@ -189,7 +190,7 @@ def test_two_points_of_one_name_are_refused():
 
 def test_points_hold_plain_values_only():
     assert json.dumps(asdict(Point(name="a")))
-    assert len(fields(Point)) == 27
+    assert len(fields(Point)) == 28
 
 
 def test_results_and_bench_settings_load_no_torch():

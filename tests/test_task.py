@@ -200,7 +200,7 @@ def test_a_group_of_one_class_bears_its_name():
             r"names 1 classes that the data lacks: tabbby; .*such as tabby",
         ),
         ("classes: [x, y]", r"names 2 classes .*: x, y; the data has 4 classes, such as n2, n1"),
-        ("classes: ['4', pug]", r"lacks: 4; .*positions 0 to 3"),
+        ("classes: ['4', pug]", r"lacks: 4; .*position \(0 to 3\)"),
         ("classes: [tabby, n2]", r"names class n2 twice, as '\w+' in group '\w+' and in group"),
         ("groups: {a: [n2], b: [n1, n4, n3]}\nrest: other", r"leaves none for 'other'"),
     ],

@@ -19,6 +19,12 @@ def test_every_ancestor_is_in_the_table_and_only_the_entity_has_none():
     assert len(table) == 1860
 
 
+def test_every_synset_has_a_gloss_in_one_line():
+    glosses = {key: synset.gloss for key, synset in synsets().items()}
+    assert all(glosses.values())
+    assert glosses["n02123045"] == "a cat with a grey or tawny coat mottled with black"
+
+
 def _ancestors(class_id):
     above = synsets()[class_id].hypernyms
     return set(above).union(*map(_ancestors, above)) if above else set()

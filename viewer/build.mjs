@@ -1,6 +1,7 @@
 // Bundles src/ into the package. The first line names the hash of the sources, which a test compares.
 import { createHash } from "node:crypto";
-import { copyFileSync, readdirSync, readFileSync } from "node:fs";
+import { copyFileSync, existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { gunzipSync, gzipSync } from "node:zlib";
 import { build } from "esbuild";
 
 const out = "../src/vitcut/assets/report";
@@ -20,5 +21,20 @@ await build({
   charset: "ascii",
   banner: { js: `/* sources sha256 ${hash.digest("hex")}\nwith modules of d3:\n${d3} */` },
 });
+await build({
+  entryPoints: { model: "src/model.ts" },
+  outdir: out,
+  bundle: true,
+  minify: true,
+  format: "esm",
+  target: "es2022",
+  charset: "ascii",
+  legalComments: "inline",
+});
+// Compressed once here, as it goes into the page: WebAssembly without a GPU, one thread is used.
+const wasm = readFileSync("node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm");
+if (!existsSync(`${out}/runtime.wasm.gz`) || !gunzipSync(readFileSync(`${out}/runtime.wasm.gz`)).equals(wasm)) {
+  writeFileSync(`${out}/runtime.wasm.gz`, gzipSync(wasm, { level: 9 }));
+}
 await build({ entryPoints: { report: "src/report.css" }, outdir: out, minify: true });
 copyFileSync("src/report.html", `${out}/report.html`);

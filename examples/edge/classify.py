@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 
 folder, *pictures = map(Path, sys.argv[1:])
 about = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+if about.get("with_preprocessing"):
+    sys.exit("the model takes whole pictures: the README beside it has the program for that")
 taken, options = about["preprocessing"], onnxruntime.SessionOptions()
 size, framing = taken["image_size"], taken["framing"]
 options.intra_op_num_threads = 1

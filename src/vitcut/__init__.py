@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vitcut.model.adapters import register_adapter
     from vitcut.model.settings import VitSettings
     from vitcut.prediction import predict
-    from vitcut.preparation import prepare, suggest
+    from vitcut.preparation import label, prepare, suggest
     from vitcut.recipes import RunSettings, demo, run, train
     from vitcut.selection.settings import Budget
     from vitcut.task import Task, load_task
@@ -59,6 +59,7 @@ _HOMES = {
     "export": "delivery",
     "finetune": "api",
     "info": "api",
+    "label": "preparation",
     "load_images": "inputs",
     "load_model": "inputs",
     "load_task": "task",
@@ -98,6 +99,7 @@ __all__ = [
     "export",
     "finetune",
     "info",
+    "label",
     "load_images",
     "load_model",
     "load_task",

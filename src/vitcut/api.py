@@ -141,6 +141,7 @@ def cut(
     from vitcut.compiler.cost import CostModel
     from vitcut.compiler.cut import Cut, class_only, cut_circuit, make_fitter, require_cut_from
     from vitcut.reports.cards import origin_of, write_cards
+    from vitcut.reports.pictures import evaluate_and_keep
     from vitcut.reports.tables import recommend
     from vitcut.selection.search import leave_images, require_decidable, search
 
@@ -201,7 +202,8 @@ def cut(
         baseline = class_only(model, images, settings)
         points = {CLASS_ONLY: baseline}
         points |= {item.name: (item.point(run.path), item.model) for item in cuts}
-        results = measure(model, images, points, bench)
+        found = evaluate_and_keep(model, images, points, run.path)
+        results = measure(model, images, points, bench, evaluations=found)
         write_cards(results, run.path, cuts[-1].model.info, origin_of(model, images))
         return results
 
@@ -304,11 +306,12 @@ def finetune(
             or was trained with other settings.
     """
     require_extra("cut", "train", what="a repair")
-    from vitcut.benchmark.points import dense_point, evaluate_points, measure
+    from vitcut.benchmark.points import dense_point, measure
     from vitcut.compiler.cut import Cut, class_only, require_cut_from
     from vitcut.model.model import Model, weight_hash
     from vitcut.model.saving import require_savable
     from vitcut.reports.cards import dense_repaired_card, origin_of, repaired_card
+    from vitcut.reports.pictures import evaluate_and_keep
     from vitcut.training import repair as repairs
     from vitcut.training.checkpoint import read_training
     from vitcut.training.loop import for_machine
@@ -367,7 +370,7 @@ def finetune(
             )
             points[DENSE_REPAIRED] = point, dense.module
         points |= {item.name: (item.point(run.path), item.model) for item in (start, repaired)}
-        found = evaluate_points(model, images, points)
+        found = evaluate_and_keep(model, images, points, run.path)
         results = measure(model, images, points, timing, evaluations=found)
         paired = repairs.compare_pairs(repaired.name, found, seed=timing.seed)
         replace(told, paired=paired).save(run.path / REPAIR_FILE)

@@ -1,4 +1,4 @@
-"""A circuit: the edges and neurons that are kept, and how they were found. Immutable."""
+"""A circuit: the edges, neurons and positions that are kept, and how they were found. Immutable."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,9 +16,9 @@ from vitcut.graph import Graph
 from vitcut.names import Ablation, TokenKind
 from vitcut.store import hash_of_read, read_json, sealed, sha256_json, write_json
 
-FORMAT_VERSION = 2
-_OLDEST = 1
-_MOST_EDGES, _MOST_NEURONS = 1 << 28, 1 << 28
+FORMAT_VERSION = 3
+_BEFORE_POSITIONS, _OLDEST = 2, 1
+_MOST_EDGES, _MOST_NEURONS, _MOST_POSITIONS = 1 << 28, 1 << 28, 1 << 24
 """Beyond any ViT: a file that claims more is refused before anything of that size is made."""
 
 
@@ -67,6 +67,11 @@ class _Neurons(TypedDict):
     kept: dict[str, list[int]]
 
 
+class _Positions(TypedDict):
+    per_image: int
+    kept: list[int]
+
+
 class _File(TypedDict, total=False):
     """The keys and types of ``circuit.json``."""
 
@@ -79,14 +84,16 @@ class _File(TypedDict, total=False):
     ablation: Ablation
     kept: dict[str, list[str]]
     neurons: _Neurons
+    positions: _Positions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Circuit:
-    """The edges and neurons of a graph that are kept, and the ablation of all others.
+    """The edges, neurons and positions that are kept, and the ablation of all others.
 
-    A head is cut if none of its edges is kept. Circuits are equal if they compute the same: if
-    graph, kept parts and ablation are equal.
+    A head is cut if none of its edges is kept. A position that is cut is absent from the image
+    under every ablation. Circuits are equal if they compute the same: if graph, kept parts and
+    ablation are equal.
     """
 
     graph: Graph
@@ -96,6 +103,9 @@ class Circuit:
     """What stands in for a cut part."""
     neurons: NDArray[np.bool_] | None = None
     """True where a neuron is kept, shape [blocks, kinds, neurons]; None if all are kept."""
+    positions: NDArray[np.bool_] | None = None
+    """True where a patch is kept, row by row of the image's grid, shape [patches]; None if all are
+    kept. The others never enter the model: no token is computed for them, and no head sees them."""
     method: str = "manual"
     """The algorithm that chose the parts."""
     task: str | None = None
@@ -138,13 +148,24 @@ class Circuit:
                 )
             neurons.setflags(write=False)
             object.__setattr__(self, "neurons", neurons)
+        if self.positions is not None:
+            positions = np.array(self.positions, dtype=np.bool_)
+            if positions.ndim != 1 or not positions.any():
+                raise CircuitError(
+                    "positions must be one truth value per patch, of which at least one is true, "
+                    f"got shape {positions.shape} with {int(positions.sum())} true"
+                )
+            positions.setflags(write=False)
+            # Keeping all is not a cut, however it is said.
+            object.__setattr__(self, "positions", None if positions.all() else positions)
 
     def __repr__(self) -> str:
         heads = f"{self.num_heads_kept} of {self.graph.num_layers * self.graph.num_heads} heads"
         return (
             f"Circuit({self.method}, {self.ablation} ablation, task {self.task!r}, keeps {heads}, "
             f"{self.num_kept} of {self.graph.num_useful_edges} edges, "
-            f"{self.neurons_kept_fraction:.1%} of the neurons)"
+            f"{self.neurons_kept_fraction:.1%} of the neurons, "
+            f"{self.positions_kept_fraction:.1%} of the positions)"
         )
 
     @classmethod
@@ -160,6 +181,7 @@ class Circuit:
         heads: NDArray[np.bool_],
         neurons: NDArray[np.bool_],
         ablation: Ablation,
+        positions: NDArray[np.bool_] | None = None,
     ) -> "Circuit":
         """The circuit that keeps some heads and neurons, with all edges of the sources it keeps.
 
@@ -168,11 +190,12 @@ class Circuit:
             heads: True where a head is kept, shape [blocks, heads, kinds].
             neurons: True where a neuron is kept, shape [blocks, kinds, neurons].
             ablation: What stands in for the others.
+            positions: True where a patch is kept, shape [patches]; None keeps all.
         """
         sources = np.ones(len(graph.sources), dtype=np.bool_)
         graph.by_block(sources)[0][:] = heads
         kept = graph.edges & sources[:, None]
-        return cls(graph=graph, kept=kept, neurons=neurons, ablation=ablation)
+        return cls(graph=graph, kept=kept, neurons=neurons, positions=positions, ablation=ablation)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Circuit):
@@ -194,12 +217,13 @@ class Circuit:
         """The complement: exactly the edges that this circuit cuts.
 
         Raises:
-            CircuitError: The circuit cuts neurons, so its edges alone do not define a complement.
+            CircuitError: The circuit cuts neurons or positions, so its edges alone do not define a
+                complement.
         """
-        if self.neurons is not None:
+        if self.neurons is not None or self.positions is not None:
             raise CircuitError(
-                "a circuit that cuts neurons has no complement over edges: only circuits that keep "
-                "all neurons can be inverted"
+                "a circuit that cuts neurons or positions has no complement over edges: only "
+                "circuits that keep all of both can be inverted"
             )
         return replace(
             self,
@@ -226,13 +250,20 @@ class Circuit:
                 "only circuits of one model can be combined, got "
                 f"{' and '.join(str(mask.shape[2]) for mask in neurons)} neurons per MLP"
             )
-        if len(neurons) == 1:
-            # The circuit without a mask keeps all its neurons; both operations are symmetric.
-            neurons.append(np.ones_like(neurons[0]))
+        positions = [each.positions for each in (self, other) if each.positions is not None]
+        if len({mask.shape for mask in positions}) > 1:
+            raise CircuitError(
+                "only circuits of one model can be combined, got "
+                f"{' and '.join(str(len(mask)) for mask in positions)} patches per image"
+            )
+        for masks in (neurons, positions):
+            # The circuit without a mask keeps all; both operations are symmetric.
+            masks += [np.ones_like(mask) for mask in masks if len(masks) == 1]
         return replace(
             self,
             kept=operation(self.kept, other.kept),
             neurons=operation(*neurons) if neurons else None,
+            positions=operation(*positions) if positions else None,
             method=how,
             tau=None,
             provenance=self._origin() | {how: [self.fingerprint, other.fingerprint]},
@@ -349,9 +380,14 @@ class Circuit:
         kept = live[:, :, None] if self.neurons is None else self.neurons & live[:, :, None]
         return float(kept.mean(axis=2).sum() / useful.sum())
 
+    @property
+    def positions_kept_fraction(self) -> float:
+        """Kept patches as a fraction of the image's; 0 to 1."""
+        return 1.0 if self.positions is None else float(self.positions.mean())
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what the circuit computes: graph, kept edges and neurons, ablation."""
+        """SHA-256 of what the circuit computes: graph, kept parts, ablation."""
         return sha256_json(self._content())
 
     def _content(self) -> dict[str, Any]:
@@ -373,6 +409,9 @@ class Circuit:
                 for place in np.ndindex(self.neurons.shape[:2])
             }
             content["neurons"] = {"per_mlp": self.neurons.shape[2], "kept": by_mlp}
+        if self.positions is not None:
+            kept_patches = np.flatnonzero(self.positions).tolist()
+            content["positions"] = {"per_image": len(self.positions), "kept": kept_patches}
         return content
 
     def to_dict(self) -> dict[str, Any]:
@@ -385,7 +424,9 @@ class Circuit:
             "fingerprint": self.fingerprint,
             **self._content(),
         }
-        return sealed(content, FORMAT_VERSION)
+        # Earlier versions of vitcut read what cuts no positions.
+        version = _BEFORE_POSITIONS if self.positions is None else FORMAT_VERSION
+        return sealed(content, version)
 
     def save(self, path: str | Path) -> None:
         """Write ``circuit.json``, atomically."""
@@ -438,10 +479,17 @@ class Circuit:
             for layer, kind in np.ndindex(shape[:2]):
                 name = graph.sources[graph.mlp_source(layer, kind)].name
                 neurons[layer, kind, listed["kept"][name]] = True
+        positions = None
+        if (patches := content.get("positions")) is not None:
+            if not 0 < patches["per_image"] < _MOST_POSITIONS:
+                raise ValueError(f"{patches['per_image']} patches per image")
+            positions = np.zeros(patches["per_image"], dtype=np.bool_)
+            positions[patches["kept"]] = True
         circuit = cls(
             graph=graph,
             kept=kept,
             neurons=neurons,
+            positions=positions,
             ablation=content["ablation"],
             method=content["method"],
             task=content["task"],

@@ -28,6 +28,7 @@ from vitcut.completion import completion_script
 from vitcut.errors import ConfigError, DataError, VitcutError, one_line, shortage
 from vitcut.extras import refusal
 from vitcut.hints import EXAMPLES, argument_error, nearest_verb
+from vitcut.images.settings import DataSettings
 from vitcut.inputs import load_either, load_images, load_model, run_of
 from vitcut.names import SHIPPED_MODEL
 from vitcut.prediction import (
@@ -59,6 +60,7 @@ from vitcut.runs import (
     is_in_use,
 )
 from vitcut.settings import as_plain, require_here
+from vitcut.store import parse_yaml
 
 EXIT_ERROR, EXIT_BROKEN_PIPE = 2, 141
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
@@ -162,6 +164,7 @@ def _dispatch(typed: list[str]) -> int:
         rest, changes = _take_changes(rest, parser)
     try:
         words = list(_arranged(parser, rest))
+        _require_readable_configs(words)
         if verb.base is not None:
             first = parser.parse_args([word for word in words if word != "--print_config"])
             found = verb.base(first)
@@ -362,6 +365,8 @@ def _load_images(
     if "model" in values and (typed.model is not None or not new_head):
         loading |= {"model": values["model"], "image_size": None, "mean": None, "std": None}
         loading["new_head"] = new_head
+    elif "vit" in values:
+        values["vit"].require_whole_patches(typed.image_size or DataSettings().image_size)
     try:
         return LOADERS["Images"](**loading)
     except DataError as error:
@@ -395,10 +400,29 @@ def _settings_of(annotation: Any) -> type | None:
     return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
+def _require_readable_configs(words: list[str]) -> None:
+    """Refuse configs that are no YAML, or larger than they look, before jsonargparse reads them."""
+    pairs = zip(words, [*words[1:], ""], strict=False)
+    named = [
+        after if flag == word else value
+        for word, after in pairs
+        for flag, _, value in [word.partition("=")]
+        if flag == "--config"
+    ]
+    for path in map(Path, named):
+        try:
+            content = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} is not a readable config: {one_line(error)}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} is no config: expected a line 'flag: value' for each flag")
+
+
 def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
     """Let a yes/no flag stand alone, and a list go without brackets.
 
-    ``--merge`` is ``--merge true``; ``--taus 0.01,0.02`` is ``--taus "[0.01, 0.02]"``.
+    ``--merge`` is ``--merge true``, ``--no-merge`` is ``--merge false``; ``--taus 0.01,0.02`` is
+    ``--taus "[0.01, 0.02]"``.
     """
     defaults = vars(parser.get_defaults())
     switches = {f"--{key}" for key, value in defaults.items() if isinstance(value, bool)}
@@ -408,6 +432,8 @@ def _arranged(parser: ArgumentParser, words: list[str]) -> Iterator[str]:
         flag, equals, value = word.partition("=")
         if flag in switches - {"--print_config"} and not equals and after.lower() not in _YES_NO:
             yield f"{word}=true"
+        elif word.startswith("--no_") and f"--{word[5:]}" in switches:
+            yield f"--{word[5:]}=false"
         elif flag in lists and equals:
             yield f"{flag}={value if value[:1] == '[' else f'[{value}]'}"
         elif before in lists and word[:1] != "-":
@@ -494,6 +520,7 @@ VERBS = {
         then=lambda typed: f"look through {typed.out}, then give it as --task",
         out="labels.yaml",
     ),
+    "label": Verb(call=preparation.label, then=endings.after_label),
     "train": Verb(
         call=train,
         check=check_train,

@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from vitcut.errors import ConfigError, printable
+from vitcut.hub import is_hub_id
 from vitcut.names import SHIPPED_MODEL
 from vitcut.recipes import fine_tuning_recipe
 from vitcut.reports import show
@@ -26,6 +27,14 @@ def after_prepare(typed: Namespace) -> str:
     words += [] if typed.image_column is None else ["--image-column", typed.image_column]
     words += [] if typed.label_column is None else ["--label-column", typed.label_column]
     return shlex.join([*words, "--task", "drawn" if typed.source == "drawn" else "LABELS.yaml"])
+
+
+def after_label(typed: Namespace) -> str:
+    """What follows `label`: the page in a browser, or a training with its label file."""
+    if not typed.serve:
+        return f"open {typed.out or 'label.html'} in a browser"
+    words = [] if typed.source is None else ["--source", typed.source]
+    return shlex.join(["vitcut", "train", *words, "--task", typed.task])
 
 
 def recipe_of_train(typed: Namespace) -> Path | None:
@@ -82,6 +91,8 @@ def after_info(typed: Namespace) -> str:
         return shlex.join(
             ["vitcut", "show", "--plan", str(find_cut(Path(typed.model), typed.point))]
         )
+    if is_hub_id(typed.model):
+        return shlex.join(["vitcut", "predict", typed.model, "PICTURES"])
     return shlex.join([*_cutting(typed.model), "--target-macs", "FRACTION"])
 
 

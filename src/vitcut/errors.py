@@ -75,7 +75,7 @@ def shortage(error: BaseException) -> str | None:
 
 def one_line(error: BaseException) -> str:
     """The message of any error in one line, as ours are."""
-    return printable(" ".join(str(error).split()))
+    return printable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def printable(text: str) -> str:

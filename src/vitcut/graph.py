@@ -35,7 +35,8 @@ from vitcut.errors import CircuitError
 from vitcut.names import LETTERS, TOKEN_KINDS, Letter, TokenKind, Tokens
 
 SiteKey = tuple[int, str, int]
-"""Block, "heads" or "neurons", number of the token kind: parts that can stand in for each other."""
+"""Block, "heads" or "neurons", number of the token kind: parts that can stand in for each other.
+Positions, which all blocks share, are a site of block 0: (0, "positions", kind of the patches)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,5 @@
 """Suggest a task: groups of ImageNet-1k's classes by their common ancestors in WordNet."""
 
-from functools import cache
-
 from vitcut.errors import ConfigError, TaskError
 from vitcut.labels import Labels, plain_name
 from vitcut.task import Task, TaskClass
@@ -10,6 +8,7 @@ from vitcut.wordnet import (
     find_synsets,
     imagenet_names,
     known_synsets,
+    path_to,
     synsets,
     with_wordnet_ids,
 )
@@ -124,7 +123,7 @@ def suggest(class_ids: list[str], num_groups: int, name: str) -> Task:
         groups.remove(largest)
         below: dict[str, list[str]] = {}
         for class_id in largest:
-            for ancestor in _path(class_id):
+            for ancestor in path_to(class_id):
                 below.setdefault(ancestor, []).append(class_id)
         # Of equally even splits the most general ancestor wins: it comes first in every path.
         part = max(below.values(), key=lambda part: min(len(part), len(largest) - len(part)))
@@ -133,11 +132,11 @@ def suggest(class_ids: list[str], num_groups: int, name: str) -> Task:
 
     named: dict[str, list[str]] = {}
     for members in groups:
-        path = _path(members[0])
-        top = [key for key in path if all(key in _path(member) for member in members)][-1]
+        path = path_to(members[0])
+        top = [key for key in path if all(key in path_to(member) for member in members)][-1]
         group = synsets()[top].names.split(",")[0]
         # Another group has been split off below this ancestor, so this one is what remains.
-        if any(top in _path(other[0]) for other in groups if other is not members):
+        if any(top in path_to(other[0]) for other in groups if other is not members):
             group = f"other {group}"
         named[group if group not in named else f"{group} ({top})"] = members
     group_of = {class_id: group for group, members in named.items() for class_id in members}
@@ -150,10 +149,3 @@ def suggest(class_ids: list[str], num_groups: int, name: str) -> Task:
         groups=tuple(named),
         excluded=dict.fromkeys(others, "not ImageNet-1k's"),
     )
-
-
-@cache
-def _path(synset: str) -> tuple[str, ...]:
-    """From the root down to the synset, always along the first hypernym."""
-    above = synsets()[synset].hypernyms
-    return (*(_path(above[0]) if above else ()), synset)

@@ -18,14 +18,15 @@ _OTHER_WORDS = {
     "eval": "evaluate test validate accuracy",
     "predict": "classify infer",
     "bench": "benchmark time latency speed profile",
-    "export": "convert onnx deploy ship",
+    "export": "convert onnx deploy ship quantize",
     "finetune": "fine-tune repair distill retrain recover",
     "train": "fit pretrain probe",
     "show": "view print results",
     "report": "plot draw html page visualize figure",
     "info": "inspect describe summary",
     "checks": "doctor calibrate environment",
-    "suggest": "label annotate",
+    "suggest": "propose",
+    "label": "annotate name classes group",
     "run": "recipe sweep experiment",
     "prepare": "download decode",
 }
@@ -38,6 +39,10 @@ EXAMPLES = {
         "--source photos --image-size 224 --skip-bad-images",
     ),
     "suggest": ("--source tiny-imagenet-200.zip --out labels.yaml",),
+    "label": (
+        "--source photos --task pets.yaml --serve",
+        "--source tiny-imagenet-200.zip --task new.yaml --model animals --out label.html",
+    ),
     "train": (
         "--source photos --image-size 64",
         "--model timm:vit_tiny_patch16_224 --source flowers.zip --freeze backbone",

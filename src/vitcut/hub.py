@@ -5,6 +5,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vitcut.errors import ModelError
+
+TIMM, HUB = "timm:", "hf-hub:"
+"""Prefixes of model names."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ANSWERS_WITHIN_S = 5.0
 
@@ -43,5 +47,23 @@ def hub_access() -> Generator[None]:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether this can only be the name of a repository on the Hugging Face hub."""
-    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+    """Whether this can only be the name of a repository on the Hugging Face hub.
+
+    Not if its first part is a folder here, or ``runs``, where results go if no ``--out`` is given.
+    """
+    parent = Path(model).parent
+    here = parent.exists() or parent.name == "runs"
+    return HUB_ID.fullmatch(model) is not None and not here
+
+
+def require_there(model: str) -> None:
+    """Refuse the path of a model where nothing is, before what reads models is imported.
+
+    Raises:
+        ModelError: Nothing is there.
+    """
+    if not model.startswith((TIMM, HUB)) and not Path(model.removeprefix("local-dir:")).exists():
+        raise ModelError(
+            f"no model at {model}: expected a folder with config.json, a run directory, a file of "
+            "weights, timm:NAME, hf-hub:REPOSITORY, or animals"
+        )

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
@@ -12,6 +12,7 @@ import msgspec
 from vitcut.compact.info import preprocessing_of
 from vitcut.errors import ArtefactError, ConfigError, TaskError
 from vitcut.extras import require_extra
+from vitcut.hub import is_hub_id, require_there
 from vitcut.images.settings import DataSettings
 from vitcut.labels import Labels, read_labels
 from vitcut.names import SHIPPED_MODEL
@@ -28,7 +29,6 @@ from vitcut.runs import (
     is_run,
     read_settings,
 )
-from vitcut.settings import require_positive
 from vitcut.store import convert
 from vitcut.task import (
     Task,
@@ -66,7 +66,7 @@ def load_model(
     std: float | Sequence[float] | str | None = None,
     random_weights: bool = False,
     image_size: int | None = None,
-    labels: str | Path | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | Mapping[Any, str] | None = None,
     device: str = "cpu",
 ) -> "Model":
     """Load a dense model, read its weights, and check that they reproduce its logits.
@@ -88,7 +88,8 @@ def load_model(
         image_size: Height and width, in pixels, of the images that "timm:NAME" is built for; its
             position embeddings are resized. By default the size that its weights were trained at.
         labels: A text file with the names of the model's classes, one per line, in the order of its
-            logits; in Python also a list of them. It replaces names that the model has of its own.
+            logits; in Python also a list, or names by number (``id2label``). It replaces names that
+            the model has of its own.
         device: Where the model computes: cpu, cuda, cuda:N, or auto (cuda if there is one).
 
     Raises:
@@ -98,11 +99,6 @@ def load_model(
         TaskError: ``labels`` cannot be read.
         ArtefactError: The run directory is damaged, or of another version.
     """
-    require_extra("cut", what="a dense model")
-    from vitcut.model.load import load
-    from vitcut.runtime import choose_device
-
-    place = choose_device(device)
     given: dict[str, Any] = {
         "arch": arch,
         "num_heads": num_heads,
@@ -110,7 +106,7 @@ def load_model(
         "std": numbers("std", std),
         "random_weights": random_weights,
         "image_size": image_size,
-        "labels": labels if labels is None else list(_class_names(labels)),
+        "labels": read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels,
     }
     typed = {
         name: value for name, value in given.items() if value is not None and value is not False
@@ -126,13 +122,20 @@ def load_model(
             typed = {**stored, **typed}
             if model == OWN:
                 model = path / "dense"
-        # A path is kept absolute: a run directory is read from other places too.
-        if str(model) != SHIPPED_MODEL and Path(str(model)).exists():
-            model = str(Path(str(model)).resolve())
+        if str(model) != SHIPPED_MODEL:
+            require_there(str(model))
+            # A path is kept absolute: a run directory is read from other places too.
+            model = str(Path(str(model)).resolve()) if Path(str(model)).exists() else model
+    require_extra("cut", what="a dense model")
+    from vitcut.model.load import load
+    from vitcut.runtime import choose_device
+
+    place = choose_device(device)
     named = given.pop("labels")
     loaded = load(model, **given).to(place)
     if named is not None:
         loaded = loaded.with_labels(named)
+        typed["labels"] = list(loaded.labels.ids if loaded.labels else ())
     for name in {"mean", "std"} & typed.keys():
         typed[name] = list(getattr(loaded.preprocessing, name))
     origin = {"model": str(model), **typed} if path is not None else None
@@ -147,32 +150,52 @@ def load_either(
     """Load a dense model, or the cut that a run or model directory holds.
 
     Args:
-        model: The run directory of a cut, or its model directory; or a dense model: "animals" (the
-            shipped one), another run directory, a timm or transformers folder, "timm:NAME",
-            "hf-hub:REPOSITORY", or a weights file (.safetensors, .pth).
+        model: The run directory of a cut, its model directory, or its id on the Hugging Face hub
+            (org/name); or a dense model: "animals" (the shipped one), another run directory, a timm
+            or transformers folder, "timm:NAME", "hf-hub:REPOSITORY", or a weights file
+            (.safetensors, .pth).
         point: Which cut to take, if the run directory has several; "dense" takes its dense model.
         device: Where the model computes: cpu, cuda, cuda:N, or auto (cuda if there is one).
         **dense: The other arguments of `load_model`, for a dense model.
 
     Raises:
         ConfigError: An argument is for another kind of model.
-        ArtefactError: The directory is damaged, or has several cuts and no point is given.
+        ArtefactError: The directory is damaged, or has several cuts and no point is given; or there
+            is no such model on the hub.
         ModelError: As for `load_model`.
     """
     path = Path(model) if isinstance(model, (str, Path)) and str(model) != SHIPPED_MODEL else None
-    if path is None or point == DENSE or not (point or has_cut(path)):
+    on_hub = isinstance(model, str) and is_hub_id(model)
+    if on_hub and point is not None:
+        raise ConfigError(
+            f"point chooses among the cuts of a run directory, got it with {model}, which is on "
+            "the Hugging Face hub: leave it out"
+        )
+    is_cut = path is not None and (on_hub or (path.exists() and point) or has_cut(path))
+    if path is None or point == DENSE or not is_cut:
         return load_model(model, device=device, **dense)
-    from vitcut.compiler.cut import Cut
-    from vitcut.runtime import choose_device
-
     for name, value in dense.items():
         if value is not None and value is not False:
             raise ConfigError(
                 f"{name.replace('_', '-')} is for a dense model, got it with the cut in {path}: "
                 "leave it out"
             )
+    from vitcut.compact.artefact import resolve_folder
+    from vitcut.compiler.cut import Cut
+    from vitcut.runtime import choose_device
+
     place = choose_device(device)
-    found = Cut.load(find_cut(path, point))
+    if on_hub:
+        folder = resolve_folder(str(model), revision=None)
+        if not has_cut(folder):
+            raise ArtefactError(
+                f"{model} on the Hugging Face hub is no model that vitcut cut: if it is a dense "
+                f"one, give hf-hub:{model}"
+            )
+        # Called by its id: where it was downloaded to says nothing.
+        found = replace(Cut.load(folder), name=str(model), folder=None)
+    else:
+        found = Cut.load(find_cut(path, point))
     found.model.to(place)
     return found
 
@@ -336,10 +359,6 @@ class _Origin(TypedDict, total=False):
     weight_hash: str
 
 
-def _class_names(labels: Sequence[str] | str | Path) -> Sequence[str]:
-    return read_labels(Path(labels)) if isinstance(labels, (str, Path)) else labels
-
-
 def _origin_of(run: Path) -> dict[str, Any]:
     """The arguments of `load_model` that load a run directory's model.
 
@@ -366,14 +385,12 @@ def _own_preprocessing(
     """How images are made for a model that is yet to be trained.
 
     Raises:
-        ConfigError: Mean or std is neither one number nor three, or a std is not positive.
+        ConfigError: Mean or std is neither one number nor three, or out of range.
     """
     known: Any = {}
     for name, value in {"mean": numbers("mean", mean), "std": numbers("std", std)}.items():
         if value is not None:
             known[name] = value * 3 if len(value) == 1 else value
-    for value in known.get("std", ()):
-        require_positive("std", value)
     return Preprocessing(image_size=image_size, **known)
 
 
@@ -456,7 +473,7 @@ _GIVEN_BY = {
 
 
 def load_cut(cut: "Cut | CompactViT | str | Path", point: str | None) -> "Cut":
-    """What a repair starts from: a cut in a directory, without its fill, or as it was returned.
+    """What a repair starts from: a cut in a directory, or as it was returned.
 
     Raises:
         ArtefactError: The directory holds no cut, is damaged, or has several and no point is given.
@@ -465,7 +482,7 @@ def load_cut(cut: "Cut | CompactViT | str | Path", point: str | None) -> "Cut":
     from vitcut.compiler.cut import Cut
 
     if isinstance(cut, (str, Path)):
-        return replace(Cut.load(find_cut(Path(cut), point)), fill=None)
+        return Cut.load(find_cut(Path(cut), point))
     return Cut(model=cut, circuit=None) if isinstance(cut, CompactViT) else require(cut, Cut)
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +30,22 @@ from vitcut.errors import (
     shortage,
 )
 from vitcut.extras import require_extra
-from vitcut.hub import is_hub_id
 from vitcut.images.archives import MAX_FILE_BYTES, is_leftover
-from vitcut.images.decoding import HEAD_BYTES, PICTURE_SUFFIXES, decode, picture_format
+from vitcut.images.decoding import (
+    HEAD_BYTES,
+    PICTURE_SUFFIXES,
+    Picture,
+    decode,
+    picture_format,
+    told_turned,
+)
+from vitcut.images.settings import Orientation
 from vitcut.inputs import load_either
-from vitcut.preprocessing import Preprocessing
+from vitcut.preprocessing import Framing
 from vitcut.progress import Meter, Terminal, say
 from vitcut.runtime import usable_threads
-from vitcut.settings import require_at_least
-from vitcut.store import convert
+from vitcut.settings import require_at_least, require_one_of
+from vitcut.store import convert, is_sealed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,6 +137,12 @@ class OnnxFile:
                 f"{path} has metadata of version {version!r}, expected {NOTE_VERSION}: upgrade "
                 "vitcut, or export the model again"
             )
+        # Files of earlier versions hold no hash.
+        if "sha256" in noted and not is_sealed(path, str(noted["sha256"])):
+            raise ArtefactError(
+                f"{path} was altered: its hash is not the one that it was written with; export the "
+                "model again"
+            )
         info = convert(stored, ModelInfo, what=f"{path} has damaged metadata", remedy=again)
         whole = bool(noted.get("with_preprocessing"))
         outputs = session.get_outputs()[0].shape[-1]
@@ -178,7 +191,7 @@ class OnnxFile:
 
 def load_any(
     model: "str | Path | nn.Module", *, point: str | None = None, device: str = "cpu", **dense: Any
-) -> "Model | CompactViT | Cut | OnnxFile":
+) -> "Model | Cut | OnnxFile":
     """Load a model that answers pictures, whatever it is.
 
     Args:
@@ -204,11 +217,6 @@ def load_any(
                     "leave it out"
                 )
         return OnnxFile.load(Path(model))
-    if isinstance(model, str) and is_hub_id(model):
-        from vitcut.compact.model import CompactViT
-        from vitcut.runtime import choose_device
-
-        return CompactViT.from_pretrained(model).to(choose_device(device))
     return load_either(model, point=point, device=device, **dense)
 
 
@@ -218,6 +226,7 @@ def predict(
     *,
     task: "str | Path | Task | None" = None,
     best: int = 3,
+    orientation: Literal["auto", "apply", "ignore"] = "auto",
 ) -> Iterator[Prediction]:
     """Tell the most probable group and class of pictures.
 
@@ -233,6 +242,8 @@ def predict(
         task: A shipped task or a label file, for a dense model. By default its run directory's; or
             else every class is its own group.
         best: How many groups and classes to give.
+        orientation: Whether to turn pictures as their EXIF entry says: apply, ignore, or auto (what
+            the model was made with).
 
     Returns:
         One answer per picture, in order; pictures are read as they are asked for.
@@ -244,6 +255,7 @@ def predict(
         ModelError: The model gives NaN (once it does).
     """
     require_at_least("best", best, 1)
+    require_one_of("orientation", orientation, get_args(Orientation))
     loaded = load_any(model) if isinstance(model, (str, Path)) else model
     named = [pictures] if isinstance(pictures, (str, Path)) else list(pictures)
     files = list(_files(named))
@@ -255,7 +267,7 @@ def predict(
                 f"task is for a dense model, got it with {loaded.path}, which has groups of its "
                 "own: leave it out"
             )
-        return _predicted(files, loaded.run, loaded.info, loaded, best)
+        return _predicted(files, loaded.run, loaded.info, loaded, best, orientation)
     import torch
 
     from vitcut.images.load import normalise
@@ -269,7 +281,7 @@ def predict(
         with torch.inference_mode():
             return module(images).to("cpu", torch.float64).numpy()
 
-    return _predicted(files, run, info, None, best)
+    return _predicted(files, run, info, None, best, orientation)
 
 
 def show_predictions(predictions: Iterable[Prediction]) -> None:
@@ -332,17 +344,23 @@ def _predicted(
     info: ModelInfo,
     onnx: OnnxFile | None,
     best: int,
+    orientation: Orientation,
 ) -> Iterator[Prediction]:
     """Answer batch by batch; while the model computes, threads read the batch after it."""
-    preprocessing = preprocessing_of(info)
+    preprocessing, num_turned = preprocessing_of(info), 0
+    framing = preprocessing.framing
+    if orientation != "auto":
+        framing = replace(framing, orientation=orientation)
     whole = onnx is not None and onnx.with_preprocessing
     batch = max(1, min(_MOST_IN_BATCH, _PIXELS_IN_BATCH // preprocessing.image_size**2))
     batch = 1 if whole else (onnx and onnx.batch) or batch
+    size = None if whole else preprocessing.image_size
+    framing = replace(framing, channels=3) if whole else framing
     # [classes groups]
     members = np.eye(len(info.group_names))[list(info.group_of_class)]
 
-    def answers(read: Sequence[tuple[str, NDArray[np.uint8] | str]]) -> Iterator[Prediction]:
-        good = [value for _, value in read if not isinstance(value, str)]
+    def answers(read: Sequence[tuple[str, Picture | str]]) -> Iterator[Prediction]:
+        good = [value.pixels for _, value in read if not isinstance(value, str)]
         given = iter(run(np.stack(good)) if good else ())
         for path, value in read:
             if isinstance(value, str):
@@ -371,14 +389,17 @@ def _predicted(
         waiting: list[Any] = []
         for start in range(0, len(files) + batch, batch):
             coming = [
-                (path, error or pool.submit(_read, path, preprocessing, whole=whole))
+                (path, error or pool.submit(_read, path, size, framing))
                 for path, error in files[start : start + batch]
             ]
             read = [(path, v if isinstance(v, str) else v.result()) for path, v in waiting]
+            num_turned += sum(v.orientation != 1 for _, v in read if not isinstance(v, str))
             for answer in answers(read):
                 meter.advance()
                 yield answer
             waiting = coming
+    if num_turned:
+        say(told_turned(num_turned, len(files), framing))
 
 
 def _best(
@@ -388,9 +409,8 @@ def _best(
     return tuple((names[int(at)], float(probabilities[at])) for at in order)
 
 
-def _read(path: str, preprocessing: Preprocessing, *, whole: bool) -> NDArray[np.uint8] | str:
+def _read(path: str, image_size: int | None, framing: Framing) -> Picture | str:
     """The decoded picture in a file, or what is wrong with it."""
-    framing = preprocessing.framing
     try:
         with Path(path).open("rb") as stream:
             # What is no picture is not read whole.
@@ -400,8 +420,7 @@ def _read(path: str, preprocessing: Preprocessing, *, whole: bool) -> NDArray[np
             content += stream.read(MAX_FILE_BYTES)
         if len(content) > MAX_FILE_BYTES:
             return f"more than {MAX_FILE_BYTES} bytes"
-        size = None if whole else preprocessing.image_size
-        return decode(content, size, replace(framing, channels=3) if whole else framing).pixels
+        return decode(content, image_size, framing)
     except OSError as error:
         if shortage(error) is not None:
             raise

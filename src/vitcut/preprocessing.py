@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any, Literal, get_args
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.settings import require_one_of
+from vitcut.settings import require_one_of, require_positive
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -86,6 +86,11 @@ class Preprocessing:
     """Which part of the picture is kept, in which colours, and how it is scaled."""
 
     def __post_init__(self) -> None:
+        for value in (*self.mean, *self.std):
+            if not math.isfinite(value):
+                raise ConfigError(f"mean and std must be finite numbers, got {value}")
+        for value in self.std:
+            require_positive("std", value)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if any(abs(value) > _MOST for value in values):
                 listed = ", ".join(f"{value:g}" for value in values)
@@ -127,6 +132,8 @@ def numbers(name: str, given: Any) -> tuple[float, ...] | None:
     for value in numbers:
         if not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, got {value}")
+        if name == "std":
+            require_positive(name, value)
     if len(numbers) not in {1, 3}:
         raise ConfigError(
             f"{name} must be one number, or three for red, green and blue, got {len(numbers)}"

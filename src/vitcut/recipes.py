@@ -349,6 +349,7 @@ def run(
     from vitcut.model.model import read_model
     from vitcut.model.reference import build_reference
     from vitcut.reports.cards import origin_of, write_cards
+    from vitcut.reports.pictures import evaluate_and_keep
     from vitcut.selection.search import leave_images, require_decidable, require_possible, search
     from vitcut.training.repair import repair_cut
 
@@ -371,9 +372,7 @@ def run(
     if settings.select.is_given:
         require_possible(untrained, settings.select, costs)
         require_decidable(settings.select, images)
-    chosen = {
-        key: value for key, value in as_plain(settings).items() if key not in {"task", "data"}
-    }
+    chosen = {k: v for k, v in as_plain(settings).items() if k not in {"task", "data"}}
     chosen["cut"] = as_plain(replace(settings.cut, costs=None))
     chosen["costs"] = costs.fingerprint
     target.claim({"model": {"model": OWN}, "images": plain_images(images), **chosen})
@@ -416,7 +415,8 @@ def run(
     def measured() -> Results:
         points = {CLASS_ONLY: class_only(model, images, settings.cut)}
         points |= {item.name: (item.point(target.path), item.model) for item in cuts}
-        results = measure(model, images, points, settings.bench)
+        found = evaluate_and_keep(model, images, points, target.path)
+        results = measure(model, images, points, settings.bench, evaluations=found)
         write_cards(results, target.path, cuts[-1].model.info, origin_of(model, images))
         return results
 

@@ -172,6 +172,7 @@ class Point:
     heads_total: int | None = None
     heads_kept: int | None = None
     neurons_kept_fraction: float | None = None
+    positions_kept_fraction: float | None = None
     accuracy_fine: float | None = None
     accuracy_coarse: float | None = None
     change_low: float | None = None
@@ -208,7 +209,10 @@ class Point:
                     f"point {self.name!r}: {item.name} is {value}, expected a finite number: "
                     "check the model's weights for NaN and overflow"
                 )
-        for name in ("neurons_kept_fraction", "accuracy_fine", "accuracy_coarse"):
+        for name in (
+            *("neurons_kept_fraction", "positions_kept_fraction"),
+            *("accuracy_fine", "accuracy_coarse"),
+        ):
             if getattr(self, name) is not None:
                 require_fraction(f"{name} of point {self.name!r}", getattr(self, name))
         for name in ("macs", "params", "bytes", "seconds", "max_abs_diff"):

@@ -22,7 +22,7 @@ from vitcut.store import is_leftover, lock_folder, sealed, sweep, unlock, unseal
 
 CONFIG_FILE, RESULTS_FILE, REPAIR_FILE = "config.yaml", "results.json", "repair.json"
 DIFFERENCE_FILE = "difference.json"
-TRAINING_FILE, REPORT_FILE = "training.json", "report.html"
+TRAINING_FILE, REPORT_FILE, PICTURES_FILE = "training.json", "report.html", "pictures.json"
 CIRCUIT_FILE, PATH_FILE = "circuit.json", "path.json"
 _VERSION = 3
 _REMEDY = "restore it, or choose another --out"
@@ -285,7 +285,7 @@ def has_cut(path: Path) -> bool:
     def is_compact(folder: Path) -> bool:
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(config, dict) and "plan" in config
 

@@ -36,6 +36,8 @@ _BOUNDS = {
     "depth": (1, 1000, "blocks"),
     "num_heads": (1, 2**14, "heads per block"),
     "mlp_ratio": (0, 100, "times the width"),
+    "port": (0, 2**16 - 1, "0 finds a free one"),
+    "pictures": (0, 1000, "of each class at first"),
 }
 """Least and most of the counts that settings share, and what the most is."""
 

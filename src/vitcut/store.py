@@ -36,6 +36,7 @@ _PART = re.compile(r"\..+\.\w{8,12}\.part")
 _ASIDE = ".replaced-by-vitcut"
 _LARGEST = 2**63
 _YAML_DEPTH, _YAML_NODES = 50, 1_000_000
+UNSEALED = "0" * 64
 REMEDY = "restore it, or delete it and run again"
 FOLDER_REMEDY = "restore it, or delete its folder and run again"
 """For files that are part of a whole: of a model directory, of a training."""
@@ -406,6 +407,21 @@ def parse_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
                 f"over {_YAML_DEPTH} levels or {_YAML_NODES:,} entries, with aliases written out"
             )
     return yaml.load(text, Loader=loader)
+
+
+def seal_file(path: Path) -> None:
+    """Put the hash of a whole file where `UNSEALED` stands in it."""
+    content = path.read_bytes()
+    own = hashlib.sha256(content).hexdigest()
+    path.write_bytes(content.replace(UNSEALED.encode(), own.encode()))
+
+
+def is_sealed(path: Path, own: str) -> bool:
+    """Whether a file is the one that `seal_file` put this hash into."""
+    if len(own) != len(UNSEALED):
+        return False
+    unsealed = path.read_bytes().replace(own.encode(), UNSEALED.encode())
+    return hashlib.sha256(unsealed).hexdigest() == own
 
 
 def sha256_file(path: Path) -> str:

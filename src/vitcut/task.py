@@ -337,6 +337,17 @@ def parse_task(text: str, *, origin: str) -> Task:
     Raises:
         TaskError: The text is not a label file.
     """
+    return Task(**parse_labels(text, origin=origin))
+
+
+def parse_labels(text: str, *, origin: str) -> dict[str, Any]:
+    """The arguments of `Task` that a label file stands for; it may be unfinished.
+
+    Of `Task`'s rules, such as two groups or more, none is checked yet.
+
+    Raises:
+        TaskError: The text is not a label file.
+    """
     try:
         content = parse_yaml(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -369,18 +380,18 @@ def parse_task(text: str, *, origin: str) -> Task:
         for group, members in groups.items()
         for written, name in members
     ]
-    return Task(
-        name=str(content.get("name") or Path(origin).stem),
-        classes=tuple(sorted(classes, key=lambda item: item.id)),
-        groups=tuple(groups) if rest == _IGNORE or rest in groups else (*groups, rest),
-        excluded={str(key): str(reason) for key, reason in excluded.items()},
-        rest=None if rest == _IGNORE else rest,
-        folders={
+    return {
+        "name": str(content.get("name") or Path(origin).stem),
+        "classes": tuple(sorted(classes, key=lambda item: item.id)),
+        "groups": tuple(groups) if rest == _IGNORE or rest in groups else (*groups, rest),
+        "excluded": {str(key): str(reason) for key, reason in excluded.items()},
+        "rest": None if rest == _IGNORE else rest,
+        "folders": {
             group: tuple(folder for folder, _ in listed)
             for group, listed in _members_by_group(folders, origin, _FOLDERS).items()
         },
-        model={str(key): logit for key, logit in model.items()},
-    )
+        "model": {str(key): logit for key, logit in model.items()},
+    }
 
 
 def unknown_classes(name: str, unknown: list[str], labels: Labels) -> str:
@@ -406,12 +417,12 @@ def unknown_classes(name: str, unknown: list[str], labels: Labels) -> str:
         nearest = near[0][1]
     nearest = nearest or list(labels.ids[:3])
     # Only a model can be taught classes that it lacks.
-    taught = ", or train it for your classes (vitcut train --model)"
+    taught = ", name the model's classes (--labels), or train it for yours (vitcut train --model)"
     return (
         f"task {name!r} names {len(unknown)} classes that {labels.owner} lacks: {listed}; "
         f"{labels.owner} has {len(labels.ids)} classes, such as {', '.join(nearest)}: "
-        f"correct the label file (ids, positions 0 to {len(labels.ids) - 1}, or names), or use "
-        f"another source{taught if labels.owner.startswith('model ') else ''}"
+        f"name them in a label file (--task) by id, position (0 to {len(labels.ids) - 1}) or name, "
+        f"or use another source{taught if labels.owner.startswith('model ') else ''}"
     )
 
 

@@ -29,6 +29,8 @@ def report(
     runs: str | Path | Sequence[str | Path],
     *,
     files: tuple[Literal["csv", "networkx", "mib", "svg", "png"], ...] = (),
+    pictures: bool = True,
+    with_model: bool = False,
     out: str | Path | None = None,
 ) -> "Report":
     """Write what runs hold as one HTML page, with circuits, accuracies and latencies.
@@ -37,6 +39,9 @@ def report(
         runs: Run directories of run, cut, finetune or discover; several are shown side by side.
         files: What to write beside the page, into a folder of its name without suffix: points as
             csv, each circuit as networkx or mib JSON, figures as svg or png.
+        pictures: Show the test images that the runs keep; --no-pictures leaves them out.
+        with_model: Put the cut model into the page, so that it answers pictures that are dropped
+            on it: about 5 MB more, and the model.
         out: File to write; a notebook also shows the report itself.
 
     Raises:
@@ -50,7 +55,11 @@ def report(
             f"out must be a name such as {out}.html, got {out}: files go into a folder of its name "
             "without suffix"
         )
-    made = Report.of([runs] if isinstance(runs, (str, Path)) else list(runs))
+    made = Report.of(
+        [runs] if isinstance(runs, (str, Path)) else list(runs),
+        pictures=pictures,
+        with_model=with_model,
+    )
     if files and out is None:
         raise ConfigError("files go beside the page: give out, the file to write")
     if out is not None:

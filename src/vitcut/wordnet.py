@@ -15,6 +15,8 @@ class Synset:
     """Its synonyms, separated by commas, as ImageNet lists them."""
     hypernyms: tuple[str, ...]
     """The ids of the next more general synsets, in WordNet's order; none for the root."""
+    gloss: str
+    """Its definition."""
 
 
 @cache
@@ -27,8 +29,8 @@ def synsets() -> dict[str, Synset]:
         if not line.startswith("#")
     )
     return {
-        synset: Synset(names=names, hypernyms=tuple(hypernyms.split()))
-        for synset, names, hypernyms in rows
+        synset: Synset(names=names, hypernyms=tuple(hypernyms.split()), gloss=gloss)
+        for synset, names, hypernyms, gloss in rows
     }
 
 
@@ -85,6 +87,13 @@ def classes_below() -> dict[str, tuple[str, ...]]:
         for key in above:
             below[key].append(class_id)
     return {key: tuple(classes) for key, classes in below.items()}
+
+
+@cache
+def path_to(synset: str) -> tuple[str, ...]:
+    """From the root down to the synset, always along the first hypernym."""
+    above = synsets()[synset].hypernyms
+    return (*(path_to(above[0]) if above else ()), synset)
 
 
 def find_synsets(written: str) -> tuple[str, ...]:

@@ -13,14 +13,19 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from PIL import Image
 from tiny import random_fill, random_pixels, random_vit
 
 from vitcut.circuit import Circuit
+from vitcut.cli import main
 from vitcut.compact.card import model_card
 from vitcut.compact.info import ModelInfo
 from vitcut.compact.model import CompactViT
 from vitcut.compiler.emit import compile_circuit
-from vitcut.errors import ArtefactError
+from vitcut.errors import ArtefactError, ConfigError, ModelError
+from vitcut.inputs import load_either
+from vitcut.prediction import load_any
+from vitcut.preprocessing import Preprocessing
 
 SHA = "0" * 40
 
@@ -94,7 +99,12 @@ def folder(tmp_path):
     circuit, names = Circuit.full(weights.graph), ("newt", "wasp", "owl", "seal")
     fill = random_fill(weights, circuit)
     model = compile_circuit(weights, circuit, fill)
-    model.info = ModelInfo(class_names=names, group_names=names, group_of_class=(0, 1, 2, 3))
+    model.info = ModelInfo(
+        preprocessing=Preprocessing(image_size=4),
+        class_names=names,
+        group_names=names,
+        group_of_class=(0, 1, 2, 3),
+    )
     circuit.save(tmp_path / "circuit.json")
     fill.save(tmp_path / "fill.safetensors")
     model.save_pretrained(
@@ -140,6 +150,43 @@ def test_what_was_uploaded_comes_back(hub, folder):
     assert card.split("---\n")[1] == model_card(before.info).split("---\n")[1]
     assert "It is 3x as fast." in card
     assert 'vitcut.predict("me/owls", ["picture.jpg"])' in card
+
+
+def test_every_command_takes_the_id_of_a_cut(hub, folder, tmp_path, capsys):
+    CompactViT.from_pretrained(folder).push_to_hub("me/owls")
+    assert main(["info", "me/owls"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("me/owls")
+    assert "next: vitcut predict me/owls PICTURES" in told
+    assert "heads" in told.partition("kept")[2], "its circuit was uploaded too"
+    Image.new("RGB", (9, 7), "red").save(tmp_path / "red.png")
+    assert main(["predict", "me/owls", str(tmp_path / "red.png")]) == 0
+    assert "red.png\t" in capsys.readouterr().out
+    # `export` and `eval` open models in this way.
+    loaded = load_either("me/owls")
+    assert (loaded.name, loaded.model.info.class_names[0]) == ("me/owls", "newt")
+
+
+@pytest.mark.parametrize("load", [load_any, load_either])
+@pytest.mark.parametrize("given", [{"point": "a"}, {"arch": "vit"}, {"labels": "names.txt"}])
+def test_what_is_for_other_models_is_refused_with_an_id(load, given):
+    with pytest.raises(ConfigError, match=f"{next(iter(given))} .*got it with .*me/owls"):
+        load("me/owls", **given)
+
+
+def test_a_dense_model_on_the_hub_is_named_as_such(hub):
+    hub.files = {"config.json": b'{"architecture": "vit_tiny_patch16_224"}'}
+    with pytest.raises(ArtefactError, match="if it is a dense one, give hf-hub:me/owls"):
+        load_any("me/owls")
+
+
+@pytest.mark.parametrize("name", ["runs/nope", "here/nope", "nope", "/nope/nope", "./nope"])
+def test_a_path_where_nothing_is_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(ModelError, match=f"no model at {name}"):
+        load_any(name)
 
 
 def test_a_hub_that_refuses_says_so_in_one_line(hub, folder):

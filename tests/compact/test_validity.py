@@ -71,6 +71,11 @@ def _numbers(content, place=()):
         (lambda c: c["shape"].update(width=0), "width must be from 1"),
         (lambda c: c["shape"].update(num_read=3), "reads 3 of 2 prefix tokens"),
         (lambda c: c["shape"].update(eps=0.0), "eps must be between"),
+        *(
+            (lambda c, kept=kept: c["shape"].update(kept_patches=kept), "are not rising numbers")
+            for kept in ([], [1, 0, 2, 3], [0, 1, 1, 2], [0, 1, 2, 4], [-1, 0, 1, 2])
+        ),
+        (lambda c: c["shape"].update(kept_patches=[0, 2, 3]), "tokens 0 to 6 of 5"),
         (lambda c: c.update(embeds=False), "was not written before"),
         (lambda c: c["readout"].reverse(), "reads other tokens than its readout"),
         (lambda c: c["readout"].append(c["readout"][0]), "reads other tokens than its readout"),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -46,12 +48,13 @@ def per_kind():
 
 
 def with_every_kind_of_block():
-    """Gates, norms over neurons, of queries and keys, and rotary positions."""
+    """Gates, norms over neurons, of queries and keys, rotary positions; two of four patches."""
     kinds = {"gated": True, "neuron_norm": True, "head_norm": True, "rotary": True}
     weights = random_vit(num_layers=2, num_heads=3, width=16, head_dim=4, hidden=9, **kinds)
     weights = weights.to(torch.float32)
-    circuit = parts_per_kind(weights)
+    circuit = replace(parts_per_kind(weights), positions=np.array([True, False, False, True]))
     compact = compile_circuit(weights, circuit, random_fill(weights, circuit))
+    assert compact.patch_embed.chosen.tolist() == [0, 3]
     assert any(0 < mlp.hidden < 9 for block in compact.plan.blocks for mlp in block.mlps)
     return compact, weights
 

@@ -97,12 +97,26 @@ def test_a_file_for_devices_gives_the_logits_of_torch(tmp_path, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "target", ["onnx", pytest.param("openvino", marks=needs("openvino")), *DEVICES]
+    "target", ["onnx", "pt2", pytest.param("openvino", marks=needs("openvino")), *DEVICES]
 )
 def test_the_readme_classifies_a_picture_where_nothing_but_the_runtime_is(tmp_path, target):
     made = export(target, tmp_path, batch=3)
     assert made.about["batch"] == 3
     assert "cat" in run_readme(made.folder, tmp_path / "environment")
+
+
+@pytest.mark.slow
+def test_litert_is_written_and_run_in_environments_of_its_own(tmp_path):
+    # It needs an older torch than everything else.
+    compact().save_pretrained(tmp_path / "model")
+    python = environment(tmp_path / "writing", f"{EDGE.parents[1]}[litert]")
+    run(python, "-m", "vitcut", "export", "model", "--to", "litert", "--out", ".", folder=tmp_path)
+    folder = tmp_path / "litert"
+    about = json.loads((folder / "export.json").read_text())
+    assert tuple(map(int, about["tools"]["torch"].split(".")[:2])) < (2, 15)
+    assert about["parity"]["labels_equal"] == about["parity"]["images"] == 32
+    assert about["parity"]["max_abs_diff"] < 1e-4
+    assert "cat" in run_readme(folder, tmp_path / "running")
 
 
 @pytest.mark.slow

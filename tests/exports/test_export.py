@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import fresh
@@ -15,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 from strategies import parts_per_kind
+from timm.models.vision_transformer import VisionTransformer
 from tiny import random_fill, random_vit
 
 import vitcut
 from vitcut.compact.info import ModelInfo
 from vitcut.compiler.emit import compile_circuit
 from vitcut.delivery import check_export
-from vitcut.errors import ArtefactError, ConfigError, ExactnessError
+from vitcut.errors import ArtefactError, ConfigError, ExactnessError, ModelError
 from vitcut.exports.pictures import PictureModel
 from vitcut.exports.settings import ExportSettings
 from vitcut.images.decoding import decode
@@ -83,6 +85,7 @@ def test_a_target_gives_torch_logits_and_says_so(model, target, batch, tmp_path)
     assert (tmp_path / target / "labels.txt").read_text().splitlines() == list(NAMES)
     assert about["bytes"] == sum(file["bytes"] for file in about["files"].values())
     assert list(tmp_path.iterdir()) == [tmp_path / target]
+    assert len(repr(made)) < 250
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,24 @@ def test_pictures_are_scaled_as_pillow_does(fit, channels, filter_name, picture)
     assert (got != seen).mean() < 0.02
 
 
+@pytest.mark.parametrize("given", [{}, {"precision": "float16"}, {"with_preprocessing": True}])
+def test_no_flipped_bit_of_a_file_changes_an_answer_in_silence(model, given, picture, tmp_path):
+    vitcut.export(model, settings=ExportSettings(to=("onnx",), **given), out=tmp_path)
+    path, shown = tmp_path / "onnx" / "model.onnx", tmp_path / "a.png"
+    picture.save(shown)
+    content, draw = path.read_bytes(), np.random.default_rng(0)
+    expected = [*vitcut.predict(path, shown)]
+    for _ in range(12):
+        altered = bytearray(content)
+        altered[draw.integers(len(content))] ^= 1 << int(draw.integers(8))
+        path.write_bytes(altered)
+        with suppress(ArtefactError):
+            assert [*vitcut.predict(path, shown)] == expected
+    path.write_bytes(content.replace(b"cats", b"rats"))
+    with pytest.raises(ArtefactError, match="was altered: its hash"):
+        vitcut.predict(path, shown)
+
+
 def test_float16_takes_half_the_room_and_is_not_held_to_float32(model, tmp_path):
     vitcut.export(model, settings=ExportSettings(precision="float16"), out=tmp_path)
     about = json.loads((tmp_path / "onnx" / "export.json").read_text())
@@ -197,6 +218,53 @@ def test_settings_that_cannot_be_are_refused(case):
     given, told = REFUSED[case]
     with pytest.raises(ConfigError, match=re.escape(told)):
         ExportSettings(**given)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Pictures of the classes of a dense model, in folders."""
+    root, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for at in range(12):
+                pixels = draw.integers(0, 256, (9, 12, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{at}.png")
+    return root
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_int8_is_in_the_products_that_bear_it(images, opset, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITCUT_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    vit = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=4, num_classes=2
+    )
+    dense = vitcut.load_model(vit, mean=0.5, std=0.25, labels=["ant", "bee"])
+    settings = ExportSettings(precision="int8", opset=opset)
+    given = vitcut.load_images(images, model=dense)
+    (made,) = vitcut.export(dense, given, settings=settings, out=tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph
+    maker = {name: node for node in graph.node for name in node.output}
+    whole = {item.name: item.data_type for item in graph.initializer}
+    both = [
+        node.name
+        for node in graph.node
+        if node.op_type in {"MatMul", "Gemm"}
+        and maker[node.input[0]].op_type == "DequantizeLinear"
+        and whole.get(maker[node.input[1]].input[0]) == onnx.TensorProto.INT8
+    ]
+    # Per block query, key and value, what the heads write, and the first of the MLP; then the
+    # classifier. The second of an MLP takes what its activation function gives.
+    assert len(both) == made.about["beside_float32"]["int8_products"] == 2 * 3 + 1
+    assert made.about["parity"]["labels_equal"] >= 20
+
+
+def test_a_file_without_products_in_int8_is_no_int8_file(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitcut.exports.precision.count_int8", lambda _: 0)
+    with pytest.raises(ModelError, match="int8 changed none of the model's products"):
+        test_int8_is_in_the_products_that_bear_it(images, 20, tmp_path, monkeypatch)
+    assert not (tmp_path / "out" / "onnx").exists()
 
 
 def test_int8_without_images_is_refused(model, tmp_path):

@@ -30,6 +30,7 @@ from vitcut.errors import VitcutError
 from vitcut.images.drawn import drawn_images
 from vitcut.model.model import Model, weight_hash
 from vitcut.model.settings import VitSettings
+from vitcut.reports.pictures import Pictures
 from vitcut.results import Results
 from vitcut.store import hash_of_read
 from vitcut.tensors import read_tensors, write_tensors
@@ -181,7 +182,8 @@ def contents(folder: Path) -> dict[str, Any]:
 def _cut_of(folder: Path) -> Any:
     found = Cut.load(folder)
     facts = found.circuit, found.exactness, found.faithfulness, found.name, found.budget
-    fill = None if found.fill is None else found.fill.fingerprint
+    fill = found.read_fill()
+    fill = None if fill is None else fill.fingerprint
     return weight_hash(found.model), found.model.plan, found.model.info, fill, *facts
 
 
@@ -270,6 +272,9 @@ def kinds(lab: Lab) -> dict[str, Kind]:
         ),
         "repair.json": Kind(
             "repair.json", "finetune", lambda _, at: Repair.load(at / "repair.json")
+        ),
+        "pictures.json": Kind(
+            "pictures.json", "cut", lambda _, at: Pictures.load(at / "pictures.json")
         ),
         "costs.json": Kind("costs.json", ".", lambda _, at: CostModel.load(at / "costs.json")),
     }
@@ -364,6 +369,7 @@ def forgeries(lab: Lab, *, most: int = 1000) -> Iterator[tuple[str, str]]:
         "model: circuit.json": None,
         "results.json": None,
         "repair.json": None,
+        "pictures.json": None,
         "path.json": None,
         "path: step.json": None,
         "training.json": None,

@@ -138,6 +138,7 @@ TYPED = {
     "train --batch-size 100000000": "batch_size must be between 1 and ",
     "bench x --batches 1,100000000": "batch must be between 1 and ",
     "cut --target-macs 0.5 --batch 100000000": "batch must be between 1 and ",
+    "train --source drawn --task drawn --image-size 64 --patch-size 7": "a multiple of patch_size",
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vitcut import cli
 from vitcut.errors import ConfigError, ModelError, TaskError
 from vitcut.model.foreign import read_config
 from vitcut.model.load import load
@@ -28,7 +29,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=list(TEXTS))
 def test_yaml_that_is_larger_than_it_looks_is_refused_in_one_line(
-    tmp_path: Path, text: str
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
@@ -37,6 +38,17 @@ def test_yaml_that_is_larger_than_it_looks_is_refused_in_one_line(
             read(path)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
+    for words in (["--config", str(path)], [f"--config={path}"]):
+        assert cli.main(["discover", "--tau", "0.1", *words]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"vitcut: error: {path} is not a readable config: ")
+        assert (told.count("\n"), len(told) < 500) == (1, True)
+
+
+def test_a_config_without_flags_is_told_as_such(tmp_path, capsys) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    assert cli.main(["discover", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert "a.yaml is no config: expected a line 'flag: value'" in capsys.readouterr().err
 
 
 def test_aliases_may_be_used() -> None:

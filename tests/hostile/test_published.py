@@ -34,7 +34,29 @@ def test_a_fill_of_another_model_is_refused(model):
     tensors["sources"] = tensors["sources"] + 1
     write_tensors(path, tensors, facts, version=3)
     with pytest.raises(ArtefactError, match=r"the fill in .* is not the one that the model"):
-        Cut.load(model)
+        Cut.load(model).read_fill()
+
+
+@pytest.mark.parametrize("kept", ["nothing", "an older version", "no fill at all"])
+def test_a_model_is_loaded_whatever_lies_in_place_of_its_fill(model, kept):
+    path = model / "fill.safetensors"
+    whole = Cut.load(model)
+    assert whole.read_fill().circuit == whole.circuit.fingerprint
+    tensors, facts = read_tensors(path, kind="fill", version=3)
+    path.unlink()
+    if kept == "an older version":
+        write_tensors(path, tensors, facts, version=2)
+    elif kept == "no fill at all":
+        path.write_text("not tensors")
+    found = vitcut.info(Cut.load(model))
+    assert found.point.macs == vitcut.info(whole).point.macs
+    picture = torch.zeros(1, 3, 64, 64)[..., : found.shape.image_size, : found.shape.image_size]
+    assert Cut.load(model).model(picture).equal(whole.model(picture))
+    if kept == "nothing":
+        assert Cut.load(model).read_fill() is None
+    else:
+        with pytest.raises(ArtefactError, match=r"fill"):
+            Cut.load(model).read_fill()
 
 
 def test_facts_of_another_cut_are_refused(model):

@@ -13,7 +13,6 @@ from vitcut.masked.fill import Fill, zero_fill
 from vitcut.masked.masking import full_run, masked_logits, masked_run
 from vitcut.model.forward import (
     activate,
-    attend,
     classify,
     normalise,
     project_head,
@@ -35,6 +34,12 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
     prefix = weights.prefix.expand(len(pixels), -1, -1)
     written = {"embed": torch.cat([prefix, patches], dim=1)}
     biases = torch.zeros(weights.width, dtype=weights.dtype)
+    # A position that is cut is computed here like any other, but no query sees it.
+    there = np.ones(weights.num_tokens, dtype=bool)
+    if circuit.positions is not None:
+        there[weights.num_prefix :] = circuit.positions
+    absent = torch.zeros(weights.num_tokens, dtype=weights.dtype)
+    absent[torch.from_numpy(~there)] = -torch.inf
 
     def read(target: str) -> torch.Tensor:
         total = biases.expand_as(written["embed"]).clone()
@@ -61,7 +66,7 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
                 )
                 for letter in LETTERS
             )
-            z = attend(q, k, block.attn.scale) @ v
+            z = torch.softmax(q @ k.mT * block.attn.scale + absent, -1) @ v
             value = z @ block.attn.out_weight[head].T
             if fill.head_maps is not None:
                 for kind, span in enumerate(spans.values()):
@@ -72,7 +77,7 @@ def masked_by_hand(weights: ViTWeights, pixels, circuit: Circuit, fill: Fill) ->
         normed = normalise(block.mlp_norm, read(f"mlp.{layer}"))
         written[f"mlp.{layer}"] = mlp_by_hand(block.mlp, normed, circuit, fill, (layer, spans))
         biases = biases + block.mlp.out_bias
-    return classify(weights, read_out(weights, read("classifier")))
+    return classify(weights, read_out(weights, read("classifier")[:, torch.from_numpy(there)]))
 
 
 def mlp_by_hand(mlp, normed, circuit: Circuit, fill: Fill, place) -> torch.Tensor:
@@ -169,3 +174,22 @@ def test_neurons_are_not_cut_in_silence_without_values_for_them():
             Fill(sources=random_table(weights)),
             neurons=np.zeros((2, 1, 5), dtype=bool),
         )
+
+
+def test_positions_of_another_model_are_refused():
+    weights = random_vit()
+    circuit = Circuit(
+        graph=weights.graph,
+        kept=weights.graph.edges,
+        positions=np.array([True, False]),
+        ablation="mean",
+    )
+    with pytest.raises(CircuitError, match="2 patches per image, this one has 4"):
+        masked_run(weights, random_pixels(weights), circuit, random_fill(weights))
+
+
+def test_a_fill_of_other_tokens_is_refused():
+    weights, larger = random_vit(), random_vit(patches_per_side=3)
+    circuit = Circuit.full(weights.graph)
+    with pytest.raises(CircuitError, match="a model with 10 tokens, got one with 5"):
+        masked_run(weights, random_pixels(weights), circuit, random_fill(larger))

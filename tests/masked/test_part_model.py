@@ -17,7 +17,11 @@ def random_parts(weights, ablation, *, seed, tokens="split", density=0.7) -> Cir
     graph, random = weights.graph_of(tokens), np.random.default_rng(seed)
     heads = random.random((graph.num_layers, graph.num_heads, graph.num_kinds)) < density
     neurons = random.random((graph.num_layers, graph.num_kinds, weights.num_neurons)) < density
-    return Circuit.of_parts(graph, heads=heads, neurons=neurons, ablation=ablation)
+    positions = random.random(len(weights.positions)) < density
+    positions[0] = True
+    return Circuit.of_parts(
+        graph, heads=heads, neurons=neurons, positions=positions, ablation=ablation
+    )
 
 
 def fill_of(weights, circuit, pixels):

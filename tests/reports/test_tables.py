@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from vitcut.reports.tables import point_table, print_table, split_table, to_markdown
+from vitcut.reports.tables import point_table, print_table, split_table, to_markdown, verdict
 from vitcut.results import Comparison, Latency, Point, Results
 
 
@@ -174,3 +174,13 @@ def test_a_table_goes_to_standard_output_in_whole_cells(capsys):
 def test_brackets_in_a_name_are_shown_and_not_taken_for_a_style(capsys):
     print_table(point_table(replace(results(), points=(Point(name="[bold]cut"),))))
     assert "[bold]cut" in capsys.readouterr().out
+
+
+def test_the_verdict_is_the_smallest_within_its_interval_else_the_most_accurate():
+    large = Point(name="large", macs=9, accuracy_coarse=0.70, change_low=-0.1, change_high=0.01)
+    small = replace(large, name="small", macs=3, accuracy_coarse=0.69)
+    worse = replace(large, name="worse", macs=1, accuracy_coarse=0.5, change_high=-0.01)
+    assert verdict([large, small, worse]) == "small"
+    assert verdict([replace(small, change_high=-0.01), worse]) == "small"
+    assert verdict([worse, replace(large, change_high=None, change_low=None)]) == "large"
+    assert verdict([]) is None

@@ -22,8 +22,9 @@ from vitcut.model.model import Model
 from vitcut.preprocessing import Preprocessing
 from vitcut.runs import Run
 from vitcut.selection import search as searching
-from vitcut.selection.search import PathStep, SearchPath, leave_images, search
+from vitcut.selection.search import leave_images, search
 from vitcut.selection.settings import Budget
+from vitcut.selection.steps import PathStep, SearchPath
 from vitcut.settings import as_plain
 from vitcut.task import Task, TaskClass
 

@@ -239,7 +239,7 @@ def assert_savings_follow(cost, seed: int, tokens: str) -> None:
         open_sites = [site for site in sites if alive.left(site)]
         for site in open_sites:
             if site[1] == "neurons":
-                savings.of_neuron(site)
+                savings.of_one(site)
             savings.of(((site, alive.left(site)[-1:]),))
             savings.of(((site, alive.left(site)),))
         site = open_sites[random.integers(len(open_sites))]
@@ -272,7 +272,7 @@ def test_savings_of_whole_sites_do_not_pile_up():
     savings, site = Savings(GRAPH, count_parts, alive), (0, "neurons", 0)
     for neuron in (0, 1, 2):
         assert savings.of(((site, alive.left(site)),)) == 4 - neuron
-        assert savings.of_neuron(site) == 1
+        assert savings.of_one(site) == 1
         alive.cut(((site, (neuron,)),))
         savings.cut(((site, (neuron,)),))
     assert [item for item in savings._known if site in dict(item)] == [((site, (3,)),)]
@@ -288,11 +288,29 @@ def test_the_last_neuron_saves_what_goes_with_it():
     savings = Savings(GRAPH, with_whole_mlps, alive)
     saved = []
     for neuron in range(NEURONS):
-        saved.append(savings.of_neuron(site))
+        saved.append(savings.of_one(site))
         alive.cut(((site, (neuron,)),))
         savings.cut(((site, (neuron,)),))
         assert savings.total == with_whole_mlps(alive.circuit(GRAPH, "linear"))
     assert saved == [1, 1, 1, 11]
+
+
+def test_savings_are_taken_anew_once_positions_are_cut():
+    def on_patches(circuit: Circuit) -> float:
+        return count_parts(circuit) * (1 + 4 * circuit.positions_kept_fraction)
+
+    alive = Alive.useful(GRAPH, NEURONS, 4)
+    savings, site = Savings(GRAPH, on_patches, alive), (0, "positions", 1)
+    neuron = ((0, "neurons", 0), (0,))
+    assert savings.of_one(site) == 30
+    assert savings.of((neuron,)) == 5
+    candidate = ((site, (2,)),)
+    alive.cut(candidate)
+    savings.cut(candidate)
+    assert savings.total == 120
+    savings.settle()
+    assert savings.of((neuron,)) == 4
+    assert alive.left(site) == (0, 1, 3)
 
 
 def test_a_neuron_that_nobody_asked_about_is_measured():

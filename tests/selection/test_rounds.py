@@ -65,9 +65,40 @@ def test_rounds_meet_their_budgets_one_inside_the_other(ablation, tokens):
     assert got.std(0).max() > 1e-3, "what is left still sees the image"
 
 
+def num_numbers(circuit: Circuit) -> float:
+    """The features of all tokens: a class token, and the patches that are kept."""
+    return num_features(circuit) * (1 + 4 * circuit.positions_kept_fraction)
+
+
+def test_positions_compete_with_heads_and_neurons():
+    found = selection("linear", cost=num_numbers)
+    start, before = found.cost(), np.ones(4, dtype=bool)
+    for budget in geometric(start, start / 8, 3):
+        found.cut_to(budget)
+        assert found.cost() == num_numbers(found.circuit) <= budget
+        kept = before if found.circuit.positions is None else found.circuit.positions
+        assert not (kept & ~before).any(), "a position that is gone stays away"
+        before = kept
+    assert 1 <= before.sum() < 4
+    fixed = selection("linear", cost=num_numbers, positions=False)
+    fixed.cut_to(start / 2)
+    assert fixed.circuit.positions is None
+
+
+def test_one_position_is_left_whatever_the_budget():
+    def num_patches(circuit: Circuit) -> float:
+        return 4 * circuit.positions_kept_fraction
+
+    found = selection(cost=num_patches)
+    assert found.smallest == 1
+    found.cut_to(1)
+    assert found.circuit.positions.sum() == 1
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        {"ablation": "linear", "cost": num_numbers},
         {"ablation": "mean"},
         {"ablation": "linear"},
         {"ablation": "linear", "refresh_fraction": 0.0},
@@ -76,19 +107,20 @@ def test_rounds_meet_their_budgets_one_inside_the_other(ablation, tokens):
         {"ablation": "mean", "scores": "random", "joint": False, "seed": 3},
         {"ablation": "mean", "scores": "magnitude", "joint": False},
     ],
-    ids=json.dumps,
+    ids=lambda config: json.dumps(config, default=lambda cost: cost.__name__),
 )
 def test_a_resumed_selection_goes_on_as_the_one_that_was_interrupted(config, tmp_path):
     first, again = selection(**config), selection(**config)
-    first.cut_to(30)
-    again.cut_to(30)
+    budget = first.cost()
+    first.cut_to(0.7 * budget)
+    again.cut_to(0.7 * budget)
     assert first.circuit == again.circuit
     first.circuit.save(tmp_path / "circuit.json")
-    first.cut_to(20)
+    first.cut_to(0.5 * budget)
     resumed = selection(**config)
     resumed.resume(Circuit.load(tmp_path / "circuit.json"))
     assert resumed.circuit == again.circuit
-    resumed.cut_to(20)
+    resumed.cut_to(0.5 * budget)
     assert resumed.circuit == first.circuit
 
 
@@ -161,6 +193,7 @@ def test_a_circuit_of_another_graph_is_not_resumed(tokens):
         other,
         Circuit.full(Graph(num_layers=3, num_heads=3)),
         replace(found.circuit, neurons=found.circuit.neurons[..., :4]),
+        replace(found.circuit, positions=np.array([True, False])),
     ):
         with pytest.raises(CircuitError, match="than this selection of 2 blocks"):
             found.resume(circuit)

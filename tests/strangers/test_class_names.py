@@ -1,20 +1,24 @@
 """However a model and a data set spell their classes, each is matched by itself, or asked for."""
 
+import json
 import unicodedata
 from dataclasses import replace
 
 import pytest
+import timm
 from PIL import Image
 from pretrained import fake_pretrained
 from test_api import build_module
+from timm.models import save_for_hf
 
 import vitcut
 from vitcut.cli import main
-from vitcut.errors import TaskError, UnsupportedModelError
+from vitcut.errors import ModelError, TaskError, UnsupportedModelError
 from vitcut.labels import Labels
 from vitcut.model.classes import find_labels
 from vitcut.model.load import load
 from vitcut.model.model import Model
+from vitcut.model.transformers_folders import labels_of
 from vitcut.preprocessing import Preprocessing
 from vitcut.task import all_classes_task, parse_task
 from vitcut.wordnet import imagenet_labels, imagenet_names
@@ -246,6 +250,36 @@ def test_a_module_of_transformers_names_its_classes_unless_they_are_only_numbers
         module = transformers.ViTForImageClassification(config).eval()
         own = vitcut.load_model(module, mean=0.5, std=0.5).labels
         assert (None if own is None else own.ids) == known
+
+
+@pytest.mark.parametrize(
+    ("named", "known"),
+    [
+        (["c", "a"], ("c", "a")),
+        ({"1": "a", "0": "c"}, ("c", "a")),  # as timm allows, too
+        ([10, 9], ("10", "9")),
+        ({"0": "c", "2": "a"}, "label_names in .* names classes '0': 'c', '2': 'a': expected a t"),
+        ([["c"], ["a"]], "expected a text for each of the logits 0 to 1: correct it"),
+        ("ca", "label_names in .* are a str"),
+    ],
+)
+def test_a_folder_of_timm_names_its_classes_in_every_form_that_timm_writes(tmp_path, named, known):
+    module = timm.create_model("test_vit", num_classes=2)
+    save_for_hf(module, tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**config, "label_names": named}))
+    if isinstance(known, tuple):
+        assert load(tmp_path / "vit").labels.ids == known
+        return
+    with pytest.raises(ModelError, match=known):
+        load(tmp_path / "vit")
+
+
+def test_classes_that_transformers_numbers_from_one_are_refused():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(id2label={1: "ant", 2: "owl"})
+    with pytest.raises(ModelError, match=r"id2label in .* names classes 1: 'ant', 2: 'owl': expe"):
+        labels_of(config, "mine")
 
 
 @pytest.mark.parametrize(("count", "known"), [(1000, True), (7, False)])

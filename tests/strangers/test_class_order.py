@@ -71,10 +71,17 @@ TWELVE = [str(number) for number in range(1, 13)]
     ("names", "both"),
     [
         (TWELVE, "string order 1, 10, 11, 12, 2, ...; natural order 1, 2, 3, 4, 5, ..."),
-        (["ant", "Bee", "cat"], "string order Bee, ant, cat, ...; order whatever the case ant, "),
+        (
+            ["ant", "Bee", "cat"],
+            "string order Bee, ant, cat, ...; order whatever case and accents a",
+        ),
         (["1001", "207", "33"], "string order 1001, 207, 33, ...; natural order 33, 207, 1001"),
         (["fish2", "fish10", "owl"], "string order fish10, fish2, owl, ...; natural order fish2, "),
         (["00", "1", "02"], "string order 00, 02, 1, ...; natural order 00, 1, 02"),
+        (
+            ["été", "fox", "zoo"],
+            "string order fox, zoo, été, ...; order whatever case and accents é",
+        ),
         (["00", "01", "02"], None),
         (["n01440764", "n01443537", "n02123045"], None),
         (["ant", "bee", "cat"], None),
@@ -144,6 +151,21 @@ def test_a_label_file_states_the_order_and_a_run_keeps_it(tmp_path, text):
     assert order_of(model, source, again) == ["fish10", "owl", "fish2"]
 
 
+def test_a_list_of_classes_in_another_order_than_their_names_is_asked_for(tmp_path):
+    source = folders(tmp_path / "photos", ["ant", "bee", "owl"])
+    task = parse_task("classes: [Owl, ant, bee]", origin="x.yaml")
+    with pytest.raises(TaskError, match="the label file's order owl, ant, bee"):
+        order_of(nameless(3), source, task)
+    assert order_of(nameless(3).with_labels(["owl", "ant", "bee"]), source, task) == [
+        "owl",
+        "ant",
+        "bee",
+    ]
+    # Of groups with several classes, or in the order of the names, there is one reading.
+    for text in ("classes: [ant, bee, owl]", "groups: {bird: owl, insect: [ant, bee]}"):
+        assert order_of(nameless(3), source, parse_task(text, origin="x.yaml"))[0] == "ant"
+
+
 def test_what_a_label_file_says_of_the_model_must_be_there(tmp_path):
     source, model = folders(tmp_path / "photos", ["ant", "owl"]), nameless(2)
     for text, match in (
@@ -165,6 +187,10 @@ def test_labels_come_from_a_file_and_a_run_directory_keeps_them(tmp_path, capsys
     with pytest.raises(ModelError, match=r"labels names 2 classes, .* has 12 logits"):
         model.with_labels(["a", "b"])
     (tmp_path / "gap.txt").write_text("a\n\nb\n")
+    numbered = dict(reversed([*enumerate(TWELVE)]))
+    assert model.with_labels(numbered).labels.ids == tuple(TWELVE)
+    with pytest.raises(ModelError, match="a text for each of the logits 0 to 11: correct it"):
+        model.with_labels({number + 1: name for number, name in enumerate(TWELVE)})
     with pytest.raises(TaskError, match=r"line 2 of .*gap\.txt is empty"):
         vitcut.load_model(build_module(), mean=0.5, std=0.5, labels=tmp_path / "gap.txt")
     folder = tmp_path / "vit"

@@ -131,6 +131,7 @@ def test_what_may_be_a_part_of_the_model_is_never_left_out(model, tmp_path, chan
         ({"fc.weight": (3, 64), "fc.bias": (3,)}, r"no head\.weight.*found fc\.weight \[3, 64\]"),
         ({"head.1.weight": (3, 64), "head.1.bias": (3,)}, r"found head\.1\.weight \[3, 64\]"),
         ({"head.0.weight": (8, 64), "head.2.weight": (3, 8)}, r"found head\.0\.weight \[8, 64\]"),
+        ({"head.fc.weight": (3, 128)}, r"found head\.fc\.weight \[3, 128\]"),
         ({}, r"no head\.weight.*found none: a backbone without a classifier"),
     ],
 )

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from data_samples import write_folder
 from PIL import ExifTags, Image, ImageOps
+from torch import nn
+from torchvision.models import VisionTransformer as TorchvisionViT
 
 import vitcut
 from vitcut import cli
@@ -82,30 +85,61 @@ def test_ignored_orientations_are_counted_each_time_and_the_choice_is_part_of_th
     assert len(list((cache / "data").iterdir())) == 2
 
 
-def test_auto_is_what_the_models_library_does(tmp_path: Path) -> None:
-    import timm
-    import torchvision
+LIBRARIES = ["timm", "torchvision", "transformers"]
 
-    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    modules = {
-        "ignore": timm.create_model("vit_tiny_patch16_224", num_classes=2, **sizes),
-        "ignore too": torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 32, num_classes=2),
-    }
-    try:
-        import transformers
-    except ImportError:
-        transformers = None
-    if transformers is not None:
+
+def _module(library: str) -> nn.Module:
+    """A tiny model of a library."""
+    if library == "torchvision":
+        return TorchvisionViT(32, 16, 1, 2, 16, 32, num_classes=2)
+    if library == "transformers":
+        transformers = pytest.importorskip("transformers")
         config = transformers.ViTConfig(
             image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1,
             num_attention_heads=2, intermediate_size=32, num_labels=2,
         )  # fmt: skip
-        modules["apply"] = transformers.ViTForImageClassification(config)
-    for expected, module in modules.items():
-        model = vitcut.load_model(module, mean=0.5, std=0.5)
-        assert model.preprocessing.framing.orientation == expected.split()[0]
-        images = vitcut.load_images(_photos(tmp_path), model=model)
-        assert images.preprocessing.framing == model.preprocessing.framing
+        return transformers.ViTForImageClassification(config)
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=2, **sizes)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_auto_is_what_the_models_library_does(tmp_path: Path, library: str) -> None:
+    model = vitcut.load_model(_module(library), mean=0.5, std=0.5)
+    expected = "apply" if library == "transformers" else "ignore"
+    assert model.preprocessing.framing.orientation == expected
+    images = vitcut.load_images(_photos(tmp_path), model=model)
+    assert images.preprocessing.framing == model.preprocessing.framing
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("chosen", ["apply", "ignore"])
+def test_a_saved_model_keeps_what_was_chosen(tmp_path: Path, library: str, chosen: str) -> None:
+    model = vitcut.load_model(_module(library), mean=0.5, std=0.5, labels=["cat", "dog"])
+    taken = replace(model.preprocessing, framing=replace(WHOLE, orientation=chosen))
+    replace(model, preprocessing=taken).save(tmp_path / "dense")
+    again = vitcut.load_model(tmp_path / "dense")
+    assert again.preprocessing.framing.orientation == chosen
+    again.save(tmp_path / "again")
+    assert vitcut.load_model(tmp_path / "again").preprocessing == again.preprocessing
+
+
+def test_predict_turns_pictures_where_it_is_told_and_says_how_many(tmp_path: Path, capsys) -> None:
+    model = vitcut.load_model(_module("timm"), mean=0.5, std=0.5, labels=["cat", "dog"])
+    photos, upright, answers = _photos(tmp_path), tmp_path / "upright.png", {}
+    with Image.open(f"{photos}/cat/1.png") as picture:
+        ImageOps.exif_transpose(picture).save(upright)
+    for way in ("auto", "ignore", "apply"):
+        answers[way] = [one.groups for one in vitcut.predict(model, photos, orientation=way)]
+        told = "turned as it says" if way == "apply" else "ignored, as timm and torchvision do"
+        assert f"16 of 18 pictures have an EXIF orientation, which is {told}" in (
+            capsys.readouterr().err
+        )
+    [expected] = vitcut.predict(model, upright)
+    assert answers["auto"] == answers["ignore"] != answers["apply"]
+    assert dict(answers["apply"][1]) == pytest.approx(dict(expected.groups))
+    assert "EXIF" not in capsys.readouterr().err
+    assert cli.main(["predict", "animals", photos, "--orientation", "up"]) == 2
 
 
 def test_a_chosen_orientation_goes_with_the_model_that_is_made_of_the_images(tmp_path) -> None:
@@ -114,11 +148,7 @@ def test_a_chosen_orientation_goes_with_the_model_that_is_made_of_the_images(tmp
     images = vitcut.load_images(_photos(tmp_path), image_size=32, orientation="apply")
     assert images.origin["orientation"] == "apply"
     assert images.fingerprint != vitcut.load_images(_photos(tmp_path), image_size=32).fingerprint
-    import timm
-
-    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    module = timm.create_model("vit_tiny_patch16_224", num_classes=2, **sizes)
-    model = vitcut.load_model(module, mean=0.5, std=0.5)
+    model = vitcut.load_model(_module("timm"), mean=0.5, std=0.5)
     assert for_images(model, images).preprocessing.framing.orientation == "apply"
     theirs = replace(
         model, preprocessing=replace(model.preprocessing, framing=Framing(orientation="apply"))

@@ -1,16 +1,19 @@
 """Modules as training scripts hold them, and adapters with mistakes in them."""
 
 from dataclasses import replace
+from inspect import unwrap
 
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import vitcut
-from vitcut.errors import UnsupportedModelError, VitcutError
+from vitcut.errors import ConfigError, ModelError, UnsupportedModelError, VitcutError
 from vitcut.model import adapters
+from vitcut.model.load import load
 from vitcut.model.timm_models import read_timm
 from vitcut.model.tracing import read_model
 
@@ -42,6 +45,7 @@ def _own_table(monkeypatch):
         (nn.DataParallel, "module"),
         (torch.compile, "_orig_mod"),
         (AveragedModel, "module"),
+        (ModelEmaV3, "module"),
         (lambda net: torch.compile(nn.DataParallel(net)), r"_orig_mod\.module"),
         (_Lightning, "net"),
     ],
@@ -50,6 +54,19 @@ def test_the_model_inside_a_wrapper_is_named(wrap, where):
     wrapped = wrap(timm.create_model("test_vit", num_classes=3).eval())
     with pytest.raises(UnsupportedModelError, match=rf"a VisionTransformer: give model\.{where},"):
         read_model(wrapped)
+
+
+@pytest.mark.parametrize("model", [{"head.weight": torch.ones(3, 2)}, None, 3])
+def test_what_is_no_model_is_told_as_such(model):
+    with pytest.raises(ConfigError, match=rf"a path or a name, got {type(model).__name__}: load"):
+        unwrap(load)(model, mean=0.5, std=0.5)  # past the tests' own check of types
+
+
+def test_a_module_without_values_is_refused():
+    with torch.device("meta"):
+        module = timm.create_model("test_vit", num_classes=3)
+    with pytest.raises(ModelError, match="on the device meta, without values: load its weights"):
+        vitcut.load_model(module, mean=0.5, std=0.5)
 
 
 def _swish(weights):

@@ -27,8 +27,8 @@ from vitcut.masked.masking import masked_run
 from vitcut.results import Results
 from vitcut.runs import find_circuit
 from vitcut.selection import search as searching
-from vitcut.selection.search import PathStep, SearchPath
 from vitcut.selection.settings import Budget
+from vitcut.selection.steps import PathStep, SearchPath
 from vitcut.store import sealed, write_json
 
 PATH_FILE, STEP_FILE = "path.json", "step.json"

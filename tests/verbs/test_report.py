@@ -1,8 +1,10 @@
+import gzip
 import hashlib
 import json
 import re
 import shlex
 import shutil
+import subprocess
 from base64 import b64decode
 from html import unescape
 from importlib import resources
@@ -76,6 +78,25 @@ def test_the_page_loads_nothing(page):
     assert len(page) < 1_000_000
 
 
+def test_pictures_are_those_of_the_run_or_none(page, finished, tmp_path):
+    [run] = data_of(page)["runs"]
+    results = json.loads((finished / "results.json").read_text())
+    told = run["pictures"]
+    assert told["points"] == ["dense", "acdc-resample-0.03", "acdc-resample-0.001"]
+    for at, name in enumerate(told["points"][1:], start=1):
+        [point] = [p for p in results["points"] if p["name"] == name]
+        gain = (told["gained"][at] - told["lost"][at]) / point["images"]
+        assert gain == pytest.approx(point["accuracy_coarse"] - results["dense"]["accuracy_coarse"])
+    bare = tmp_path / "bare.html"
+    assert main(["report", str(finished), "--no-pictures", "--out", str(bare)]) == 0
+    assert data_of(bare.read_text(encoding="utf-8"))["runs"][0]["pictures"] is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").symlink_to(finished / "results.json")
+    (tmp_path / "run" / "pictures.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="not a vitcut pictures file"):
+        Report.of([tmp_path / "run"])
+
+
 def test_text_from_outside_cannot_end_the_data(tmp_path):
     name = "</script><script>alert(1)</script><!--"
     results = Results(task=name, machine={"cpu": name}, dense=Point(name=name))
@@ -101,6 +122,8 @@ def test_runs_stand_side_by_side_but_none_twice(finished, tmp_path):
     assert [run["name"] for run in data_of(page)["runs"]] == ["finished", "other"]
     with pytest.raises(ConfigError, match="twice: give each run once"):
         vitcut.report([finished, finished / "points" / ".."])
+    with pytest.raises(ConfigError, match="with-model takes one run, got 2: give one alone"):
+        vitcut.report([finished, tmp_path / "other"], with_model=True)
     assert main(["report", str(finished), str(finished), "--out", str(tmp_path / "r.html")]) == 2
     assert not (tmp_path / "r.html").exists()
 
@@ -144,6 +167,36 @@ def test_the_built_viewer_is_that_of_its_sources():
         "viewer/ has changed: npm install && npm run build there"
     )
     assert (ASSETS / "report.html").read_bytes() == (VIEWER / "src" / "report.html").read_bytes()
+
+
+def test_the_built_viewer_holds_the_runtime_that_it_names():
+    wanted = json.loads((VIEWER / "package.json").read_text())["devDependencies"]
+    module = (ASSETS / "model.js").read_text(encoding="utf-8")
+    assert f"ONNX Runtime Web v{wanted['onnxruntime-web']}" in module
+    runtime = gzip.decompress((ASSETS / "runtime.wasm.gz").read_bytes())
+    assert runtime.startswith(b"\0asm")
+    # What the page holds beside its model.
+    held = (ASSETS / "runtime.wasm.gz").stat().st_size * 4 / 3 + len(module)
+    assert held + (ASSETS / "report.js").stat().st_size < 6_000_000
+
+
+@pytest.mark.slow
+def test_the_viewer_is_built_again_to_the_same_files(tmp_path):
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    shutil.copytree(VIEWER, tmp_path / "viewer", ignore=shutil.ignore_patterns("node_modules"))
+    built = tmp_path / "src" / "vitcut" / "assets"
+    for kind in ("label", "report"):
+        (built / kind).mkdir(parents=True)
+    for words in (["ci", "--ignore-scripts"], ["run", "check"], ["test"], ["run", "build"]):
+        subprocess.run(["npm", *words], cwd=tmp_path / "viewer", check=True, capture_output=True)
+    files = [path for path in built.rglob("*") if path.is_file()]
+    for file in files:
+        own, kept = file.read_bytes(), (ASSETS.parent / file.relative_to(built)).read_bytes()
+        if file.suffix == ".gz":  # Versions of zlib compress otherwise.
+            own, kept = gzip.decompress(own), gzip.decompress(kept)
+        assert own == kept, file.name
+    assert {file.name for file in files} >= {"report.js", "model.js", "runtime.wasm.gz", "label.js"}
 
 
 def test_demo_ends_with_its_report(finished, tmp_path, monkeypatch, capsys):

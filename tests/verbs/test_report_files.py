@@ -73,6 +73,16 @@ def test_mib_refuses_token_kinds_and_no_name_leads_out_of_the_folder():
     assert name == "..-..-etc-x.networkx.json"
 
 
+def test_points_whose_names_look_alike_have_files_of_their_own():
+    graph = Graph(num_layers=1, num_heads=1)
+    whole, empty = Circuit.full(graph), Circuit.full(graph).with_ablation("zero")
+    points = {name: (whole if name == "a/b" else empty, {}) for name in ("a-b", "a/b", "a:b")}
+    files = dict(files_of(None, points, {"networkx"}))
+    assert [*files] == [f"a-b{more}.networkx.json" for more in ("", "-too", "-too-too")]
+    told = [json.loads(text)["graph"]["ablation"] for text in files.values()]
+    assert told == ["zero", whole.ablation, "zero"]
+
+
 def test_figures_are_drawn_with_matplotlib(finished, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     vitcut.report(finished, files=("svg", "png"), out=tmp_path / "page.html")

@@ -2,7 +2,7 @@
 
 import { extent } from "d3-array";
 import { axisBottom, axisLeft } from "d3-axis";
-import { scaleLinear, scaleLog } from "d3-scale";
+import { type ScaleLinear, scaleLinear, scaleLog } from "d3-scale";
 import { create } from "d3-selection";
 import { line, symbol, symbolCircle, symbolDiamond, symbolSquare, symbolTriangle } from "d3-shape";
 import type { Latency, Point, Run } from "./data";
@@ -73,8 +73,8 @@ export function accuracyChart(
   const xs = extent(marks.flatMap((mark) => [mark.x.p10_ms, mark.x.p90_ms])) as [number, number];
   const ys = extent(marks.flatMap((mark) => [mark.point.accuracy_coarse!, mark.low ?? mark.point.accuracy_coarse!, mark.high ?? mark.point.accuracy_coarse!])) as [number, number];
   const x = scaleLinear([0, xs[1] * 1.06], [MARGIN.left, width - MARGIN.right]);
-  const y = scaleLinear(padded(ys, 0.12), [TALL - MARGIN.bottom, MARGIN.top]).nice(5);
-  axes(svg, width, axisBottom(x).ticks(Math.min(8, width / 70)), axisLeft(y).ticks(6).tickFormat((v) => `${(100 * +v).toFixed(0)}`), `ms per batch, ${timingLabel(timing)} (from 0)`, "coarse accuracy, %");
+  const y = shares(padded(ys, 0.12));
+  axes(svg, width, axisBottom(x).ticks(Math.min(8, width / 70)), percentAxis(y), `ms per batch, ${timingLabel(timing)} (from 0)`, "coarse accuracy, %");
   const groups = svg
     .append("g")
     .selectAll("g")
@@ -129,6 +129,19 @@ function axes(svg: ReturnType<typeof frame>, width: number, bottom: any, left: a
   svg.append("text").attr("class", "title").attr("transform", `translate(13,${MARGIN.top}) rotate(-90)`).attr("text-anchor", "end").text(beside);
 }
 
+/** The upright scale of fractions, rounded to ticks but never beyond 0 and 1. */
+function shares(extent: [number, number]): ScaleLinear<number, number> {
+  const y = scaleLinear(extent, [TALL - MARGIN.bottom, MARGIN.top]).nice(5);
+  return y.domain(y.domain().map((value) => Math.min(1, Math.max(0, value))));
+}
+
+/** Ticks in percent with as many digits as tell them apart. */
+function percentAxis(y: ScaleLinear<number, number>) {
+  const [first, second] = y.ticks(6);
+  const digits = second - first < 0.0099 ? 1 : 0;
+  return axisLeft(y).ticks(6).tickFormat((v) => (100 * +v).toFixed(digits));
+}
+
 /** One value of the points that ACDC found, over tau on a logarithmic axis. */
 export function tauChart(
   run: number, points: Point[], value: (point: Point) => number | null, label: string, width: number, fromZero: boolean,
@@ -139,21 +152,27 @@ export function tauChart(
   const taus = marks.map((point) => point.tau!);
   const values = extent(marks, (point) => value(point)!) as [number, number];
   const x = scaleLog([taus[0] / 1.3, taus[taus.length - 1] * 1.3], [MARGIN.left, width - MARGIN.right]);
-  const y = scaleLinear(fromZero ? [0, values[1] * 1.1] : padded(values, 0.15), [TALL - MARGIN.bottom, MARGIN.top]).nice(5);
-  axes(svg, width, axisBottom(x).tickValues([...new Set(taus)]).tickFormat((v) => String(v)), axisLeft(y).ticks(6).tickFormat((v) => `${(100 * +v).toFixed(0)}`), "tau, nats (log scale)", label);
+  const y = shares(fromZero ? [0, values[1] * 1.1] : padded(values, 0.15));
+  axes(svg, width, axisBottom(x).tickValues([...new Set(taus)]).tickFormat((v) => String(v)), percentAxis(y), "tau, nats (log scale)", label);
   const byAblation = new Map<string, Point[]>();
-  for (const point of marks) byAblation.set(point.ablation ?? "", [...(byAblation.get(point.ablation ?? "") ?? []), point]);
+  for (const point of marks) {
+    // As it was searched for: a circuit found under resample is cut under mean.
+    const ablation = point.faithfulness?.discovery?.ablation ?? point.ablation ?? "";
+    byAblation.set(ablation, [...(byAblation.get(ablation) ?? []), point]);
+  }
   const draw = line<Point>((point) => x(point.tau!), (point) => y(value(point)!));
   let shape = 0;
   for (const [ablation, own] of byAblation) {
     svg.append("path").attr("class", "series").attr("d", draw(own));
     const groups = svg.append("g").selectAll("g").data(own).join("g").attr("class", "mark").attr("data-key", (point) => keyOf(run, point.name));
+    const row = MARGIN.top + 8 + 18 * shape;
     const mark = symbol(SHAPES[shape++ % SHAPES.length], 80)();
     groups.append("path").attr("d", mark).attr("transform", (point) => `translate(${x(point.tau!)},${y(value(point)!)})`);
     groups.append("title").text((point) => `${point.name}: ${percent(value(point))}`);
     if (byAblation.size > 1) {
-      const last = own[own.length - 1];
-      svg.append("text").attr("class", "name").attr("x", x(last.tau!) - 8).attr("y", y(value(last)!) - 10).attr("text-anchor", "end").text(ablation);
+      // Both fall towards the right, where the corner above is free.
+      svg.append("path").attr("class", "key").attr("d", mark).attr("transform", `translate(${width - MARGIN.right - 90},${row})`);
+      svg.append("text").attr("class", "name").attr("x", width - MARGIN.right - 78).attr("y", row + 4).text(ablation);
     }
   }
   return svg.node()!;

@@ -33,22 +33,27 @@ export class CircuitPicture {
     this.root = el("div", { class: "circuit" }, this.stage);
   }
 
-  draw(circuit: Circuit, node: Node | null, filters: Filters): void {
+  /** `lit` says how much each part wrote, from 0 to 1, where a picture was classified. */
+  draw(circuit: Circuit, node: Node | null, filters: Filters, lit: Map<string, number> | null = null): void {
     const available = this.root.clientWidth || 900;
     if (circuit.graph !== this.graph || available !== this.available) {
       this.available = available;
       this.place(circuit.graph, available);
     }
     this.drawEdges(circuit, node, filters);
+    // A part that is the same for every picture is in none of the outputs: it stays dark.
+    const light = (one: Node) => lit?.get(one.name) ?? (one.role === "head" || one.role === "mlp" ? 0 : 1);
     this.boxes!
       .classed("kept", (one) => isKept(circuit, one))
       .classed("chosen", (one) => one === node)
       .classed("hidden", (one) => one.kind !== "" && !filters.kinds.has(one.kind))
       .classed("found", (one) => filters.found.has(one))
+      .classed("dim", (one) => lit !== null && light(one) < 0.6)
       .attr("aria-label", (one) => `${nodeLabel(one)}, ${isKept(circuit, one) ? "kept" : "cut"}`)
       .select<SVGRectElement>("rect.fill")
-      .attr("y", (one) => this.box(one).y + this.box(one).height * (1 - this.level(circuit, one)))
-      .attr("height", (one) => this.box(one).height * this.level(circuit, one));
+      .attr("fill-opacity", (one) => (lit ? light(one) : null))
+      .attr("y", (one) => this.box(one).y + this.box(one).height * (1 - (lit ? 1 : this.level(circuit, one))))
+      .attr("height", (one) => this.box(one).height * (lit ? 1 : this.level(circuit, one)));
   }
 
   /** A whole pixel at least, so that an MLP with few neurons does not look cut. */

@@ -110,7 +110,47 @@ export interface CircuitData {
   kept: string;
   onPath: string;
   neurons: { total: number; kept: number[][] } | null;
+  /** Which patches are kept, row by row; null if all are. */
+  positions: { kept: string; total: number } | null;
   strengths: string | null;
+}
+
+export interface PictureData {
+  /** WebP in base64. */
+  image: string;
+  group: number;
+  /** The group that each of the points answers, and how sure it is. */
+  answers: number[];
+  probabilities: number[];
+}
+
+export interface AttentionData {
+  asks: string;
+  layers: number;
+  heads: number;
+  grid: number;
+  peaks: number[];
+  values: string;
+}
+
+export interface PicturesData {
+  groups: string[];
+  points: string[];
+  changed: number[];
+  gained: number[];
+  lost: number[];
+  pictures: PictureData[];
+  attention: AttentionData | null;
+}
+
+/** The cut model that the page holds. */
+export interface ModelData {
+  point: string;
+  /** Names of heads and MLPs, in the order of what they wrote. */
+  parts: string[];
+  groups: string[];
+  /** Whether pictures are turned as their EXIF entry says. */
+  turned: boolean;
 }
 
 export interface RunData {
@@ -120,8 +160,11 @@ export interface RunData {
   results: Results | null;
   headlines: Record<string, string>;
   recommended: string | null;
+  /** The point or step at which the page opens. */
+  verdict: string | null;
   steps: Step[];
   pairs: Pair[];
+  pictures: PicturesData | null;
   graphs: GraphData[];
   circuits: Record<string, CircuitData>;
   settings: string | null;
@@ -130,6 +173,7 @@ export interface RunData {
 
 export interface PageData {
   version: string;
+  model: ModelData | null;
   runs: RunData[];
 }
 
@@ -258,7 +302,7 @@ function size(view: View): number {
   return view.point?.macs ?? view.step?.macs ?? view.circuit?.numKept ?? 0;
 }
 
-/** Decodes a run. Views go from the dense model to the smallest; steps that a point shows are left out. */
+/** Decodes a run. Views go from the dense model to the smallest; a step is shown once. */
 export function readRun(data: RunData): Run {
   const graphs = data.graphs.map(readGraph);
   const circuits = new Map(Object.entries(data.circuits).map(([name, one]) => [name, readCircuit(one, graphs)]));
@@ -267,16 +311,27 @@ export function readRun(data: RunData): Run {
   const views: View[] = points.map((point) => {
     return { name: point.name, point, step: null, circuit: circuits.get(point.name) ?? null };
   });
-  const shown = new Set(views.map((view) => view.circuit?.data.fingerprint));
-  for (const [name, circuit] of circuits) {
+  const shown = new Map(views.map((view) => [view.circuit?.data.fingerprint, view]));
+  const isStep = (name: string) => data.steps.some((one) => one.name === name);
+  for (const [name, circuit] of [...circuits].sort((a, b) => +isStep(a[0]) - +isStep(b[0]))) {
     const step = data.steps.find((one) => one.name === name) ?? null;
-    if (!points.some((point) => point.name === name) && !(step && shown.has(circuit.data.fingerprint))) {
-      views.push({ name, point: null, step, circuit });
+    const twin = shown.get(circuit.data.fingerprint);
+    if (step && twin) twin.step ??= step;
+    else if (!points.some((point) => point.name === name)) {
+      const view = { name, point: null, step, circuit };
+      views.push(view);
+      shown.set(circuit.data.fingerprint, view);
     }
   }
   const rank = (view: View) => ["dense", "class-only", "dense-repaired"].indexOf(view.name) + 1 || 9;
   views.sort((a, b) => rank(a) - rank(b) || size(b) - size(a));
   return { data, graphs, views };
+}
+
+/** Where the page opens: at the best trade, or at the smallest circuit if nothing was measured. */
+export function verdict({ data, views }: Run): number {
+  const at = views.findIndex((view) => data.verdict !== null && (view.name === data.verdict || view.step?.name === data.verdict));
+  return at < 0 ? views.length - 1 : at;
 }
 
 /** At how many of some circuits an edge is kept. */

@@ -2,9 +2,11 @@
 
 import { accuracyChart, confusionTable, interval, keyOf, SHAPE_NAMES, latencyOf, tauChart, type Timing, timingLabel, timings } from "./charts";
 import { CircuitPicture, type Filters } from "./circuit";
-import { type Graph, kindLabel, LETTERS, type Letter, type Node as Part, nodeLabel, type PageData, readRun, type Run, type View } from "./data";
+import { type Graph, kindLabel, LETTERS, type Letter, type Node as Part, nodeLabel, type PageData, readRun, type Run, verdict, type View } from "./data";
 import { type Child, choice, count, el, ms, percent, save, short, signed, table } from "./dom";
+import { dropZone } from "./drop";
 import { nodePanel } from "./panel";
+import { pictureSection, positionSection } from "./pictures";
 
 const page: PageData = JSON.parse(document.getElementById("data")!.textContent!);
 const runs: Run[] = page.runs.map(readRun);
@@ -14,6 +16,7 @@ const state = {
   view: 0,
   node: null as Part | null,
   timing: (known[0] ?? null) as Timing | null,
+  lit: null as Map<string, number> | null,
   filters: { letters: new Set<Letter>(LETTERS), kinds: new Set(["cls", "register", "patch"]), found: new Set<Part>() } as Filters,
 };
 
@@ -30,6 +33,8 @@ const accuracy = el("div", { class: "chart", id: "accuracy" });
 const taus = el("div", { class: "charts", id: "taus" });
 const confusions = el("div", { class: "charts", id: "confusions" });
 const tables = el("div", { id: "tables" });
+const pictures = el("div", { id: "pictures" });
+const positions = el("div");
 const about = el("div", { id: "about" });
 const filterBox = el("div", { class: "filters" });
 const picture = new CircuitPicture((node) => choose(node));
@@ -42,7 +47,7 @@ function sentence(run: Run, view: View): string {
   if (view.name in headlines) return headlines[view.name].slice(view.name.length + 2);
   if (view.step) {
     const { macs_fraction, accuracy_coarse } = view.step;
-    return `On the way to a budget: ${percent(macs_fraction, 0)} of the MACs, ${percent(accuracy_coarse)} coarse accuracy on val images`;
+    return `${view.name === view.step.name ? "On the way to a budget: " : ""}${percent(macs_fraction, 0)} of the MACs, ${percent(accuracy_coarse)} coarse accuracy on val images`;
   }
   if (view.name === "dense") return "The dense model, before anything is cut";
   if (view.name === "class-only") return "Nothing cut, but compiled: the last block computes what is read alone";
@@ -71,11 +76,11 @@ function factsOf(run: Run, view: View): [string, string, string][] {
     if (point.heads_kept !== null) add("heads kept", count(point.heads_kept), `of ${count(point.heads_total)}`);
     if (point.neurons_kept_fraction !== null) add("neurons kept", percent(point.neurons_kept_fraction));
     add("parameters", short(point.params));
-    if (point.max_abs_diff !== null) add("compact = masked", point.max_abs_diff.toExponential(1), "largest difference");
+    if (point.max_abs_diff !== null) add("difference", point.max_abs_diff.toExponential(1), "of compact to masked");
   } else if (step) {
     add("MACs", short(step.macs), `${percent(step.macs_fraction, 0)} of dense`);
-    const change = step.change_low === null ? "" : `change ${signed(step.change_low)} to ${signed(step.change_high!)} points`;
-    add("coarse accuracy, val images", percent(step.accuracy_coarse), change);
+    const change = step.change_low === null ? "" : `: change ${signed(step.change_low)} to ${signed(step.change_high!)} points`;
+    add("coarse accuracy", percent(step.accuracy_coarse), `on val images${change}`);
     add("KL from dense", step.kl.toFixed(4), "nats");
     add("heads kept", count(step.heads_kept));
     add("neurons kept", percent(step.neurons_kept_fraction));
@@ -94,29 +99,42 @@ function update(): void {
   title.textContent = sentence(run(), here);
   facts.replaceChildren(...factsOf(run(), here).map(([name, value, of]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, of ? el("small", {}, of) : null))));
   drawCircuit();
+  fill(positions, positionSection(run(), here));
+  fill(pictures, pictureSection(run(), here));
   markCurrent();
   drawConfusions();
   for (const row of tables.querySelectorAll("tbody tr")) row.classList.toggle("current", row.firstChild!.textContent === here.name);
 }
 
+/** Puts things into their section, which is left out if there are none. */
+function fill(place: HTMLElement, parts: (Element | null)[]): void {
+  const there = parts.filter((part) => part !== null);
+  place.replaceChildren(...there);
+  (place.closest("section") as HTMLElement).hidden = !there.length;
+}
+
 function drawCircuit(): void {
   const { circuit } = view();
-  picture.root.hidden = !circuit;
+  picture.root.hidden = filterBox.hidden = panel.hidden = !circuit;
+  (panel.parentElement as HTMLElement).hidden = !run().views.some((one) => one.circuit);
   if (!circuit) {
     shown.textContent = "No circuit of this point is in the run directory.";
-    panel.replaceChildren();
     return;
   }
   if (state.node && !circuit.graph.nodes.includes(state.node)) {
     state.node = circuit.graph.nodes.find((node) => node.name === state.node!.name) ?? null;
   }
   drawFilters(circuit.graph);
-  picture.draw(circuit, state.node, state.filters);
+  const lit = view().name === page.model?.point ? state.lit : null;
+  picture.root.classList.toggle("lit", lit !== null);
+  picture.draw(circuit, state.node, state.filters, lit);
   shown.textContent = `${count(circuit.numKept)} of ${count(circuit.graph.useful.reduce((a, b) => a + b, 0))} edges that can reach the classifier are kept. A filled box is kept, as high as the share of its neurons; an empty one is cut.${circuit.graph.data.kinds.length ? " Heads of each token kind read the keys and values of all kinds, so edges also lead into empty boxes." : ""}`;
   if (state.node) {
     const close = el("button", { type: "button", class: "close", "aria-label": "close" }, "\u00d7");
     close.addEventListener("click", () => choose(null));
     panel.replaceChildren(close, ...nodePanel(run(), view(), state.node, (node) => choose(node)));
+    const wrote = lit?.get(state.node.name);
+    if (wrote !== undefined) panel.querySelector("p")!.after(el("p", {}, `wrote ${percent(wrote, 0)} of the most that a part of its row wrote for your picture`));
   } else {
     panel.replaceChildren(el("h2", {}, "A node"), el("p", {}, "Click a head, an MLP, in or out, or move there with the keyboard: its edges, and the points that keep it."));
   }
@@ -132,12 +150,10 @@ function drawTaus(): void {
   const points = run().data.results?.points ?? [];
   const width = Math.min(520, (taus.clientWidth || 1000) / (taus.clientWidth > 760 ? 2 : 1) - 16);
   const edges = (one: (typeof points)[number]) => (one.edges_kept === null ? null : one.edges_kept / one.edges_total!);
-  const drawn = [
+  fill(taus, [
     tauChart(state.run, points, (one) => one.accuracy_coarse, "coarse accuracy, %", width, false),
     tauChart(state.run, points, edges, "edges kept, % (from 0)", width, true),
-  ].filter((chart) => chart !== null);
-  taus.replaceChildren(...drawn);
-  (taus.parentElement as HTMLElement).hidden = !drawn.length;
+  ]);
 }
 
 function markCurrent(): void {
@@ -148,9 +164,7 @@ function markCurrent(): void {
 function drawConfusions(): void {
   const dense = run().data.results?.dense;
   const { point } = view();
-  const sides = [dense, point === dense ? null : point].flatMap((one) => (one?.confusion ? [confusionTable(`${one.name}: images by group and answer`, run().data.groups, one.confusion)] : []));
-  confusions.replaceChildren(...sides);
-  (confusions.parentElement as HTMLElement).hidden = !sides.length;
+  fill(confusions, [dense, point === dense ? null : point].map((one) => (one?.confusion ? confusionTable(`${one.name}: images by group and answer`, run().data.groups, one.confusion) : null)));
 }
 
 let filtersOf: Graph | null = null;
@@ -194,7 +208,8 @@ function drawTables(): void {
     });
     const time = state.timing ? timingLabel(state.timing) : "not timed";
     parts.push(table("All points, on the test images", ["point", "coarse accuracy", "change, points (95 %)", "KL, nats", "MACs", "parameters", `ms, ${time}`, "p10 to p90"], rows));
-    if (recommended) parts.push(el("p", { class: "note" }, `Take ${recommended}: the smallest cut that loses at most one point for certain, or else the most accurate one.`));
+    const opened = run().views[verdict(run())].name;
+    parts.push(el("p", { class: "note" }, `The page opens at ${opened}: the smallest cut whose accuracy is within its interval of dense, or else the most accurate one.${recommended && recommended !== opened ? ` vitcut itself takes ${recommended}: the smallest that loses at most one point for certain, or else the most accurate.` : ""}`));
     const faithful = all.filter((point) => point.faithfulness?.discovery || point.faithfulness?.cut);
     if (faithful.length) {
       const cell = (one?: { ablation: string; kl: number } | null) => (one ? `${one.kl.toFixed(4)} (${one.ablation})` : "-");
@@ -211,7 +226,7 @@ function drawTables(): void {
     sides.className = "words";
     parts.unshift(sides);
   }
-  tables.replaceChildren(...parts.map((part) => el("div", { class: "scroll" }, part)));
+  fill(tables, parts.map((part) => el("div", { class: "scroll" }, part)));
 }
 
 function drawAbout(): void {
@@ -226,19 +241,27 @@ function drawAbout(): void {
   if (!results) missing.push("accuracies and latencies: nothing was measured");
   if (run().views.some((one) => !one.circuit)) missing.push("the circuits of " + run().views.filter((one) => !one.circuit).map((one) => one.name).join(", "));
   if (!run().views.some((one) => one.circuit?.strengths)) missing.push("how strong single edges are: no edges were tested one by one");
-  missing.push("sample pictures, and what heads attend to on them");
+  if (!run().data.pictures) missing.push("sample pictures, and what heads attend to on them");
+  const lacks = missing.length ? [el("h2", {}, "What this page does not hold"), el("ul", {}, ...missing.map((text) => el("li", {}, text)))] : [];
   about.replaceChildren(
-    el("section", {}, el("h2", {}, "The machine"), table("Where it was measured", ["", ""], flat)),
+    ...(flat.length ? [el("section", {}, el("h2", {}, "The machine"), table("Where it was measured", ["", ""], flat))] : []),
     el(
       "section",
       {},
       el("h2", {}, "To make it again"),
       command ? el("pre", {}, command) : el("p", {}, "The directory does not say how it was made."),
       settings ? el("details", {}, el("summary", {}, "All settings of the run"), el("pre", {}, settings)) : null,
-      el("h2", {}, "What this run does not hold"),
-      el("ul", {}, ...missing.map((text) => el("li", {}, text))),
+      ...lacks,
     ),
   );
+}
+
+/** Shows what each part wrote on a picture, at the point whose model the page holds. */
+function light(written: Map<string, number> | null): void {
+  state.lit = written;
+  const at = run().views.findIndex((one) => one.name === page.model!.point);
+  if (written && at >= 0) show(state.run, at);
+  else drawCircuit();
 }
 
 function choose(node: Part | null): void {
@@ -292,7 +315,7 @@ function build(): void {
   const pickers: Child[] = [];
   if (runs.length > 1) {
     const names = runs.map((one, number) => `${number + 1}. ${one.data.name}`);
-    pickers.push(choice("run", names, names[0], (name) => show(names.indexOf(name), start(runs[names.indexOf(name)]))));
+    pickers.push(choice("run", names, names[0], (name) => show(names.indexOf(name), verdict(runs[names.indexOf(name)]))));
   }
   if (known.length > 1) {
     pickers.push(
@@ -304,18 +327,22 @@ function build(): void {
       }),
     );
   }
-  root.replaceChildren(
+  const parts: Child[] = [
     el("header", {}, eyebrow, title),
     el("div", { class: "bar" }, button("\u2190", "larger point", -1), slider, button("\u2192", "smaller point", 1), viewName, ...pickers),
     facts,
+    page.model && dropZone(page.model, light),
     el("section", { class: "main" }, el("figure", {}, filterBox, picture.root, el("figcaption", {}, shown)), panel),
+    el("section", {}, el("h2", {}, "Kept patches"), positions),
+    el("section", {}, el("h2", {}, "Test images"), pictures),
     ...(known.length ? [el("section", {}, el("h2", {}, "Accuracy against latency"), accuracy, el("p", { class: "note" }, "Upright lines: 95 % paired interval of the change against the dense model. Level lines: p10 to p90 of the latency. The point in view is filled; click another to go there." + (runs.length > 1 ? ` ${runs.map((one, number) => `${SHAPE_NAMES[number % SHAPE_NAMES.length]}: ${one.data.name}`).join("; ")}.` : "")))] : []),
     el("section", {}, el("h2", {}, "Over tau"), taus),
     el("section", {}, el("h2", {}, "Which images are taken for what"), confusions),
     el("section", {}, el("h2", {}, "Numbers"), tables),
     el("div", { class: "two" }, about),
     el("footer", {}, `Made by vitcut ${page.version}. Keys: \u2190 \u2192 another point, / find a node, Tab into the picture and arrows from node to node, Enter opens, Escape closes.`),
-  );
+  ];
+  root.replaceChildren(...parts.filter((part) => part !== null && part !== false));
   document.addEventListener("keydown", (event) => {
     const typing = event.target instanceof HTMLInputElement || event.target instanceof HTMLSelectElement;
     if (event.key === "Escape") choose(null);
@@ -333,13 +360,8 @@ function build(): void {
     wait = window.setTimeout(() => (drawAccuracy(), drawTaus(), update()), 100);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
-  state.view = start(runs[0]);
+  state.view = verdict(runs[0]);
   drawRun();
-}
-
-/** The recommended point, else the first. */
-function start(of: Run): number {
-  return Math.max(0, of.views.findIndex((one) => one.name === of.data.recommended));
 }
 
 build();

@@ -2,6 +2,7 @@
 
 import { type Circuit, countKept, isKept, keptShare, type Node, nodeLabel, type Run, type View } from "./data";
 import { count, el, percent } from "./dom";
+import { attentionPanel } from "./pictures";
 
 const MOST_EDGES = 8;
 
@@ -81,5 +82,5 @@ export function nodePanel(run: Run, view: View, node: Node, go: (node: Node) => 
   const note = circuit.strengths
     ? "KL rise: how much the mean KL, in nats, rose when ACDC cut the edge (or would have, had it stayed cut). Strongest first."
     : "This run holds no strength of single edges: kept edges come first.";
-  return [el("h2", {}, nodeLabel(node)), ...facts, ...tables, el("p", { class: "note" }, note), el("details", {}, el("summary", {}, "Kept at which points"), list)];
+  return [el("h2", {}, nodeLabel(node)), ...facts, ...attentionPanel(run, node), ...tables, el("p", { class: "note" }, note), el("details", {}, el("summary", {}, "Kept at which points"), list)];
 }

@@ -1,7 +1,9 @@
 import { expect, test } from "vitest";
-import { type CircuitData, countKept, type GraphData, keptShare, parseName, readCircuit, readGraph, readRun, type RunData, unpackBits } from "../src/data";
+import { type CircuitData, countKept, type GraphData, keptShare, parseName, readCircuit, readGraph, readRun, type Run, type RunData, unpackBits, verdict } from "../src/data";
 import { fixed } from "../src/dom";
+import { levels } from "../src/drop";
 import { layOut } from "../src/layout";
+import { attentionOf, samplesOf } from "../src/pictures";
 
 /** A graph as Python numbers it: over whole tokens, or over two kinds of which one is read out. */
 function graphOf(layers: number, heads: number, kinds: string[] = []): GraphData {
@@ -28,7 +30,7 @@ function graphOf(layers: number, heads: number, kinds: string[] = []): GraphData
 const ones = (bits: number) => btoa("\xff".repeat(Math.ceil(bits / 8)));
 
 const circuitOf = (more: Partial<CircuitData> = {}): CircuitData => ({
-  graph: 0, method: "acdc", ablation: "mean", tau: 0.01, fingerprint: "a", kept: ones(1e5), onPath: ones(1e3), neurons: null, strengths: null, ...more,
+  graph: 0, method: "acdc", ablation: "mean", tau: 0.01, fingerprint: "a", kept: ones(1e5), onPath: ones(1e3), neurons: null, positions: null, strengths: null, ...more,
 });
 
 test("bits are read from the highest of each byte on", () => {
@@ -66,6 +68,27 @@ test("boxes never overlap and stay in the picture", () => {
       }
     }
   }
+});
+
+test("a part is as bright as its share of the largest of its token kind", () => {
+  const found = levels(["attn.0.0.cls", "mlp.0.cls", "attn.0.0.patch"], [1, 4, 2]);
+  expect([...found.values()]).toEqual([0.25, 1, 1]);
+  expect(levels(["attn.0.0", "mlp.0"], [1, 2]).get("attn.0.0")).toBe(0.5);
+});
+
+test("attention is found by picture, layer and head", () => {
+  const values = btoa(String.fromCharCode(...Array.from({ length: 2 * 2 * 2 * 4 }, (_, at) => at)));
+  const data = { asks: "class token", layers: 2, heads: 2, grid: 2, peaks: Array.from({ length: 8 }, (_, at) => at), values };
+  expect(samplesOf(data)).toBe(2);
+  const { levels: cells, peak } = attentionOf(data, 1, 0, 1);
+  expect(cells.map((cell) => 255 * cell)).toEqual([20, 21, 22, 23]);
+  expect(peak).toBe(5);
+});
+
+test("the page opens at the verdict, which may be a step, or at the smallest circuit", () => {
+  const views = ["dense", "a", "b"].map((name) => ({ name, point: null, step: name === "a" ? { name: "macs-0.5" } : null, circuit: null }));
+  const at = (name: string | null) => verdict({ data: { verdict: name }, graphs: [], views } as unknown as Run);
+  expect([at("b"), at("macs-0.5"), at(null), at("gone")]).toEqual([2, 1, 2, 2]);
 });
 
 test("an MLP is as full as the share of its neurons, and empty off the path", () => {

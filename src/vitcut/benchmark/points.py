@@ -33,6 +33,7 @@ def dense_point(model: Model, *, name: str = DENSE) -> Point:
         heads_total=graph.num_layers * graph.num_heads,
         heads_kept=graph.num_layers * graph.num_heads,
         neurons_kept_fraction=1.0,
+        positions_kept_fraction=1.0,
         macs=dense_macs(model.weights.shape),
         params=sum(tensor.numel() for tensor in model.module.parameters()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
@@ -104,6 +105,9 @@ def evaluate_points(model: Model, images: Images, points: Points) -> dict[str, E
     has the same answers, and is not run again.
     """
     task, preprocessing = images.task, model.preprocessing
+    # All on the device of the dense model: only then are their times comparable.
+    for _, module in points.values():
+        module.to(model.weights.device)
     dense = evaluate(model.module, images.test, task, preprocessing)
     return {DENSE: dense} | {
         name: replace(dense, kl=0.0)
@@ -130,9 +134,6 @@ def measure(
         settings: Runtimes, batch sizes and times.
         evaluations: What `evaluate_points` gave, where it is there already.
     """
-    # All on the device of the dense model: only then are their times comparable.
-    for _, module in points.values():
-        module.to(model.weights.device)
     found = evaluate_points(model, images, points) if evaluations is None else evaluations
     everything = {DENSE: (dense_point(model), model.module), **points}
     # Few images are repeated to fill the largest batch.

@@ -125,15 +125,17 @@ def write_labels(path: Path, names: Sequence[str]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def recorded_hash(folder: Path) -> str:
-    """The SHA-256 of the weights of a model directory, as `load_folder` has checked it."""
+def recorded_hash(folder: Path, name: str = "model_sha256") -> str | None:
+    """What a model directory says of the hash of its weights, or of its ``fill``."""
     return read_json(
         folder / CONFIG, kind="compact model", version=FORMAT_VERSION, remedy=FOLDER_REMEDY
-    )["model_sha256"]
+    )[name]
 
 
 def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
     """Read the plan, the information and the tensors of a model directory.
+
+    Its fill is not looked at: it can be larger than the model, which runs without it.
 
     Raises:
         ArtefactError: A file is missing, damaged, altered or of another version, or not the one
@@ -155,17 +157,12 @@ def load_folder(folder: Path) -> tuple[Plan, ModelInfo, dict[str, Tensor]]:
         raise ArtefactError(f"{folder} lacks {TENSORS}: copy the whole model directory")
     if sha256_file(path) != bound["model_sha256"]:
         raise ArtefactError(f"{path} was altered: its hash is not the one in {CONFIG}")
-    circuit, fill = folder / CIRCUIT, folder / FILL
-    beside = {
-        "circuit": Circuit.load(circuit).fingerprint if circuit.exists() else None,
-        "fill": sha256_file(fill) if fill.exists() else None,
-    }
-    for name, found in beside.items():
-        if found not in {None, bound[name]}:
-            raise ArtefactError(
-                f"the {name} in {folder} is not the one that the model was saved with: restore it, "
-                "or remove it"
-            )
+    circuit = folder / CIRCUIT
+    if circuit.exists() and Circuit.load(circuit).fingerprint != bound["circuit"]:
+        raise ArtefactError(
+            f"the circuit in {folder} is not the one that the model was saved with: restore it, "
+            "or remove it"
+        )
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

@@ -54,6 +54,35 @@ class Product:
 Written = dict[str, Tensor | Product]
 
 
+class PatchEmbedding(nn.Conv2d):
+    """The patches of an image, each multiplied by one weight; of all patches or of some."""
+
+    chosen: Tensor | None
+
+    def __init__(self, shape: ViTShape) -> None:
+        super().__init__(
+            shape.channels, shape.width, shape.patch_size, shape.patch_size, bias=False
+        )
+        self.grid_size = shape.grid_size
+        kept = shape.kept_patches
+        # Not on "meta", where models are built to be filled: these numbers are not stored.
+        chosen = None if kept is None else torch.tensor(kept, device="cpu")
+        self.register_buffer("chosen", chosen, persistent=False)
+
+    def forward(
+        self,
+        input: Float[Tensor, "images channels y x"],  # noqa: A002 - as the base class has it
+    ) -> Float[Tensor, "images patches width"]:
+        """Embed: all patches by a convolution, some by choosing them first."""
+        if self.chosen is None:
+            return super().forward(input).flatten(2).transpose(1, 2)
+        # [images channels grid side grid side] to [images grid grid channels side side]
+        grid = (self.grid_size, -1)
+        cells = input.unflatten(3, grid).unflatten(2, grid).permute(0, 2, 4, 1, 3, 5)
+        patches = cells.flatten(3).flatten(1, 2).index_select(1, self.chosen)
+        return F.linear(patches, self.weight.flatten(1))
+
+
 class Stream(nn.Module):
     """A sum of earlier writers and a constant, then LayerNorm without an affine part."""
 

@@ -12,7 +12,15 @@ from vitcut.compact.artefact import CARD, load_folder, resolve_folder, save_fold
 from vitcut.compact.attention import CompactAttention, HeadOutput
 from vitcut.compact.card import naming
 from vitcut.compact.info import ModelInfo
-from vitcut.compact.layers import ACTIVATIONS, Stream, Written, by_image, make_table, write
+from vitcut.compact.layers import (
+    ACTIVATIONS,
+    PatchEmbedding,
+    Stream,
+    Written,
+    by_image,
+    make_table,
+    write,
+)
 from vitcut.compact.plan import EMBED, BlockPlan, MlpPlan, Plan, ViTShape
 from vitcut.errors import ArtefactError, ModelError, one_line
 from vitcut.hub import hub_access
@@ -102,11 +110,7 @@ class CompactViT(nn.Module):
         self.plan = plan
         self.info = info or ModelInfo()
         self.folder: Path | None = None
-        self.patch_embed = (
-            nn.Conv2d(shape.channels, shape.width, shape.patch_size, shape.patch_size, bias=False)
-            if plan.embeds
-            else None
-        )
+        self.patch_embed = PatchEmbedding(shape) if plan.embeds else None
         self.positions = None
         self.embed_norm: nn.Module | None = None
         if plan.embeds and shape.embed_norm:
@@ -158,7 +162,7 @@ class CompactViT(nn.Module):
         if self.patch_embed is not None:
             # Prefix tokens and positions are in the tables of the streams that read this, unless
             # a norm follows: then positions are added before it.
-            patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+            patches = self.patch_embed(pixels)
             if self.embed_norm is not None:
                 patches = self.embed_norm(patches + self.positions)
             written[EMBED] = patches

@@ -228,10 +228,17 @@ class _Walk:
         return Operation(self.part, self.tokens, kind, rows, outputs, inputs, heads)
 
     def embed(self) -> Iterator[Operation]:
-        """The patch embedding, moved from [width, patches] to [patches, width]."""
+        """The patch embedding: of all patches a convolution, of some a product."""
         shape, pixels = self.shape, self.shape.channels * self.shape.patch_size**2
-        yield self.make("patch embedding", shape.num_patches, shape.width, inputs=pixels)
-        yield self.make("copy", shape.num_patches, shape.width)
+        if shape.kept_patches is None:
+            # Moved from [width, patches] to [patches, width].
+            yield self.make("patch embedding", shape.num_patches, shape.width, inputs=pixels)
+            yield self.make("copy", shape.num_patches, shape.width)
+        else:
+            # All are cut out of the image, then some chosen.
+            yield self.make("copy", shape.grid_size**2, pixels)
+            yield self.make("copy", shape.num_patches, pixels)
+            yield self.make("product", shape.num_patches, shape.width, inputs=pixels)
         if shape.embed_norm:
             yield self.make("sum", shape.num_patches, shape.width)
             yield self.make("norm", shape.num_patches, shape.width)

@@ -4,10 +4,13 @@ A plan holds no tensors, so a circuit's cost is known before any weight is folde
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vitcut.errors import ArtefactError
+import numpy as np
+from numpy.typing import NDArray
+
+from vitcut.errors import ArtefactError, CircuitError
 from vitcut.names import Activation, Letter, PatchReadout, TokenKind
 from vitcut.store import convert
 
@@ -72,6 +75,26 @@ class ViTShape:
     """Whether a neuron is multiplied by an activated gate (SwiGLU)."""
     neuron_norm: bool = False
     """Whether a LayerNorm over all neurons stands before an MLP's second layer (sub-norm)."""
+    kept_patches: tuple[int, ...] | None = None
+    """The patches that have a token, out of the image's, row by row; None for all."""
+
+    def at(self, positions: NDArray[np.bool_] | None) -> "ViTShape":
+        """The same model on some patches of the image.
+
+        Args:
+            positions: True where a patch is kept, shape [patches]; None keeps all.
+
+        Raises:
+            CircuitError: The model has another number of patches.
+        """
+        if positions is None:
+            return self
+        if len(positions) != self.num_patches:
+            raise CircuitError(
+                f"the circuit is of a model with {len(positions)} patches per image, this one has "
+                f"{self.num_patches}: use the model it was found in"
+            )
+        return replace(self, kept_patches=tuple(np.flatnonzero(positions).tolist()))
 
     @property
     def readout(self) -> tuple[TokenKind, ...]:
@@ -91,7 +114,12 @@ class ViTShape:
     @property
     def num_patches(self) -> int:
         """Patch tokens of an image."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid_size**2 if self.kept_patches is None else len(self.kept_patches)
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side of the image."""
+        return self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:

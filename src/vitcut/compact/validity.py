@@ -61,6 +61,11 @@ def _faults_of_shape(shape: ViTShape) -> Iterator[str]:
         yield f"patches of {shape.patch_size} pixels do not fill {shape.image_size} pixels"
     if shape.num_read > shape.num_prefix or not shape.readout:
         yield f"the classifier reads {shape.num_read} of {shape.num_prefix} prefix tokens"
+    kept = shape.kept_patches
+    if kept is not None and not (
+        kept and list(kept) == sorted(set(kept)) and 0 <= kept[0] <= kept[-1] < shape.grid_size**2
+    ):
+        yield f"the kept patches are not rising numbers of {shape.grid_size**2} patches"
     if shape.rotary and shape.head_dim % 2:
         yield f"heads of {shape.head_dim} features cannot be rotated"
 

@@ -24,7 +24,7 @@ from vitcut.model.model import Model
 from vitcut.results import CLASS_ONLY, Asked, Faithfulness, Measured, Merged, Point, Results
 from vitcut.runs import CIRCUIT_FILE
 from vitcut.settings import require_at_least
-from vitcut.store import FOLDER_REMEDY, atomic_folder, load, save
+from vitcut.store import FOLDER_REMEDY, atomic_folder, load, save, sha256_file
 
 FILL_FILE = "fill.safetensors"
 _FACTS_FILE = "cut.json"
@@ -63,8 +63,8 @@ class Cut:
     circuit: Circuit | None
     """Under the ablation that it was cut with; None for a model that does not bring it along."""
     fill: Fill | None = None
-    """What stands in for what the circuit cuts; None once it was read from disk, where only a
-    linear fill is kept."""
+    """What stands in for what the circuit cuts; None for a cut that was read from disk, where
+    `read_fill` finds it."""
     exactness: Exactness | None = None
     """How far it is from the masked model; None for a repaired model, which computes another."""
     faithfulness: Faithfulness | None = None
@@ -108,7 +108,7 @@ class Cut:
             ArtefactError: It is damaged, or of another version.
         """
         model = CompactViT.from_pretrained(folder)
-        path, fill, facts = folder / CIRCUIT_FILE, folder / FILL_FILE, folder / _FACTS_FILE
+        path, facts = folder / CIRCUIT_FILE, folder / _FACTS_FILE
         circuit = Circuit.load(path) if path.is_file() else None
         known: dict[str, Any] = {}
         if facts.is_file():
@@ -120,13 +120,25 @@ class Cut:
             known = {key: value for key, value in vars(found).items() if key != "model"}
         elif circuit is not None:
             known["name"] = point_name(circuit)
-        return cls(
-            model=model,
-            circuit=circuit,
-            fill=Fill.load(fill) if fill.is_file() else None,
-            folder=folder,
-            **known,
-        )
+        return cls(model=model, circuit=circuit, folder=folder, **known)
+
+    def read_fill(self) -> Fill | None:
+        """The linear fill in the model directory, for building the masked model again.
+
+        Running the model does not need it. None if none was saved, or if it was removed.
+
+        Raises:
+            ArtefactError: It is damaged, of another version, or not the one of this model.
+        """
+        if self.folder is None or not (self.folder / FILL_FILE).is_file():
+            return None
+        fill = Fill.load(self.folder / FILL_FILE)
+        if sha256_file(self.folder / FILL_FILE) != recorded_hash(self.folder, "fill"):
+            raise ArtefactError(
+                f"the fill in {self.folder} is not the one that the model was saved with: restore "
+                "it, or remove it"
+            )
+        return fill
 
     def point(self, run: Path | None = None) -> Point:
         """What is known about the compact model before it is measured.
@@ -152,6 +164,7 @@ class Cut:
                 heads_total=graph.num_layers * graph.num_heads,
                 heads_kept=circuit.num_heads_kept,
                 neurons_kept_fraction=circuit.neurons_kept_fraction,
+                positions_kept_fraction=circuit.positions_kept_fraction,
                 circuit=None if place is None else f"{place}/{CIRCUIT_FILE}",
             )
         return replace(

@@ -66,6 +66,8 @@ def compile_circuit(
     """
     fill.require_fit(circuit)
     draft = draft_circuit(weights.shape, circuit, costs)
+    weights = weights.at(circuit.positions)
+    fill = fill.on(weights)
     with torch.device("meta"):
         model = CompactViT(draft.plan)
     tokens = weights.num_tokens

@@ -112,6 +112,7 @@ def draft_circuit(shape: ViTShape, circuit: Circuit, costs: CostModel | None = N
         CircuitError: The circuit is of another model, or its ablation cannot be compiled.
     """
     _require_compilable(shape, circuit)
+    shape = shape.at(circuit.positions)
     # The maps of a linear fill over whole tokens are the same for all kinds.
     maps_differ = circuit.ablation == "linear" and bool(circuit.graph.kinds)
     reads = Reads.of(split_circuit(shape, circuit), shape.hidden, maps_differ=maps_differ)

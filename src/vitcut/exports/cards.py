@@ -21,10 +21,14 @@ def export_card(
         about: The content of export.json.
     """
     use = written.use
-    if not use.startswith("```"):
+    if "```" not in use:
         packages = " ".join(dict.fromkeys(["numpy", "pillow", *written.needs]))
         use = f"    pip install {packages}\n\n```python\n{_snippet(taken, use, about)}```\n"
-    origin = "" if info.source_model is None else f", made of {plain_markdown(info.source_model)}"
+    origin = (
+        ""
+        if info.source_model is None
+        else f", made from the model {plain_markdown(info.source_model)}"
+    )
     groups = ""
     if info.group_names:
         groups = (

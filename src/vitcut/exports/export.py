@@ -1,7 +1,7 @@
 """Write a model as files that other software runs, each checked against torch."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -35,7 +35,7 @@ class Exported:
 
     target: TargetName
     folder: Path
-    about: dict[str, Any]
+    about: dict[str, Any] = field(repr=False)
     """The content of its export.json."""
 
 

@@ -30,6 +30,7 @@ from vitcut.runtimes.onnx_runtime import (
 )
 from vitcut.runtimes.session import in_batches
 from vitcut.shapes import Tensor
+from vitcut.store import UNSEALED, seal_file
 
 FILE = "model.onnx"
 PICTURES_NAME, PROBABILITIES_NAME = "pictures", "probabilities"
@@ -40,7 +41,9 @@ _USE = f"""import onnxruntime
 
 session = onnxruntime.InferenceSession("{FILE}", providers=["CPUExecutionProvider"])
 (logits,) = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": images}})"""
-_USE_PICTURES = f"""```python
+_USE_PICTURES = f"""    pip install numpy pillow onnxruntime
+
+```python
 import json
 
 import numpy as np
@@ -67,10 +70,11 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
         ExactnessError: ONNX Runtime computes something else than torch.
     """
     path, batch = folder / FILE, None if settings.batch == "dynamic" else settings.batch
-    noted = {NOTE: subject.info.note(with_preprocessing=settings.with_preprocessing)}
+    whole = settings.with_preprocessing
+    noted = {NOTE: subject.info.note(with_preprocessing=whole, sha256=UNSEALED)}
     parity: dict[str, Any] | None = None
     use, report = _USE, dict[str, Any]()
-    if settings.with_preprocessing:
+    if whole:
         parity, batch = write_pictures(subject, path, settings, noted), 1
         taken = subject.info.preprocessing
         turned = taken is not None and taken.framing.orientation == "apply"
@@ -93,6 +97,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
             report = reduce(path, subject, settings.precision, batch=batch)
         run = load_run(path, batch)
     onnx.checker.check_model(path)
+    seal_file(path)
     return Written(
         file=path,
         run=run,
@@ -105,7 +110,7 @@ def write(subject: Subject, folder: Path, settings: ExportSettings) -> Written:
             "batch": batch or "dynamic",
             "opset": settings.opset,
             "ir_version": onnx.load(path).ir_version,
-            "with_preprocessing": settings.with_preprocessing,
+            "with_preprocessing": whole,
             **({"beside_float32": report} if report else {}),
         },
     )

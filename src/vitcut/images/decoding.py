@@ -128,6 +128,18 @@ def decode(content: bytes, image_size: int | None, framing: Framing = WHOLE) -> 
         raise DataError(one_line(error)) from None
 
 
+def told_turned(count: int, total: int, framing: Framing) -> str:
+    """How many pictures have an EXIF orientation, and what is done about it."""
+    told = {
+        "apply": "turned as it says; --orientation ignore takes pixels as they are stored",
+        "ignore": "ignored, as timm and torchvision do; --orientation apply turns them",
+    }
+    return (
+        f"{count} of {total} pictures have an EXIF orientation, which is "
+        f"{told[framing.orientation]}"
+    )
+
+
 def _orientation(image: Image.Image) -> int:
     """What EXIF or XMP say; broken entries say nothing.
 

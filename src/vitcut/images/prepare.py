@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vitcut.errors import ArtefactError, DataError, shortage
-from vitcut.images.decoding import Picture, decode
+from vitcut.images.decoding import Picture, decode, told_turned
 from vitcut.images.drawn import SOURCE_WORD, drawn_images
 from vitcut.images.readers import ImageSource
 from vitcut.images.settings import DataSettings
@@ -141,14 +141,7 @@ def prepare(settings: DataSettings, framing: Framing = WHOLE) -> PreparedData:
     if prepared.skipped:
         say(f"left out: {_bad_images(prepared.skipped, len(prepared.images))}")
     if prepared.num_turned:
-        told = {
-            "apply": "turned as it says; --orientation ignore takes pixels as they are stored",
-            "ignore": "ignored, as timm and torchvision do; --orientation apply turns them",
-        }
-        say(
-            f"data: {prepared.num_turned} of {len(prepared.images)} pictures have an EXIF "
-            f"orientation, which is {told[framing.orientation]}"
-        )
+        say(f"data: {told_turned(prepared.num_turned, len(prepared.images), framing)}")
     say(
         f"data: {len(prepared.images)} images of {len(prepared.class_names)} classes, "
         f"{'found' if found else 'prepared'} in {folder}"

@@ -48,6 +48,28 @@ class Fill:
         values = {name: t.to(tensor.device, tensor.dtype) for name, t in self._tensors().items()}
         return replace(self, **values)
 
+    def on(self, weights: ViTWeights) -> "Fill":
+        """The same fill on the tokens of a model: rows of patches that it has not are left out.
+
+        Args:
+            weights: The model, on all patches or on some (see ``ViTWeights.at``).
+
+        Raises:
+            CircuitError: The fill is of a model with another number of tokens.
+        """
+        tokens, patches = self.sources.shape[-2], weights.shape.grid_size**2
+        if tokens == weights.num_tokens:
+            return self
+        if weights.kept_patches is None or tokens != weights.num_prefix + patches:
+            raise CircuitError(
+                f"the fill is of a model with {tokens} tokens, got one with {weights.num_tokens}: "
+                "fit it again"
+            )
+        kept = [weights.num_prefix + patch for patch in weights.kept_patches]
+        rows = [*range(weights.num_prefix), *kept]
+        neurons = None if self.neurons is None else self.neurons[..., rows, :]
+        return replace(self, sources=self.sources[..., rows, :], neurons=neurons)
+
     def refitted(self, weights: ViTWeights) -> ViTWeights:
         """The weights with this fill's classifier, if it has one."""
         if self.head_weight is None or self.head_bias is None:

@@ -120,11 +120,11 @@ class Fitter:
             CircuitError: The circuit is under ``resample`` ablation, or there are too few images.
             ConfigError: A linear fit would not fit into the allowed memory.
         """
-        weights = self._weights
+        weights = self._weights.at(circuit.positions)
         if circuit.ablation == "zero":
             return Fit(fill=zero_fill(weights))
         if circuit.ablation == "mean":
-            return Fit(fill=self.means)
+            return Fit(fill=self.means.on(weights))
         if self._last is None or self._last.fill.circuit != circuit.fingerprint:
             self._last = None  # Frees its statistics before the next ones are taken.
             pixels = self._read_pixels()
@@ -137,9 +137,9 @@ class Fitter:
             if self._logits is None:
                 batches = pixels.split(_BATCH)
                 tracked = track(batches, "running the whole model", len(batches), unit="batches")
-                self._logits = _full_logits(weights, tracked)
+                self._logits = _full_logits(self._weights, tracked)
             self._last = fit_fill(
-                weights, circuit, pixels, means, logits=self._logits, ridge=self._ridge
+                self._weights, circuit, pixels, means, logits=self._logits, ridge=self._ridge
             )
         return self._last
 
@@ -281,6 +281,8 @@ def fit_fill(
     batches = pixels.split(_BATCH)
     if logits is None:
         logits = _full_logits(weights, batches)
+    weights = weights.at(circuit.positions)
+    means = None if means is None else means.on(weights)
     mask = _FittingMask(weights, circuit, means, logits, ridge)
     # The passes of all batches walk in step: each site is fitted to all images, then masked.
     walks = [

@@ -103,7 +103,8 @@ def masked_run(
     A target's input, before its LayerNorm, is the sum of what its kept sources write now, the
     fill's values of its cut sources, and the output biases before it. A cut neuron has the fill's
     value; the maps of a fill add to what kept heads and neurons write. A fill may bring a
-    classifier of its own.
+    classifier of its own. A cut position is absent: it has no token, so that attention, and a
+    classifier that pools patches, spread over the others.
 
     Args:
         weights: The model.
@@ -114,8 +115,8 @@ def masked_run(
     Raises:
         CircuitError: Circuit or fill do not fit the model.
     """
-    fill.require_fit(circuit)
-    weights, mask = fill.refitted(weights), PartMask(weights, circuit.graph, circuit.neurons, fill)
+    weights, fill = _filled(weights, circuit, fill)
+    mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
     return run_parts(weights, pixels, circuit_stream(weights, circuit, fill.sources), mask)
 
 
@@ -130,11 +131,19 @@ def masked_forward(
     Raises:
         CircuitError: Circuit or fill do not fit the model.
     """
-    fill.require_fit(circuit)
-    weights, mask = fill.refitted(weights), PartMask(weights, circuit.graph, circuit.neurons, fill)
+    weights, fill = _filled(weights, circuit, fill)
+    mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
     stream = circuit_stream(weights, circuit, fill.sources)
     [last] = deque(walk(weights, pixels, stream, mask), maxlen=1)
     return last.values
+
+
+def _filled(weights: ViTWeights, circuit: Circuit, fill: Fill) -> tuple[ViTWeights, Fill]:
+    """The model on the positions that a circuit keeps, with the fill's classifier; the fill."""
+    fill.require_fit(circuit)
+    weights = weights.at(circuit.positions)
+    fill = fill.on(weights)
+    return fill.refitted(weights), fill
 
 
 def masked_logits(

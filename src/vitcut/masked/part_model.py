@@ -19,6 +19,7 @@ from vitcut.graph import SiteKey
 from vitcut.masked.fill import Fill
 from vitcut.model.forward import (
     activate,
+    attend,
     classify,
     embed,
     norm_and_rotate,
@@ -42,12 +43,36 @@ class Site:
     """What cut features add whatever the image, and the output bias."""
 
 
+class Attended(NamedTuple):
+    """What the kept heads of a block and token kind attend with."""
+
+    queries: Float[Tensor, "images heads queries head_dim"]
+    keys: Float[Tensor, "images heads tokens head_dim"]
+    values: Float[Tensor, "images heads tokens head_dim"]
+    scale: float
+
+    @property
+    def z(self) -> Float[Tensor, "images queries features"]:
+        """What they mix."""
+        mixed = F.scaled_dot_product_attention(
+            self.queries, self.keys, self.values, scale=self.scale
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+    @property
+    def pattern(self) -> Float[Tensor, "images heads queries tokens"]:
+        """How much of each value."""
+        return attend(self.queries, self.keys, self.scale)
+
+
 class Write(NamedTuple):
     """What the kept features of one site were, and the stream right after they were written."""
 
     features: Float[Tensor, "images tokens kept"]
     stream: Float[Tensor, "images tokens width"]
     """Of the tokens of the kind."""
+    attended: Attended | None = None
+    """Of heads, what they attend with; None for neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +103,8 @@ class PartModel:
         if circuit.read_by_all is None:
             raise CircuitError("expected a circuit that cuts whole heads and neurons, not edges")
         fill.require_fit(circuit)
+        weights = weights.at(circuit.positions)
+        fill = fill.on(weights)
         if fill.sources.ndim != 3:
             raise CircuitError("expected a fill with one value for all images, got one per image")
         self._weights = weights = fill.refitted(weights)
@@ -130,12 +157,20 @@ class PartModel:
             constant=constant + mlp.out_bias,
         )
 
-    def run(self, pixels: Float[Tensor, "images channels y x"], *, trace: bool = False) -> PartRun:
+    def run(
+        self,
+        pixels: Float[Tensor, "images channels y x"],
+        *,
+        trace: bool = False,
+        log_weights: Float[Tensor, "images patches"] | None = None,
+    ) -> PartRun:
         """Run the model.
 
         Args:
             pixels: Normalised images.
             trace: Keep what each site computes.
+            log_weights: Logarithms of the patches' weights where the classifier pools them; None
+                weighs all alike.
         """
         weights, writes = self._weights, dict[SiteKey, Write]()
         embedded = embed(weights, pixels)
@@ -144,32 +179,32 @@ class PartModel:
             for span, table in zip(self.rows, self._embedding, strict=True)
         ]
 
-        def write(place: SiteKey, features: Tensor | None) -> None:
+        def write(place: SiteKey, features: Tensor | None, attended: Attended | None) -> None:
             site, kind = self.sites[place], place[2]
             if features is None:
                 streams[kind] = streams[kind] + site.constant
                 return
             streams[kind] = streams[kind] + (F.linear(features, site.writes) + site.constant)
             if trace:
-                writes[place] = Write(features, streams[kind])
+                writes[place] = Write(features, streams[kind], attended)
 
         for layer, block in enumerate(weights.blocks):
-            for kind, z in enumerate(self._attend(layer, streams)):
-                write((layer, "heads", kind), z)
+            for kind, attended in enumerate(self._attend(layer, streams)):
+                z = None if attended is None else attended.z
+                write((layer, "heads", kind), z, attended)
             for kind in range(len(streams)):
                 kept, hidden = self.sites[layer, "neurons", kind].features, None
                 if len(kept):
                     normed = normalise(block.mlp_norm, streams[kind])
                     hidden = _activate_some(block.mlp, normed, kept)
-                write((layer, "neurons", kind), hidden)
-        return PartRun(
-            logits=classify(weights, read_out(weights, torch.cat(streams, 1))), writes=writes
-        )
+                write((layer, "neurons", kind), hidden, None)
+        readout = read_out(weights, torch.cat(streams, 1))
+        return PartRun(logits=classify(weights, readout, log_weights), writes=writes)
 
     def _attend(
         self, layer: int, streams: list[Float[Tensor, "images _tokens width"]]
-    ) -> list[Float[Tensor, "images _tokens kept"] | None]:
-        """What the kept heads of each kind attend to; None where none is kept."""
+    ) -> list[Attended | None]:
+        """What the kept heads of each kind attend with; None where none is kept."""
         block = self._weights.blocks[layer]
         head_dim = block.attn.q_weight.shape[1]
         by_kind = [
@@ -181,7 +216,7 @@ class PartModel:
             return [None] * len(streams)
         normed = normalise(block.attn_norm, torch.cat(streams, 1))
         k, v = (_project_some(block.attn, letter, normed, heads) for letter in LETTERS[1:])
-        found: list[Tensor | None] = []
+        found: list[Attended | None] = []
         for rows, kept in zip(self.rows, by_kind, strict=True):
             if not len(kept):
                 found.append(None)
@@ -191,8 +226,7 @@ class PartModel:
             if len(kept) < len(heads):
                 chosen = torch.isin(heads, kept)
                 keys, values = k[:, chosen], v[:, chosen]
-            z = F.scaled_dot_product_attention(q, keys, values, scale=block.attn.scale)
-            found.append(z.transpose(1, 2).flatten(2))
+            found.append(Attended(q, keys, values, block.attn.scale))
         return found
 
 

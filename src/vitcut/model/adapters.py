@@ -146,8 +146,9 @@ def library_of(model: nn.Module) -> str:
 
 
 def library_of_class(kind: type) -> str:
-    """The package that a class comes from."""
-    return kind.__module__.partition(".")[0]
+    """The package that a class comes from; what a library holds models in is none of them."""
+    package, _, inside = kind.__module__.partition(".")
+    return f"{package}.utils" if inside.startswith("utils") else package
 
 
 def adapter_of(library: str) -> Callable[[nn.Module], ViTWeights]:

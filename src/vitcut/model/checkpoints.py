@@ -448,12 +448,10 @@ def _is_no_layer(name: str, tensor: Tensor) -> bool:
 def _num_classes(found: _Weights, head: str, path: Path) -> int:
     weights = found.own
     if head not in weights:
-        patches = weights.get(_PATCHES, weights.get(_TORCHVISION_PATCHES, torch.empty(0)))
         layers = [
             f"{name} {list(tensor.shape)}"
             for name, tensor in {**weights, **found.beside}.items()
-            if tensor.ndim == 2 and tensor.shape[1] == len(patches)
-            if not re.search(r"(blocks|layers)\.", name)
+            if tensor.ndim == 2 and not re.search(r"(blocks|layers)\.", name)
         ]
         seen = (
             f"found {listed(layers)}: if that is one linear layer on the ViT's features, make it "

@@ -1,6 +1,7 @@
 """What a model's logits stand for, and copies of a model that give only some of them."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -104,6 +105,12 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
+def _without_accents(name: str) -> str:
+    """How a name is sorted where accents are typed apart (as macOS does) or do not count."""
+    parts = unicodedata.normalize("NFKD", name.casefold())
+    return "".join(part for part in parts if not unicodedata.combining(part))
+
+
 def _unnamed(owner: str, num_classes: int, data: Labels, task: Task) -> tuple[Labels, str]:
     """The classes of a model that names none, by their number, and what decided."""
     usual, positions = imagenet_labels(), tuple(map(str, range(num_classes)))
@@ -114,7 +121,7 @@ def _unnamed(owner: str, num_classes: int, data: Labels, task: Task) -> tuple[La
     candidates = ((data.stated, "data's"), (data.ids, "data's"), (task.class_ids, "task's"))
     for given, whose in candidates:
         if len(given) == num_classes and set(given) <= {*data.ids, *data.stated}:
-            ids, rule = _in_order(given, data, owner)
+            ids, rule = _in_order(given, data, owner, task)
             name_of = dict(zip(data.ids, data.names, strict=True))
             names = tuple(name_of.get(own, own) for own in ids)
             return Labels(owner=owner, ids=ids, names=names), f"the {whose} classes, {rule}"
@@ -135,7 +142,9 @@ def _unnamed(owner: str, num_classes: int, data: Labels, task: Task) -> tuple[La
     )
 
 
-def _in_order(ids: tuple[str, ...], data: Labels, owner: str) -> tuple[tuple[str, ...], str]:
+def _in_order(
+    ids: tuple[str, ...], data: Labels, owner: str, task: Task
+) -> tuple[tuple[str, ...], str]:
     """The data's classes in the order that is stated, or that all who sort names agree on.
 
     Raises:
@@ -148,12 +157,16 @@ def _in_order(ids: tuple[str, ...], data: Labels, owner: str) -> tuple[tuple[str
     readings = {
         "string order": sorted(ids),
         "natural order": sorted(ids, key=_by_number),
-        "order whatever the case": sorted(ids, key=lambda own: (own.casefold(), own)),
+        "order whatever case and accents": sorted(sorted(ids), key=_without_accents),
     }
     if set(ids) == set(map(str, range(len(ids)))):
         return tuple(readings["natural order"]), "in the order of their numbers"
     if len(ids) == len(imagenet_labels().ids) == len(known := known_synsets(data)):
         readings["ImageNet's order"] = [data.ids[known[key]] for key in imagenet_labels().ids]
+    of_groups = {item.group: data.called(item.id) for item in task.classes}
+    listed = [data.ids[at] for group in task.groups for at in of_groups.get(group, ())]
+    if sorted(listed) == sorted(ids):  # one class each, as in "classes: [c, a, b]"
+        readings["the label file's order"] = listed
     strings = readings["string order"]
     for other, found in readings.items():
         if found != strings:

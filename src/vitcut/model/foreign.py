@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from vitcut.errors import ModelError, one_line, shortage
+from vitcut.labels import Labels
 
 LOAD_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -50,6 +51,32 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}, expected settings by name")
     return config
+
+
+def labels_in(config: str, owner: str, named: Any, described: Any = None) -> Labels:
+    """The classes that a configuration names.
+
+    Args:
+        config: The file and its entry, for messages.
+        owner: Whose classes they are, for messages.
+        named: The ids of the classes: a list, or texts by the number of the logit.
+        described: Names for people by id, as far as there are any.
+
+    Raises:
+        ModelError: They are not one text, or number, for every logit from 0 on.
+    """
+    by_number = named if isinstance(named, dict) else dict(enumerate(named))
+    places = {str(at) for at in range(len(by_number))}
+    texts = [*by_number.values(), *(described or {}).values()]
+    if set(map(str, by_number)) != places or not all(isinstance(one, (str, int)) for one in texts):
+        shown = ", ".join(f"{key!r}: {value!r}" for key, value in list(by_number.items())[:_SHOWN])
+        raise ModelError(
+            f"{config} names classes {shown}{', ...' if len(by_number) > _SHOWN else ''}: expected "
+            f"a text for each of the logits 0 to {len(by_number) - 1}: correct it"
+        )
+    ids = [str(by_number[key]) for key in sorted(by_number, key=int)]
+    told = {str(key): str(value) for key, value in (described or {}).items()}
+    return Labels(owner=owner, ids=tuple(ids), names=tuple(told.get(own, own) for own in ids))
 
 
 def require_plausible(config: dict[str, Any], folder: Path) -> None:

@@ -35,7 +35,10 @@ def embed(
 ) -> Float[Tensor, "images tokens stream"]:
     """Everything that enters block 0: prefix tokens, patches and positions."""
     patches = F.conv2d(pixels, weights.patch_weight, weights.patch_bias, stride=weights.patch_size)
-    patches = patches.flatten(2).transpose(1, 2) + weights.positions
+    patches = patches.flatten(2).transpose(1, 2)
+    if weights.kept_patches is not None:
+        patches = patches[:, list(weights.kept_patches)]
+    patches = patches + weights.positions
     if weights.patch_norm is not None:
         patches = normalise(weights.patch_norm, patches)
     prefix = weights.prefix.expand(pixels.shape[0], -1, -1)
@@ -157,23 +160,40 @@ def read_out(
 
 
 def classify(
-    weights: ViTWeights, readout: Float[Tensor, "images read_tokens width"]
+    weights: ViTWeights,
+    readout: Float[Tensor, "images read_tokens width"],
+    log_weights: Float[Tensor, "images patches"] | None = None,
 ) -> Float[Tensor, "images classes"]:
-    """Logits from the tokens that the classifier reads (see ``read_out``)."""
-    return F.linear(readout_features(weights, readout), weights.head_weight, weights.head_bias)
+    """Logits from the tokens that the classifier reads (see ``read_out``).
+
+    Args:
+        weights: The model.
+        readout: The tokens.
+        log_weights: Logarithms of the weights of pooled patches; None weighs all alike.
+    """
+    features = readout_features(weights, readout, log_weights)
+    return F.linear(features, weights.head_weight, weights.head_bias)
 
 
 def readout_features(
-    weights: ViTWeights, readout: Float[Tensor, "images read_tokens width"]
+    weights: ViTWeights,
+    readout: Float[Tensor, "images read_tokens width"],
+    log_weights: Float[Tensor, "images patches"] | None = None,
 ) -> Float[Tensor, "images features"]:
     """What the classifier multiplies: prefix tokens one after the other, then pooled patches."""
+
+    def pool(patches: Tensor) -> Float[Tensor, "images 1 width"]:
+        if log_weights is None:
+            return patches.mean(1, keepdim=True)
+        return log_weights.softmax(1)[:, None] @ patches
+
     features = normalise_last(weights, readout[:, : weights.num_read])
     if weights.patch_readout != "none":
         patches = readout[:, weights.num_read :]
         if weights.patch_readout == "mean":
-            pooled = normalise_last(weights, patches.mean(1, keepdim=True))
+            pooled = normalise_last(weights, pool(patches))
         else:
-            pooled = normalise_last(weights, patches).mean(1, keepdim=True)
+            pooled = pool(normalise_last(weights, patches))
         features = torch.cat([features, pooled], dim=1)
     return features.flatten(1)
 

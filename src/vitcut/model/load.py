@@ -11,12 +11,12 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from vitcut.errors import ConfigError, ModelError
-from vitcut.hub import hub_access
+from vitcut.hub import HUB, TIMM, hub_access, require_there
 from vitcut.model.adapters import as_classifier, read_weights
 from vitcut.model.checkpoints import load_checkpoint
 from vitcut.model.foreign import read_config, require_plausible, told_as
 from vitcut.model.model import Model
-from vitcut.model.saving import CONFIG, FORMAT_VERSION, TENSORS
+from vitcut.model.saving import CONFIG, FORMAT_VERSION, ORIENTATION, TENSORS
 from vitcut.model.timm_folders import load_random, load_timm
 from vitcut.model.transformers_folders import WEIGHTS, labels_of, load_hf_folder
 from vitcut.names import SHIPPED_MODEL
@@ -24,8 +24,6 @@ from vitcut.preprocessing import WHOLE, Preprocessing, numbers, per_channel
 from vitcut.settings import require_at_least, require_bounds, require_utf8
 from vitcut.store import hash_of_read, sha256_file
 
-TIMM, HUB = "timm:", "hf-hub:"
-"""Prefixes of model names."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Suffixes of files that hold bare weights, in lower case; .tar as in .pth.tar."""
 
@@ -46,9 +44,6 @@ def load(
 ) -> Model:
     """Load a model as `vitcut.load_model` does, except from runs that did not train it."""
     means, stds = numbers("mean", mean), numbers("std", std)
-    for value in stds or ():
-        if not value > 0:
-            raise ConfigError(f"std must be a finite number > 0, got {value:g}")
     if image_size is not None:
         require_at_least("image-size", image_size, 1)
         # The least is the model's: one patch.
@@ -68,6 +63,12 @@ def load(
                 said = flag.replace("-", "_")
                 raise ConfigError(f"a module is taken as it was built, got {said}: leave it out")
         return _wrap(model, means, stds)
+    other: Any = model  # a caller without a type checker may pass anything
+    if not isinstance(other, (str, Path)):
+        raise ConfigError(
+            f"a model is a module, a path or a name, got {type(other).__name__}: load a state "
+            "dict into its module, or save it and give the file and arch"
+        )
     require_utf8("model", model)
     name, path = str(model), Path(model)
     is_file = path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file()
@@ -76,7 +77,7 @@ def load(
             if not is_file:
                 raise ConfigError(
                     f"{flag} is for a file of bare weights ({', '.join(WEIGHT_SUFFIXES)}), got it "
-                    f"with {name!r}: leave it out, or correct the path"
+                    f"with {name!r}: leave it out, or correct the path or the file's ending"
                 )
         elif not name.startswith(TIMM):
             why = ", whose weights or configuration say the size" if flag == "image-size" else ""
@@ -102,6 +103,8 @@ def _wrap(
             "a module needs mean and std, on the scale 0 to 1, one number each or one per channel: "
             "give those that it was trained with"
         )
+    if any(tensor.is_meta for tensor in module.parameters()):
+        raise ModelError("the module is on the device meta, without values: load its weights first")
     own = as_classifier(deepcopy(module).float().cpu().eval())
     weights = read_weights(own)
     if not {len(mean), len(std)} <= {1, weights.channels}:
@@ -146,14 +149,18 @@ def _from_folder(name: str) -> Model:
     if name == SHIPPED_MODEL:
         folder = Path(str(resources.files("vitcut"))) / "assets" / name
     else:
+        require_there(name)
         folder = Path(name.removeprefix("local-dir:"))
-        if not folder.exists():
+        if folder.suffix.lower() == ".onnx":
             raise ModelError(
-                f"no model at {folder}: expected a folder with {CONFIG}, a run directory, a file "
-                f"of weights, timm:NAME, hf-hub:REPOSITORY, or {SHIPPED_MODEL}"
+                f"{folder} is an .onnx file, which only predict reads: give the model that it was "
+                "made from"
             )
         if not folder.is_dir():
-            raise ModelError(f"{folder} is a file: expected a model folder with {CONFIG}")
+            raise ModelError(
+                f"{folder} is a file: expected a model folder with {CONFIG}, or weights in a file "
+                f"that ends in {', '.join(WEIGHT_SUFFIXES)}"
+            )
         folder = folder / "dense" if (folder / "dense").is_dir() else folder
     if not (folder / CONFIG).is_file():
         raise ModelError(
@@ -169,14 +176,14 @@ def _from_folder(name: str) -> Model:
     if "vitcut" in config:
         _check_own(folder, config)
     if hugging_face:
-        return load_hf_folder(folder, name)
+        return _turning(config, load_hf_folder(folder, name))
     if "torchvision" in config:
         # Imported here: torchvision's models take seconds to import.
         from vitcut.model.torchvision_models import load_torchvision_folder
 
-        return load_torchvision_folder(folder, name, config)
+        return _turning(config, load_torchvision_folder(folder, name, config))
     if "architecture" in config:
-        return load_timm(f"local-dir:{folder}", name)
+        return _turning(config, load_timm(f"local-dir:{folder}", name))
     if "plan" in config:
         raise ModelError(
             f"{folder} is a compact model, expected a dense one: give the model it was cut from"
@@ -185,6 +192,14 @@ def _from_folder(name: str) -> Model:
         f"{folder / CONFIG} names no architecture: expected a dense model of timm (architecture) "
         "or transformers (model_type)"
     )
+
+
+def _turning(config: dict[str, Any], model: Model) -> Model:
+    """The model, whose pictures are turned as its folder says, or else as its library does."""
+    taken = model.preprocessing
+    stated = config.get(ORIENTATION, taken.framing.orientation)
+    framing = replace(taken.framing, orientation=stated)
+    return replace(model, preprocessing=replace(taken, framing=framing))
 
 
 def _check_own(folder: Path, config: dict[str, Any]) -> None:

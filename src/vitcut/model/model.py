@@ -13,6 +13,7 @@ from vitcut.compact.info import ModelInfo
 from vitcut.errors import ModelError, TaskError, UnsupportedModelError
 from vitcut.labels import Labels
 from vitcut.model.classes import find_labels, keep_rows
+from vitcut.model.foreign import labels_in
 from vitcut.model.saving import save_dense
 from vitcut.model.tracing import read_model
 from vitcut.model.weights import ViTWeights
@@ -140,19 +141,21 @@ class Model:
             source_sha256=self.weight_hash,
         )
 
-    def with_labels(self, names: Sequence[str]) -> "Model":
+    def with_labels(self, names: Sequence[str] | Mapping[Any, str]) -> "Model":
         """The same model, whose logits stand for these classes, in this order.
 
+        Args:
+            names: A list, or names by the number of the logit.
+
         Raises:
-            ModelError: There are more or fewer names than logits.
+            ModelError: There are more or fewer names than logits, or they are no texts.
         """
         if len(names) != self.weights.num_classes:
             raise ModelError(
                 f"labels names {len(names)} classes, {self.name!r} has {self.weights.num_classes} "
                 "logits: expected one name for each, in their order"
             )
-        given = tuple(names)
-        return replace(self, labels=Labels(owner=f"model {self.name!r}", ids=given, names=given))
+        return replace(self, labels=labels_in("labels", f"model {self.name!r}", names))
 
     @property
     def public_name(self) -> str | None:

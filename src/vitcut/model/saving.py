@@ -12,6 +12,8 @@ from vitcut.preprocessing import Preprocessing
 from vitcut.store import atomic_folder, sha256_file, sha256_json, write_json, write_text
 
 FORMAT_VERSION = 1
+ORIENTATION = "orientation"
+"""The entry in a configuration that says to turn pictures otherwise than its library does."""
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
@@ -52,6 +54,9 @@ def save_dense(
 
             class_names = dict(zip(labels.ids, labels.names, strict=True))
             config = save_timm_folder(model, fresh, preprocessing, class_names)
+        usual = "apply" if library == "transformers" else "ignore"
+        if preprocessing.framing.orientation != usual:
+            config[ORIENTATION] = preprocessing.framing.orientation
         # transformers keeps unknown entries of the folder that a model was read from; the hash
         # below is of the library's entries alone.
         config.pop("vitcut", None)

@@ -17,7 +17,7 @@ from torch import nn
 from vitcut.errors import ConfigError, ModelError, one_line
 from vitcut.hub import hub_access
 from vitcut.labels import Labels
-from vitcut.model.foreign import told_as
+from vitcut.model.foreign import labels_in, told_as
 from vitcut.model.model import Model
 from vitcut.preprocessing import Fit, Framing, Preprocessing, per_channel
 from vitcut.progress import say
@@ -61,15 +61,15 @@ def load_timm(name: str, spec: str, image_size: int | None = None) -> Model:
     config = f"{name.removeprefix('local-dir:')}/{_CONFIG}" if local else f"{_CONFIG} of {spec!r}"
     preprocessing, labels = timm_preprocessing(model, spec, config=config), None
     ids = model.pretrained_cfg.get("label_names")
-    if isinstance(ids, (list, tuple)):
+    if ids:
         names = model.pretrained_cfg.get("label_descriptions") or {}
-        if not isinstance(names, dict):
+        if not isinstance(ids, (list, tuple, dict)) or not isinstance(names, dict):
             raise ModelError(
-                f"the model's label_descriptions are a {type(names).__name__}, expected "
-                f"{{label: description}}: correct {_CONFIG}"
+                f"label_names in {config} are a {type(ids).__name__}, label_descriptions are a "
+                f"{type(names).__name__}, expected [label, ...] or {{logit: label}}, and {{label: "
+                "description}: correct it"
             )
-        described = tuple(str(names.get(item, item)) for item in ids)
-        labels = Labels(owner=f"model {spec!r}", ids=tuple(ids), names=described)
+        labels = labels_in(f"label_names in {config}", f"model {spec!r}", ids, names)
     elif ":" not in name and (subset := infer_imagenet_subset(model)) is not None:
         # timm's own weights, whose classes timm knows by their number.
         known = ImageNetInfo(subset)

@@ -16,7 +16,7 @@ from torch import nn
 from vitcut.errors import ConfigError, ModelError
 from vitcut.labels import Labels
 from vitcut.model.adapters import adapter_of, as_classifier
-from vitcut.model.foreign import read_config, told_as, told_misfits
+from vitcut.model.foreign import labels_in, read_config, told_as, told_misfits
 from vitcut.model.model import Model
 from vitcut.preprocessing import Fit, Framing, Preprocessing, per_channel
 from vitcut.progress import say
@@ -37,12 +37,12 @@ _PROCESSOR_OF_MODEL = {
     "vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit", "clip": "CLIP",
 }  # fmt: skip
 """The processor of a model whose settings name none, by ``model_type``."""
-_DEFAULTED = (
-    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
-    "do_normalize", "image_mean", "image_std",
+_YES_NO = (
+    "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "default_to_square",
 )  # fmt: skip
-_SHORTER_SIDE = ("Bit", "CLIP")
-"""Processors for which a single number as ``size`` is the shorter side; the others squash."""
+_DEFAULTED = (
+    *_YES_NO, "size", "resample", "crop_size", "rescale_factor", "image_mean", "image_std",
+)  # fmt: skip
 
 
 def load_hf_folder(folder: Path, spec: str) -> Model:
@@ -105,12 +105,10 @@ def labels_of(config: Any, spec: str) -> Labels | None:
         config: Of a model.
         spec: What the user asked for.
     """
-    id2label: dict[int, Any] = getattr(config, "id2label", None) or {}
-    numbers = sorted(id2label)
-    texts = tuple(str(id2label[number]) for number in numbers)
-    if all(text in {f"LABEL_{at}", str(at)} for at, text in zip(numbers, texts, strict=True)):
-        return None
-    return Labels(owner=f"model {spec!r}", ids=texts, names=texts)
+    id2label = getattr(config, "id2label", None) or {}
+    found = labels_in(f"id2label in the config.json of {spec}", f"model {spec!r}", id2label)
+    unsaid = all(own in {f"LABEL_{at}", str(at)} for at, own in enumerate(found.ids))
+    return None if unsaid else found
 
 
 def save_hf_folder(
@@ -242,6 +240,14 @@ class _Processor:
         own_class: Any = getattr(import_module("transformers"), f"{kind}ImageProcessor")
         content: dict[str, Any] = {name: getattr(own_class, name, None) for name in _DEFAULTED}
         content |= {name: value for name, value in written.items() if value is not None}
+        for name, value in content.items():
+            if name in _YES_NO and not (value is None or isinstance(value, bool)):
+                raise ModelError(f"{path} has {name} {value!r}, expected true or false")
+        if content["do_pad"]:
+            raise ModelError(
+                f"{path} has do_pad, and vitcut does not pad: remove it if it changes "
+                "nothing, or save the processor without it"
+            )
         self._settings = content
 
         # What is scaled to how many pixels before the crop; None if nothing is.
@@ -251,7 +257,7 @@ class _Processor:
         if content["do_resize"]:
             if isinstance(size, dict) and "shortest_edge" in size:
                 size = size["shortest_edge"]
-            elif type(size) is not int or kind not in _SHORTER_SIDE:
+            elif type(size) is not int or content["default_to_square"]:
                 self._fit = "squash"
             self._scaled = self._square("size", size)
         elif crops:
@@ -264,6 +270,8 @@ class _Processor:
         # Convert mean and deviation to the scale 0 to 1. A processor that multiplies pixels by f
         # and normalises by (x - m) / s computes (x - m / 255f) / (s / 255f) on that scale.
         factor = self._settings["rescale_factor"] if self._settings["do_rescale"] else 1.0
+        if type(factor) not in {int, float} or not factor > 0:
+            raise ModelError(f"{self.path} has rescale_factor {factor!r}, expected a number > 0")
         top = 1.0 if abs(factor * _TOP - 1) < 1e-6 else factor * _TOP
         mean, std = (0.0,) * channels, (1 / top,) * channels
         if self._settings["do_normalize"]:

@@ -9,9 +9,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vitcut.compact.plan import ViTShape
+from vitcut.errors import CircuitError
 from vitcut.graph import Graph
 from vitcut.names import Activation, PatchReadout, TokenKind, Tokens
 from vitcut.settings import require_one_of
@@ -148,6 +151,10 @@ class ViTWeights:
     patch_readout: PatchReadout = "none"
     patch_norm: NormWeights | None = None
     """LayerNorm on patches plus positions, before the first block (timm's ``norm_pre``)."""
+    kept_patches: tuple[int, ...] | None = None
+    """The patches that enter the model, out of the image's, in their order; None for all."""
+    grid_size: int | None = None
+    """Patches along a side of the image; None for what a square of all positions has."""
 
     def __post_init__(self) -> None:
         require_one_of("patch_readout", self.patch_readout, get_args(PatchReadout))
@@ -177,6 +184,40 @@ class ViTWeights:
             rotary=first.attn.rotation is not None,
             gated=first.mlp.gate_weight is not None,
             neuron_norm=first.mlp.norm is not None,
+            kept_patches=self.kept_patches,
+        )
+
+    def at(self, positions: NDArray[np.bool_] | None) -> "ViTWeights":
+        """The same model on some patches of the image: the others never enter it.
+
+        Args:
+            positions: True where a patch is kept, shape [patches]; None keeps all.
+
+        Raises:
+            CircuitError: The model has another number of patches, or some are gone already.
+        """
+        if positions is None:
+            return self
+        if self.kept_patches is not None or positions.shape != (len(self.positions),):
+            raise CircuitError(
+                f"the circuit is of a model with {len(positions)} patches per image, this one has "
+                f"{len(self.positions)}: use the model it was found in"
+            )
+        kept = torch.from_numpy(np.flatnonzero(positions))
+        rows = torch.cat([torch.arange(self.num_prefix), self.num_prefix + kept]).to(self.device)
+
+        def on_rows(block: BlockWeights) -> BlockWeights:
+            if block.attn.rotation is None:
+                return block
+            attn = replace(block.attn, rotation=block.attn.rotation[:, :, rows])
+            return replace(block, attn=attn)
+
+        return replace(
+            self,
+            positions=self.positions[kept.to(self.device)],
+            blocks=tuple(map(on_rows, self.blocks)),
+            kept_patches=tuple(kept.tolist()),
+            grid_size=self.image_size // self.patch_size,
         )
 
     @cached_property
@@ -250,7 +291,8 @@ class ViTWeights:
     @property
     def image_size(self) -> int:
         """Side of an image, in pixels."""
-        return round(self.positions.shape[0] ** 0.5) * self.patch_size
+        side = self.grid_size or round(self.positions.shape[0] ** 0.5)
+        return side * self.patch_size
 
     @property
     def dtype(self) -> torch.dtype:

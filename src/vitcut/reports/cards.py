@@ -163,6 +163,8 @@ def _kept(point: Point) -> str:
     kept = f"{point.edges_kept} of {point.edges_total} edges and {heads}"
     if point.granularity == "part" and point.neurons_kept_fraction is not None:
         kept = f"{heads} (in any token kind) and {point.neurons_kept_fraction:.1%} of the neurons"
+    if point.positions_kept_fraction not in {None, 1.0}:
+        kept = f"{point.positions_kept_fraction:.1%} of the positions, {kept}"
     return f"Cut by vitcut: {kept} are kept, {point.ablation} ablation stands in for the rest."
 
 

@@ -48,8 +48,13 @@ def files_of(
     if "csv" in kinds and results is not None:
         yield "points.csv", _points_csv(results).encode()
     # A point may be named after a path.
-    circuits = {re.sub(r"[^\w.-]+", "-", name): known for name, known in circuits.items()}
-    for name, (circuit, strengths) in circuits.items():
+    named: dict[str, tuple[Circuit, Strengths]] = {}
+    for point, known in circuits.items():
+        name = re.sub(r"[^\w.-]+", "-", point)
+        while name in named:
+            name += "-too"
+        named[name] = known
+    for name, (circuit, strengths) in named.items():
         if "networkx" in kinds:
             yield f"{name}.networkx.json", _json(to_networkx(circuit, strengths))
         if "mib" in kinds and not circuit.graph.kinds:
@@ -58,7 +63,7 @@ def files_of(
         if results is not None:
             for name, figure in _accuracy_figures(results):
                 yield f"{name}.{suffix}", _drawn(figure, suffix)
-        for name, (circuit, _) in circuits.items():
+        for name, (circuit, _) in named.items():
             yield f"{name}.{suffix}", _drawn(_circuit_figure(circuit), suffix)
 
 
@@ -151,7 +156,8 @@ def _points_csv(results: Results) -> str:
     """A row per point and latency; accuracies are fractions of 1."""
     plain = [
         *("name", "method", "granularity", "ablation", "tau", "edges_total", "edges_kept"),
-        *("heads_total", "heads_kept", "neurons_kept_fraction", "accuracy_fine"),
+        *("heads_total", "heads_kept", "neurons_kept_fraction"),
+        *("positions_kept_fraction", "accuracy_fine"),
         *("accuracy_coarse", "change_low", "change_high", "kl", "macs", "params", "bytes"),
         *("max_abs_diff", "images"),
     ]

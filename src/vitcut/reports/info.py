@@ -121,6 +121,8 @@ def _facts(info: Info) -> Iterator[tuple[str, str]]:
     if cut and point.heads_kept is not None:
         share = point.neurons_kept_fraction
         neurons = "" if share is None else f", {share:.1%} of the neurons"
+        seen = shape.num_patches / shape.grid_size**2
+        neurons += "" if seen == 1 else f", {seen:.1%} of the positions"
         yield "kept", f"{point.heads_kept} of {point.heads_total} heads{neurons}"
     special = {
         "gated MLPs": shape.gated,

@@ -1,20 +1,14 @@
-"""``vitcut report``: what runs hold, as one HTML page that needs neither network nor server.
-
-The page is a template with a stylesheet, a script and one JSON object. The script, its sources
-under ``viewer/``, puts every text of the JSON in as text, never as markup.
-"""
+"""``vitcut report``: what runs hold, as one HTML page that needs neither network nor server."""
 
 import base64
-import hashlib
 import html
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module, resources
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import yaml
@@ -28,12 +22,15 @@ from vitcut.discovery.settings import DiscoverSettings
 from vitcut.errors import ArtefactError, ConfigError
 from vitcut.extras import require_extra
 from vitcut.graph import Graph
+from vitcut.pages import assemble
 from vitcut.reports.files import FileKind, Strengths, files_of, write_files
-from vitcut.reports.tables import headline, recommend
+from vitcut.reports.pictures import Pictures
+from vitcut.reports.tables import headline, recommend, verdict
 from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
 from vitcut.runs import (
     CIRCUIT_FILE,
     PATH_FILE,
+    PICTURES_FILE,
     REPAIR_FILE,
     RESULTS_FILE,
     circuits_in,
@@ -43,9 +40,14 @@ from vitcut.runs import (
 from vitcut.selection.settings import Budget
 from vitcut.settings import as_plain, require_one_of
 from vitcut.store import write_text
-from vitcut.task import shipped_tasks
+from vitcut.task import load_task, shipped_tasks
 from vitcut.training.settings import FinetuneSettings
 
+if TYPE_CHECKING:
+    from vitcut.reports.embedded import EmbeddedModel
+    from vitcut.selection.steps import PathStep
+
+_NO_CUTS = {DENSE, CLASS_ONLY, DENSE_REPAIRED}
 _HEIGHT = 900
 """Of the frame in a notebook, in pixels."""
 
@@ -58,13 +60,22 @@ class Report:
     """The run directories."""
     runs: tuple[dict[str, Any], ...]
     """One JSON object per run, as the page holds them."""
+    model: "EmbeddedModel | None" = None
+    """The cut model of the only run, where the page is to run it."""
 
     @classmethod
-    def of(cls, runs: Sequence[str | Path]) -> "Report":
+    def of(
+        cls, runs: Sequence[str | Path], *, pictures: bool = True, with_model: bool = False
+    ) -> "Report":
         """Read what run directories hold.
 
+        Args:
+            runs: The run directories.
+            pictures: Whether to show the test images that they keep.
+            with_model: Whether the page holds the cut model of the point that it opens at.
+
         Raises:
-            ConfigError: There is no run, or one is given twice.
+            ConfigError: There is no run, one is given twice, or several are given with a model.
             ArtefactError: A directory holds neither results nor a circuit, or one is damaged.
         """
         paths = [Path(run) for run in runs]
@@ -74,29 +85,29 @@ class Report:
         twice = next((run for run in places if places.count(run) > 1), None)
         if twice is not None:
             raise ConfigError(f"report got {twice} twice: give each run once")
-        return cls(paths=tuple(paths), runs=tuple(_read_run(run) for run in paths))
+        if with_model:
+            require_extra("onnx", what="with-model")
+            if len(paths) > 1:
+                raise ConfigError(f"with-model takes one run, got {len(paths)}: give one alone")
+        found = tuple(_read_run(run, pictures=pictures) for run in paths)
+        model = None
+        if with_model:
+            from vitcut.reports.embedded import EmbeddedModel
+
+            [run], [path] = found, paths
+            measured = _results(path)
+            model = EmbeddedModel.of(path, measured, None if measured is None else run["verdict"])
+        return cls(paths=tuple(paths), runs=found, model=model)
 
     def to_html(self) -> str:
         """The whole page."""
-        assets = resources.files("vitcut") / "assets" / "report"
-        style, script, page = (
-            (assets / f"report.{kind}").read_text(encoding="utf-8")
-            for kind in ("css", "js", "html")
-        )
+        held, more = None, {"MODEL_POLICY": "", "MODEL": ""}
+        if self.model is not None:
+            held = {key: value for key, value in vars(self.model).items() if key != "onnx"}
+            more = self.model.elements()
         title = ", ".join(run["name"] for run in self.runs)
-        content = {"version": version("vitcut"), "runs": self.runs}
-        values = {
-            "TITLE": html.escape(title),
-            "STYLE_HASH": _csp_hash(style),
-            "SCRIPT_HASH": _csp_hash(script),
-            "STYLE": style,
-            # Within a script element only "<" could end it or change what it is.
-            "DATA": json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
-            "SCRIPT": script,
-        }
-        parts = page.split("@@")
-        parts[1::2] = [values[name] for name in parts[1::2]]
-        return "".join(parts)
+        content = {"version": version("vitcut"), "model": held, "runs": self.runs}
+        return assemble("report", title, content, **more)
 
     def save(self, path: str | Path) -> None:
         """Write the page, atomically."""
@@ -150,11 +161,7 @@ class Report:
         )
 
 
-def _csp_hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _read_run(path: Path) -> dict[str, Any]:
+def _read_run(path: Path, *, pictures: bool) -> dict[str, Any]:
     """What the page knows of one run; keys whose value is None say what the run does not hold."""
     results = _results(path)
     settings = read_settings(path) if is_run(path) else {}
@@ -166,7 +173,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         )
     task = settings.get("images", {}).get("task", {})
     steps = _steps(path)
-    files |= {step["name"]: path / step["circuit"] for step in steps}
+    files |= {step.name: path / step.circuit for step in steps}
     graphs: list[Graph] = []
     loaded = {name: Circuit.load(file) for name, file in files.items() if file.is_file()}
     circuits = {
@@ -176,20 +183,27 @@ def _read_run(path: Path) -> dict[str, Any]:
     known = [*graphs, *(graph.unsplit for graph in graphs)]
     for point in () if results is None else results.all_points():
         whole = next((g for g in known if g.num_useful_edges == point.edges_total), None)
-        if whole is not None and point.name in {DENSE, CLASS_ONLY, DENSE_REPAIRED}:
+        if whole is not None and point.name in _NO_CUTS:
             circuits[point.name] = _circuit(Circuit.full(whole), graphs, {})
     chosen = None if results is None else recommend(results)
+    cuts = [] if results is None else [p for p in results.points if p.name not in _NO_CUTS]
+    task_name = next((c.task for c in loaded.values()), None) if results is None else results.task
+    if not task and task_name in shipped_tasks():
+        task = load_task(task_name).to_dict()
+    seen = path / PICTURES_FILE
     return {
         "name": path.resolve().name,
-        "task": next((c.task for c in loaded.values()), None) if results is None else results.task,
+        "task": task_name,
         "groups": list(task.get("groups", {})),
         "results": None if results is None else asdict(results),
         "headlines": {}
         if results is None
         else {p.name: headline(results, p) for p in _cuts(results)},
         "recommended": None if chosen is None else chosen.name,
-        "steps": steps,
+        "verdict": verdict(steps if results is None else cuts),
+        "steps": [asdict(step) for step in steps],
         "pairs": _pairs(path),
+        "pictures": asdict(Pictures.load(seen)) if pictures and seen.is_file() else None,
         "graphs": [_graph(graph) for graph in graphs],
         "circuits": circuits,
         "settings": yaml.safe_dump(settings, sort_keys=False) if settings else None,
@@ -224,13 +238,13 @@ def _circuit_files(path: Path, results: Results | None) -> dict[str, Path]:
     return found
 
 
-def _steps(path: Path) -> list[dict[str, Any]]:
+def _steps(path: Path) -> "Sequence[PathStep]":
     """The steps on the way to a budget, measured on val images."""
     if not (path / PATH_FILE).is_file():
         return []
-    from vitcut.selection.search import SearchPath
+    from vitcut.selection.steps import SearchPath
 
-    return [asdict(step) for step in SearchPath.load(path / PATH_FILE).steps]
+    return SearchPath.load(path / PATH_FILE).steps
 
 
 def _pairs(path: Path) -> list[dict[str, Any]]:
@@ -283,6 +297,9 @@ def _circuit(circuit: Circuit, graphs: list[Graph], known: Strengths) -> dict[st
         "kept": _bits(circuit.kept.T[graph.edges.T]),
         "onPath": _bits(circuit.live_sources & circuit.reached_sources),
         "neurons": neurons,
+        "positions": None
+        if circuit.positions is None
+        else {"kept": _bits(circuit.positions), "total": len(circuit.positions)},
         "strengths": strengths,
     }
 

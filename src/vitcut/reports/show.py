@@ -1,5 +1,6 @@
 """Circuits, plans and results as text for a terminal. Loads torch only for a compact model."""
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,14 +69,15 @@ def show_path(path: Path) -> None:
         show_pairs(Repair.load(path / REPAIR_FILE))
     if not (circuits or model or any((path / name).exists() for name in _SHOWN_FILES)):
         raise ArtefactError(
-            f"nothing to show at {path}: expected a run or model directory, or a circuit.json"
+            f"nothing to show at {path}: expected a run or model directory of circuits or cuts, or "
+            "a circuit.json; of a dense model, or what a training made, vitcut info tells"
         )
 
 
 def _show_steps(run: Path) -> None:
     """Print the path to a budget, if a search in this directory has ended."""
     if (run / PATH_FILE).exists():
-        from vitcut.selection.search import SearchPath, print_path
+        from vitcut.selection.steps import SearchPath, print_path
 
         print_path(SearchPath.load(run / PATH_FILE).steps)
 
@@ -261,6 +263,11 @@ def show_circuit(circuit: Circuit) -> None:
             blank = [""] * (len(headers) - 2 - len(tokens))
             table.add_row("classifier", *tokens, *blank, kept_of([target]))
     console.print_table(table, keys=2 if graph.kinds else 1)
+    if circuit.positions is not None:
+        side = math.isqrt(len(circuit.positions))
+        console.print("positions kept (#), on the image's grid of patches:")
+        for row in circuit.positions.reshape(side, -1):
+            console.print("  " + " ".join("#" if kept else "." for kept in row))
 
 
 def circuit_lines(circuit: Circuit) -> Iterator[str]:
@@ -272,6 +279,9 @@ def circuit_lines(circuit: Circuit) -> Iterator[str]:
     heads += " (in any token kind)" if graph.kinds else ""
     if circuit.neurons is not None:
         heads += f", neurons kept {circuit.neurons_kept_fraction:.1%}"
+    if circuit.positions is not None:
+        kept, total = int(circuit.positions.sum()), len(circuit.positions)
+        heads += f", positions kept {kept} of {total}"
     if _cuts_edges(circuit):
         cut = 1 - circuit.num_kept / graph.num_useful_edges
         edges = f"edges kept {circuit.num_kept} of {graph.num_useful_edges} ({cut:.1%} cut)"

@@ -1,8 +1,9 @@
 """Results as tables, for terminals and for Markdown."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -10,6 +11,9 @@ from vitcut.errors import plain_markdown, printable
 from vitcut.names import RuntimeName
 from vitcut.progress import Terminal
 from vitcut.results import CLASS_ONLY, DENSE, DENSE_REPAIRED, Point, Results
+
+if TYPE_CHECKING:
+    from vitcut.selection.steps import PathStep
 
 _ABSENT = "-"
 _PREFERRED: RuntimeName = "onnxruntime"
@@ -77,6 +81,8 @@ def point_table(results: Results, *, runtime: RuntimeName | None = None) -> Poin
     )
     if any(point.granularity == _PART for point in points):
         columns["neurons kept"] = lambda point: _percent(point.neurons_kept_fraction)
+    if any(point.positions_kept_fraction not in {None, 1.0} for point in points):
+        columns["positions kept"] = lambda point: _percent(point.positions_kept_fraction)
     columns |= {
         "coarse accuracy": lambda point: _percent(point.accuracy_coarse),
         "KL": lambda point: _ABSENT if point.kl is None else f"{point.kl:z.3f}",
@@ -129,6 +135,20 @@ def recommend(results: Results) -> Point | None:
         # A repair leaves the MACs as they are.
         return min(safe, key=lambda p: (p.macs or 0, -(p.accuracy_coarse or 0.0)))
     return max(cuts, key=lambda p: p.accuracy_coarse or 0.0)
+
+
+def verdict(points: "Iterable[Point | PathStep]") -> str | None:
+    """The name of the best trade: the smallest whose accuracy is within its interval of dense.
+
+    If there is none, the most accurate.
+
+    Args:
+        points: Cuts, or steps on the way to a budget.
+    """
+    found = sorted(points, key=lambda one: (one.macs or 0, -(one.accuracy_coarse or 0.0)))
+    within = [one for one in found if one.change_high is not None and one.change_high >= 0]
+    best = max(found, key=lambda one: one.accuracy_coarse or 0.0, default=None)
+    return within[0].name if within else None if best is None else best.name
 
 
 def to_markdown(table: PointTable) -> str:

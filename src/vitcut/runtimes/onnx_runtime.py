@@ -81,7 +81,7 @@ def write_graph(
     path: Path,
     *,
     example: Tensor,
-    names: tuple[str, str],
+    names: tuple[str, ...],
     dynamic: Mapping[int, str],
     opset: int,
     metadata: Mapping[str, str],
@@ -92,7 +92,7 @@ def write_graph(
         module: A frozen module in evaluation mode.
         path: The file to write.
         example: The module's input.
-        names: Of the input and the output.
+        names: Of the input and the outputs.
         dynamic: The dimensions of the input that may have any size, with their names.
         opset: Version of ONNX's operations.
         metadata: Texts to store in the file, by name.

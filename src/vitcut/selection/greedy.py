@@ -1,8 +1,8 @@
 """Greedy cutting: repeatedly cut the candidate that raises the KL least per unit of cost saved.
 
-A candidate is one head or neuron of a token kind; a head in all of its kinds, since its keys and
-values go only with their last reader; or all that is left of an attention, MLP or block in one
-kind.
+A candidate is one head or neuron of a token kind; a position; a head in all of its kinds, since its
+keys and values go only with their last reader; or all that is left of an attention, MLP or block in
+one kind.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,25 +43,37 @@ class Alive:
     """Shape [blocks, heads, kinds]."""
     neurons: NDArray[np.bool_]
     """Shape [blocks, kinds, neurons]."""
+    positions: NDArray[np.bool_] | None = None
+    """Shape [patches]; None if all are kept for good."""
 
     @classmethod
-    def useful(cls, graph: Graph, num_neurons: int) -> "Alive":
-        """Every part with a path to the classifier."""
+    def useful(cls, graph: Graph, num_neurons: int, num_patches: int | None = None) -> "Alive":
+        """Every part with a path to the classifier.
+
+        Args:
+            graph: The model's graph.
+            num_neurons: Neurons per MLP.
+            num_patches: Positions that may be cut; None if none may.
+        """
         blocks, kinds = graph.num_layers, graph.num_kinds
         alive = cls(
             heads=np.ones((blocks, graph.num_heads, kinds), dtype=np.bool_),
             neurons=np.ones((blocks, kinds, num_neurons), dtype=np.bool_),
+            positions=None if num_patches is None else np.ones(num_patches, dtype=np.bool_),
         )
         alive.keep_live(Circuit.full(graph))
         return alive
 
     def copy(self) -> "Alive":
         """An independent copy."""
-        return Alive(heads=self.heads.copy(), neurons=self.neurons.copy())
+        positions = None if self.positions is None else self.positions.copy()
+        return Alive(heads=self.heads.copy(), neurons=self.neurons.copy(), positions=positions)
 
     def at(self, site: SiteKey) -> NDArray[np.bool_]:
-        """The heads or neurons of a site, shape [parts]; a view."""
+        """The parts of a site, shape [parts]; a view."""
         layer, parts, kind = site
+        if parts == "positions" and self.positions is not None:
+            return self.positions
         return self.heads[layer, :, kind] if parts == "heads" else self.neurons[layer, kind]
 
     def left(self, site: SiteKey) -> tuple[int, ...]:
@@ -86,10 +98,26 @@ class Alive:
         self.neurons &= mlps[:, :, None]
         if circuit.neurons is not None:
             self.neurons &= circuit.neurons
+        if circuit.positions is not None and self.positions is not None:
+            self.positions &= circuit.positions
 
     def circuit(self, graph: Graph, ablation: Ablation) -> Circuit:
         """The circuit that keeps what is alive."""
-        return Circuit.of_parts(graph, heads=self.heads, neurons=self.neurons, ablation=ablation)
+        return Circuit.of_parts(
+            graph,
+            heads=self.heads,
+            neurons=self.neurons,
+            positions=self.positions,
+            ablation=ablation,
+        )
+
+    @property
+    def sites(self) -> Iterator[SiteKey]:
+        """All places with parts that may be cut."""
+        blocks, kinds = self.neurons.shape[:2]
+        yield from product(range(blocks), ("heads", "neurons"), range(kinds))
+        if self.positions is not None:
+            yield 0, "positions", kinds - 1
 
 
 def by_site(heads: Array, neurons: Array) -> dict[SiteKey, Array]:
@@ -172,7 +200,8 @@ class Savings:
         self._cost = cost
         self._alive = alive
         self._known: dict[Candidate, float] = {}
-        self._per_neuron: dict[SiteKey, float] = {}
+        self._per_one: dict[SiteKey, float] = {}
+        self._stale = False
         self.total = self.measure()
 
     def measure(self) -> float:
@@ -186,17 +215,23 @@ class Savings:
             self._known[candidate] = self.total - after
         return self._known[candidate]
 
-    def of_neuron(self, site: SiteKey) -> float:
-        """How much cutting any one neuron of a site saves."""
+    def of_one(self, site: SiteKey) -> float:
+        """How much cutting any one neuron, or position, of a site saves."""
         # Neurons of a site are alike, each a row or column of the same matrices: one difference
         # serves them all, and the next ones after a cut. Only with the last neuron goes what the
-        # whole MLP needs: its operations, and any norm over its hidden units.
+        # whole MLP needs: its operations, and any norm over its hidden units. Positions are alike
+        # too, each a row of everything.
         if self._alive.at(site).sum() == 1:
             return self.of(((site, self._alive.left(site)),))
-        if site not in self._per_neuron:
+        if site not in self._per_one:
             first = self._alive.left(site)[:1]
-            self._per_neuron[site] = self.of(((site, first),))
-        return self._per_neuron[site]
+            self._per_one[site] = self.of(((site, first),))
+        return self._per_one[site]
+
+    def settle(self) -> None:
+        """Drop all differences if positions were cut: every operation has fewer rows now."""
+        if self._stale:
+            self._known, self._per_one, self._stale = {}, {}, False
 
     def cut(self, candidate: Candidate) -> None:
         """Update the total, and drop the differences that a cut made stale.
@@ -205,12 +240,15 @@ class Savings:
         """
         [(site, parts), *others] = candidate
         layers = {layer for (layer, _, _), _ in candidate}
-        if not all(self._alive.left(place) for place, _ in candidate):
+        if site[1] == "positions":
+            # All savings shrink a little. They are told apart well enough until the next look.
+            self._stale = True
+        elif not all(self._alive.left(place) for place, _ in candidate):
             # A site is empty: parts of other layers may reach nothing now, or read constants.
-            self._known, self._per_neuron = {}, {}
-        elif site in self._per_neuron and len(parts) == 1 and not others:
+            self._known, self._per_one = {}, {}
+        elif site in self._per_one and len(parts) == 1 and not others:
             # One neuron of many: the cost falls by the known difference, nothing is planned anew.
-            saved = self._per_neuron[site]
+            saved = self._per_one[site]
             self.total -= saved
             known, self._known = self._known, {}
             for item, saving in known.items():
@@ -235,10 +273,8 @@ class Savings:
                     for (layer, which, kind), numbers in item
                 )
             }
-            self._per_neuron = {
-                place: saving
-                for place, saving in self._per_neuron.items()
-                if place[0] not in layers
+            self._per_one = {
+                place: saving for place, saving in self._per_one.items() if place[0] not in layers
             }
         self.total = self.measure()
 
@@ -330,7 +366,7 @@ def _in_order(choice: _Choice, scorer: Scorer, savings: "Savings") -> Iterator[C
         if mutual is None:
             mutual = scorer.mutual(choice.candidates)
         rises += mutual[chosen]
-        of_site = {site: savings.of_neuron(site) for site in set(sites)}
+        of_site = {site: savings.of_one(site) for site in set(sites)}
         ratios = np.where(left, rises / [of_site[site] for site in sites], np.inf)
         chosen = int(ratios.argmin())
         if ratios[chosen] > choice.outside:
@@ -339,7 +375,8 @@ def _in_order(choice: _Choice, scorer: Scorer, savings: "Savings") -> Iterator[C
 
 
 def _choose(graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, block: int) -> _Choice:
-    """The next block: one head, the parts of one candidate of several, or the best neurons."""
+    """The next block: one head, parts of one candidate of several, or the best single parts."""
+    savings.settle()
     classifiers = [graph.kind_number(graph.targets[target]) for target in graph.classifiers]
 
     def leaves_sight(candidate: Candidate) -> bool:
@@ -349,20 +386,23 @@ def _choose(graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, block:
 
     # (rise per saving, rise, candidate)
     found: list[tuple[float, float, Candidate]] = []
-    for site in product(range(graph.num_layers), ("heads", "neurons"), range(graph.num_kinds)):
+    for site in alive.sites:
         parts = np.flatnonzero(alive.at(site))
-        if not len(parts):
+        most = block + 1
+        if site[1] == "positions":
+            most = min(most, len(parts) - 1)  # One is left, or nothing of the image is.
+        if not len(parts) or not most:
             continue
         rises = scorer.rises(site)[parts]
-        if site[1] == "neurons":
-            gained = np.full(len(parts), savings.of_neuron(site))
+        if site[1] != "heads":
+            gained = np.full(len(parts), savings.of_one(site))
         else:
             gained = np.array([savings.of(((site, (part,)),)) for part in parts.tolist()])
         ratios = np.full(len(parts), np.inf)
         np.divide(rises, gained, out=ratios, where=gained > 0)
-        for at in np.argsort(ratios, kind="stable")[: block + 1].tolist():
+        for at in np.argsort(ratios, kind="stable")[:most].tolist():
             candidate: Candidate = ((site, (int(parts[at]),)),)
-            if ratios[at] < np.inf and (site[1] == "neurons" or leaves_sight(candidate)):
+            if ratios[at] < np.inf and (site[1] != "heads" or leaves_sight(candidate)):
                 found.append((float(ratios[at]), float(rises[at]), candidate))
     for candidate in _of_several_parts(graph, alive):
         gained = savings.of(candidate)
@@ -370,11 +410,11 @@ def _choose(graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, block:
             rise = scorer.rise(candidate)
             found.append((rise / gained, rise, candidate))
     found.sort(key=lambda item: item[0])
-    # The first candidate, and as many neurons after it as no other candidate comes before.
+    # The first candidate, and as many single parts after it as no other candidate comes before.
     size = 1
-    if found and _is_neuron(found[0][2]):
-        neurons = (_is_neuron(item[2]) for item in found[:block])
-        size = sum(1 for _ in takewhile(bool, neurons))
+    if found and _is_single(found[0][2]):
+        single = (_is_single(item[2]) for item in found[:block])
+        size = sum(1 for _ in takewhile(bool, single))
     return _Choice(
         candidates=[item[2] for item in found[:size]],
         rises=np.array([item[1] for item in found[:size]]),
@@ -382,9 +422,10 @@ def _choose(graph: Graph, alive: Alive, scorer: Scorer, savings: Savings, block:
     )
 
 
-def _is_neuron(candidate: Candidate) -> bool:
+def _is_single(candidate: Candidate) -> bool:
+    """Whether it is one neuron or position, which changes little of what others save."""
     [((_, which, _), parts), *others] = candidate
-    return which == "neurons" and len(parts) == 1 and not others
+    return which != "heads" and len(parts) == 1 and not others
 
 
 def _of_several_parts(graph: Graph, alive: Alive) -> Iterator[Candidate]:

@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 from vitcut.errors import ModelError
 from vitcut.graph import SiteKey
 from vitcut.selection.greedy import Candidate
+from vitcut.selection.positions import PositionSite
 from vitcut.selection.responses import Objective, Site
 from vitcut.shapes import Float, Tensor
+
+_POSITIONS_REFRESHED = 1 / 16
+"""The fraction of the positions that is cut before the others take over their shares of attention.
+Positions are few and change one another much: with 32 of the small model's 64 gone, KL is .028 with
+this, .057 without."""
 
 
 class Joint:
@@ -34,7 +40,7 @@ class Joint:
 
     def __init__(
         self,
-        sites: Iterable[Site],
+        sites: Iterable[Site | PositionSite],
         objective: Objective,
         *,
         refresh_fraction: float,
@@ -113,6 +119,8 @@ class Joint:
         # Until then the cut parts are summed as if each had been cut alone, predicted in part from
         # the others that are gone too. The refresh gives the response to all of them together.
         found, fraction = self._sites[site], self._refresh_fraction
+        if isinstance(found, PositionSite):
+            fraction = _POSITIONS_REFRESHED
         enough = fraction * (found.num_pending + int(found.alive.sum()))
         if fraction == 0 or found.num_pending < max(1.0, enough):
             return False
@@ -144,10 +152,11 @@ class Joint:
         return self._objective.of(self._responses[site]).double().cpu().numpy()
 
     def _response(self, site: SiteKey, parts: tuple[int, ...]) -> Float[Tensor, "responses"]:
-        if len(parts) > 1 and len(parts) == int(self._sites[site].alive.sum()):
+        found = self._sites[site]
+        if isinstance(found, Site) and 1 < len(parts) == int(found.alive.sum()):
             if site not in self._whole:
                 # Parts cut earlier can no longer be predicted from these either. The running sum
                 # holds their responses already, so those are taken off.
-                self._whole[site] = self._sites[site].whole_response() - self._pending[site]
+                self._whole[site] = found.whole_response() - self._pending[site]
             return self._whole[site]
         return self._responses[site][list(parts)].sum(0)

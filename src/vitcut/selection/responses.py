@@ -8,7 +8,8 @@ neurons of one layer and token kind (optimal brain surgeon, Hassibi and Stork 19
 
 What is held in memory: of every kept feature its activation, and of every token the gradients at
 the stream right after each attention and MLP. Output weights turn those into the gradients of all
-features. C classes take C - 1 backward passes, since sum_y q grad log q(y|x) = 0.
+features. Where positions may be cut, attention patterns and values are held too. C classes take
+C - 1 backward passes, since sum_y q grad log q(y|x) = 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from vitcut.metrics import coarse_log_probs
 from vitcut.model.weights import ViTWeights
 from vitcut.progress import track
 from vitcut.selection.greedy import Alive, by_site
+from vitcut.selection.positions import PositionSite, PositionTrace
 from vitcut.shapes import Bool, Float, Int, Tensor
 
 _CHUNK_GIB = 0.75
@@ -352,6 +354,9 @@ def held_gib(weights: ViTWeights, graph: Graph, num_images: int, num_classes: in
             # Responses of parts and of features, and the writes of the model and of the site.
             responses = num_images * (int(parts.sum()) * num_answers + features * probes)
             singles += responses + 2 * weights.width * features
+    # Patterns and values of all heads, where positions may be cut.
+    attended = weights.num_tokens * (weights.num_tokens + weights.blocks[0].attn.q_weight.shape[1])
+    values += num_images * len(weights.blocks) * weights.num_heads * attended
     size = torch.finfo(_HELD_AS.get(weights.dtype, weights.dtype)).bits / 8
     singles *= torch.finfo(weights.dtype).bits // 8
     return (values * size + squares * 8 + singles) / 2**30 + _CHUNK_GIB
@@ -368,7 +373,7 @@ def trace_sites(
     log_p: Float[Tensor, "images groups"],
     statistics: dict[SiteKey, SiteStatistics] | None,
     seed: int = 0,
-) -> tuple[list[Site], Objective]:
+) -> tuple[list[Site | PositionSite], Objective]:
     """Run a cut model on some images, and give all of its sites that still have parts.
 
     Args:
@@ -387,6 +392,8 @@ def trace_sites(
     held, like = _HELD_AS.get(weights.dtype, weights.dtype), weights.patch_weight
     probes = Probes(images, classes, seed=seed)
     model = PartModel(weights, circuit, fill)
+    weights = weights.at(circuit.positions)
+    fill = fill.on(weights)
     left = {
         place: torch.from_numpy(parts.copy())
         for place, parts in by_site(alive.heads, alive.neurons).items()
@@ -413,6 +420,9 @@ def trace_sites(
         replaced[place] = means[:, features].to(like)
         centred[place] = like.new_empty(images, tokens, len(features), dtype=held)
         gradients[place] = like.new_empty(probes.num, images, tokens, weights.width, dtype=held)
+    positions = PositionTrace(
+        model, weights, alive, chosen, num_images=images, num_probes=probes.num, held=held
+    )
     log_q = log_p.new_empty(images, classes)
     step = _chunk_size(weights)
     starts = range(0, images, step)
@@ -421,7 +431,8 @@ def trace_sites(
         chunk = pixels[span].to(weights.device, weights.dtype)
         with torch.enable_grad():
             # The pixels are the only leaf; without one autograd would not record the pass.
-            run = model.run(chunk.detach().requires_grad_(), trace=True)
+            pool = positions.leaf(chunk)
+            run = model.run(chunk.detach().requires_grad_(), trace=True, log_weights=pool)
             log_probs = coarse_log_probs(run.logits, group_of_class, classes)
             log_q[span] = log_probs.detach()
             mixtures = [
@@ -432,30 +443,43 @@ def trace_sites(
             kept = run.writes[place].features.detach()[..., chosen[place]]
             values[span] = kept - replaced[place]
         streams = [run.writes[place].stream for place in gradients]
-        for probe, mixture in enumerate(mixtures):
-            found = torch.autograd.grad(
-                mixture,
-                streams,
-                retain_graph=probe < len(mixtures) - 1,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            for values, gradient in zip(gradients.values(), found, strict=True):
+        leaves = streams if pool is None else [*streams, pool]
+        positions.keep(span, run)
+        for probe, found in enumerate(_differentiate(mixtures, leaves)):
+            for values, gradient in zip(gradients.values(), found, strict=False):
                 values[probe, span] = gradient
+            if pool is not None:
+                positions.keep_pool(probe, span, found[-1])
     expand = partial(probes.expand, log_q=log_q)
-    sites = [
+    writes = {place: model.sites[place].writes[:, own] for place, own in chosen.items()}
+    sites: list[Site | PositionSite] = [*positions.sites(gradients, writes, expand)]
+    sites += [
         Site(
             place,
             parts.to(like.device),
             centred=centred.pop(place),
             gradients=gradients.pop(place),
-            writes=model.sites[place].writes[:, chosen[place]],
+            writes=writes[place],
             expand=expand,
             covariance=covariances.pop(place, None),
         )
         for place, parts in left.items()
     ]
     return sites, probes.objective(log_p, log_q)
+
+
+def _differentiate(
+    mixtures: Sequence[Float[Tensor, ""]], leaves: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The gradients of each mixture, zero for a leaf that it does not depend on."""
+    for number, mixture in enumerate(mixtures):
+        yield torch.autograd.grad(
+            mixture,
+            leaves,
+            retain_graph=number < len(mixtures) - 1,
+            allow_unused=True,
+            materialize_grads=True,
+        )
 
 
 def _size(weights: ViTWeights, place: SiteKey) -> int:

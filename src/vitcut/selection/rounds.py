@@ -61,9 +61,13 @@ class Selection:
         self._num_groups = int(group_of_class.max()) + 1
         self._fitter = fitter
         self._cost = cost
-        self._alive = Alive.useful(self.graph, weights.num_neurons)
+        # A control scores heads and neurons alone.
+        self._num_patches = (
+            len(weights.positions) if budget.positions and budget.scores == "fisher" else None
+        )
+        self.restart()
         self._scorer: Scorer | None = None
-        self.smallest = smallest_cost(self.graph, weights.num_neurons, cost)
+        self.smallest = smallest_cost(self.graph, weights.num_neurons, cost, self._num_patches)
 
     def resume(self, circuit: Circuit) -> None:
         """Go on from the circuit of an earlier round.
@@ -71,15 +75,17 @@ class Selection:
         Raises:
             CircuitError: The circuit belongs to another model, or has other token kinds.
         """
-        neurons = self._alive.neurons.shape
-        if circuit.graph != self.graph or (
-            circuit.neurons is not None and circuit.neurons.shape != neurons
+        neurons, patches = self._alive.neurons.shape, (len(self._weights.positions),)
+        if (
+            circuit.graph != self.graph
+            or (circuit.neurons is not None and circuit.neurons.shape != neurons)
+            or (circuit.positions is not None and circuit.positions.shape != patches)
         ):
             raise CircuitError(
-                "the circuit has other blocks, heads, neurons or token kinds than this "
+                "the circuit has other blocks, heads, neurons, patches or token kinds than this "
                 f"selection of {self.graph.num_layers} blocks, {self.graph.num_heads} heads, "
-                f"{neurons[2]} neurons and {self.graph.num_kinds} kinds: use the model and "
-                "--tokens that it was found with"
+                f"{neurons[2]} neurons, {patches[0]} patches and {self.graph.num_kinds} kinds: use "
+                "the model and --tokens that it was found with"
             )
         if not self._budget.rescore and self._scorer is None:
             self._scorer = self._score()
@@ -88,7 +94,7 @@ class Selection:
 
     def restart(self) -> None:
         """Go back to the uncut model."""
-        self._alive = Alive.useful(self.graph, self._weights.num_neurons)
+        self._alive = Alive.useful(self.graph, self._weights.num_neurons, self._num_patches)
 
     @property
     def circuit(self) -> Circuit:
@@ -183,14 +189,18 @@ class Selection:
         return joint if budget.joint else Additive(joint.alone())
 
 
-def smallest_cost(graph: Graph, num_neurons: int, cost: Cost) -> float:
+def smallest_cost(
+    graph: Graph, num_neurons: int, cost: Cost, num_patches: int | None = None
+) -> float:
     """The cost of the cheapest model that sees the image.
 
     Nothing is kept where the classifier reads patches, otherwise one head that writes to what it
-    reads, in the block where that is cheapest.
+    reads, in the block where that is cheapest; and a single patch, if positions may be cut.
     """
-    alive = Alive.useful(graph, num_neurons)
+    alive = Alive.useful(graph, num_neurons, num_patches)
     alive.heads[:] = alive.neurons[:] = False
+    if alive.positions is not None:
+        alive.positions[1:] = False
     if "patch" in graph.readout:
         return cost(alive.circuit(graph, "mean"))
     costs: list[float] = []

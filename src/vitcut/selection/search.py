@@ -5,8 +5,7 @@ while parts are chosen and measured after each round; the next round corrects fo
 
 An accuracy that may be lost is approached in steps and then from both sides.
 
-Files of a run: ``path/NAME/circuit.json`` and ``path/NAME/step.json`` for each round, and
-``path.json`` once the search is complete.
+Its files are described in ``steps.py``.
 """
 
 import math
@@ -14,14 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import nn
 
-from vitcut import store
 from vitcut.benchmark.bootstrap import paired_interval
 from vitcut.benchmark.evaluation import Evaluation, evaluate, say_if_no_better
 from vitcut.benchmark.latency import measure_latency
@@ -39,24 +35,19 @@ from vitcut.images.stratified import choose_evenly
 from vitcut.masked.fitting import Fitter, fit_gib
 from vitcut.model.model import Model
 from vitcut.model.weights import ViTWeights
-from vitcut.progress import Terminal, say
-from vitcut.results import Asked, require_inside
-from vitcut.runs import CIRCUIT_FILE, PATH_FILE, Run
+from vitcut.progress import say
+from vitcut.results import Asked
+from vitcut.runs import PATH_FILE, Run
 from vitcut.selection.greedy import Alive
 from vitcut.selection.responses import held_gib
 from vitcut.selection.rounds import Selection, geometric, smallest_cost
 from vitcut.selection.settings import Budget
+from vitcut.selection.steps import PathStep, SearchPath
 from vitcut.settings import (
     as_plain,
-    require_at_least,
-    require_fraction,
     require_memory,
-    require_one_of,
-    require_positive,
 )
 from vitcut.shapes import Tensor
-
-_FORMAT_VERSION = 2
 
 _MOST_ROUNDS = 16
 """How many rounds a latency budget may take."""
@@ -69,84 +60,6 @@ _WORKING_GIB = 0.5
 """What intermediate results of single operations take, at most."""
 _SLOWEST_STEP, _FASTEST_STEP = 0.97, 0.7
 """The largest and smallest ratio of one round's predicted latency to the last one's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathStep:
-    """The model after one round of a selection, measured on val images."""
-
-    name: str
-    circuit: str
-    """Path of the circuit, relative to the run directory."""
-    macs: int
-    macs_fraction: float
-    """MACs as a fraction of the dense model's."""
-    accuracy_coarse: float
-    kl: float
-    """Mean KL(dense || cut) on the task distribution, in nats."""
-    heads_kept: int
-    neurons_kept_fraction: float
-    change_low: float | None = None
-    """Lower end of the 95 % paired interval of the change in coarse accuracy, a fraction of 1."""
-    change_high: float | None = None
-    """Upper end of the same interval."""
-    latency_fraction: float | None
-    """Latency as a fraction of the dense model's, in the runtime and at the batch size of a latency
-    budget; None where it is not measured."""
-
-    def __post_init__(self) -> None:
-        require_one_of("circuit", self.circuit, (f"path/{self.name}/{CIRCUIT_FILE}",))
-        require_inside("circuit", self.circuit)
-        for name in ("accuracy_coarse", "neurons_kept_fraction"):
-            require_fraction(name, getattr(self, name))
-        for name in ("macs", "macs_fraction", "heads_kept"):
-            require_at_least(name, getattr(self, name), 0)
-        if self.latency_fraction is not None:
-            require_positive("latency_fraction", self.latency_fraction)
-        for change in (self.change_low, self.change_high):
-            require_fraction("change", abs(change or 0.0))
-
-    def save(self, path: Path) -> None:
-        """Write the step atomically: its latency is measured once, and decides the next round."""
-        store.save(path, self, version=_FORMAT_VERSION)
-
-    @classmethod
-    def load(cls, path: Path) -> "PathStep":
-        """Read a step.
-
-        Raises:
-            ArtefactError: The file is missing, damaged, or of a newer version.
-        """
-        return store.load(path, cls, kind="step", version=_FORMAT_VERSION)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchPath:
-    """The steps of a search that is complete, from the first round to the last."""
-
-    steps: tuple[PathStep, ...]
-    answers: tuple[str, ...] = ()
-    """Names of the steps that meet the budget, one per target; the last step if there are none."""
-
-    def __post_init__(self) -> None:
-        if not self.steps:
-            raise ArtefactError("it has no steps")
-        names = [step.name for step in self.steps]
-        for answer in self.answers:
-            require_one_of("answers", answer, tuple(names))
-
-    def save(self, path: Path) -> None:
-        """Write ``path.json`` atomically."""
-        store.save(path, self, version=_FORMAT_VERSION)
-
-    @classmethod
-    def load(cls, path: Path) -> "SearchPath":
-        """Read ``path.json``.
-
-        Raises:
-            ArtefactError: The file is missing, damaged, or of a newer version.
-        """
-        return store.load(path, cls, kind="path", version=_FORMAT_VERSION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,33 +110,6 @@ def _answers(
     return tuple(answers)
 
 
-def print_path(steps: Sequence[PathStep]) -> None:
-    """Print a table with one line per round."""
-    timed = any(step.latency_fraction is not None for step in steps)
-    table = Table(title="the path, on val images")
-    table.add_column("point")
-    headers = ("MACs", *(("latency",) if timed else ()), "coarse", "change", "KL", "heads")
-    for header in (*headers, "neurons"):
-        table.add_column(header, justify="right")
-    for step in steps:
-        latency = "-" if step.latency_fraction is None else f"{step.latency_fraction:.1%}"
-        table.add_row(
-            step.name,
-            f"{step.macs_fraction:.1%}",
-            *((latency,) if timed else ()),
-            f"{step.accuracy_coarse:.1%}",
-            "-"
-            if step.change_low is None or step.change_high is None
-            else f"{100 * step.change_low:+.1f} to {100 * step.change_high:+.1f}",
-            f"{step.kl:z.4f}",
-            str(step.heads_kept),
-            f"{step.neurons_kept_fraction:.1%}",
-        )
-    timing = "MACs and latency as parts of the dense model's; " if timed else ""
-    table.caption = f"{timing}change: of coarse accuracy, in points, 95 % paired interval"
-    Terminal().print_table(table)
-
-
 def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> None:
     """Refuse MACs that no circuit has. A latency has to be measured first.
 
@@ -237,7 +123,8 @@ def require_possible(weights: ViTWeights, budget: Budget, costs: CostModel) -> N
     def macs(circuit: Circuit) -> float:
         return count_macs(plan_circuit(weights.shape, circuit, costs))
 
-    least = smallest_cost(graph, weights.num_neurons, macs) / dense
+    patches = len(weights.positions) if budget.positions else None
+    least = smallest_cost(graph, weights.num_neurons, macs, patches) / dense
     most = macs(Alive.useful(graph, weights.num_neurons).circuit(graph, "mean")) / dense
     if min(budget.macs) < least:
         raise CircuitError(
@@ -558,6 +445,7 @@ class _Rounds:
                 change_high=change_high,
                 heads_kept=circuit.num_heads_kept,
                 neurons_kept_fraction=circuit.neurons_kept_fraction,
+                positions_kept_fraction=circuit.positions_kept_fraction,
                 latency_fraction=self.latency_fraction(compact) if timed else None,
             )
 

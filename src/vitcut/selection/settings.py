@@ -55,6 +55,8 @@ class Budget:
     """Val images on which each point of the path is measured; all of them if there are fewer."""
     tokens: Tokens = "split"
     """Whether a part spans all tokens, or exists once per token kind."""
+    positions: bool = True
+    """Whether patches of the image may be left out, the same ones for every image."""
     seed: int = 0
     """Seed for random scores, and for the random signs by which a task of more than nine groups is
     scored; on the command line, also for choosing images."""
