@@ -26,7 +26,7 @@ import vitcut
 from vitcut import BenchSettings, Budget, CutSettings, DiscoverSettings, FinetuneSettings
 from vitcut.benchmark.evaluation import Evaluation, compare, evaluate
 from vitcut.benchmark.latency import measure_latency
-from vitcut.benchmark.points import dense_point
+from vitcut.benchmark.points import add_accuracy, dense_point
 from vitcut.circuit import Circuit
 from vitcut.compact.model import CompactViT
 from vitcut.compact.operations import dense_macs
@@ -257,6 +257,18 @@ class Bed:
             self.model.preprocessing,
             reference=reference,
         )
+
+    def known(self, name: str) -> dict[str, Any]:
+        """What the steps before have found of a model, as fields of its point."""
+        told, path = self.run.path, f"{name}.json"
+        if (told / "evaluations" / path).exists():
+            row = Facts.load(told / "evaluations" / path).content["fills"].get("linear", {})
+        elif (told / "repaired" / path).exists():
+            row = Facts.load(told / "repaired" / path).content["before"]
+        else:
+            return {}
+        wanted = ("accuracy_coarse", "accuracy_fine", "kl")
+        return {key: row[key] for key in wanted if key in row}
 
     def row(self, module: nn.Module, dense: Evaluation, *, paired: bool = False) -> dict[str, Any]:
         """How good a model is, beside the dense one."""
@@ -494,7 +506,9 @@ def plain_vit(bed: Bed, fraction: float) -> tuple[nn.Module, int]:
 def time_all(bed: Bed, page: Path, only: list[str] | None) -> None:
     """Latencies of the circuits of the main sweeps and of what they are compared with, in turn."""
     baseline, module = class_only(bed.model, bed.images, CutSettings())
-    points = {DENSE: dense_point(bed.model), CLASS_ONLY: baseline}
+    found = bed.evaluate(bed.model.module)
+    points = {DENSE: add_accuracy(dense_point(bed.model), found)}
+    points[CLASS_ONLY] = add_accuracy(baseline, replace(found, kl=0.0))
     modules: dict[str, nn.Module] = {DENSE: bed.model.module, CLASS_ONLY: module}
     names = [
         f"{search.name}-{tau:g}"
@@ -510,7 +524,8 @@ def time_all(bed: Bed, page: Path, only: list[str] | None) -> None:
         cut = bed.cut(name)
         # A circuit that sees nothing of the image has nothing to compute.
         if cut.model.plan.readout and cut.model.plan.embeds:
-            points[name], modules[name] = cut.point(), cut.model
+            points[name] = replace(cut.point(), name=name, **bed.known(name))
+            modules[name] = cut.model
     torch.set_num_threads(1)
     settings = BenchSettings(seconds=bed.extent.seconds)
     report = measure_latency(
@@ -527,7 +542,7 @@ def time_all(bed: Bed, page: Path, only: list[str] | None) -> None:
         dense=dense,
         points=tuple(timed.values()),
         comparisons=report.comparisons,
-    ).save(page / "latency.json")
+    ).save(page / "results.json")
 
 
 if __name__ == "__main__":

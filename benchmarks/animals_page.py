@@ -28,7 +28,7 @@ def read_raw(page: Path) -> tuple[dict[str, Any], Results | None]:
     }
     if "circuits" not in raw:
         raise SystemExit("nothing was evaluated yet: run the steps search and evaluate first")
-    timed = page / "latency.json"
+    timed = page / "results.json"
     return raw, Results.load(timed) if timed.exists() else None
 
 
@@ -358,7 +358,9 @@ def text(raw: dict[str, Any], timed: Results | None) -> str:
     epochs = raw.get("repairs", {}).get("epochs", 6)
     worst = max(row["max_abs_diff"] or 0 for row in found["circuits"])
     others = circuit_table(found, names) if names else NOT_YET
-    files = [f"{name}.json" for name in (*raw, *(() if timed is None else ("latency",)))]
+    files = [f"{name}.json" for name in (*raw, *(() if timed is None else ("results",)))]
+    shown = "\n\n    vitcut report docs/benchmarks/animals --out report.html"
+    charts = "" if timed is None else f" As a page with charts:{shown}"
     linked = ", ".join(f"[{name}]({name})" for name in files)
     return f"""# animals: the reference experiment, ours and theirs
 
@@ -369,7 +371,7 @@ The work that vitcut grew from trained a small ViT on 58 animals in 6 groups, fo
 ACDC over tau, cut it, and trained the cut architecture anew. This is the same on the shipped model
 (`--model animals`; [how it was trained](training.jsonl)). With `--quick`: fewer values of tau and
 images, 8 minutes on one core, its page in `--out`. What it shows: [findings.md](findings.md).
-Raw: {linked}.
+Raw: {linked}.{charts}
 
 ## Side by side
 
