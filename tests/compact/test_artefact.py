@@ -147,7 +147,7 @@ def test_a_newer_format_is_refused(folder):
 def test_an_older_format_says_what_to_do(folder):
     change_config(folder, format_version=5)
     with pytest.raises(
-        ArtefactError, match=r"format_version 5, this vitcut reads 7: make it again"
+        ArtefactError, match=r"format_version 5, this vitcut reads 8: make it again"
     ):
         CompactViT.from_pretrained(folder)
 

@@ -11,6 +11,7 @@ One forward pass keeps what has been written so far in a dictionary, by the name
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,8 +66,8 @@ class PatchEmbedding(nn.Conv2d):
         )
         self.grid_size = shape.grid_size
         kept = shape.kept_patches
-        # Not on "meta", where models are built to be filled: these numbers are not stored.
-        chosen = None if kept is None else torch.tensor(kept, device="cpu")
+        # From numpy, so not on "meta", where models are built to be filled: it is not stored.
+        chosen = None if kept is None else torch.from_numpy(np.array(kept))
         self.register_buffer("chosen", chosen, persistent=False)
 
     def forward(
