@@ -1,6 +1,7 @@
 """A headless browser for tests; they skip where there is none."""
 
 import shutil
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -20,3 +21,11 @@ def open_browser():
         )
         yield opened
         opened.close()
+
+
+def until(condition, seconds=20.0):
+    """Wait until a condition holds. Playwright's own way evaluates code that pages forbid."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

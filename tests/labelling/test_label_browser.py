@@ -1,12 +1,11 @@
 """The label page in a real browser, by keyboard alone; skips where there is none."""
 
 import re
-import time
 from collections import Counter
 from importlib import resources
 
 import pytest
-from chromium import open_browser
+from chromium import open_browser, until
 from PIL import Image
 
 import vitcut
@@ -179,14 +178,6 @@ def counted(path):
     except TaskError:
         return (None, None, None)
     return len(task.classes), len(task.groups), len(task.excluded)
-
-
-def until(condition, seconds=20.0):
-    """Wait for what follows the last of many saves."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_what_somebody_else_wrote_is_not_written_over(visit, serve, drawn):

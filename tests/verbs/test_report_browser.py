@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from chromium import open_browser
+from chromium import open_browser, until
 from PIL import Image
 
 import vitcut
@@ -116,9 +116,11 @@ def test_a_head_shows_where_it_looks_and_a_point_what_it_answers_otherwise(open_
     told = json.loads((finished / "pictures.json").read_text())
     page.locator(".node.head").first.click()
     assert page.locator("#maps canvas").count() == 6
-    page.wait_for_function(
-        "() => [...document.querySelectorAll('#maps canvas')].every(c => "
-        "c.getContext('2d').getImageData(0, 0, 168, 168).data.some(v => v > 9 && v < 255))"
+    until(
+        lambda: page.evaluate(
+            "[...document.querySelectorAll('#maps canvas')].every(c => "
+            "c.getContext('2d').getImageData(0, 0, 168, 168).data.some(v => v > 9 && v < 255))"
+        )
     )
     for position in range(int(page.locator("#point").get_attribute("max")) + 1):
         _go(page, position)
