@@ -70,6 +70,20 @@ class Fill:
         neurons = None if self.neurons is None else self.neurons[..., rows, :]
         return replace(self, sources=self.sources[..., rows, :], neurons=neurons)
 
+    def applied(self, weights: ViTWeights, circuit: Circuit) -> tuple[ViTWeights, "Fill"]:
+        """The model that a circuit is masked in: on the positions it keeps, with the classifier.
+
+        Returns:
+            The weights, and this fill on their tokens.
+
+        Raises:
+            CircuitError: Circuit or fill do not fit the model.
+        """
+        self.require_fit(circuit)
+        weights = weights.at(circuit.positions)
+        fill = self.on(weights)
+        return fill.refitted(weights), fill
+
     def refitted(self, weights: ViTWeights) -> ViTWeights:
         """The weights with this fill's classifier, if it has one."""
         if self.head_weight is None or self.head_bias is None:

@@ -115,7 +115,7 @@ def masked_run(
     Raises:
         CircuitError: Circuit or fill do not fit the model.
     """
-    weights, fill = _filled(weights, circuit, fill)
+    weights, fill = fill.applied(weights, circuit)
     mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
     return run_parts(weights, pixels, circuit_stream(weights, circuit, fill.sources), mask)
 
@@ -131,19 +131,11 @@ def masked_forward(
     Raises:
         CircuitError: Circuit or fill do not fit the model.
     """
-    weights, fill = _filled(weights, circuit, fill)
+    weights, fill = fill.applied(weights, circuit)
     mask = PartMask(weights, circuit.graph, circuit.neurons, fill)
     stream = circuit_stream(weights, circuit, fill.sources)
     [last] = deque(walk(weights, pixels, stream, mask), maxlen=1)
     return last.values
-
-
-def _filled(weights: ViTWeights, circuit: Circuit, fill: Fill) -> tuple[ViTWeights, Fill]:
-    """The model on the positions that a circuit keeps, with the fill's classifier; the fill."""
-    fill.require_fit(circuit)
-    weights = weights.at(circuit.positions)
-    fill = fill.on(weights)
-    return fill.refitted(weights), fill
 
 
 def masked_logits(

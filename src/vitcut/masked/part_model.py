@@ -102,12 +102,10 @@ class PartModel:
         """
         if circuit.read_by_all is None:
             raise CircuitError("expected a circuit that cuts whole heads and neurons, not edges")
-        fill.require_fit(circuit)
-        weights = weights.at(circuit.positions)
-        fill = fill.on(weights)
+        weights, fill = fill.applied(weights, circuit)
         if fill.sources.ndim != 3:
             raise CircuitError("expected a fill with one value for all images, got one per image")
-        self._weights = weights = fill.refitted(weights)
+        self._weights = weights
         self.rows = weights.rows_of(circuit.graph)
         self.sites: dict[SiteKey, Site] = {}
         kinds, graph = len(self.rows), weights.graph

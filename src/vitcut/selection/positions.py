@@ -40,7 +40,26 @@ class Attention(NamedTuple):
     """Number of the first query among all tokens."""
 
 
-class PositionSite:
+class CutParts:
+    """Which parts of a site are left, and which were cut since its last refresh."""
+
+    def __init__(self, place: SiteKey, alive: Bool[Tensor, "parts"]) -> None:
+        self.place = place
+        self.alive = alive.clone()
+        self._pending = torch.zeros_like(self.alive)
+
+    def cut(self, parts: Sequence[int]) -> None:
+        """Mark parts as cut. The others take over from them only at the next ``refresh``."""
+        self.alive[list(parts)] = False
+        self._pending[list(parts)] = True
+
+    @property
+    def num_pending(self) -> int:
+        """How many parts were cut since the last refresh."""
+        return int(self._pending.sum())
+
+
+class PositionSite(CutParts):
     """The positions of a model, and the responses to leaving them out."""
 
     def __init__(
@@ -64,10 +83,8 @@ class PositionSite:
             kind: Number of the patches' token kind.
             expand: Makes the responses of all classes from those to the probes.
         """
-        self.place: SiteKey = (0, "positions", kind)
-        self.alive = alive.clone()
+        super().__init__((0, "positions", kind), alive)
         self._kept: Int[Tensor, "kept"] = alive.nonzero().flatten()
-        self._pending = torch.zeros_like(alive)
         self._attentions, self._pooled = attentions, pooled
         self._num_prefix, self._expand = num_prefix, expand
         self._gone, self._next = self._respond()
@@ -78,16 +95,6 @@ class PositionSite:
         everything = found.new_zeros(len(self.alive), len(found))
         everything[self._kept] = found.T
         return everything * self.alive[:, None]
-
-    def cut(self, parts: Sequence[int]) -> None:
-        """Mark positions as cut. The others take over their shares at the next ``refresh``."""
-        self.alive[list(parts)] = False
-        self._pending[list(parts)] = True
-
-    @property
-    def num_pending(self) -> int:
-        """How many were cut since the last refresh."""
-        return int(self._pending.sum())
 
     def refresh(self) -> Float[Tensor, "responses"]:
         """Let the others take over; return the response to all cuts since the last refresh."""

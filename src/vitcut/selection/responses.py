@@ -28,7 +28,7 @@ from vitcut.metrics import coarse_log_probs
 from vitcut.model.weights import ViTWeights
 from vitcut.progress import track
 from vitcut.selection.greedy import Alive, by_site
-from vitcut.selection.positions import PositionSite, PositionTrace
+from vitcut.selection.positions import CutParts, PositionSite, PositionTrace
 from vitcut.shapes import Bool, Float, Int, Tensor
 
 _CHUNK_GIB = 0.75
@@ -206,7 +206,7 @@ class Probes:
         return Objective(curvature=curvature.flatten(), slope=slope.flatten())
 
 
-class Site:
+class Site(CutParts):
     """The heads or the neurons of one layer and token kind, and the responses to cutting them."""
 
     def __init__(
@@ -232,14 +232,12 @@ class Site:
             expand: Makes the responses of all classes from those to the probes.
             covariance: Positive definite; predicts parts from one another. Without it none is.
         """
-        self.place = place
-        self.alive = alive.clone()
+        super().__init__(place, alive)
         self._centred, self._gradients = centred, gradients
         self._writes, self._expand = writes.clone(), expand
         # Features are numbered among the parts that were alive at the start.
         self._held = alive.nonzero().flatten()
         self._size = centred.shape[2] // max(1, len(self._held))
-        self._pending = torch.zeros_like(self.alive)
         # [features, features]: the inverse covariance of the features that are alive, else zero.
         self._precision = None if covariance is None else torch.linalg.inv(covariance)
         # [probes, images, features]: the response to each feature if nothing predicts it.
@@ -290,16 +288,6 @@ class Site:
             self.responses()
         alone = self._writes.new_zeros(()) if self._alone is None else self._alone
         return self._expand(alone @ self._features(self.alive | self._pending).to(alone))
-
-    def cut(self, parts: Sequence[int]) -> None:
-        """Mark parts as cut. The others take over from them only at the next ``refresh``."""
-        self.alive[list(parts)] = False
-        self._pending[list(parts)] = True
-
-    @property
-    def num_pending(self) -> int:
-        """How many parts were cut since the last refresh."""
-        return int(self._pending.sum())
 
     def refresh(self) -> Float[Tensor, "responses"]:
         """Let the others take over from the parts that were cut; return the response to those cuts.
